@@ -1,0 +1,6 @@
+"""The command line, from a checkout: ``python cli.py fit ...`` is ``opsd fit ...``."""
+
+from opsd_lightning.main import main
+
+if __name__ == "__main__":
+    main()

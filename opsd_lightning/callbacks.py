@@ -1,0 +1,167 @@
+"""What happens beside training: the adapter's export, the table of rollouts, predictions on disk.
+
+Each reads the outputs of the module's steps and the trainer's public state; none changes training.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from opsd_lightning.module import OPSDModule
+from opsd_lightning.policy import merge_adapter, write_adapter
+from opsd_lightning.types import PromptBatch
+
+
+class AdapterExport(Callback):
+    """At the end of ``fit``, writes the best adapter as a peft folder.
+
+    Best is what the first `ModelCheckpoint` with a ``monitor`` says; without one, the last.
+
+    Args:
+        folder: Where it goes, relative to the trainer's ``default_root_dir``. Replaced if it exists.
+        merged_folder: Where a full model with the adapter merged in goes as well. Not written unless given.
+    """
+
+    def __init__(self, folder: str = "adapter", merged_folder: str | None = None) -> None:
+        self.folder, self.merged_folder = folder, merged_folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, OPSDModule)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), "")
+        weights = None
+        if best:
+            checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+            weights = {key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items()}
+        root = Path(trainer.default_root_dir)
+        folder = write_adapter(pl_module.model, root / self.folder, weights)
+        print(f"The adapter of {best or 'the last step'} is in {folder}")
+        if self.merged_folder is not None:
+            merged = merge_adapter(pl_module.policy.model, folder, root / self.merged_folder, pl_module.policy.dtype)
+            print(f"The merged model is in {merged}")
+
+
+class RolloutTable(Callback):
+    """Writes some of a step's rollouts to ``rollouts.csv`` and to whatever loggers there are.
+
+    TensorBoard gets them as text, Weights & Biases as a table, others through their ``log_table`` or ``log_text`` where
+    they have one.
+
+    Args:
+        every_n_steps: Training steps from one table to the next, at least 1.
+        rows: Completions in a table, at least 1.
+        path: The file, relative to the trainer's ``default_root_dir``. Rows are appended.
+    """
+
+    COLUMNS = ("step", "question", "completion", "tokens", "truncated", "forward_kl", "first_token_forward_kl")
+
+    def __init__(self, every_n_steps: PositiveInt = 10, rows: PositiveInt = 4, path: str = "rollouts.csv") -> None:
+        self.every_n_steps, self.rows, self.path = PositiveInt(every_n_steps), PositiveInt(rows), path
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, OPSDModule)
+        if not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
+            return
+        rollouts, divergence = outputs["rollouts"], outputs["measured"].get("forward_kl", [])
+        table: list[list[Any]] = []
+        for index in range(min(self.rows, len(rollouts.completions))):
+            completion = rollouts.completions[index]
+            kl = divergence[index] if divergence else torch.zeros(0)
+            table.append(
+                [
+                    trainer.global_step,
+                    batch.examples[index // rollouts.n].question,
+                    pl_module.tokenizer.decode(completion),
+                    len(completion),
+                    not rollouts.terminated[index],
+                    round(float(kl.mean()), 4) if len(kl) else "",
+                    round(float(kl[0]), 4) if len(kl) else "",
+                ]
+            )
+        self._append(Path(trainer.default_root_dir) / self.path, table)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("rollouts", columns=list(self.COLUMNS), data=table, step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("rollouts", _markdown(self.COLUMNS, table), trainer.global_step)
+
+    def _append(self, path: Path, table: list[list[Any]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(self.COLUMNS)
+            writer.writerows(table)
+
+
+def _markdown(columns: Sequence[str], table: list[list[Any]]) -> str:
+    def cell(value: Any) -> str:
+        return str(value).replace("|", "\\|").replace("\n", "<br>")
+
+    lines = [list(columns), ["---"] * len(columns), *table]
+    return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
+
+
+class RolloutWriter(BasePredictionWriter):
+    """Writes what ``predict`` samples to a JSON Lines file: one graded completion a line.
+
+    Args:
+        path: The file, relative to the trainer's ``default_root_dir``; further ranks add their number to its name.
+            Replaced if it exists.
+    """
+
+    def __init__(self, path: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        path = Path(trainer.default_root_dir) / self.path
+        if trainer.global_rank:
+            path = path.with_stem(f"{path.stem}-{trainer.global_rank}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            for record in (record for batch in predictions for record in batch):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+        print(f"Graded completions are in {path}")
+
+
+class BaselineEvaluation(Callback):
+    """Logs the validation metrics of the untrained model as step 0.
+
+    Lightning's sanity check already validates before training and then throws the numbers away; with
+    ``num_sanity_val_steps: -1`` it sees the whole validation set, and this callback keeps what it found.
+    """
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader = trainer.val_dataloaders
+        if loader is None or trainer.num_sanity_val_steps != float("inf"):
+            warnings.warn(
+                "BaselineEvaluation needs the whole validation set before training: set trainer.num_sanity_val_steps to -1",
+                stacklevel=2,
+            )
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=0)
+
+

@@ -1,0 +1,246 @@
+"""Questions with verified traces, from a source to batches of prompts for both roles."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from opsd_lightning.grading import MathGrader
+from opsd_lightning.policy import Policy
+from opsd_lightning.prompts import PrivilegedContext, Prompts, TraceContext
+from opsd_lightning.sources import ExampleSource
+from opsd_lightning.types import Example, PromptBatch, UserError
+
+log = logging.getLogger(__name__)
+
+
+class OPSDDataModule(LightningDataModule):
+    """Pairs questions with verified traces and makes the prompts of both roles.
+
+    Verified means checked here: the trace's own final answer must equal the reference answer. Rows that are empty, fail
+    this check, do not fit the model's context or (in training) also stand among the held-out questions are left out with
+    a count, or refused.
+
+    Args:
+        policy: The model, for its tokenizer and context length. On the command line taken from ``model.policy``.
+        train: Source of the training questions.
+        val: Source of the validation questions.
+        test: Source of the questions for ``test`` and ``predict``.
+        prompts: The wording of both roles' prompts.
+        context: What the teacher gets to read; the verified trace unless given.
+        grader: How final answers are found and compared.
+        batch_size: Questions of one optimizer step on each device, at least 1.
+        eval_batch_size: Questions of one batch in validation, test and predict, at least 1.
+        max_new_tokens: The longest completion that must fit behind a prompt, in tokens. On the command line taken from
+            ``model.sampling`` and ``model.eval_sampling``.
+        on_invalid: ``drop`` leaves invalid rows out and says how many and why; ``error`` refuses them.
+        seed: Of the order of the training questions. On the command line taken from ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        train: ExampleSource | None = None,
+        val: ExampleSource | None = None,
+        test: ExampleSource | None = None,
+        prompts: Prompts = Prompts(),
+        context: PrivilegedContext | None = None,
+        grader: MathGrader = MathGrader(),
+        batch_size: PositiveInt = 32,
+        eval_batch_size: PositiveInt = 32,
+        max_new_tokens: PositiveInt = 1024,
+        on_invalid: Literal["drop", "error"] = "drop",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if on_invalid not in ("drop", "error"):
+            raise ValueError(f"data.on_invalid is {on_invalid!r}: choose drop or error")
+        if policy is None:  # optional in the signature alone: the command line links it from model.policy
+            raise UserError("OPSDDataModule needs the policy, for its tokenizer: pass the module's")
+        self.policy = policy
+        self.sources = {"train": train, "val": val, "test": test}
+        self.prompts = prompts
+        self.context = context or TraceContext()
+        self.grader = grader
+        self.batch_size = PositiveInt(batch_size)
+        self.eval_batch_size = PositiveInt(eval_batch_size)
+        self.max_new_tokens = PositiveInt(max_new_tokens)
+        self.on_invalid = on_invalid
+        self.seed = seed
+        self.rows: dict[str, PromptBatch] = {}
+        self.dropped: dict[str, Counter[str]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read, verify and tokenize what a stage needs.
+
+        Raises:
+            UserError: A source is missing, or leaves no usable row, or holds an invalid one under ``on_invalid: error``.
+        """
+        splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
+        if self.sources[splits[-1]] is None:
+            raise UserError(f"data.{splits[-1]} is not set, and `{stage}` needs it: give it a source, such as HubSource")
+        if all(split in self.rows for split in splits if self.sources[split] is not None):
+            return
+        tokenizer = self.policy.load_tokenizer()
+        limit = self.policy.context_length()
+        for split in splits:
+            if self.sources[split] is not None and split not in self.rows:
+                self.rows[split] = self._prepare(split, tokenizer, limit)
+        if stage == "fit" and len(self.rows["train"].examples) < self.batch_size * self._world_size:
+            raise UserError(
+                f"data.train has {len(self.rows['train'].examples)} usable rows, fewer than the {self.batch_size} questions "
+                f"of one step on {self._world_size} device(s): lower data.batch_size or give more data"
+            )
+
+    def _prepare(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> PromptBatch:
+        source = self.sources[split]
+        assert source is not None
+        found = source.examples()
+        dropped: Counter[str] = Counter()
+        held_out = {e.question for other in ("val", "test") for e in self._questions(other)} if split == "train" else set()
+        valid: list[Example] = []
+        for number, example in enumerate(found):
+            checked, reason = self._verify(example, held_out)
+            if reason:
+                self._drop(split, number, reason, dropped)
+            else:
+                valid.append(checked)
+        batch = PromptBatch([], [], [], [])
+        cut = 0
+        for index, example in enumerate(valid):
+            context = self.context.text(index, valid)
+            student = self.prompts.student(tokenizer, example)
+            teacher = self.prompts.teacher(tokenizer, example, context)
+            longest = max(len(student), len(teacher))
+            if limit is not None and longest + self.max_new_tokens > limit:
+                reason = f"prompt and {self.max_new_tokens} new tokens do not fit the model's context of {limit} tokens"
+                self._drop(split, index, reason, dropped)
+                continue
+            cut += teacher.trace_was_cut
+            batch.student.append(list(student))
+            batch.teacher.append(list(teacher))
+            batch.examples.append(example)
+            batch.counted.append(True)
+        self.dropped[split] = dropped
+        reasons = "; ".join(f"{count} left out: {reason}" for reason, count in dropped.items())
+        cuts = f"; {cut} traces cut to data.prompts.max_trace_tokens" if cut else ""
+        rank_zero_info(f"data.{split}: {len(batch.examples)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}")
+        if not batch.examples:
+            raise UserError(f"data.{split} has no usable row of {len(found)} ({reasons}); check the source and its columns")
+        return batch
+
+    def _questions(self, split: str) -> list[Example]:
+        if split in self.rows:
+            return self.rows[split].examples
+        source = self.sources[split]
+        return [] if source is None else source.examples()
+
+    def _verify(self, example: Example, held_out: set[str]) -> tuple[Example, str]:
+        """The example, its answer filled in where the source has none, and why it cannot be used, if so."""
+        if not example.question:
+            return example, "empty question"
+        if not example.trace:
+            return example, "empty trace"
+        if example.question in held_out:
+            return example, "question is also in data.val or data.test"
+        answer = self.grader.find_answer(example.trace)
+        if answer is None:
+            return example, "trace has no final answer (data.grader.answer_pattern finds none)"
+        if not example.answer:
+            return example._replace(answer=answer), ""
+        if not self.grader.equal(answer, example.answer):
+            return example, "trace contradicts the reference answer"
+        return example, ""
+
+    def _drop(self, split: str, number: int, reason: str, dropped: Counter[str]) -> None:
+        if self.on_invalid == "error":
+            raise UserError(f"data.{split}, row {number}: {reason}. Mend it, or set data.on_invalid to drop")
+        dropped[reason] += 1
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _loader(self, split: str) -> EvalLoader:
+        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return EvalLoader(self.rows[split], self.eval_batch_size, rank, world)
+
+    def train_dataloader(self) -> TrainLoader:
+        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return TrainLoader(self.rows["train"], self.batch_size, self.seed, rank, world)
+
+    def val_dataloader(self) -> EvalLoader | list[Any]:
+        return self._loader("val") if "val" in self.rows else []
+
+    def test_dataloader(self) -> EvalLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> EvalLoader:
+        return self._loader("test")
+
+
+def _pick(rows: PromptBatch, indices: list[int], counted: list[bool]) -> PromptBatch:
+    return PromptBatch(
+        [rows.student[i] for i in indices], [rows.teacher[i] for i in indices], [rows.examples[i] for i in indices], counted
+    )
+
+
+class TrainLoader:
+    """Batches of a permutation that (seed, epoch) alone decide; resumes within an epoch.
+
+    Lightning saves and restores its state, because it has ``state_dict`` and ``load_state_dict``. A last, smaller batch
+    is left out, so that every optimizer step has the same number of questions.
+    """
+
+    def __init__(self, rows: PromptBatch, batch_size: int, seed: int, rank: int, world: int) -> None:
+        self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
+        self.epoch = 0
+        self.done = 0  # batches of this epoch that were handed out
+
+    def __len__(self) -> int:
+        return len(self.rows.examples) // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        if self.done >= len(self):  # restored at the exact end of an epoch
+            self.epoch, self.done = self.epoch + 1, 0
+        order = list(range(len(self.rows.examples)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        while self.done < len(self):
+            start = self.done * self.batch_size * self.world
+            part = order[start + self.rank : start + self.batch_size * self.world : self.world]
+            self.done += 1
+            yield _pick(self.rows, part, [True] * len(part))
+        self.epoch, self.done = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.done = state["epoch"], state["done"]
+
+
+class EvalLoader:
+    """Every question once, split evenly over the ranks; repeats that fill up the last ranks are not counted."""
+
+    def __init__(self, rows: PromptBatch, batch_size: int, rank: int, world: int) -> None:
+        self.rows, self.batch_size = rows, batch_size
+        total = len(rows.examples)
+        share = -(-total // world)
+        self.indices = [min(rank + n * world, total - 1) for n in range(share)]
+        self.counted = [rank + n * world < total for n in range(share)]
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for start in range(0, len(self.indices), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield _pick(self.rows, self.indices[part], self.counted[part])

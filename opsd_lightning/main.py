@@ -1,0 +1,76 @@
+"""The command line: LightningCLI with this package's parts, defaults and links.
+
+Rooms are imported here so that YAML may name their classes without their module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import opsd_lightning.callbacks
+import opsd_lightning.divergences
+import opsd_lightning.objectives
+import opsd_lightning.prompts
+import opsd_lightning.rollouts
+import opsd_lightning.sources
+import opsd_lightning.teachers  # noqa: F401
+from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.module import OPSDModule
+from opsd_lightning.types import UserError
+
+
+class OPSDCLI(LightningCLI):
+    """Fits, validates, tests and predicts an `OPSDModule` on an `OPSDDataModule`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Concrete defaults, so that an overlay may change one setting of a part without naming its class again.
+        parser.set_defaults(
+            {
+                "model.teacher": {"class_path": "opsd_lightning.teachers.FixedTeacher"},
+                "model.objective": {
+                    "class_path": "opsd_lightning.objectives.DivergenceObjective",
+                    "init_args": {
+                        "divergence": {"class_path": "opsd_lightning.divergences.ForwardKL"},
+                        "support": {"class_path": "opsd_lightning.divergences.FullVocabulary"},
+                        "clip": {"class_path": "opsd_lightning.objectives.NoClip"},
+                    },
+                },
+                "model.rollouts": {"class_path": "opsd_lightning.rollouts.TransformersEngine"},
+                "data.context": {"class_path": "opsd_lightning.prompts.TraceContext"},
+            }
+        )
+        parser.link_arguments("model.policy", "data.policy")
+        parser.link_arguments("data.grader", "model.grader")
+        parser.link_arguments(("model.sampling", "model.eval_sampling"), "data.max_new_tokens", compute_fn=_longest)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+
+def _longest(*samplings: Any) -> int:
+    # An optional part keeps its class beside its settings.
+    settings = [getattr(sampling, "init_args", sampling) for sampling in samplings if sampling is not None]
+    return max(setting["max_new_tokens"] for setting in settings)
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line; a user's mistake ends in one message and exit status 2."""
+    try:
+        OPSDCLI(
+            OPSDModule,
+            OPSDDataModule,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+        )
+    except (UserError, MisconfigurationException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def entry(argv: Sequence[str] | None = None) -> None:
+    main(list(argv) if argv is not None else None)

@@ -1,0 +1,347 @@
+"""The training step: rollouts, two conditioned forward passes, the divergence, one optimizer step.
+
+Source: arXiv 2601.18734, algorithm 1. Optimization is manual because one call of ``training_step`` is one optimizer step:
+all its rollouts are sampled at once, and only then is the number of completion tokens known that every micro-batch's
+loss is divided by.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from peft import PeftModel
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+from transformers import PreTrainedTokenizerBase
+
+from opsd_lightning.grading import MathGrader
+from opsd_lightning.metrics import AccuracyAtK
+from opsd_lightning.objectives import DivergenceObjective, Objective
+from opsd_lightning.policy import Policy, check_head, is_adapter_key, score
+from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
+from opsd_lightning.teachers import FixedTeacher, Teacher
+from opsd_lightning.tokens import micro_batches
+from opsd_lightning.types import PromptBatch, Rollouts, UserError
+
+_MEASURED = ("loss", "clipped", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
+
+
+class OPSDModule(LightningModule):
+    """On-policy self-distillation: one LoRA-adapted model learns from itself, reading the solution.
+
+    Args:
+        policy: The model that plays both roles.
+        teacher: Whose weights the teacher scores with: `FixedTeacher` unless given.
+        objective: What is minimised at every completion token: a `DivergenceObjective` (forward KL over the full
+            vocabulary, not clipped) unless given.
+        rollouts: How completions are sampled: `TransformersEngine` unless given.
+        sampling: What is sampled to train on.
+        eval_sampling: What is sampled in validation, test and predict; as in training unless given.
+        evaluate_teacher: Also sample and grade the privileged teacher in validation and test: the upper bound.
+        grader: How completions are graded. On the command line taken from ``data.grader``.
+        optimizer: Makes the optimizer of the adapter's parameters.
+        lr_scheduler: Makes its learning-rate schedule, stepped after every optimizer step. Constant unless given.
+        max_grad_norm: Gradients with a larger norm are scaled down to it, above 0. Not clipped unless given.
+        token_budget: The most tokens, padding included, that one scoring pass works on, at least 1. It decides memory,
+            never the result.
+        seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        policy: Policy,
+        teacher: Teacher | None = None,
+        objective: Objective | None = None,
+        rollouts: RolloutEngine | None = None,
+        sampling: Sampling = Sampling(),
+        eval_sampling: Sampling | None = None,
+        evaluate_teacher: bool = False,
+        grader: MathGrader | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: PositiveFloat | None = None,
+        token_budget: PositiveInt = 8192,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if any(not isinstance(value, (int, float, str, Mapping, type(None))) for value in self.hparams.values()):
+            # Built in Python, not by the CLI: the parts are objects, which a safe checkpoint cannot hold.
+            self.hparams.clear()
+            self._hparams_initial.clear()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold the adapters, not the base model
+        self.policy = policy
+        self.teacher = teacher or FixedTeacher()
+        self.objective = objective or DivergenceObjective()
+        self.rollouts = rollouts or TransformersEngine()
+        self.sampling = sampling
+        self.eval_sampling = eval_sampling or self.sampling
+        self.evaluate_teacher = evaluate_teacher
+        self.grader = grader or MathGrader()
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.max_grad_norm = max_grad_norm
+        self.token_budget = PositiveInt(token_budget)
+        self.seed = seed
+        self.tokens_generated = 0
+        roles = ["", "teacher_"] if evaluate_teacher else [""]
+        self.accuracy = torch.nn.ModuleDict({role or "student_": AccuracyAtK() for role in roles})
+        self.lengths = torch.nn.ModuleDict(
+            {
+                role or "student_": MetricCollection({"completion_tokens": MeanMetric(), "truncated_fraction": MeanMetric()})
+                for role in roles
+            }
+        )
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the policy and what the teacher keeps in it. Called by Lightning, once its devices are known.
+
+        Raises:
+            UserError: The model cannot be loaded, or settings contradict it.
+        """
+        if hasattr(self, "model"):
+            return
+        self.tokenizer = self.policy.load_tokenizer()
+        vocabulary = self.policy.load_config().get_text_config().vocab_size
+        try:
+            self.objective.check(vocabulary)
+        except ValueError as error:
+            raise UserError(f"model.{error}") from None
+        self.model = self.policy.build(self._trainer.strategy.root_device if self._trainer is not None else None)
+        self.teacher.attach(self.model)
+
+    def on_fit_start(self) -> None:
+        check_head(self.model)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # ragged lists; tensors are made where they are used
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """One optimizer step.
+
+        Returns:
+            For callbacks: ``rollouts``, the ``loss`` and, by name, ``measured``: for each completion a tensor of shape
+            [C] on the CPU (see `Objective.__call__` for the names).
+        """
+        step, rank = self.global_step, self.global_rank
+        seconds = {"rollout": 0.0, "scoring": 0.0}
+        with _timed(seconds, "rollout"):
+            rollouts = self.rollouts.generate(
+                self.model, batch.student, self.sampling, seed_for(self.seed, "rollout", step, rank)
+            )
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        torch.manual_seed(seed_for(self.seed, "dropout", step, rank))
+        with _timed(seconds, "scoring"):
+            loss, measured = self._backward(batch, rollouts)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+        if not math.isfinite(float(grad_norm)):
+            raise RuntimeError(
+                f"the gradient's norm is {float(grad_norm)} at step {step}, loss {loss}: lower the learning rate, clip "
+                "(model.objective.init_args.clip), or compute in bfloat16 or float32; the last checkpoint is still good"
+            )
+        optimizer.step()
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()  # type: ignore[union-attr, call-arg]
+        self.teacher.after_step(self.model, self.global_step)
+        self._log_step(rollouts, measured, loss, seconds)
+        adapter_norm = torch.stack([p.detach().float().norm() for p in parameters]).norm()
+        self.log_dict({"train/grad_norm": float(grad_norm), "train/adapter_norm": adapter_norm}, batch_size=1)
+        return {"loss": torch.tensor(loss), "rollouts": rollouts, "measured": measured}
+
+    def _backward(self, batch: PromptBatch, rollouts: Rollouts) -> tuple[float, dict[str, list[Tensor]]]:
+        """Score all rollouts, micro-batch by micro-batch, and accumulate the gradient of the step's loss."""
+        n = rollouts.n
+        students = [prompt for prompt in batch.student for _ in range(n)]
+        teachers = [prompt for prompt in batch.teacher for _ in range(n)]
+        weights = self.objective.token_weights(rollouts)
+        total = max(self._over_ranks(torch.cat([*weights, torch.zeros(1)]).sum(), "sum"), 1e-12)
+        lengths = [
+            max(len(student), len(teacher)) + len(completion)
+            for student, teacher, completion in zip(students, teachers, rollouts.completions, strict=True)
+        ]
+        plan = micro_batches(lengths, self.token_budget)
+        # Under sharding every rank must make the same number of passes: one that has none left makes empty ones.
+        passes = int(self._over_ranks(torch.tensor(float(len(plan))), "max"))
+        loss = 0.0
+        measured: dict[str, list[Tensor]] = {}
+        for rows in plan + [[]] * (passes - len(plan)):
+            # An empty pass is the first prompt with no completion: no token, a loss of zero that keeps its graph.
+            picked = rows or [0]
+            completions = [rollouts.completions[i] if rows else [] for i in picked]
+            teacher = self.teacher.score(self.model, [teachers[i] for i in picked], completions)
+            # Under autocast the passes without gradient leave casts of the adapter behind that have none.
+            torch.clear_autocast_cache()
+            student, targets = score(self.model, [students[i] for i in picked], completions)
+            weight = torch.cat([weights[i] for i in rows] or [torch.zeros(0)]).to(targets.device) / total
+            part, tokens = self.objective(student, teacher, targets, weight)
+            # Distributed strategies average gradients over ranks; the weights already divide by all ranks' tokens.
+            self.manual_backward(part * self.trainer.world_size)
+            loss += float(part.detach())
+            for name, values in tokens.items():
+                store = measured.setdefault(name, [torch.zeros(0)] * len(students))
+                for i, value in zip(picked, values.cpu().split([len(c) for c in completions]), strict=True):
+                    store[i] = value
+        return self._over_ranks(torch.tensor(loss), "sum"), measured
+
+    def _log_step(
+        self, rollouts: Rollouts, measured: dict[str, list[Tensor]], loss: float, seconds: dict[str, float]
+    ) -> None:
+        nothing = [torch.zeros(0)] * len(rollouts.completions)
+        columns = [measured.get(name, nothing) for name in _MEASURED]
+        first = [row[0] for row in measured.get("forward_kl", nothing) if len(row)]
+        lengths = torch.tensor([float(len(completion)) for completion in rollouts.completions])
+        sums = [torch.cat(column).sum() for column in columns]
+        sums += [torch.tensor(float(x)) for x in (rollouts.tokens, sum(first), len(first))]
+        sums += [torch.tensor(float(x)) for x in (len(lengths), rollouts.terminated.count(False))]
+        everywhere = [self._over_ranks(value, "sum") for value in sums]
+        *token_sums, tokens, first_sum, first_count, rows, truncated = everywhere
+        self.tokens_generated += int(tokens)
+        means = {name: value / max(tokens, 1) for name, value in zip(_MEASURED, token_sums, strict=True)}
+        means["clipped_fraction"] = means.pop("clipped")
+        means["loss"] = loss  # weighted as it was minimised
+        self.log_dict({"train/loss": means["loss"], "train/forward_kl": means["forward_kl"]}, prog_bar=True, batch_size=1)
+        values = {f"train/{name}": value for name, value in means.items() if name not in ("loss", "forward_kl")}
+        values |= {
+            "train/first_token_forward_kl": first_sum / max(first_count, 1),
+            "train/completion_tokens_min": -self._over_ranks(-lengths.min(), "max"),
+            "train/completion_tokens_max": self._over_ranks(lengths.max(), "max"),
+            "train/eos_rate": 1 - truncated / rows,
+            "train/tokens_generated": float(self.tokens_generated),
+        }
+        for phase, elapsed in seconds.items():
+            values[f"time/{phase}_seconds"] = elapsed
+            values[f"time/{phase}_tokens_per_second"] = rollouts.tokens / max(elapsed, 1e-9)
+        self.log_dict(values, batch_size=1)
+        bar = {"train/completion_tokens": tokens / rows, "train/truncated_fraction": truncated / rows}
+        self.log_dict(bar, prog_bar=True, batch_size=1)
+
+    def _over_ranks(self, value: Tensor, operation: str) -> float:
+        if self.trainer.world_size == 1:
+            return float(value)
+        return float(self.trainer.strategy.reduce(value.to(self.device), reduce_op=operation))
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        return self._evaluate(batch, batch_idx)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        return self._evaluate(batch, batch_idx)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Graded completions of a batch, one record a completion."""
+        records, _ = self._grade(batch, batch.student, batch_idx)
+        return [record for record, counted in records if counted]
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample and grade; for callbacks, returns the ``records`` of each role."""
+        found: dict[str, Any] = {"student_": self._grade(batch, batch.student, batch_idx)}
+        if self.evaluate_teacher:
+            with self.teacher.weights(self.model):
+                found["teacher_"] = self._grade(batch, batch.teacher, batch_idx)
+        for role, (records, _) in found.items():
+            n = self.eval_sampling.n
+            for start in range(0, len(records), n):
+                group = [record for record, counted in records[start : start + n] if counted]
+                if group:
+                    self.accuracy[role].update([r["answer"] for r in group], [r["correct"] for r in group])  # type: ignore[operator]
+                for record in group:
+                    self.lengths[role]["completion_tokens"].update(record["completion_tokens"])  # type: ignore[index]
+                    self.lengths[role]["truncated_fraction"].update(float(record["truncated"]))  # type: ignore[index]
+        return {role.rstrip("_"): [record for record, counted in records if counted] for role, (records, _) in found.items()}
+
+    def _grade(
+        self, batch: PromptBatch, prompts: list[list[int]], batch_idx: int
+    ) -> tuple[list[tuple[dict[str, Any], bool]], Rollouts]:
+        seed = seed_for(self.seed, "evaluation", batch_idx, self.global_rank)
+        rollouts = self.rollouts.generate(self.model, prompts, self.eval_sampling, seed)
+        records = []
+        for index, completion in enumerate(rollouts.completions):
+            example = batch.examples[index // rollouts.n]
+            text = self.tokenizer.decode(completion, skip_special_tokens=True)
+            answer = self.grader.find_answer(text)
+            record = {
+                "question": example.question,
+                "reference": example.answer,
+                "completion": text,
+                "answer": answer,
+                "correct": self.grader.equal(answer, example.answer),
+                "completion_tokens": len(completion),
+                "truncated": not rollouts.terminated[index],
+            }
+            records.append((record, batch.counted[index // rollouts.n]))
+        return records, rollouts
+
+    def _log_evaluation(self, stage: str) -> None:
+        k = self.eval_sampling.n
+        for role, accuracy in self.accuracy.items():
+            prefix = f"{stage}/{role.replace('student_', '')}"
+            for name, value in accuracy.compute().items():  # type: ignore[operator]
+                statistic, _, error = name.partition("_")
+                key = f"{prefix}{statistic}@{k}{'_' + error if error else ''}"
+                self.log(key, value, prog_bar=name == "avg", rank_zero_only=False)
+            self.log_dict({f"{prefix}{name}": value for name, value in self.lengths[role].compute().items()})  # type: ignore[operator]
+            accuracy.reset()  # type: ignore[operator]
+            self.lengths[role].reset()  # type: ignore[operator]
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters' weights alone: never the base model's."""
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if is_adapter_key(key)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["opsd_tokens_generated"] = self.tokens_generated
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
+        self.configure_model()
+        ours, theirs = self.state_dict(), checkpoint["state_dict"]
+        wrong = [key for key in ours if key not in theirs or theirs[key].shape != ours[key].shape]
+        wrong += [key for key in theirs if key not in ours]
+        if wrong:
+            raise UserError(
+                f"the checkpoint does not fit this configuration: {len(wrong)} adapter weights differ or are missing, such as "
+                f"{wrong[0]}. Give it the model, LoRA settings and teacher that it was trained with"
+            )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time spent inside. Both phases end by reading numbers off the device, so they wait for it."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] += time.perf_counter() - start

@@ -1,0 +1,391 @@
+"""The single LoRA-adapted causal language model that plays both roles: how it is loaded, and how it scores tokens.
+
+`Policy` is the recipe (plain settings, so that it travels through YAML and checkpoints); `Policy.build` makes the model.
+Base weights are frozen; the trainable adapter is called ``default``, as peft calls it, and a teacher may add a second,
+frozen one called ``teacher``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from opsd_lightning import tokens
+from opsd_lightning.types import TokenStates, UserError
+
+STUDENT = "default"
+TEACHER = "teacher"
+
+Probability = restricted_number_type("Probability", float, [(">=", 0), ("<", 1)], docstring="from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The trainable low-rank adapter (peft's ``LoraConfig``).
+
+    Args:
+        r: Rank, at least 1. The paper's is 64.
+        alpha: Scale: the update is alpha / r times B A. The paper's is 128.
+        dropout: Probability of dropping an input of A while training, from 0 to below 1.
+        target_modules: ``all-linear``, or names of linear layers such as ``[q_proj, v_proj]``.
+        options: Any further fields of peft's ``LoraConfig``, by name, such as ``{use_rslora: true}``.
+    """
+
+    r: PositiveInt = 64
+    alpha: PositiveFloat = 128.0
+    dropout: Probability = 0.05  # type: ignore[valid-type]
+    target_modules: str | list[str] = "all-linear"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> LoraConfig:
+        try:
+            return LoraConfig(
+                r=self.r,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]
+                lora_dropout=self.dropout,
+                target_modules=self.target_modules,
+                task_type="CAUSAL_LM",
+                **self.options,
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.policy.lora does not make a peft LoraConfig: {error}") from None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The LoRA-adapted causal language model: what to load and how.
+
+    Args:
+        model: A Hugging Face id, a local folder, or a ``.gguf`` file (dequantized on loading).
+        lora: The trainable adapter's settings. Left alone where ``adapter`` is given: that adapter has its own.
+        adapter: A trained LoRA adapter to start from, a peft folder or Hugging Face id. The fixed teacher is then the
+            model with this adapter, not the base below it.
+        dtype: Type of the base weights. ``auto`` takes the checkpoint's own. The adapter stays in float32.
+        quantization: How base weights are quantized as they are loaded, by transformers: 4-bit NF4 with ``load_in_4bit:
+            true, bnb_4bit_quant_type: nf4``, or 8-bit with ``load_in_8bit: true``. Not quantized unless given.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; transformers' choice unless given.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        pad_token: Token to pad with, for a tokenizer that has none, such as its EOS token. Pads never reach the loss.
+        chat_template: A Jinja file, for a tokenizer that has no chat template or to replace the one it has.
+        revision: Branch, tag or commit of a Hugging Face id.
+        trust_remote_code: Run code that the model's repository brings. Off unless you have read it.
+    """
+
+    model: str
+    lora: LoRA = field(default_factory=LoRA)
+    adapter: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: BitsAndBytesConfig | None = None
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    pad_token: str | None = None
+    chat_template: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def _where(self) -> dict[str, Any]:
+        """The arguments of ``from_pretrained`` that say what to load."""
+        path = Path(self.model)
+        gguf = path.suffix == ".gguf"
+        local = gguf or path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
+        if local and not path.exists():
+            raise UserError(f"model.policy.model: {self.model} does not exist; give a Hugging Face id, a folder or a .gguf")
+        common = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
+        if gguf:
+            return common | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return common | {"pretrained_model_name_or_path": self.model}
+
+    def _load(self, loader: Callable[..., Any], **kwargs: Any) -> Any:
+        where = self._where()
+        try:
+            return loader(**where, **kwargs)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"model.policy.model: cannot load {self.model!r} ({reason[0] if reason else type(error).__name__}); give a "
+                "causal language model's Hugging Face id, local folder or .gguf file"
+            ) from error
+
+    def load_config(self) -> PretrainedConfig:
+        """The model's configuration, without its weights."""
+        return self._load(AutoConfig.from_pretrained)
+
+    def context_length(self) -> int | None:
+        """The most tokens (prompt and completion) that the model takes, or None where its configuration is silent."""
+        return getattr(self.load_config().get_text_config(), "max_position_embeddings", None)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a chat template and a pad token."""
+        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer.from_pretrained)
+        if self.chat_template is not None:
+            try:
+                tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"model.policy.chat_template: cannot read {self.chat_template} ({error.strerror})") from None
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {self.model} has no chat template: choose an instruction-tuned model, or give a Jinja "
+                "file as model.policy.chat_template"
+            )
+        if self.pad_token is not None:
+            if tokenizer.convert_tokens_to_ids(self.pad_token) in (None, tokenizer.unk_token_id):
+                raise UserError(f"model.policy.pad_token: {self.pad_token!r} is not a token of {self.model}")
+            tokenizer.pad_token = self.pad_token
+        if tokenizer.pad_token_id is None:
+            raise UserError(
+                f"the tokenizer of {self.model} has no pad token: set model.policy.pad_token, for example to its EOS token "
+                f"{tokenizer.eos_token!r}"
+            )
+        return tokenizer
+
+    def build(self, device: torch.device | None = None) -> PeftModel:
+        """Load the base model, quantize it where asked, freeze it and put the trainable adapter on it.
+
+        Args:
+            device: Where quantized weights go, which are quantized there. Others load on the CPU.
+
+        Raises:
+            UserError: The model or the adapter cannot be loaded, or do not fit each other.
+        """
+        kwargs: dict[str, Any] = {"dtype": self.dtype}
+        if self.attn_implementation is not None:
+            kwargs["attn_implementation"] = self.attn_implementation
+        if self.quantization is not None:
+            if self.model.endswith(".gguf"):
+                raise UserError("model.policy.quantization does not go with a .gguf file: convert it to a folder first")
+            kwargs |= {"quantization_config": self.quantization, "device_map": {"": device or torch.device("cpu")}}
+        base: PreTrainedModel = self._load(AutoModelForCausalLM.from_pretrained, **kwargs)
+        if self.model.endswith(".gguf"):
+            # The weights are plain floats now; left in place, this mark makes transformers refuse to save them.
+            del base.config.quantization_config
+            base.hf_quantizer = None  # type: ignore[assignment]
+        tokenizer = self.load_tokenizer()
+        # The checkpoint's own sampling defaults (a top_k, a repetition penalty) would leak into every rollout that
+        # leaves them unset. Only its EOS ids are wanted, all of them: a chat model may have more than its tokenizer's.
+        base.generation_config = GenerationConfig(
+            eos_token_id=sorted(
+                {
+                    token
+                    for source in (base.generation_config, base.config, tokenizer)
+                    for token in _as_list(getattr(source, "eos_token_id", None))
+                }
+            ),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = self._adapt(base)
+        if self.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def _adapt(self, base: PreTrainedModel) -> PeftModel:
+        if self.adapter is None:
+            try:
+                return _as_peft(get_peft_model(base, self.lora.config()))
+            except ValueError as error:
+                raise UserError(f"model.policy.lora does not fit {self.model}: {error}") from None
+        try:
+            config = LoraConfig.from_pretrained(self.adapter)
+            weights = load_peft_weights(self.adapter, device="cpu")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"model.policy.adapter: {self.adapter} is not a LoRA adapter's folder or id ({error})") from None
+        own = LoRA()
+        if self.lora != own and (self.lora.r, self.lora.alpha) != (config.r, config.lora_alpha):
+            raise UserError(
+                f"model.policy.adapter brings r = {config.r} and alpha = {config.lora_alpha}; model.policy.lora says "
+                f"{self.lora.r} and {self.lora.alpha}: leave model.policy.lora out"
+            )
+        config.inference_mode = False
+        try:
+            model = _as_peft(get_peft_model(base, config))
+            result = set_peft_model_state_dict(model, weights)
+            wrong = list(result.unexpected_keys) + [k for k in result.missing_keys if f".{STUDENT}" in k]
+            if wrong:
+                raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"model.policy.adapter: {self.adapter} was made for another model than {self.model} "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from None
+        return model
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _as_peft(model: Any) -> PeftModel:
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def eos_ids(model: PeftModel) -> frozenset[int]:
+    """Every token that ends a completion."""
+    config = model.get_base_model().generation_config
+    return frozenset(_as_list(config.eos_token_id))
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a parameter's name belongs to an adapter rather than to the frozen base model."""
+    return not {STUDENT, TEACHER}.isdisjoint(key.split("."))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and gradient checkpointing off inside; every module's own mode restored after.
+
+    ``generate`` in training mode with gradient checkpointing on silently returns other tokens.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def score(
+    model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> tuple[TokenStates, Tensor]:
+    """States that predict each completion token under whatever adapter is active, and those tokens.
+
+    Args:
+        model: The policy, in whatever mode it is in.
+        prompts: B prompts.
+        completions: B completions; all their tokens, T, are scored.
+
+    Returns:
+        Hidden states of shape [T, D] with the head that makes logits of them, and the targets, of shape [T].
+    """
+    base = model.get_base_model()
+    rows = tokens.join(prompts, completions, next(model.parameters()).device)
+    # No attention mask: rows are padded on the right only (see tokens.py).
+    hidden = base.base_model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).last_hidden_state
+    picked = hidden.flatten(0, 1)[rows.predictors]
+    head = base.get_output_embeddings()
+    return TokenStates(picked, head_of(model), tuple(head.parameters())), rows.targets
+
+
+def head_of(model: PeftModel) -> Callable[[Tensor], Tensor]:
+    """The map from hidden states [rows, D] to logits [rows, V], with the model's own scale and soft cap."""
+    base = model.get_base_model()
+    config = base.config.get_text_config()
+    head = base.get_output_embeddings()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = head(hidden)
+        out = out if scale == 1.0 else out * scale
+        return out if cap is None else cap * torch.tanh(out / cap)
+
+    return logits
+
+
+def has_adapted_head(model: PeftModel) -> bool:
+    """Whether an adapter sits on the language-model head, so that each role has a head of its own."""
+    head = model.get_base_model().get_output_embeddings()
+    return isinstance(head, BaseTunerLayer) or any(is_adapter_key(name) for name, _ in head.named_parameters())
+
+
+@torch.no_grad()
+def check_head(model: PeftModel) -> None:
+    """Compare our logits with the model's own on a few tokens.
+
+    Raises:
+        UserError: They differ: this architecture does something between its hidden states and its logits that
+            `head_of` does not know.
+    """
+    prompt = [list(range(4, 10))]
+    with evaluating(model):
+        states, _ = score(model, [prompt[0][:1]], [prompt[0][1:]])
+        ours = states.head(states.hidden).float()
+        device = next(model.parameters()).device
+        theirs = model.get_base_model()(input_ids=torch.tensor(prompt, device=device)).logits[0, :-1].float()
+    tolerance = 1e-4 if states.hidden.dtype == torch.float32 else 5e-2
+    if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
+        name = type(model.get_base_model()).__name__
+        raise UserError(
+            f"{name} does not make its logits from its hidden states and its head alone (largest difference "
+            f"{float((ours - theirs).abs().max()):.3g}): this model is not supported yet"
+        )
+
+
+def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
+    """Write the student's adapter as a peft folder, whole or not at all.
+
+    Args:
+        model: The policy.
+        folder: Where ``PeftModel.from_pretrained`` shall find it. Replaced if it exists.
+        state_dict: The policy's adapter weights to write, by their names in ``model``; its present ones unless given.
+    """
+    folder = Path(folder)
+    with _replacing(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=state_dict, selected_adapters=[STUDENT], safe_serialization=True)
+    return folder
+
+
+def merge_adapter(model: str, adapter: str | Path, folder: str | Path, dtype: str = "auto") -> Path:
+    """Write the base model with an adapter merged into its weights, as an ordinary model folder with its tokenizer.
+
+    Args:
+        model: The base model that the adapter was trained on: a Hugging Face id, a folder or a ``.gguf`` file. A model
+            that was trained in 4 bits is merged into its full-precision weights.
+        adapter: The adapter's peft folder or Hugging Face id.
+        folder: Where the merged model goes. Replaced if it exists.
+        dtype: Type of the weights, as in `Policy`.
+    """
+    policy = Policy(model=model, adapter=str(adapter), dtype=dtype)  # type: ignore[arg-type]
+    generation = None if model.endswith(".gguf") else policy._load(_generation_config_or_none)
+    merged = policy.build().merge_and_unload()
+    if generation is not None:
+        merged.generation_config = generation
+    with _replacing(Path(folder)) as temporary:
+        merged.save_pretrained(temporary, safe_serialization=True)
+        policy.load_tokenizer().save_pretrained(temporary)
+    return Path(folder)
+
+
+def _generation_config_or_none(pretrained_model_name_or_path: str, **kwargs: Any) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(pretrained_model_name_or_path, revision=kwargs["revision"])
+    except OSError:
+        return None
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary sibling of a folder, renamed to it at the end: readers never see a half-written one."""
+    import shutil
+    import tempfile
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

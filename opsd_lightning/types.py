@@ -1,0 +1,87 @@
+"""What travels between the rooms of the package.
+
+Legend of the shape letters used in comments and docstrings everywhere:
+
+    B  rows: one prompt with one completion       P  prompt tokens of a row
+    C  completion tokens of a row                 L  P + C, padded to the longest row of a micro-batch
+    T  completion tokens of a whole micro-batch   V  vocabulary          D  hidden size
+
+Token ids stay ragged Python lists until the moment a model needs a tensor: lengths are then the only truth about
+what is padding, and no mask is ever read off the pad id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Example(NamedTuple):
+    """A question with its verified reasoning trace.
+
+    Args:
+        question: The problem, as the student sees it.
+        trace: The worked reference solution, which only the teacher sees.
+        answer: The reference answer that completions and the trace are graded against.
+        columns: The source's row as it was read, for contexts that need another column.
+    """
+
+    question: str
+    trace: str
+    answer: str
+    columns: Mapping[str, Any] = {}
+
+
+class PromptBatch(NamedTuple):
+    """The prompts of some questions, for both roles.
+
+    Args:
+        student: Token ids of the student's prompts, one list a question.
+        teacher: Token ids of the teacher's prompts, with the privileged context inside.
+        examples: The examples they were made from, in the same order.
+        counted: Whether a row enters the metrics: False for a repeat that only evens out the ranks.
+    """
+
+    student: list[list[int]]
+    teacher: list[list[int]]
+    examples: list[Example]
+    counted: list[bool]
+
+
+class Rollouts(NamedTuple):
+    """Completions sampled for some prompts; row ``i`` belongs to prompt ``i // n``.
+
+    Args:
+        completions: Token ids of each completion, its EOS included where it was sampled.
+        terminated: Whether the row ended with an EOS. A row that did not was truncated at ``max_new_tokens``.
+        n: Completions for each prompt.
+    """
+
+    completions: list[list[int]]
+    terminated: list[bool]
+    n: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Number of completion tokens of all rows."""
+        return sum(map(len, self.completions))
+
+
+class TokenStates(NamedTuple):
+    """One role's view of T completion tokens: what the language-model head turns into logits.
+
+    Args:
+        hidden: Hidden states that predict each completion token. Shape [T, D].
+        head: Maps rows of hidden states, [rows, D], to logits [rows, V], with the role's own weights.
+        head_parameters: The head's own parameters that train, if any.
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    head_parameters: tuple[Tensor, ...] = ()
+
+
+class UserError(ValueError):
+    """A user's mistake: the message names the problem, the setting and the remedy, and needs no traceback."""
