@@ -58,6 +58,12 @@ class LoRA:
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> LoraConfig:
+        start = self.options.get("init_lora_weights", True)
+        if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
+            raise UserError(
+                f"model.policy.lora.options.init_lora_weights: {start!r} changes the base weights, so that the exported "
+                "adapter would not fit the model it is loaded on; leave it out, or use gaussian or orthogonal"
+            )
         try:
             return LoraConfig(
                 r=self.r,
@@ -195,6 +201,8 @@ class Policy:
         model = self._adapt(base)
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
+        # `from_pretrained` leaves evaluation mode, in which gradient checkpointing stays off.
+        model.train()
         return model
 
     def _adapt(self, base: PreTrainedModel) -> PeftModel:

@@ -6,6 +6,7 @@ Source: arXiv 2601.18734, section 3 (fixed initial policy); EMA and live teacher
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -113,7 +114,7 @@ def _is_identity(model: PeftModel) -> bool:
 def _add_frozen_copy(model: PeftModel) -> None:
     if not isinstance(model, PeftModel) or STUDENT not in model.peft_config:
         raise UserError("the policy has no LoRA adapter for the teacher to copy (model.policy.lora)")
-    model.add_adapter(TEACHER, model.peft_config[STUDENT])
+    model.add_adapter(TEACHER, copy.deepcopy(model.peft_config[STUDENT]))
     model.set_adapter(STUDENT)
     with torch.no_grad():
         for teacher, student in _pairs(model):
