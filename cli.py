@@ -1,6 +1,6 @@
 """The command line, from a checkout: ``python cli.py fit ...`` is ``opsd fit ...``."""
 
-from opsd_lightning.main import main
+from opsd_lightning.main import entry
 
 if __name__ == "__main__":
-    main()
+    entry()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from opsd_lightning.module import OPSDModule
@@ -39,9 +38,11 @@ class AdapterExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, OPSDModule)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero:
             return
-        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), "")
+        best = next(
+            (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), ""
+        )
         weights = None
         if best:
             checkpoint = torch.load(best, map_location="cpu", weights_only=True)
@@ -118,31 +119,44 @@ def _markdown(columns: Sequence[str], table: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
 
 
-class RolloutWriter(BasePredictionWriter):
-    """Writes what ``predict`` samples to a JSON Lines file: one graded completion a line.
+class RolloutWriter(Callback):
+    """Writes the graded completions of ``predict`` and ``test`` to JSON Lines files, one completion a line.
 
     Args:
-        path: The file, relative to the trainer's ``default_root_dir``; further ranks add their number to its name.
-            Replaced if it exists.
+        folder: Where ``predict.jsonl`` or ``test.jsonl`` goes, relative to the trainer's ``default_root_dir``; further
+            ranks add their number to the name. Replaced if it exists.
     """
 
-    def __init__(self, path: str = "predictions.jsonl") -> None:
-        super().__init__(write_interval="epoch")
-        self.path = path
+    def __init__(self, folder: str = ".") -> None:
+        self.folder = folder
+        self.records: list[dict[str, Any]] = []
 
-    def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        path = Path(trainer.default_root_dir) / self.path
-        if trainer.global_rank:
-            path = path.with_stem(f"{path.stem}-{trainer.global_rank}")
+        self.records += outputs
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.records += [{"role": role} | record for role, records in outputs.items() for record in records]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, "predict")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, "test")
+
+    def _write(self, trainer: Trainer, stage: str) -> None:
+        rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
+        path = Path(trainer.default_root_dir) / self.folder / f"{stage}{rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.partial")
-        with temporary.open("w", encoding="utf-8") as file:
-            for record in (record for batch in predictions for record in batch):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records]
+        temporary.write_text("".join(lines), encoding="utf-8")
         os.replace(temporary, path)
-        print(f"Graded completions are in {path}")
+        self.records = []
+        print(f"{len(lines)} graded completions are in {path}")
 
 
 class BaselineEvaluation(Callback):
@@ -163,5 +177,3 @@ class BaselineEvaluation(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=0)
-
-

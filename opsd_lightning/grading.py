@@ -90,7 +90,7 @@ class _Worker:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[str] | None = None
-        self.replies: queue.Queue[str] = queue.Queue()
+        self.replies = queue.Queue[str]()
 
     @classmethod
     def shared(cls) -> _Worker:
@@ -108,9 +108,15 @@ class _Worker:
             text=True,
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
-        self.replies = replies = queue.Queue()
+        self.replies = replies = queue.Queue[str]()
         assert process.stdout is not None
-        threading.Thread(target=lambda lines: [replies.put(x) for x in lines], args=(process.stdout,), daemon=True).start()
+        lines = process.stdout
+
+        def listen() -> None:
+            for line in lines:
+                replies.put(line)
+
+        threading.Thread(target=listen, daemon=True).start()
         if self._reply(_STARTUP_SECONDS) != "ready":
             self.stop()
             raise RuntimeError("the math-verify process did not start: is `pip install math-verify` complete?")

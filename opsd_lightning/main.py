@@ -6,7 +6,6 @@ Rooms are imported here so that YAML may name their classes without their module
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,10 +17,20 @@ import opsd_lightning.objectives
 import opsd_lightning.prompts
 import opsd_lightning.rollouts
 import opsd_lightning.sources
-import opsd_lightning.teachers  # noqa: F401
+import opsd_lightning.teachers
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.types import UserError
+
+# Settings of the Trainer that Lightning refuses under manual optimization, and what takes their place here.
+_NOT_THE_TRAINERS: dict[str, tuple[Any, str]] = {
+    "accumulate_grad_batches": (
+        1,
+        "one training step is one optimizer step here, scored in as many micro-batches as model.token_budget asks for: set "
+        "data.batch_size to the questions of an optimizer step",
+    ),
+    "gradient_clip_val": (None, "set model.max_grad_norm instead"),
+}
 
 
 class OPSDCLI(LightningCLI):
@@ -50,6 +59,18 @@ class OPSDCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.subcommand].trainer
+        for name, (default, instead) in _NOT_THE_TRAINERS.items():
+            if trainer[name] != default:
+                raise UserError(f"trainer.{name} is {trainer[name]}, which has no meaning here: {instead}")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:  # a part's own check of its settings
+            raise UserError(str(error)) from error
+
 
 def _longest(*samplings: Any) -> int:
     # An optional part keeps its class beside its settings.
@@ -57,20 +78,33 @@ def _longest(*samplings: Any) -> int:
     return max(setting["max_new_tokens"] for setting in settings)
 
 
-def main(args: ArgsType = None) -> None:
-    """Run the command line; a user's mistake ends in one message and exit status 2."""
+def main(args: ArgsType = None) -> OPSDCLI:
+    """Run the command line.
+
+    Args:
+        args: The arguments; the process's own unless given.
+
+    Returns:
+        The finished run, with its ``trainer``, ``model`` and ``datamodule``.
+
+    Raises:
+        SystemExit: With status 2, after one message, for a user's mistake.
+    """
     try:
-        OPSDCLI(
+        return OPSDCLI(
             OPSDModule,
             OPSDDataModule,
             args=args,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"version": opsd_lightning.__version__},
         )
     except (UserError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def entry(argv: Sequence[str] | None = None) -> None:
-    main(list(argv) if argv is not None else None)
+def entry() -> None:
+    """The ``opsd`` command."""
+    main()

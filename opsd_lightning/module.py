@@ -77,10 +77,10 @@ class OPSDModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if any(not isinstance(value, (int, float, str, Mapping, type(None))) for value in self.hparams.values()):
+        if any(not isinstance(value, (int, float, str, Mapping, type(None))) for value in dict(self.hparams).values()):
             # Built in Python, not by the CLI: the parts are objects, which a safe checkpoint cannot hold.
-            self.hparams.clear()
-            self._hparams_initial.clear()
+            self._hparams: Any = {}
+            self._hparams_initial: Any = {}
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold the adapters, not the base model
         self.policy = policy
@@ -289,7 +289,7 @@ class OPSDModule(LightningModule):
         records = []
         for index, completion in enumerate(rollouts.completions):
             example = batch.examples[index // rollouts.n]
-            text = self.tokenizer.decode(completion, skip_special_tokens=True)
+            text = str(self.tokenizer.decode(completion, skip_special_tokens=True))
             answer = self.grader.find_answer(text)
             record = {
                 "question": example.question,
@@ -332,8 +332,8 @@ class OPSDModule(LightningModule):
         wrong += [key for key in theirs if key not in ours]
         if wrong:
             raise UserError(
-                f"the checkpoint does not fit this configuration: {len(wrong)} adapter weights differ or are missing, such as "
-                f"{wrong[0]}. Give it the model, LoRA settings and teacher that it was trained with"
+                f"the checkpoint does not fit this configuration: {len(wrong)} adapter weights differ or are missing, such "
+                f"as {wrong[0]}. Give it the model, LoRA settings and teacher that it was trained with"
             )
 
 

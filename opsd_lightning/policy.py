@@ -225,7 +225,7 @@ class Policy:
         config.inference_mode = False
         try:
             model = _as_peft(get_peft_model(base, config))
-            result = set_peft_model_state_dict(model, weights)
+            result: Any = set_peft_model_state_dict(model, weights)
             wrong = list(result.unexpected_keys) + [k for k in result.missing_keys if f".{STUDENT}" in k]
             if wrong:
                 raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
@@ -246,9 +246,14 @@ def _as_peft(model: Any) -> PeftModel:
     return model
 
 
+def base_of(model: PeftModel) -> Any:
+    """The causal language model below the adapter; its attributes are transformers' to know."""
+    return model.get_base_model()
+
+
 def eos_ids(model: PeftModel) -> frozenset[int]:
     """Every token that ends a completion."""
-    config = model.get_base_model().generation_config
+    config = base_of(model).generation_config
     return frozenset(_as_list(config.eos_token_id))
 
 
@@ -285,7 +290,7 @@ def score(
     Returns:
         Hidden states of shape [T, D] with the head that makes logits of them, and the targets, of shape [T].
     """
-    base = model.get_base_model()
+    base = base_of(model)
     rows = tokens.join(prompts, completions, next(model.parameters()).device)
     # No attention mask: rows are padded on the right only (see tokens.py).
     hidden = base.base_model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).last_hidden_state
@@ -296,7 +301,7 @@ def score(
 
 def head_of(model: PeftModel) -> Callable[[Tensor], Tensor]:
     """The map from hidden states [rows, D] to logits [rows, V], with the model's own scale and soft cap."""
-    base = model.get_base_model()
+    base = base_of(model)
     config = base.config.get_text_config()
     head = base.get_output_embeddings()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -312,7 +317,7 @@ def head_of(model: PeftModel) -> Callable[[Tensor], Tensor]:
 
 def has_adapted_head(model: PeftModel) -> bool:
     """Whether an adapter sits on the language-model head, so that each role has a head of its own."""
-    head = model.get_base_model().get_output_embeddings()
+    head = base_of(model).get_output_embeddings()
     return isinstance(head, BaseTunerLayer) or any(is_adapter_key(name) for name, _ in head.named_parameters())
 
 
@@ -329,10 +334,10 @@ def check_head(model: PeftModel) -> None:
         states, _ = score(model, [prompt[0][:1]], [prompt[0][1:]])
         ours = states.head(states.hidden).float()
         device = next(model.parameters()).device
-        theirs = model.get_base_model()(input_ids=torch.tensor(prompt, device=device)).logits[0, :-1].float()
+        theirs = base_of(model)(input_ids=torch.tensor(prompt, device=device)).logits[0, :-1].float()
     tolerance = 1e-4 if states.hidden.dtype == torch.float32 else 5e-2
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
-        name = type(model.get_base_model()).__name__
+        name = type(base_of(model)).__name__
         raise UserError(
             f"{name} does not make its logits from its hidden states and its head alone (largest difference "
             f"{float((ours - theirs).abs().max()):.3g}): this model is not supported yet"
@@ -349,7 +354,7 @@ def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Te
     """
     folder = Path(folder)
     with _replacing(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=state_dict, selected_adapters=[STUDENT], safe_serialization=True)
+        model.save_pretrained(str(temporary), state_dict=state_dict, selected_adapters=[STUDENT], safe_serialization=True)
     return folder
 
 

@@ -199,7 +199,7 @@ class Prompts:
             if self.max_trace_tokens is not None:
                 ids = tokenizer.encode(context, add_special_tokens=False)
                 if cut := len(ids) > self.max_trace_tokens:
-                    context = tokenizer.decode(ids[: self.max_trace_tokens])
+                    context = str(tokenizer.decode(ids[: self.max_trace_tokens]))
             content = _fill(self.teacher_template, question=example.question, context=context)
         prompt = self._render(tokenizer, content, self.teacher_chat_template_kwargs)
         if self.teacher_response_prefix:
@@ -212,9 +212,10 @@ class Prompts:
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
         # The template's own tokenization adds no special tokens: what it renders already holds the BOS, once.
-        return Prompt(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs)
+        ids: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs
         )
+        return Prompt(ids)
 
 
 def _fill(template: str, **values: str) -> str:

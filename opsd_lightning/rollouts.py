@@ -16,7 +16,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from opsd_lightning.policy import eos_ids, evaluating
+from opsd_lightning.policy import base_of, eos_ids, evaluating
 from opsd_lightning.tokens import cut_at_eos, pad_left
 from opsd_lightning.types import Rollouts
 
@@ -99,7 +99,7 @@ class TransformersEngine(RolloutEngine):
 
 
 def _generation_config(sampling: Sampling, model: PeftModel) -> GenerationConfig:
-    own = model.get_base_model().generation_config
+    own = base_of(model).generation_config
     common = {
         "max_new_tokens": sampling.max_new_tokens,
         "use_cache": True,

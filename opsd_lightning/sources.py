@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse.typing import PositiveInt
 
@@ -110,8 +110,8 @@ class HubSource(ExampleSource):
             raise
         except Exception as error:  # datasets raises of many kinds: from the hub, from the disk, from its parsers
             raise UserError(
-                f"cannot load the dataset {self.path!r}, split {self.split!r} ({_first_line(error)}); give a Hugging Face id "
-                "or a folder written by save_to_disk as the source's path"
+                f"cannot load the dataset {self.path!r}, split {self.split!r} ({_first_line(error)}); give a Hugging Face "
+                "id or a folder written by save_to_disk as the source's path"
             ) from error
         assert isinstance(loaded, Dataset)
         return self.columns.read(loaded, f"the dataset {self.path}")
@@ -126,7 +126,7 @@ class FileSource(ExampleSource):
         columns: Which column holds what.
     """
 
-    _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    _BUILDERS: ClassVar = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
     def __init__(self, path: str, split: str = "train", columns: Columns = Columns()) -> None:
         self.path, self.split = path, split
@@ -178,7 +178,9 @@ class ReasoningGymSource(ExampleSource):
         try:
             dataset = reasoning_gym.create_dataset(self.task, size=self.size, seed=self.seed, **self.options)
         except (ValueError, TypeError, AssertionError) as error:
-            raise UserError(f"the source's task {self.task!r} cannot be made by reasoning-gym ({_first_line(error)})") from error
+            raise UserError(
+                f"the source's task {self.task!r} cannot be made by reasoning-gym ({_first_line(error)})"
+            ) from error
         found = []
         for item in dataset:
             if self.trace_key not in item["metadata"]:
@@ -205,8 +207,25 @@ class WordProblems(ExampleSource):
         largest: The largest number in a question or an answer, at least 5.
     """
 
-    _NAMES = "Mia Leo Ada Tom Zoe Sam Eva Max Ivy Ben Lily Noah Ruth Omar Nina Carl".split()
-    _THINGS = "pens books apples coins shells cards marbles stamps cookies stickers buttons stones".split()
+    _NAMES = (
+        "Mia",
+        "Leo",
+        "Ada",
+        "Tom",
+        "Zoe",
+        "Sam",
+        "Eva",
+        "Max",
+        "Ivy",
+        "Ben",
+        "Lily",
+        "Noah",
+        "Ruth",
+        "Omar",
+        "Nina",
+        "Carl",
+    )
+    _THINGS = ("pens", "books", "apples", "coins", "shells", "cards", "marbles", "stamps", "cookies", "stickers", "buttons")
     _PLUS = (
         "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
         "{name} has {a} {things} and finds {b} more. How many {things} does {name} have in total?",

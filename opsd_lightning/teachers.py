@@ -37,9 +37,7 @@ class Teacher(ABC):
         """Called after every optimizer step, with the number of steps made so far."""
 
     @torch.no_grad()
-    def score(
-        self, model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-    ) -> TokenStates:
+    def score(self, model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenStates:
         """The teacher's states at the student's completion tokens; dropout off, no gradient."""
         with evaluating(model), self.weights(model):
             states, _ = score(model, prompts, completions)

@@ -30,6 +30,8 @@ from transformers import (
 
 from opsd_lightning.policy import LoRA, Policy
 
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+
 ARCHITECTURES = ["llama", "qwen3", "gpt2"]
 SPECIAL = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>"]
 EOS, SECOND_EOS = SPECIAL.index("<|im_end|>"), SPECIAL.index("<|end|>")

@@ -50,14 +50,21 @@ def subclasses(base: type) -> Iterator[type]:
 
 @pytest.mark.parametrize(
     ("base", "tested"),
-    [(Divergence, DIVERGENCES), (Support, SUPPORTS), (Clip, CLIPS), (Objective, [DivergenceObjective(), SampledTokenObjective()])],
+    [
+        (Divergence, DIVERGENCES),
+        (Support, SUPPORTS),
+        (Clip, CLIPS),
+        (Objective, [DivergenceObjective(), SampledTokenObjective()]),
+    ],
 )
 def test_every_subclass_is_under_test(base: type, tested: list[object]) -> None:
     ours = {cls for cls in subclasses(base) if cls.__module__.startswith("opsd_lightning")}
     assert ours == {type(part) for part in tested}
 
 
-def run(objective: Objective, student: Tensor, teacher: Tensor, targets: Tensor | None = None, weights: Tensor | None = None):
+def run(
+    objective: Objective, student: Tensor, teacher: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+):
     """The objective on logits: an identity head."""
     rows = student.shape[0]
     targets = torch.zeros(rows, dtype=torch.long) if targets is None else targets
@@ -275,7 +282,9 @@ def test_half_precision_states_give_a_full_precision_divergence() -> None:
     teacher = (hidden.float() + 0.01 * torch.randn(50, 8)).bfloat16()
     objective = DivergenceObjective()
     with torch.no_grad():
-        loss, tokens = objective(TokenStates(hidden, head), TokenStates(teacher, head), torch.zeros(50).long(), torch.ones(50))
+        _, tokens = objective(
+            TokenStates(hidden, head), TokenStates(teacher, head), torch.zeros(50).long(), torch.ones(50)
+        )
         s, t = (head(x).double().log_softmax(-1) for x in (hidden, teacher))
     expected = (t.exp() * (t - s)).sum(-1)
     assert tokens["forward_kl"].dtype == torch.float32
@@ -309,5 +318,5 @@ def test_token_weights() -> None:
 @pytest.mark.parametrize("support", [TopKRenormalized, TopKWithTail])
 def test_top_k_must_be_smaller_than_the_vocabulary(support: type) -> None:
     support(9).check(10)
-    with pytest.raises(ValueError, match="support.k is 10"):
+    with pytest.raises(ValueError, match=r"support\.k is 10"):
         support(10).check(10)

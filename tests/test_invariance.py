@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, COMPLETIONS, EOS, PROMPTS, SECOND_EOS, TEACHER_PROMPTS, perturb
 from peft import PeftModel
 
+from conftest import ARCHITECTURES, COMPLETIONS, EOS, PROMPTS, SECOND_EOS, TEACHER_PROMPTS, perturb
 from opsd_lightning.objectives import DivergenceObjective
 from opsd_lightning.policy import check_head, score
 from opsd_lightning.rollouts import Sampling, TransformersEngine

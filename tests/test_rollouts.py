@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import EOS, PROMPTS, SECOND_EOS
 from peft import PeftModel
 
+from conftest import EOS, PROMPTS, SECOND_EOS
 from opsd_lightning.policy import LoRA, eos_ids, evaluating, score
 from opsd_lightning.rollouts import Sampling, TransformersEngine, seed_for
 from opsd_lightning.tokens import cut_at_eos

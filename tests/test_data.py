@@ -1,0 +1,211 @@
+"""Sources, verification, and loaders that resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from test_divergences import subclasses
+
+from conftest import write_jsonl
+from opsd_lightning.data import EvalLoader, OPSDDataModule, TrainLoader
+from opsd_lightning.policy import Policy
+from opsd_lightning.prompts import OtherProblemContext, Prompts
+from opsd_lightning.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource, WordProblems
+from opsd_lightning.types import Example, PromptBatch, UserError
+
+ROWS: list[dict[str, Any]] = [
+    {"problem": f"What is {n} + 1?", "solution": f"{n} + 1 = {n + 1}. The answer is {n + 1}.", "gold": n + 1, "tip": "count"}
+    for n in range(12)
+]
+MAPPED = Columns(answer="gold")
+
+
+class Listed(ExampleSource):
+    def __init__(self, *examples: Example) -> None:
+        self.listed = list(examples)
+
+    def examples(self) -> list[Example]:
+        return self.listed
+
+
+def files(folder: Path) -> list[Path]:
+    Dataset.from_list(ROWS).to_parquet(folder / "rows.parquet")
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    with (folder / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return [write_jsonl(folder / "rows.jsonl", ROWS), *(folder / f"rows.{kind}" for kind in ("json", "csv", "parquet"))]
+
+
+def test_every_file_format_gives_the_same_examples(tmp_path: Path) -> None:
+    for path in files(tmp_path):
+        examples = FileSource(str(path), columns=MAPPED).examples()
+        assert [e[:3] for e in examples] == [(r["problem"], r["solution"], str(r["gold"])) for r in ROWS], path
+        assert examples[3].columns["tip"] == "count"
+        assert len(FileSource(str(path), split="train[:25%]", columns=MAPPED).examples()) == 3
+
+
+def test_datasets_from_disk(tmp_path: Path) -> None:
+    whole = Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": whole, "held": whole.select(range(2))}).save_to_disk(tmp_path / "many")
+    assert len(HubSource(str(tmp_path / "one")).examples()) == 12
+    assert len(HubSource(str(tmp_path / "many"), split="held").examples()) == 2
+    with pytest.raises(UserError, match="no split 'test'; it has train, held"):
+        HubSource(str(tmp_path / "many"), split="test").examples()
+    with pytest.raises(UserError, match="cannot load the dataset 'nobody/nothing'"):
+        HubSource("nobody/nothing").examples()
+
+
+def test_reasoning_gym() -> None:
+    examples = ReasoningGymSource(size=5, seed=3).examples()
+    assert len(examples) == 5 and all(e.question and e.trace and e.answer for e in examples)
+    assert examples == ReasoningGymSource(size=5, seed=3).examples() != ReasoningGymSource(size=5, seed=4).examples()
+    with pytest.raises(UserError, match="no trace 'answer_cot' in its metadata"):
+        ReasoningGymSource("chain_sum", size=1).examples()
+    with pytest.raises(UserError, match="'no_such_task' cannot be made"):
+        ReasoningGymSource("no_such_task", size=1).examples()
+
+
+def test_word_problems_are_right_and_distinct() -> None:
+    examples = WordProblems(size=500, seed=7).examples()
+    assert len({e.question for e in examples}) == 500
+    assert examples == WordProblems(size=500, seed=7).examples() != WordProblems(size=500, seed=8).examples()
+    for example in examples:
+        calculation, answer = example.trace.removesuffix(".").split(". The answer is ")
+        left, right = calculation.split(" = ")
+        a, sign, b = left.split()
+        value = int(a) + int(b) if sign == "+" else int(a) - int(b)
+        assert value == int(right) == int(answer) == int(example.answer) and 0 < value <= 20
+        assert a in example.question and b in example.question
+    with pytest.raises(UserError, match="cannot make 100000 distinct"):
+        WordProblems(size=100000, largest=5).examples()
+
+
+def test_every_source_is_under_test() -> None:
+    ours = {cls for cls in subclasses(ExampleSource) if cls.__module__.startswith("opsd_lightning")}
+    assert ours == {FileSource, HubSource, ReasoningGymSource, WordProblems}
+
+
+@pytest.fixture
+def data(make_policy: Callable[..., Policy]) -> Callable[..., OPSDDataModule]:
+    def make(*examples: Example, **settings: Any) -> OPSDDataModule:
+        settings = {
+            "batch_size": 1,
+            "max_new_tokens": 16,
+            "prompts": Prompts("{question}", "{question} {context}"),
+        } | settings
+        return OPSDDataModule(make_policy(), train=Listed(*examples), **settings)
+
+    return make
+
+
+GOOD = Example("1+1?", "1 + 1 = 2. The answer is 2.", "2")
+INVALID = {
+    "empty question": Example("", "The answer is 2.", "2"),
+    "empty trace": Example("a", "", "2"),
+    "contradicts": Example("b", "The answer is 3.", "2"),
+    "no final answer": Example("c", "It is two.", "2"),
+    "do not fit": Example("d" * 600, "The answer is 2.", "2"),
+    "also in data.val": Example("held out", "The answer is 2.", "2"),
+}
+
+
+def test_invalid_rows_are_dropped_with_a_count_and_a_reason(
+    data: Callable[..., OPSDDataModule], caplog: pytest.LogCaptureFixture
+) -> None:
+    module = data(GOOD, *INVALID.values(), val=Listed(INVALID["also in data.val"]))
+    with caplog.at_level("INFO"):
+        module.setup("fit")
+    assert [e.question for e in module.rows["train"].examples] == ["1+1?"]
+    assert sum(module.dropped["train"].values()) == len(INVALID)
+    text = caplog.text
+    assert "data.train: 1 of 7 rows" in text and all(reason in text for reason in INVALID)
+
+
+@pytest.mark.parametrize("reason", INVALID)
+def test_or_refused(reason: str, data: Callable[..., OPSDDataModule]) -> None:
+    module = data(GOOD, INVALID[reason], val=Listed(INVALID["also in data.val"]), on_invalid="error")
+    with pytest.raises(UserError, match=rf"data\.train, row 1: .*{reason}"):
+        module.setup("fit")
+
+
+def test_equal_answers_need_not_be_written_alike(data: Callable[..., OPSDDataModule]) -> None:
+    module = data(Example("q", r"so \boxed{\frac{1}{2}}", "0.5"), Example("r", r"so \boxed{7}", ""))
+    module.setup("fit")
+    assert [e.answer for e in module.rows["train"].examples] == ["0.5", "7"]
+
+
+def test_no_usable_row_and_too_few_rows(data: Callable[..., OPSDDataModule]) -> None:
+    with pytest.raises(UserError, match=r"no usable row of 1 \(1 left out: empty trace\)"):
+        data(INVALID["empty trace"]).setup("fit")
+    with pytest.raises(UserError, match="fewer than the 4 questions"):
+        data(GOOD, batch_size=4).setup("fit")
+    with pytest.raises(UserError, match=r"data\.test is not set"):
+        data(GOOD).setup("test")
+
+
+def test_prompts_hold_the_context(data: Callable[..., OPSDDataModule], make_policy: Callable[..., Policy]) -> None:
+    other = Example("2+2?", "2 + 2 = 4. The answer is 4.", "4")
+    module = data(GOOD, other, context=OtherProblemContext())
+    module.setup("fit")
+    tokenizer = make_policy().load_tokenizer()
+    text = [tokenizer.decode(ids) for ids in module.rows["train"].teacher]
+    assert "1+1? 2 + 2 = 4" in text[0] and "2+2? 1 + 1 = 2" in text[1]
+    assert "=" not in tokenizer.decode(module.rows["train"].student[0])
+
+
+def rows(count: int) -> PromptBatch:
+    return PromptBatch([[n] for n in range(count)], [[n] for n in range(count)], [GOOD] * count, [True] * count)
+
+
+def epoch(loader: TrainLoader) -> list[list[int]]:
+    return [[ids[0] for ids in batch.student] for batch in loader]
+
+
+def test_train_loader_covers_an_epoch_once_over_all_ranks() -> None:
+    ranks = [TrainLoader(rows(25), 4, 0, rank, 2) for rank in range(2)]
+    first = [epoch(loader) for loader in ranks]
+    seen = [n for rank in first for batch in rank for n in batch]
+    assert len(seen) == len(set(seen)) == 24 and all(len(batch) == 4 for rank in first for batch in rank)
+    assert [epoch(loader) for loader in ranks] != first
+    assert epoch(TrainLoader(rows(25), 4, 1, 0, 2)) != first[0]
+
+
+@pytest.mark.parametrize("stop", range(1, 13))
+def test_train_loader_resumes_anywhere(stop: int) -> None:
+    """Also at the exact end of an epoch (6 batches): it must not be served again, nor skipped."""
+
+    def stream(loader: TrainLoader, count: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        while len(found) < count:
+            for batch in loader:
+                found.append([ids[0] for ids in batch.student])
+                if len(found) == count:
+                    break
+        return found
+
+    whole = stream(TrainLoader(rows(25), 4, 0, 0, 1), 20)
+    first = TrainLoader(rows(25), 4, 0, 0, 1)
+    begun = stream(first, stop)
+    second = TrainLoader(rows(25), 4, 0, 0, 1)
+    second.load_state_dict(first.state_dict())
+    assert begun + stream(second, 20 - stop) == whole
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_eval_loader_counts_every_question_once(world: int) -> None:
+    counted, lengths = [], set()
+    for rank in range(world):
+        loader = EvalLoader(rows(7), 2, rank, world)
+        lengths.add(len(list(loader)))
+        assert len(list(loader)) == len(loader)
+        counted += [ids[0] for b in loader for ids, counts in zip(b.student, b.counted, strict=True) if counts]
+    assert sorted(counted) == list(range(7)) and len(lengths) == 1

@@ -1,0 +1,86 @@
+"""Final answers: found, compared, and never waited for."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from opsd_lightning.grading import MathGrader, last_boxed
+
+GRADER = MathGrader(timeout_seconds=3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{1} no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{3} and then \boxed{4", "3"),  # truncated
+        (r"\boxed{\text{a}_{1}}", r"\text{a}_{1}"),
+        ("The answer is 12. The answer is 7.", "7"),
+        (r"The answer is 12, that is \boxed{13}", "13"),
+        ("work\n#### 1,234", "1,234"),
+        ("Answer: -3/4", "-3/4"),
+        ("there is none", None),
+        ("", None),
+    ],
+)
+def test_find_answer(text: str, answer: str | None) -> None:
+    assert GRADER.find_answer(text) == answer
+
+
+def test_last_boxed_is_linear_in_ordinary_text_and_safe_in_odd_text() -> None:
+    assert last_boxed(r"\boxed{" * 50) is None
+    assert last_boxed("}" * 100_000 + r"\boxed{5}") == "5"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("42", "42", True),
+        ("42.0", "42", True),
+        ("1,234", "1234", True),
+        (r"\frac{1}{2}", "0.5", True),
+        ("3/4", "0.75", True),
+        (r"x^2 + 2x + 1", "(x+1)^2", True),
+        ("(1, 2)", "(1,2)", True),
+        ("41", "42", False),
+        ("(2, 1)", "(1,2)", False),
+        ("", "42", False),
+        ("}{", "42", False),
+        (None, "42", False),
+    ],
+)
+def test_equal(answer: str | None, reference: str, same: bool) -> None:
+    assert GRADER.equal(answer, reference) is same
+
+
+@pytest.mark.parametrize("bomb", ["10^{10^{10}}", "10**10**10", "9!!!!!!", "2^{3^{4^{5^{6}}}}"])
+def test_a_bomb_is_wrong_and_over_in_time(bomb: str) -> None:
+    assert GRADER.equal("0.5", r"\frac{1}{2}")  # the worker runs
+    started = time.perf_counter()
+    assert not GRADER.grade(rf"so it is \boxed{{{bomb}}}", "3")
+    assert time.perf_counter() - started < 3 * GRADER.timeout_seconds
+    assert GRADER.equal("0.5", r"\frac{1}{2}"), "the grader works on after a time-out"
+
+
+def test_from_another_thread() -> None:
+    """math-verify's own time limit raises there: signal only works in the main thread."""
+    found: list[bool] = []
+    threads = [threading.Thread(target=lambda: found.append(GRADER.equal("2/4", "0.5"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert found == [True] * 3
+
+
+def test_pattern() -> None:
+    grader = MathGrader(answer_pattern=r"=> (\d+)")
+    assert grader.find_answer("=> 4 => 5") == "5"
+    assert grader.find_answer("The answer is 3") is None
+    for bad in ["(", "no group"]:
+        with pytest.raises(ValueError, match=r"grader\.answer_pattern"):
+            MathGrader(answer_pattern=bad)

@@ -1,0 +1,81 @@
+"""The house's laws: imports point only to lower layers, and the lower rooms know no framework."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import opsd_lightning
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
+LAYERS = [
+    {"types"},
+    {"tokens", "prompts", "grading"},
+    {"divergences"},
+    {"objectives", "sources"},
+    {"policy"},
+    {"teachers", "rollouts", "metrics", "data"},
+    {"module"},
+    {"callbacks"},
+    {"main"},
+    {"quickstart"},
+]
+LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "opsd_lightning" else {node.module}
+    return found
+
+
+def test_every_room_has_a_layer() -> None:
+    assert set(ROOMS) == set(LAYER)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_point_down(room: str) -> None:
+    for module in imports(ROOMS[room]):
+        if module.startswith("opsd_lightning."):
+            other = module.split(".")[1]
+            assert other == "__version__" or LAYER[other] < LAYER[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("room", sorted(room for room, layer in LAYER.items() if layer < 4 and room != "sources"))
+def test_lower_rooms_import_no_framework(room: str) -> None:
+    heavy = {"transformers", "peft", "lightning", "datasets", "bitsandbytes"}
+    assert not {module.split(".")[0] for module in imports(ROOMS[room], top_level_only=True)} & heavy
+
+
+def test_the_package_alone_imports_nothing_heavy() -> None:
+    code = "import sys, opsd_lightning; assert 'torch' not in sys.modules; print(opsd_lightning.__version__)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    for name in opsd_lightning.__all__:
+        part = getattr(opsd_lightning, name)
+        assert name == "__version__" or (part.__doc__ and not part.__doc__.startswith(f"{name}(")), name
+
+
+def test_files_stay_small() -> None:
+    for path in ROOMS.values():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+def test_safe_by_default() -> None:
+    for path in ROOMS.values():
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\b(eval|exec)\(|pickle|weights_only=False", text.replace("model.eval()", "")), path

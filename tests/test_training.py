@@ -1,0 +1,254 @@
+"""A run as a whole: exact resume, what a checkpoint holds, what is logged, and the callbacks."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from conftest import COMPLETIONS, PROMPTS
+from opsd_lightning.callbacks import AdapterExport, BaselineEvaluation, RolloutTable
+from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.divergences import ReverseKL
+from opsd_lightning.module import OPSDModule
+from opsd_lightning.objectives import DivergenceObjective
+from opsd_lightning.policy import LoRA, Policy, score
+from opsd_lightning.prompts import Prompts
+from opsd_lightning.rollouts import Sampling
+from opsd_lightning.sources import WordProblems
+from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
+
+
+def parts(policy: Policy, **settings: Any) -> tuple[OPSDModule, OPSDDataModule]:
+    """A module and its data, as a Python user builds them."""
+    settings = {
+        "sampling": Sampling(max_new_tokens=8, n=2),
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01),
+        "lr_scheduler": lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 6),
+        "max_grad_norm": 1.0,
+    } | settings
+    data = OPSDDataModule(
+        policy,
+        train=WordProblems(size=8, seed=1),
+        val=WordProblems(size=4, seed=2),
+        test=WordProblems(size=4, seed=3),
+        prompts=Prompts("{question}", "{question} {context}"),
+        batch_size=2,
+        eval_batch_size=3,
+        max_new_tokens=8,
+    )
+    return OPSDModule(policy, **settings), data
+
+
+class Recorder(Callback):
+    """Every step's loss; stops as a crash would where it is told to."""
+
+    def __init__(self, crash_before: int | None = None) -> None:
+        self.crash_before = crash_before
+        self.losses: dict[int, float] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.crash_before:
+            raise RuntimeError("crash")
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, *args: Any) -> None:
+        self.losses[trainer.global_step] = float(outputs["loss"])
+
+
+def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    settings = {"max_steps": 6, "logger": CSVLogger(folder), "num_sanity_val_steps": 0} | settings
+    return Trainer(
+        accelerator="cpu", callbacks=list(callbacks), default_root_dir=folder, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1, **settings,
+    )  # fmt: skip
+
+
+def adapters(module: OPSDModule) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("teacher", [FixedTeacher, lambda: EMATeacher(0.8), LiveTeacher], ids=["fixed", "ema", "live"])
+@pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "at its end"])
+def test_a_resumed_run_is_bit_identical(
+    stop: int, teacher: Callable[[], Teacher], make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """An epoch has four steps. Dropout, sampling, optimizer, schedule, teacher and data order all have to go on."""
+    policy = make_policy(lora=LoRA(r=4, alpha=8, dropout=0.3))
+
+    def start() -> tuple[OPSDModule, OPSDDataModule]:
+        torch.manual_seed(0)
+        return parts(policy, teacher=teacher())
+
+    whole, recorder = start(), Recorder()
+    trainer(tmp_path / "whole", recorder).fit(*whole)
+    assert set(recorder.losses) == {1, 2, 3, 4, 5, 6}
+
+    saved = ModelCheckpoint(tmp_path, filename="at{step}", every_n_train_steps=stop, save_top_k=1)
+    broken = Recorder(crash_before=stop + 1)
+    with pytest.raises(RuntimeError, match="crash"):
+        trainer(tmp_path / "broken", broken, saved).fit(*start())
+    torch.rand(100)  # a new process has other random numbers
+    resumed, rest = start(), Recorder()
+    trainer(tmp_path / "resumed", rest).fit(*resumed, ckpt_path=saved.best_model_path, weights_only=True)
+    assert set(rest.losses) == set(range(stop + 1, 7))
+    first = {step: loss for step, loss in broken.losses.items() if step <= stop}
+    assert first | rest.losses == recorder.losses
+    expected = adapters(whole[0])
+    assert all(torch.equal(value, expected[key]) for key, value in adapters(resumed[0]).items())
+    assert resumed[0].tokens_generated == whole[0].tokens_generated > 0
+
+
+@pytest.mark.parametrize("teacher", [FixedTeacher(), EMATeacher()], ids=["fixed", "ema"])
+def test_checkpoints_hold_adapters_and_never_the_base(
+    teacher: Teacher, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = make_policy()
+    module, data = parts(policy, teacher=teacher)
+    trainer(tmp_path, ModelCheckpoint(tmp_path, filename="last"), max_steps=2).fit(module, data)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    keys = list(checkpoint["state_dict"])
+    assert keys and all("lora_" in key for key in keys)
+    assert any(".teacher." in key for key in keys) == isinstance(teacher, EMATeacher)
+    assert checkpoint["optimizer_states"] and checkpoint["lr_schedulers"] and checkpoint["loops"]
+    again = OPSDModule.load_from_checkpoint(tmp_path / "last.ckpt", policy=policy, teacher=teacher, weights_only=True)
+    expected = adapters(module)
+    assert all(torch.equal(value, expected[key]) for key, value in adapters(again).items())
+
+
+def test_load_from_checkpoint_of_a_command_line_run(folders: dict[str, str], tmp_path: Path) -> None:
+    """The parts come back from the checkpoint's own hyperparameters, links included."""
+    from opsd_lightning.main import main
+
+    cli = main(
+        ["fit", f"--model.policy.model={folders['llama']}", "--model.policy.lora={r: 4, alpha: 8}", "--model.teacher=EMATeacher",
+         "--model.teacher.decay=0.5", "--model.sampling.max_new_tokens=6", "--data.train=WordProblems", "--data.batch_size=2",
+         "--data.train.size=4", "--trainer.max_steps=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}",
+         "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--seed_everything=3",
+         "--data.grader.timeout_seconds=2"]
+    )  # fmt: skip
+    path = cli.trainer.checkpoint_callback.best_model_path
+    again = OPSDModule.load_from_checkpoint(path, weights_only=True)
+    assert isinstance(again.teacher, EMATeacher) and again.teacher.decay == 0.5 and again.sampling.max_new_tokens == 6
+    assert again.seed == 3 and again.grader.timeout_seconds == 2
+    expected = adapters(cli.model)
+    assert all(torch.equal(value, expected[key]) for key, value in adapters(again).items())
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+LOGGED = {
+    "loss", "forward_kl", "reverse_kl", "clipped_fraction", "student_entropy", "teacher_entropy", "first_token_forward_kl",
+    "completion_tokens", "completion_tokens_min", "completion_tokens_max", "truncated_fraction", "eos_rate",
+    "tokens_generated", "grad_norm", "adapter_norm",
+}  # fmt: skip
+
+
+def test_what_is_logged_is_what_happened(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Each logged number against one computed from the rollouts and scores themselves."""
+    seen: list[Any] = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+            seen.append(outputs)
+
+    module, data = parts(make_policy(), objective=DivergenceObjective(ReverseKL()))
+    trainer(tmp_path, Keep(), max_steps=3).fit(module, data)
+    logged = [row for row in metrics(tmp_path) if "train/loss" in row]
+    assert len(logged) == 3
+    tokens = 0
+    for row, out in zip(logged, seen, strict=True):
+        assert {f"train/{name}" for name in LOGGED} <= set(row)
+        for phase in ("rollout", "scoring"):
+            assert row[f"time/{phase}_seconds"] > 0 and row[f"time/{phase}_tokens_per_second"] > 0
+        rollouts, measured = out["rollouts"], out["measured"]
+        lengths = [len(c) for c in rollouts.completions]
+        tokens += sum(lengths)
+        for name in ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy"):
+            assert [len(row) for row in measured[name]] == lengths
+            assert row[f"train/{name}"] == pytest.approx(float(torch.cat(measured[name]).mean()), rel=1e-4)
+        assert row["train/loss"] == pytest.approx(row["train/reverse_kl"], rel=1e-4)
+        first = [values[0] for values in measured["forward_kl"] if len(values)]
+        assert row["train/first_token_forward_kl"] == pytest.approx(float(sum(first) / len(first)), rel=1e-4)
+        assert row["train/completion_tokens"] == pytest.approx(sum(lengths) / len(lengths))
+        assert (row["train/completion_tokens_min"], row["train/completion_tokens_max"]) == (min(lengths), max(lengths))
+        assert row["train/eos_rate"] == pytest.approx(sum(rollouts.terminated) / len(lengths))
+        assert row["train/truncated_fraction"] == pytest.approx(1 - row["train/eos_rate"])
+        assert row["train/tokens_generated"] == tokens
+    assert logged[0]["train/adapter_norm"] < logged[-1]["train/adapter_norm"]
+
+
+def test_validation_selects_exports_and_keeps_the_best(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """ModelCheckpoint on accuracy, the exported adapter with plain peft, and the table of rollouts in every logger."""
+    policy = make_policy()
+    module, data = parts(policy, eval_sampling=Sampling(max_new_tokens=8, n=2), evaluate_teacher=True)
+    scores = iter([0.1, 0.9, 0.4])
+    original = module._log_evaluation
+
+    def graded(stage: str) -> None:  # a random model is never right: give the checkpoint something to choose by
+        original(stage)
+        if not module.trainer.sanity_checking:
+            module.log("val/avg@2", next(scores))
+
+    module._log_evaluation = graded  # type: ignore[method-assign]
+    best = ModelCheckpoint(tmp_path / "ckpt", monitor="val/avg@2", mode="max", filename="{step}")
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Keep(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+            kept[trainer.global_step] = {
+                n: p.detach().clone() for n, p in pl_module.model.named_parameters() if "lora_" in n
+            }
+
+    run = trainer(
+        tmp_path, best, Keep(), AdapterExport(merged_folder="merged"), RolloutTable(every_n_steps=3, rows=2), BaselineEvaluation(),
+        num_sanity_val_steps=-1, val_check_interval=2, check_val_every_n_epoch=None,
+        logger=[CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="board")],
+    )  # fmt: skip
+    run.fit(module, data)
+    assert best.best_model_path.endswith("step=4.ckpt") and best.best_model_score == pytest.approx(0.9)
+    base = AutoModelForCausalLM.from_pretrained(policy.model, dtype=torch.float32)
+    exported = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    for name, value in exported.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(value, kept[4][name]) and ("lora_A" in name or not torch.equal(value, kept[6][name]))
+    states, _ = score(exported.eval(), PROMPTS, COMPLETIONS)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    logits = merged(torch.tensor([PROMPTS[0] + COMPLETIONS[0]])).logits[0, len(PROMPTS[0]) - 1 : -1]
+    torch.testing.assert_close(states.head(states.hidden)[: len(COMPLETIONS[0])], logits, atol=1e-4, rtol=1e-3)
+
+    rows = metrics(tmp_path / "csv")
+    assert rows[0]["step"] == 0 and {"val/avg@2", "val/teacher_avg@2", "val/pass@2", "val/maj@2_se"} <= set(rows[0])
+    with (tmp_path / "rollouts.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["step"] for row in table] == ["3", "3", "6", "6"]
+    assert all(0 <= float(row["forward_kl"]) < math.inf and row["question"] for row in table)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((tmp_path / "board").rglob("events*"))))
+    events.Reload()
+    assert "rollouts/text_summary" in events.Tags()["tensors"] and "train/loss" in events.Tags()["scalars"]
+
+
+def test_validation_is_the_same_whatever_the_batches(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Greedy accuracy and lengths do not depend on the evaluation batch size, and training goes on as before."""
+    found = []
+    for size in (1, 3, 4):
+        torch.manual_seed(0)
+        module, data = parts(make_policy(), eval_sampling=Sampling(max_new_tokens=8, temperature=0), evaluate_teacher=True)
+        data.eval_batch_size = size
+        found.append(trainer(tmp_path / str(size)).validate(module, data, verbose=False)[0])
+    assert found[0] == pytest.approx(found[1]) == pytest.approx(found[2])
