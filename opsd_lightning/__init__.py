@@ -21,6 +21,7 @@ _ROOMS = {
         "TopKRenormalized",
         "TopKWithTail",
     ],
+    "export": ["merge_adapter", "write_adapter"],
     "grading": ["MathGrader"],
     "metrics": ["AccuracyAtK"],
     "module": ["OPSDModule"],
@@ -34,7 +35,7 @@ _ROOMS = {
         "SampledTokenObjective",
         "TokenClip",
     ],
-    "policy": ["LoRA", "Policy", "merge_adapter", "write_adapter"],
+    "policy": ["LoRA", "Policy"],
     "prompts": [
         "AnswerContext",
         "ColumnContext",

@@ -18,8 +18,8 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from opsd_lightning.export import merge_adapter, write_adapter
 from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import merge_adapter, write_adapter
 from opsd_lightning.types import PromptBatch
 
 

@@ -6,6 +6,7 @@ Rooms are imported here so that YAML may name their classes without their module
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -40,17 +41,17 @@ class OPSDCLI(LightningCLI):
         # Concrete defaults, so that an overlay may change one setting of a part without naming its class again.
         parser.set_defaults(
             {
-                "model.teacher": {"class_path": "opsd_lightning.teachers.FixedTeacher"},
+                "model.teacher": {"class_path": "opsd_lightning.FixedTeacher"},
                 "model.objective": {
-                    "class_path": "opsd_lightning.objectives.DivergenceObjective",
+                    "class_path": "opsd_lightning.DivergenceObjective",
                     "init_args": {
-                        "divergence": {"class_path": "opsd_lightning.divergences.ForwardKL"},
-                        "support": {"class_path": "opsd_lightning.divergences.FullVocabulary"},
-                        "clip": {"class_path": "opsd_lightning.objectives.NoClip"},
+                        "divergence": {"class_path": "opsd_lightning.ForwardKL"},
+                        "support": {"class_path": "opsd_lightning.FullVocabulary"},
+                        "clip": {"class_path": "opsd_lightning.NoClip"},
                     },
                 },
-                "model.rollouts": {"class_path": "opsd_lightning.rollouts.TransformersEngine"},
-                "data.context": {"class_path": "opsd_lightning.prompts.TraceContext"},
+                "model.rollouts": {"class_path": "opsd_lightning.TransformersEngine"},
+                "data.context": {"class_path": "opsd_lightning.TraceContext"},
             }
         )
         parser.link_arguments("model.policy", "data.policy")
@@ -59,8 +60,16 @@ class OPSDCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own lets a checkpoint's hyperparameters overrule the command line; here the command line rules,
+        and a checkpoint that does not fit it is refused with a message."""
+
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.subcommand].trainer
+        config = self.config[self.subcommand]
+        path = config.get("ckpt_path")
+        if path not in (None, "best", "last", "hpc") and not (Path(path).exists() or "://" in str(path)):
+            raise UserError(f"ckpt_path: {path} does not exist")
+        trainer = config.trainer
         for name, (default, instead) in _NOT_THE_TRAINERS.items():
             if trainer[name] != default:
                 raise UserError(f"trainer.{name} is {trainer[name]}, which has no meaning here: {instead}")

@@ -115,6 +115,10 @@ class OPSDModule(LightningModule):
         """
         if hasattr(self, "model"):
             return
+        if self._trainer is not None and getattr(self._trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError(
+                "trainer.precision is 16-mixed, whose loss scaling OPSD does not support: use bf16-mixed or 32-true"
+            )
         self.tokenizer = self.policy.load_tokenizer()
         vocabulary = self.policy.load_config().get_text_config().vocab_size
         try:

@@ -109,6 +109,10 @@ class Policy:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.model.endswith(".gguf"):
+            raise UserError("model.policy.quantization does not go with a .gguf file: convert it to a folder first")
+
     def _where(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained`` that say what to load."""
         path = Path(self.model)
@@ -177,8 +181,6 @@ class Policy:
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
         if self.quantization is not None:
-            if self.model.endswith(".gguf"):
-                raise UserError("model.policy.quantization does not go with a .gguf file: convert it to a folder first")
             kwargs |= {"quantization_config": self.quantization, "device_map": {"": device or torch.device("cpu")}}
         base: PreTrainedModel = self._load(AutoModelForCausalLM.from_pretrained, **kwargs)
         if self.model.endswith(".gguf"):
@@ -342,63 +344,3 @@ def check_head(model: PeftModel) -> None:
             f"{name} does not make its logits from its hidden states and its head alone (largest difference "
             f"{float((ours - theirs).abs().max()):.3g}): this model is not supported yet"
         )
-
-
-def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
-    """Write the student's adapter as a peft folder, whole or not at all.
-
-    Args:
-        model: The policy.
-        folder: Where ``PeftModel.from_pretrained`` shall find it. Replaced if it exists.
-        state_dict: The policy's adapter weights to write, by their names in ``model``; its present ones unless given.
-    """
-    folder = Path(folder)
-    with _replacing(folder) as temporary:
-        model.save_pretrained(str(temporary), state_dict=state_dict, selected_adapters=[STUDENT], safe_serialization=True)
-    return folder
-
-
-def merge_adapter(model: str, adapter: str | Path, folder: str | Path, dtype: str = "auto") -> Path:
-    """Write the base model with an adapter merged into its weights, as an ordinary model folder with its tokenizer.
-
-    Args:
-        model: The base model that the adapter was trained on: a Hugging Face id, a folder or a ``.gguf`` file. A model
-            that was trained in 4 bits is merged into its full-precision weights.
-        adapter: The adapter's peft folder or Hugging Face id.
-        folder: Where the merged model goes. Replaced if it exists.
-        dtype: Type of the weights, as in `Policy`.
-    """
-    policy = Policy(model=model, adapter=str(adapter), dtype=dtype)  # type: ignore[arg-type]
-    generation = None if model.endswith(".gguf") else policy._load(_generation_config_or_none)
-    merged = policy.build().merge_and_unload()
-    if generation is not None:
-        merged.generation_config = generation
-    with _replacing(Path(folder)) as temporary:
-        merged.save_pretrained(temporary, safe_serialization=True)
-        policy.load_tokenizer().save_pretrained(temporary)
-    return Path(folder)
-
-
-def _generation_config_or_none(pretrained_model_name_or_path: str, **kwargs: Any) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(pretrained_model_name_or_path, revision=kwargs["revision"])
-    except OSError:
-        return None
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary sibling of a folder, renamed to it at the end: readers never see a half-written one."""
-    import shutil
-    import tempfile
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -247,9 +247,10 @@ class WordProblems(ExampleSource):
     def examples(self) -> list[Example]:
         draw = random.Random(f"word problems {self.seed}")
         found: dict[str, Example] = {}
-        for _ in range(100 * self.size):
-            if len(found) == self.size:
-                return list(found.values())
+        repeats = 0
+        while len(found) < self.size:
+            if repeats > 1000:
+                raise UserError(f"WordProblems cannot make {self.size} distinct questions with numbers up to {self.largest}")
             plus = draw.random() < 0.5
             big = draw.randint(5, self.largest)
             b = draw.randint(2, big - 2)
@@ -259,5 +260,6 @@ class WordProblems(ExampleSource):
             template = draw.choice(self._PLUS if plus else self._MINUS)
             question = template.format(a=a, b=b, name=name, other=other, things=things)
             trace = f"{a} {'+' if plus else '-'} {b} = {answer}. The answer is {answer}."
+            repeats = repeats + 1 if question in found else 0
             found[question] = Example(question, trace, str(answer))
-        raise UserError(f"WordProblems cannot make {self.size} distinct questions with numbers up to {self.largest}")
+        return list(found.values())

@@ -28,7 +28,8 @@ def shrunk(folders: dict[str, str], tmp_path: Path) -> Callable[[Path], list[str
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
         source = [f"--data.{split}=FileSource" for split in ("train", "val", "test")]
         source += [f"--data.{split}.init_args.path={path}" for split in ("train", "val", "test")]
-        source += [f"--data.val.init_args.split=train[:2]", "--data.train.init_args.split=train[2:]"]  # noqa: F541
+        slices = {"train": "train[4:]", "val": "train[:2]", "test": "train[2:4]"}
+        source += [f"--data.{split}.init_args.split={rows}" for split, rows in slices.items()]
         return [
             f"--config={recipe}",
             f"--model.policy.model={folders[FAMILY.get(recipe.stem, 'qwen3')]}",

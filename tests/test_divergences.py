@@ -282,9 +282,7 @@ def test_half_precision_states_give_a_full_precision_divergence() -> None:
     teacher = (hidden.float() + 0.01 * torch.randn(50, 8)).bfloat16()
     objective = DivergenceObjective()
     with torch.no_grad():
-        _, tokens = objective(
-            TokenStates(hidden, head), TokenStates(teacher, head), torch.zeros(50).long(), torch.ones(50)
-        )
+        _, tokens = objective(TokenStates(hidden, head), TokenStates(teacher, head), torch.zeros(50).long(), torch.ones(50))
         s, t = (head(x).double().log_softmax(-1) for x in (hidden, teacher))
     expected = (t.exp() * (t - s)).sum(-1)
     assert tokens["forward_kl"].dtype == torch.float32

@@ -20,7 +20,7 @@ LAYERS = [
     {"divergences"},
     {"objectives", "sources"},
     {"policy"},
-    {"teachers", "rollouts", "metrics", "data"},
+    {"teachers", "rollouts", "metrics", "data", "export"},
     {"module"},
     {"callbacks"},
     {"main"},

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from conftest import COMPLETIONS, EOS, PROMPTS, SECOND_EOS, make_model, make_tokenizer, perturb
-from opsd_lightning.policy import LoRA, Policy, check_head, eos_ids, has_adapted_head, merge_adapter, score, write_adapter
+from opsd_lightning.export import merge_adapter, write_adapter
+from opsd_lightning.policy import LoRA, Policy, check_head, eos_ids, has_adapted_head, score
 from opsd_lightning.rollouts import Sampling, TransformersEngine
 from opsd_lightning.types import UserError
 

@@ -27,6 +27,7 @@ from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
+from opsd_lightning.types import UserError
 
 
 def parts(policy: Policy, **settings: Any) -> tuple[OPSDModule, OPSDDataModule]:
@@ -201,10 +202,10 @@ def test_validation_selects_exports_and_keeps_the_best(make_policy: Callable[...
     def graded(stage: str) -> None:  # a random model is never right: give the checkpoint something to choose by
         original(stage)
         if not module.trainer.sanity_checking:
-            module.log("val/avg@2", next(scores))
+            module.log("val/chosen", next(scores))
 
     module._log_evaluation = graded  # type: ignore[method-assign]
-    best = ModelCheckpoint(tmp_path / "ckpt", monitor="val/avg@2", mode="max", filename="{step}")
+    best = ModelCheckpoint(tmp_path / "ckpt", monitor="val/chosen", mode="max", filename="{step}")
     kept: dict[int, dict[str, torch.Tensor]] = {}
 
     class Keep(Callback):
@@ -251,4 +252,15 @@ def test_validation_is_the_same_whatever_the_batches(make_policy: Callable[..., 
         module, data = parts(make_policy(), eval_sampling=Sampling(max_new_tokens=8, temperature=0), evaluate_teacher=True)
         data.eval_batch_size = size
         found.append(trainer(tmp_path / str(size)).validate(module, data, verbose=False)[0])
-    assert found[0] == pytest.approx(found[1]) == pytest.approx(found[2])
+    assert "val/teacher_avg@1" in found[0]
+    for other in found[1:]:
+        assert dict(found[0]) == pytest.approx(dict(other))
+
+
+def test_loss_scaling_is_refused(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """It would clip, and log, the norm of scaled gradients."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    run = trainer(tmp_path, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
+    with pytest.raises(UserError, match="use bf16-mixed or 32-true"):
+        run.fit(*parts(make_policy()))

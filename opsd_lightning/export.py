@@ -1,0 +1,73 @@
+"""The trained adapter on disk: as a peft folder, or merged into a full model. Written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig
+
+from opsd_lightning.policy import STUDENT, Policy
+
+
+def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
+    """Write the student's adapter as a peft folder, whole or not at all.
+
+    Args:
+        model: The policy.
+        folder: Where ``PeftModel.from_pretrained`` shall find it. Replaced if it exists.
+        state_dict: The policy's adapter weights to write, by their names in ``model``; its present ones unless given.
+    """
+    folder = Path(folder)
+    with _replacing(folder) as temporary:
+        model.save_pretrained(str(temporary), state_dict=state_dict, selected_adapters=[STUDENT], safe_serialization=True)
+    return folder
+
+
+def merge_adapter(model: str, adapter: str | Path, folder: str | Path, dtype: str = "auto") -> Path:
+    """Write the base model with an adapter merged into its weights, as an ordinary model folder with its tokenizer.
+
+    Args:
+        model: The base model that the adapter was trained on: a Hugging Face id, a folder or a ``.gguf`` file. A model
+            that was trained in 4 bits is merged into its full-precision weights.
+        adapter: The adapter's peft folder or Hugging Face id.
+        folder: Where the merged model goes. Replaced if it exists.
+        dtype: Type of the weights, as in `Policy`.
+    """
+    policy = Policy(model=model, adapter=str(adapter), dtype=dtype)  # type: ignore[arg-type]
+    generation = None if model.endswith(".gguf") else _generation_config(policy)
+    merged = policy.build().merge_and_unload()
+    if generation is not None:
+        merged.generation_config = generation
+    with _replacing(Path(folder)) as temporary:
+        merged.save_pretrained(temporary, safe_serialization=True)
+        policy.load_tokenizer().save_pretrained(temporary)
+    return Path(folder)
+
+
+def _generation_config(policy: Policy) -> GenerationConfig | None:
+    """The checkpoint's own, which `Policy.build` puts aside."""
+    try:
+        return GenerationConfig.from_pretrained(policy.model)
+    except OSError:
+        return None
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary sibling of a folder, renamed to it at the end: readers never see a half-written one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
