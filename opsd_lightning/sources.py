@@ -226,17 +226,15 @@ class WordProblems(ExampleSource):
         "Carl",
     )
     _THINGS = ("pens", "books", "apples", "coins", "shells", "cards", "marbles", "stamps", "cookies", "stickers", "buttons")
-    _PLUS = (
-        "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
-        "{name} has {a} {things} and finds {b} more. How many {things} does {name} have in total?",
-        "There are {a} {things} in a box. {name} puts in {b} more. How many {things} are in the box?",
-        "{name} has {a} {things} and {other} has {b} {things}. How many {things} do they have together?",
-    )
-    _MINUS = (
-        "{name} has {a} {things} and gives away {b}. How many {things} are left?",
-        "{name} has {a} {things} and loses {b} of them. How many {things} does {name} still have?",
-        "There are {a} {things} on a table. {name} takes {b} of them. How many {things} stay on the table?",
-        "{name} has {a} {things} and {other} has {b} {things}. How many more {things} does {name} have?",
+    # The worked sentence is in the words that a small chat model itself uses: a teacher then takes it up, where it
+    # answers at once after a bare "14 - 7 = 7".
+    _KINDS = (
+        ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+", "now"),
+        ("{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?", "+", "now"),
+        ("{name} has {a} {things}. {other} gives {name} {b} more. How many {things} does {name} have now?", "+", "now"),
+        ("{name} has {a} {things} and gives away {b}. How many {things} are left?", "-", "left"),
+        ("{name} has {a} {things} and loses {b} of them. How many {things} are left?", "-", "left"),
+        ("{name} has {a} {things}. {other} takes {b} of them. How many {things} does {name} have left?", "-", "left"),
     )
 
     def __init__(self, size: PositiveInt = 1000, seed: int = 0, largest: PositiveInt = 20) -> None:
@@ -251,15 +249,14 @@ class WordProblems(ExampleSource):
         while len(found) < self.size:
             if repeats > 1000:
                 raise UserError(f"WordProblems cannot make {self.size} distinct questions with numbers up to {self.largest}")
-            plus = draw.random() < 0.5
+            template, sign, end = draw.choice(self._KINDS)
             big = draw.randint(5, self.largest)
             b = draw.randint(2, big - 2)
-            a, answer = (big - b, big) if plus else (big, big - b)
+            a, answer = (big - b, big) if sign == "+" else (big, big - b)
             name, other = draw.sample(self._NAMES, 2)
             things = draw.choice(self._THINGS)
-            template = draw.choice(self._PLUS if plus else self._MINUS)
             question = template.format(a=a, b=b, name=name, other=other, things=things)
-            trace = f"{a} {'+' if plus else '-'} {b} = {answer}. The answer is {answer}."
+            trace = f"{name} has {a} {sign} {b} = {answer} {things} {end}. The answer is {answer}."
             repeats = repeats + 1 if question in found else 0
             found[question] = Example(question, trace, str(answer))
         return list(found.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,12 @@ def test_word_problems_are_right_and_distinct() -> None:
     assert len({e.question for e in examples}) == 500
     assert examples == WordProblems(size=500, seed=7).examples() != WordProblems(size=500, seed=8).examples()
     for example in examples:
-        calculation, answer = example.trace.removesuffix(".").split(". The answer is ")
-        left, right = calculation.split(" = ")
-        a, sign, b = left.split()
+        found = re.fullmatch(r"\w+ has (\d+) ([+-]) (\d+) = (\d+) \w+ (?:now|left)\. The answer is (\d+)\.", example.trace)
+        assert found, example.trace
+        a, sign, b, result, answer = found.groups()
         value = int(a) + int(b) if sign == "+" else int(a) - int(b)
-        assert value == int(right) == int(answer) == int(example.answer) and 0 < value <= 20
-        assert a in example.question and b in example.question
+        assert value == int(result) == int(answer) == int(example.answer) and 0 < value <= 20
+        assert re.findall(r"\d+", example.question) == [a, b]
     with pytest.raises(UserError, match="cannot make 100000 distinct"):
         WordProblems(size=100000, largest=5).examples()
 
