@@ -198,8 +198,6 @@ class OPSDModule(LightningModule):
             picked = rows or [0]
             completions = [rollouts.completions[i] if rows else [] for i in picked]
             teacher = self.teacher.score(self.model, [teachers[i] for i in picked], completions)
-            # Under autocast the passes without gradient leave casts of the adapter behind that have none.
-            torch.clear_autocast_cache()
             student, targets = score(self.model, [students[i] for i in picked], completions)
             weight = torch.cat([weights[i] for i in rows] or [torch.zeros(0)]).to(targets.device) / total
             part, tokens = self.objective(student, teacher, targets, weight)

@@ -135,8 +135,8 @@ def test_the_micro_batch_budget_changes_nothing(
 
 
 def test_bf16_mixed_trains_every_adapter_weight(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    """Autocast remembers casts of weights, and those made in a pass without gradient have none: the rollout and the
-    teacher come first, so without care the student would train nothing."""
+    """Autocast remembers casts of weights. The rollout and the teacher come first, without gradient: should their casts
+    be used again, as some versions of torch did, the student would train nothing."""
     module = OPSDModule(make_policy(), teacher=EMATeacher(), sampling=Sampling(max_new_tokens=8), optimizer=sgd)
     grads: list[bool] = []
     module.on_before_optimizer_step = lambda optimizer: grads.extend(  # type: ignore[method-assign]

@@ -109,6 +109,30 @@ def test_a_resumed_run_is_bit_identical(
     assert resumed[0].tokens_generated == whole[0].tokens_generated > 0
 
 
+def test_the_ema_teacher_follows_every_optimizer_step(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Through the training step, and also in what ModelCheckpoint writes, which runs before later hooks would."""
+    module, data = parts(make_policy(), teacher=EMATeacher(0.6))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Keep(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            seen.append(adapters(pl_module))
+
+        on_train_batch_end = lambda self, trainer, pl_module, *args: seen.append(adapters(pl_module))  # noqa: E731
+
+    trainer(tmp_path, Keep(), ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=3), max_steps=3).fit(
+        module, data
+    )
+    expected = {key: value for key, value in seen[0].items() if ".teacher." in key}
+    assert expected
+    for now in seen[1:]:
+        expected = {k: 0.6 * v + 0.4 * now[k.replace(".teacher.", ".default.")] for k, v in expected.items()}
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    for key, value in expected.items():
+        torch.testing.assert_close(seen[-1][key], value, atol=1e-7, rtol=1e-5)
+        assert torch.equal(saved[key], seen[-1][key])
+
+
 @pytest.mark.parametrize("teacher", [FixedTeacher(), EMATeacher()], ids=["fixed", "ema"])
 def test_checkpoints_hold_adapters_and_never_the_base(
     teacher: Teacher, make_policy: Callable[..., Policy], tmp_path: Path
