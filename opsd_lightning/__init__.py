@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "callbacks": ["AdapterExport", "BaselineEvaluation", "RolloutTable", "RolloutWriter"],
+    "callbacks": ["AdapterExport", "BaselineEvaluation", "ProgressLines", "RolloutTable", "RolloutWriter"],
     "data": ["OPSDDataModule"],
     "divergences": [
         "Divergence",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from opsd_lightning.export import merge_adapter, write_adapter
@@ -58,8 +59,7 @@ class AdapterExport(Callback):
 class RolloutTable(Callback):
     """Writes some of a step's rollouts to ``rollouts.csv`` and to whatever loggers there are.
 
-    TensorBoard gets them as text, Weights & Biases as a table, others through their ``log_table`` or ``log_text`` where
-    they have one.
+    Weights & Biases gets a table, TensorBoard the same as text; a CSV log has no place for one, and the file stands in.
 
     Args:
         every_n_steps: Training steps from one table to the next, at least 1.
@@ -157,6 +157,61 @@ class RolloutWriter(Callback):
         os.replace(temporary, path)
         self.records = []
         print(f"{len(lines)} graded completions are in {path}")
+
+
+class ProgressLines(ProgressBar):
+    """A progress bar in lines: one for each training step and each batch of an evaluation. For slow steps and for logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_enabled = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._print(
+            trainer,
+            f"step {trainer.global_step}/{trainer.max_steps}  loss {now['train/loss']:.4f}  forward KL "
+            f"{now['train/forward_kl']:.4f} nats a token  {now['train/completion_tokens']:.1f} tokens a completion, "
+            f"{now['train/truncated_fraction']:.0%} truncated  rollouts {now['time/rollout_seconds']:.0f} s, scoring "
+            f"{now['time/scoring_seconds']:.0f} s",
+        )
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._batch(trainer, "validation", args[2], batches)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._batch(trainer, "test", args[2], trainer.num_test_batches)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._scores(trainer, "val")
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._scores(trainer, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._scores(trainer, "test")
+
+    def _batch(self, trainer: Trainer, stage: str, index: int, batches: Sequence[float]) -> None:
+        self._print(trainer, f"  {stage}: batch {index + 1}/{int(sum(batches))}")
+
+    def _scores(self, trainer: Trainer, stage: str) -> None:
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith(f"{stage}/") and "avg@" in name and not name.endswith("_se"):
+                error = float(trainer.callback_metrics[f"{name}_se"])
+                self._print(trainer, f"  {name}: {float(value):.1%} ± {error:.1%} (standard error)")
+
+    def _print(self, trainer: Trainer, line: str) -> None:
+        if self.is_enabled and trainer.is_global_zero:
+            print(line, flush=True)
+
+    def enable(self) -> None:
+        self.is_enabled = True
+
+    def disable(self) -> None:
+        self.is_enabled = False
 
 
 class BaselineEvaluation(Callback):

@@ -12,13 +12,13 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import opsd_lightning.callbacks
 import opsd_lightning.divergences
 import opsd_lightning.objectives
 import opsd_lightning.prompts
 import opsd_lightning.rollouts
 import opsd_lightning.sources
 import opsd_lightning.teachers
+from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.types import UserError
@@ -54,6 +54,7 @@ class OPSDCLI(LightningCLI):
                 "data.context": {"class_path": "opsd_lightning.TraceContext"},
             }
         )
+        parser.add_lightning_class_args(RolloutWriter, "writer")
         parser.link_arguments("model.policy", "data.policy")
         parser.link_arguments("data.grader", "model.grader")
         parser.link_arguments(("model.sampling", "model.eval_sampling"), "data.max_new_tokens", compute_fn=_longest)

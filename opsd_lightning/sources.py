@@ -256,7 +256,7 @@ class WordProblems(ExampleSource):
             name, other = draw.sample(self._NAMES, 2)
             things = draw.choice(self._THINGS)
             question = template.format(a=a, b=b, name=name, other=other, things=things)
-            trace = f"{name} has {a} {sign} {b} = {answer} {things} {end}. The answer is {answer}."
+            trace = f"{name} has {a} {sign} {b} = {answer} {things} {end}, so the answer is {answer}."
             repeats = repeats + 1 if question in found else 0
             found[question] = Example(question, trace, str(answer))
         return list(found.values())

@@ -53,12 +53,11 @@ def base(folders: dict[str, str], tmp_path: Path) -> list[str]:
 
 
 def test_every_subcommand(base: list[str], tmp_path: Path) -> None:
-    writer = ["--trainer.callbacks=RolloutWriter"]
     fit = main(["fit", *base])
     assert fit.trainer.global_step == 2
     checkpoint = f"--ckpt_path={fit.trainer.checkpoint_callback.best_model_path}"
     for command in ("validate", "test"):
-        cli = main([command, *base, checkpoint, *writer, "--model.eval_sampling.n=3", "--model.evaluate_teacher=true"])
+        cli = main([command, *base, checkpoint, "--model.eval_sampling.n=3", "--model.evaluate_teacher=true"])
         prefix = {"validate": "val"}.get(command, command)
         names = {
             f"{prefix}/{role}{m}@3{se}" for role in ("", "teacher_") for m in ("avg", "pass", "maj") for se in ("", "_se")
@@ -67,7 +66,7 @@ def test_every_subcommand(base: list[str], tmp_path: Path) -> None:
         assert names <= set(cli.trainer.callback_metrics)
     lines = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 4 * 3 and {line["role"] for line in lines} == {"student", "teacher"}
-    main(["predict", *base, checkpoint, *writer, "--model.eval_sampling.n=2"])
+    main(["predict", *base, checkpoint, "--model.eval_sampling.n=2"])
     lines = [json.loads(line) for line in (tmp_path / "predict.jsonl").read_text().splitlines()]
     assert len(lines) == 8
     assert set(lines[0]) == {

@@ -42,7 +42,6 @@ def shrunk(folders: dict[str, str], tmp_path: Path) -> Callable[[Path], list[str
             f"--trainer.default_root_dir={tmp_path}",
             "--trainer.max_steps=1",
             "--trainer.val_check_interval=1",
-            "--trainer.enable_progress_bar=false",
         ]
 
     return arguments

@@ -80,7 +80,7 @@ def test_word_problems_are_right_and_distinct() -> None:
     assert len({e.question for e in examples}) == 500
     assert examples == WordProblems(size=500, seed=7).examples() != WordProblems(size=500, seed=8).examples()
     for example in examples:
-        found = re.fullmatch(r"\w+ has (\d+) ([+-]) (\d+) = (\d+) \w+ (?:now|left)\. The answer is (\d+)\.", example.trace)
+        found = re.fullmatch(r"\w+ has (\d+) ([+-]) (\d+) = (\d+) \w+ (?:now|left), so the answer is (\d+)\.", example.trace)
         assert found, example.trace
         a, sign, b, result, answer = found.groups()
         value = int(a) + int(b) if sign == "+" else int(a) - int(b)

