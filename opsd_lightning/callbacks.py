@@ -172,7 +172,7 @@ class ProgressLines(ProgressBar):
         now = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._print(
             trainer,
-            f"step {trainer.global_step}/{trainer.max_steps}  loss {now['train/loss']:.4f}  forward KL "
+            f"step {trainer.global_step}{f'/{trainer.max_steps}' if trainer.max_steps > 0 else ''}  loss {now['train/loss']:.4f}  forward KL "
             f"{now['train/forward_kl']:.4f} nats a token  {now['train/completion_tokens']:.1f} tokens a completion, "
             f"{now['train/truncated_fraction']:.0%} truncated  rollouts {now['time/rollout_seconds']:.0f} s, scoring "
             f"{now['time/scoring_seconds']:.0f} s",
@@ -186,9 +186,6 @@ class ProgressLines(ProgressBar):
         self._batch(trainer, "test", args[2], trainer.num_test_batches)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._scores(trainer, "val")
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._scores(trainer, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -38,9 +38,12 @@ class OPSDCLI(LightningCLI):
     """Fits, validates, tests and predicts an `OPSDModule` on an `OPSDDataModule`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # Concrete defaults, so that an overlay may change one setting of a part without naming its class again.
+        # Concrete defaults, so that an overlay may change one setting of a part without naming its class again, and a
+        # bare `opsd fit --print_config` gives a configuration that runs.
         parser.set_defaults(
             {
+                "model.policy.model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+                "data.train": {"class_path": "opsd_lightning.WordProblems"},
                 "model.teacher": {"class_path": "opsd_lightning.FixedTeacher"},
                 "model.objective": {
                     "class_path": "opsd_lightning.DivergenceObjective",

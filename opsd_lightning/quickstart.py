@@ -51,20 +51,25 @@ def main(argv: list[str] | None = None) -> None:
     out: Path = options.output
 
     say("1/3  Held-out questions before training, for the student and for the teacher, who has read the solution")
-    run(["test", *common, f"--trainer.default_root_dir={out / 'before'}", "--model.evaluate_teacher=true"])
+    test = ["test", *common, "--verbose=false"]
+    run([*test, f"--trainer.default_root_dir={out / 'before'}", "--model.evaluate_teacher=true"])
     say("2/3  Training on the student's own completions")
     fit = run(["fit", *common, f"--trainer.default_root_dir={out}"])
     best = fit.trainer.checkpoint_callback.best_model_path
     say("3/3  The same held-out questions with the checkpoint that validated best")
-    run(["test", *common, f"--trainer.default_root_dir={out / 'after'}", f"--ckpt_path={best}"])
+    run([*test, f"--trainer.default_root_dir={out / 'after'}", f"--ckpt_path={best}"])
     report(out, fit.trainer, time.perf_counter() - started)
 
 
 def run(args: list[str]) -> Any:
-    """One run of the command line, without its warnings about a machine this small."""
+    """One run of the command line, without warnings about a machine this small and bars of files being read."""
     import warnings
 
+    from transformers.utils import logging
+
     from opsd_lightning.main import main as cli
+
+    logging.disable_progress_bar()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -163,11 +168,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:
-    """The training steps of a CSV log, and its validations as (optimizer steps made, accuracy)."""
+    """The training steps of a CSV log, one a row, and its validations as (optimizer steps made, accuracy)."""
     with path.open(encoding="utf-8") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    steps = [row for row in rows if "train/loss" in row]
-    return steps, [(int(row["step"]) + 1, row["val/avg@1"]) for row in rows if "val/avg@1" in row]
+    steps: list[dict[str, float]] = []
+    validations: list[tuple[int, float]] = []
+    for row in rows:
+        if "train/loss" in row:
+            steps.append(row)
+        if "val/avg@1" in row:
+            validations.append((len(steps), row["val/avg@1"]))
+    return steps, validations
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:

@@ -84,6 +84,18 @@ def test_printed_config_runs(base: list[str], tmp_path: Path, capsys: pytest.Cap
     assert cli.trainer.global_step == 2 and type(cli.model.teacher).__name__ == "EMATeacher"
 
 
+def test_a_bare_printed_config_runs(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its model is on the hub, which tests cannot reach, and its lengths are for a GPU; all else is as printed."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in printed.read_text()
+    short = [f"--model.policy.model={folders['llama']}", "--model.sampling.max_new_tokens=4", "--trainer.max_steps=1"]
+    cli = main(["fit", f"--config={printed}", *short, "--data.batch_size=2", f"--trainer.default_root_dir={tmp_path}"])
+    assert cli.trainer.global_step == 1
+
+
 def test_layers_of_config_and_the_last_word_of_the_command_line(base: list[str], tmp_path: Path) -> None:
     layer = tmp_path / "layer.yaml"
     layer.write_text("model: {objective: {init_args: {divergence: ReverseKL, temperature: 1.3}}, max_grad_norm: 2.0}\n")

@@ -128,7 +128,7 @@ def test_invalid_rows_are_dropped_with_a_count_and_a_reason(
     assert [e.question for e in module.rows["train"].examples] == ["1+1?"]
     assert sum(module.dropped["train"].values()) == len(INVALID)
     text = caplog.text
-    assert "data.train: 1 of 7 rows" in text and all(reason in text for reason in INVALID)
+    assert "data.train (Listed): 1 of 7 rows" in text and all(reason in text for reason in INVALID)
 
 
 @pytest.mark.parametrize("reason", INVALID)

@@ -91,6 +91,30 @@ def test_adapter_on_the_head(make_policy: Callable[..., Policy]) -> None:
     check_head(model)
 
 
+def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
+    states, targets = score(model, PROMPTS, COMPLETIONS)
+    torch.nn.functional.cross_entropy(states.head(states.hidden), targets).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"attn_implementation": "eager"}], ids=str)
+def test_settings_that_save_memory_or_time_change_no_number(
+    settings: dict[str, object], built: Callable[..., PeftModel]
+) -> None:
+    expected = gradients(built())
+    model = built(**settings)
+    base = model.get_base_model()
+    if "gradient_checkpointing" in settings:
+        assert base.is_gradient_checkpointing
+        assert base.training
+    else:
+        assert base.config._attn_implementation == "eager"
+    found = gradients(model)
+    assert found.keys() == expected.keys() and len(found) > 0
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "quantization",
     [
