@@ -170,12 +170,12 @@ class ProgressLines(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         self._print(
             trainer,
-            f"step {trainer.global_step}{f'/{trainer.max_steps}' if trainer.max_steps > 0 else ''}  loss {now['train/loss']:.4f}  forward KL "
-            f"{now['train/forward_kl']:.4f} nats a token  {now['train/completion_tokens']:.1f} tokens a completion, "
-            f"{now['train/truncated_fraction']:.0%} truncated  rollouts {now['time/rollout_seconds']:.0f} s, scoring "
-            f"{now['time/scoring_seconds']:.0f} s",
+            f"step {trainer.global_step}{of}  loss {now['train/loss']:.4f}  forward KL {now['train/forward_kl']:.4f} nats  "
+            f"{now['train/completion_tokens']:.1f} tokens a completion, {now['train/truncated_fraction']:.0%} truncated  "
+            f"rollouts {now['time/rollout_seconds']:.0f} s, scoring {now['time/scoring_seconds']:.0f} s",
         )
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

@@ -132,10 +132,8 @@ class OPSDDataModule(LightningDataModule):
         self.dropped[split] = dropped
         reasons = "; ".join(f"{count} left out: {reason}" for reason, count in dropped.items())
         cuts = f"; {cut} traces cut to data.prompts.max_trace_tokens" if cut else ""
-        name = type(source).__name__
-        rank_zero_info(
-            f"data.{split} ({name}): {len(batch.examples)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
-        )
+        counts = f"{len(batch.examples)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
+        rank_zero_info(f"data.{split} ({type(source).__name__}): {counts}")
         if not batch.examples:
             raise UserError(f"data.{split} has no usable row of {len(found)} ({reasons}); check the source and its columns")
         return batch
