@@ -18,6 +18,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision
 from peft import PeftModel
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
@@ -115,10 +116,8 @@ class OPSDModule(LightningModule):
         """
         if hasattr(self, "model"):
             return
-        if self._trainer is not None and getattr(self._trainer.precision_plugin, "scaler", None) is not None:
-            raise UserError(
-                "trainer.precision is 16-mixed, whose loss scaling OPSD does not support: use bf16-mixed or 32-true"
-            )
+        if self._trainer is not None:
+            _check_precision(self._trainer.precision_plugin)
         self.tokenizer = self.policy.load_tokenizer()
         vocabulary = self.policy.load_config().get_text_config().vocab_size
         try:
@@ -337,6 +336,15 @@ class OPSDModule(LightningModule):
                 f"the checkpoint does not fit this configuration: {len(wrong)} adapter weights differ or are missing, such "
                 f"as {wrong[0]}. Give it the model, LoRA settings and teacher that it was trained with"
             )
+
+
+def _check_precision(plugin: Precision) -> None:
+    if getattr(plugin, "scaler", None) is not None:
+        raise UserError("trainer.precision is 16-mixed, whose loss scaling does not go with OPSD: use bf16-mixed or 32-true")
+    if isinstance(plugin, BitsandbytesPrecision):
+        raise UserError(
+            "trainer.plugins has BitsandbytesPrecision, which would quantize the adapter too: set model.policy.quantization"
+        )
 
 
 @contextmanager

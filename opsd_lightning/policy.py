@@ -115,7 +115,7 @@ class Policy:
 
     def _where(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained`` that say what to load."""
-        path = Path(self.model)
+        path = Path(self.model).expanduser()
         gguf = path.suffix == ".gguf"
         local = gguf or path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
         if local and not path.exists():
@@ -123,7 +123,7 @@ class Policy:
         common = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         if gguf:
             return common | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        return common | {"pretrained_model_name_or_path": self.model}
+        return common | {"pretrained_model_name_or_path": str(path) if local else self.model}
 
     def _load(self, loader: Callable[..., Any], **kwargs: Any) -> Any:
         where = self._where()

@@ -288,3 +288,12 @@ def test_loss_scaling_is_refused(make_policy: Callable[..., Policy], tmp_path: P
     run = trainer(tmp_path, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
     with pytest.raises(UserError, match="use bf16-mixed or 32-true"):
         run.fit(*parts(make_policy()))
+
+
+def test_the_trainers_own_quantization_is_refused(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """It would convert the LoRA layers as well."""
+    from lightning.pytorch.plugins import BitsandbytesPrecision
+
+    run = trainer(tmp_path, plugins=[BitsandbytesPrecision("nf4")])
+    with pytest.raises(UserError, match=r"set model\.policy\.quantization"):
+        run.fit(*parts(make_policy()))
