@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     common = ["--config", options.config, f"--model.policy.model={folder}", f"--seed_everything={options.seed}"]
+    common += [f"--trainer.logger.init_args.save_dir={options.output}"]
     if options.short:
         common += ["--data.val.init_args.size=8", "--data.test.init_args.size=8", "--data.train.init_args.size=64"]
         common += ["--data.batch_size=4", "--trainer.max_steps=2", "--trainer.val_check_interval=1"]

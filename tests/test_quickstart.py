@@ -32,6 +32,8 @@ def test_the_whole_of_it(
         assert phrase in printed, phrase
     assert printed.index("Held-out accuracy") < printed.index("student before") < printed.index("student after")
 
+    assert list(tmp_path.rglob("*.ckpt"))
+
     # The adapter, in plain peft and plain generate, writes what the last test wrote: the same accuracy, then.
     tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["llama"]), tmp_path / "adapter").eval()
