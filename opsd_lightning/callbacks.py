@@ -52,7 +52,7 @@ class AdapterExport(Callback):
         folder = write_adapter(pl_module.model, root / self.folder, weights)
         print(f"The adapter of {best or 'the last step'} is in {folder}")
         if self.merged_folder is not None:
-            merged = merge_adapter(pl_module.policy.model, folder, root / self.merged_folder, pl_module.policy.dtype)
+            merged = merge_adapter(pl_module.policy, folder, root / self.merged_folder)
             print(f"The merged model is in {merged}")
 
 

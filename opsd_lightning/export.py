@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
 
-from opsd_lightning.policy import STUDENT, Policy
+from opsd_lightning.policy import STUDENT, LoRA, Policy
 
 
 def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
@@ -29,18 +30,18 @@ def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Te
     return folder
 
 
-def merge_adapter(model: str, adapter: str | Path, folder: str | Path, dtype: str = "auto") -> Path:
+def merge_adapter(policy: Policy | str, adapter: str | Path, folder: str | Path) -> Path:
     """Write the base model with an adapter merged into its weights, as an ordinary model folder with its tokenizer.
 
     Args:
-        model: The base model that the adapter was trained on: a Hugging Face id, a folder or a ``.gguf`` file. A model
-            that was trained in 4 bits is merged into its full-precision weights.
+        policy: The policy that the adapter was trained with, or its base model: a Hugging Face id, a folder or a ``.gguf``
+            file. A model that was trained in 4 bits is merged into its unquantized weights.
         adapter: The adapter's peft folder or Hugging Face id.
         folder: Where the merged model goes. Replaced if it exists.
-        dtype: Type of the weights, as in `Policy`.
     """
-    policy = Policy(model=model, adapter=str(adapter), dtype=dtype)  # type: ignore[arg-type]
-    generation = None if model.endswith(".gguf") else _generation_config(policy)
+    policy = Policy(policy) if isinstance(policy, str) else policy
+    policy = dataclasses.replace(policy, adapter=str(adapter), lora=LoRA(), quantization=None)
+    generation = _generation_config(policy)
     merged = policy.build().merge_and_unload()
     if generation is not None:
         merged.generation_config = generation
@@ -52,8 +53,10 @@ def merge_adapter(model: str, adapter: str | Path, folder: str | Path, dtype: st
 
 def _generation_config(policy: Policy) -> GenerationConfig | None:
     """The checkpoint's own, which `Policy.build` puts aside."""
+    if policy.model.endswith(".gguf"):
+        return None
     try:
-        return GenerationConfig.from_pretrained(policy.model)
+        return GenerationConfig.from_pretrained(policy.model, revision=policy.revision or "main")
     except OSError:
         return None
 

@@ -23,16 +23,17 @@ _STARTUP_SECONDS = 120.0  # importing sympy on a busy machine
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete ``\\boxed{...}``, braces balanced, or None."""
-    start = text.rfind(r"\boxed{")
-    while start >= 0:
-        depth = 0
-        for end in range(start + len(r"\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len(r"\boxed{") : end].strip()
-        start = text.rfind(r"\boxed{", 0, start)  # that one never closes: a truncated text
-    return None
+    """The content of the last complete ``\\boxed{...}``, braces balanced, or None. One pass: linear in the text."""
+    last: tuple[int, int] | None = None
+    opened: list[tuple[bool, int]] = []  # is it a box, and where its content starts
+    for brace in re.finditer(r"\\boxed\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append((brace[0] != "{", brace.end()))
+        elif opened:
+            box, start = opened.pop()
+            if box and (last is None or start > last[0]):
+                last = (start, brace.start())
+    return None if last is None else text[last[0] : last[1]].strip()
 
 
 @dataclass(frozen=True)

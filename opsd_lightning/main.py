@@ -5,6 +5,7 @@ Rooms are imported here so that YAML may name their classes without their module
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,4 +121,6 @@ def main(args: ArgsType = None) -> OPSDCLI:
 
 def entry() -> None:
     """The ``opsd`` command."""
+    # As for `python cli.py`: a part of one's own in the current folder can be named in YAML.
+    sys.path.insert(0, os.getcwd())
     main()

@@ -53,7 +53,7 @@ class OPSDModule(LightningModule):
         lr_scheduler: Makes its learning-rate schedule, stepped after every optimizer step. Constant unless given.
         max_grad_norm: Gradients with a larger norm are scaled down to it, above 0. Not clipped unless given.
         token_budget: The most tokens, padding included, that one scoring pass works on, at least 1. It decides memory,
-            never the result.
+            not the result (but for which inputs LoRA dropout drops).
         seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
     """
 
@@ -134,7 +134,16 @@ class OPSDModule(LightningModule):
         optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
         if self.make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}
+        scheduler = self.make_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UserError("model.lr_scheduler: ReduceLROnPlateau needs a metric, and a step here has none: choose another")
+        last = getattr(scheduler, "total_steps", None)
+        if last is not None and not 0 <= self.trainer.max_steps <= last:
+            raise UserError(
+                f"model.lr_scheduler ends after total_steps = {last}, before trainer.max_steps = "
+                f"{self.trainer.max_steps}: make them equal"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # ragged lists; tensors are made where they are used

@@ -201,6 +201,11 @@ class Policy:
             pad_token_id=tokenizer.pad_token_id,
         )
         model = self._adapt(base)
+        if (bias := model.peft_config[STUDENT].bias) != "none":
+            raise UserError(
+                f"the LoRA adapter trains biases of the base model (bias: {bias}), which a fixed teacher cannot switch "
+                "off and a checkpoint does not hold: leave bias out of model.policy.lora.options"
+            )
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         # `from_pretrained` leaves evaluation mode, in which gradient checkpointing stays off.

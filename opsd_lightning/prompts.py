@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
 from opsd_lightning.types import Example, UserError
@@ -105,6 +106,9 @@ class NoContext(PrivilegedContext):
 class WrongContext(PrivilegedContext):
     """The trace with its answer replaced, wherever it stands, by that of a question with another answer.
 
+    A trace that writes its answer differently from the reference (1/2 for 0.5) would stay right: the wrong answer alone
+    takes its place.
+
     Args:
         seed: Of the choice of that question.
     """
@@ -115,7 +119,8 @@ class WrongContext(PrivilegedContext):
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         example = examples[index]
         wrong = _another(index, examples, self.seed, "answer").answer
-        return re.sub(rf"(?<!\w){re.escape(example.answer)}(?!\w)", lambda _: wrong, example.trace)
+        trace, replaced = re.subn(rf"(?<!\w){re.escape(example.answer)}(?!\w)", lambda _: wrong, example.trace)
+        return trace if replaced else f"The final answer is {wrong}."
 
 
 class ColumnContext(PrivilegedContext):
@@ -212,9 +217,15 @@ class Prompts:
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
         # The template's own tokenization adds no special tokens: what it renders already holds the BOS, once.
-        ids: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs
-        )
+        try:
+            ids: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the model's chat template refuses this prompt ({error}): check data.prompts.system and the "
+                "chat_template_kwargs, or give another template as model.policy.chat_template"
+            ) from None
         return Prompt(ids)
 
 

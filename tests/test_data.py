@@ -61,6 +61,8 @@ def test_datasets_from_disk(tmp_path: Path) -> None:
     assert len(HubSource(str(tmp_path / "many"), split="held").examples()) == 2
     with pytest.raises(UserError, match="no split 'test'; it has train, held"):
         HubSource(str(tmp_path / "many"), split="test").examples()
+    with pytest.raises(UserError, match="without splits"):
+        HubSource(str(tmp_path / "one"), split="train[:2]").examples()
     with pytest.raises(UserError, match="cannot load the dataset 'nobody/nothing'"):
         HubSource("nobody/nothing").examples()
 

@@ -31,9 +31,14 @@ def test_find_answer(text: str, answer: str | None) -> None:
     assert GRADER.find_answer(text) == answer
 
 
-def test_last_boxed_is_linear_in_ordinary_text_and_safe_in_odd_text() -> None:
-    assert last_boxed(r"\boxed{" * 50) is None
+def test_last_boxed_is_linear() -> None:
+    """A looping model writes many boxes and closes none: an answer in a second, where a quadratic search takes an hour."""
+    started = time.perf_counter()
+    assert last_boxed(r"\boxed{" * 200_000) is None
+    assert last_boxed(r"\boxed{7}" + r"\boxed{" * 200_000) == "7"
     assert last_boxed("}" * 100_000 + r"\boxed{5}") == "5"
+    assert last_boxed(r"{ \boxed{a{b}c} \boxed{\boxed{3}}") == "3"
+    assert time.perf_counter() - started < 20
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
 def test_settings_that_save_memory_or_time_change_no_number(
     settings: dict[str, object], built: Callable[..., PeftModel]
 ) -> None:
+    torch.manual_seed(0)
     expected = gradients(built())
+    torch.manual_seed(0)
     model = built(**settings)
     base = model.get_base_model()
     if "gradient_checkpointing" in settings:
@@ -155,7 +157,7 @@ def test_exported_adapter_loads_with_plain_peft(make_policy: Callable[..., Polic
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, folder)), logits(model))
     again = make_policy(adapter=str(folder), lora=LoRA()).build()
     torch.testing.assert_close(logits(again), logits(model))
-    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(policy.model, folder, tmp_path / "merged", "float32"))
+    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(policy, folder, tmp_path / "merged"))
     ids = torch.tensor([PROMPTS[0] + COMPLETIONS[0]])
     torch.testing.assert_close(merged(ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
     assert merged.generation_config.eos_token_id == [EOS, SECOND_EOS]
@@ -211,7 +213,7 @@ def test_gguf(tmp_path: Path) -> None:
     model = policy.build()
     check_head(model)
     folder = write_adapter(model, tmp_path / "adapter")
-    assert merge_adapter(str(path), folder, tmp_path / "merged", "float32").joinpath("model.safetensors").exists()
+    assert merge_adapter(policy, folder, tmp_path / "merged").joinpath("model.safetensors").exists()
     tokenizer = policy.load_tokenizer()
     assert tokenizer.decode(tokenizer.encode("a", add_special_tokens=False)) == "a" and 257 in eos_ids(model)
 
@@ -233,6 +235,7 @@ def test_refusals(folders: dict[str, str], make_policy: Callable[..., Policy], t
     refused("cannot load", Policy(str(tmp_path / "empty")))
     refused(r"model\.policy\.lora does not fit", make_policy(lora=LoRA(target_modules=["nonesuch"])))
     refused("does not make a peft LoraConfig", make_policy(lora=LoRA(options={"nonesuch": 1})))
+    refused("trains biases", make_policy("gpt2", lora=LoRA(options={"bias": "all"})))
     refused("changes the base weights", make_policy(lora=LoRA(options={"init_lora_weights": "pissa"})))
     refused("is not a LoRA adapter", make_policy(adapter=str(tmp_path / "empty")))
     other = write_adapter(make_policy("gpt2").build(), tmp_path / "gpt2")

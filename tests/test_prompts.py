@@ -57,6 +57,8 @@ def test_wrong_context_has_no_right_answer() -> None:
     for index, example in enumerate(EXAMPLES):
         text = WrongContext(1).text(index, EXAMPLES)
         assert text is not None and example.answer not in text
+    half = Example("half of 1?", r"so \boxed{\frac{1}{2}}", "0.5")
+    assert WrongContext().text(0, [half, EXAMPLES[0]]) == "The final answer is 2."
     with pytest.raises(UserError, match="differ in their answer"):
         WrongContext().text(0, EXAMPLES[1:])
 
@@ -142,3 +144,10 @@ def test_only_the_traces_own_text_is_cut(limit: int) -> None:
 def test_templates_must_have_their_placeholders(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Prompts(**settings)
+
+
+def test_a_template_that_refuses_is_a_clear_message() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' else 'x' }}"
+    with pytest.raises(UserError, match=r"no system turn.*data\.prompts\.system"):
+        Prompts(system="Be brief.").student(tokenizer, EXAMPLES[0])

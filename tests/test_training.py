@@ -17,18 +17,18 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from conftest import COMPLETIONS, PROMPTS
+from conftest import COMPLETIONS, PROMPTS, make_tokenizer
 from opsd_lightning.callbacks import AdapterExport, BaselineEvaluation, RolloutTable
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.divergences import ReverseKL
-from opsd_lightning.module import OPSDModule
+from opsd_lightning.module import OPSDModule, _check_precision
 from opsd_lightning.objectives import DivergenceObjective
 from opsd_lightning.policy import LoRA, Policy, score
 from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling
+from opsd_lightning.rollouts import RolloutEngine, Sampling
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
-from opsd_lightning.types import UserError
+from opsd_lightning.types import Rollouts, UserError
 
 
 def parts(policy: Policy, **settings: Any) -> tuple[OPSDModule, OPSDDataModule]:
@@ -160,7 +160,7 @@ def test_load_from_checkpoint_of_a_command_line_run(folders: dict[str, str], tmp
          "--model.teacher.decay=0.5", "--model.sampling.max_new_tokens=6", "--data.train=WordProblems", "--data.batch_size=2",
          "--data.train.size=4", "--trainer.max_steps=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}",
          "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--seed_everything=3",
-         "--data.grader.timeout_seconds=2"]
+         "--data.grader.timeout_seconds=2", "--data.prompts.teacher_template={question} {context}"]
     )  # fmt: skip
     path = cli.trainer.checkpoint_callback.best_model_path
     again = OPSDModule.load_from_checkpoint(path, weights_only=True)
@@ -168,6 +168,103 @@ def test_load_from_checkpoint_of_a_command_line_run(folders: dict[str, str], tmp
     assert again.seed == 3 and again.grader.timeout_seconds == 2
     expected = adapters(cli.model)
     assert all(torch.equal(value, expected[key]) for key, value in adapters(again).items())
+
+
+class Scripted(RolloutEngine):
+    """Writes what it is told to, in place of a model that knows nothing: completions of each prompt, by its question."""
+
+    def __init__(self, script: Callable[[str, int], str]) -> None:
+        self.script, self.tokenizer = script, make_tokenizer()
+
+    def generate(self, model: Any, prompts: Any, sampling: Sampling, seed: int) -> Rollouts:
+        texts = [self.script(self.tokenizer.decode(p), n) for p in prompts for n in range(sampling.n)]
+        rows = [self.tokenizer.encode(text) for text in texts]
+        return Rollouts(rows, [n % 2 == 0 for n in range(len(rows))], sampling.n)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_grades_reach_the_right_question(batch: int, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Of four questions with three completions, question i gets i right ones; the teacher gets all right."""
+    module, data = parts(make_policy(), eval_sampling=Sampling(max_new_tokens=8, n=3), evaluate_teacher=True)
+    data.eval_batch_size = batch
+    questions = {e.question: (i, e.answer) for i, e in enumerate(WordProblems(4, 2).examples())}
+
+    def script(prompt: str, n: int) -> str:
+        _, (i, answer) = next((q, a) for q, a in questions.items() if q in prompt)
+        privileged = "so the answer is" in prompt
+        return f"The answer is {answer}." if privileged or n < i else f"The answer is {int(answer) + 50 + n}."
+
+    module.rollouts = Scripted(script)
+    (found,) = trainer(tmp_path).validate(module, data, verbose=False)
+    shares = torch.tensor([0, 1 / 3, 2 / 3, 1])
+    assert found["val/avg@3"] == pytest.approx(0.5)
+    assert found["val/avg@3_se"] == pytest.approx(float(shares.std() / 2))
+    assert found["val/pass@3"] == pytest.approx(3 / 4)
+    assert found["val/maj@3"] == pytest.approx((0 + 1 / 3 + 1 + 1) / 4)
+    assert found["val/teacher_avg@3"] == 1
+    predictions = trainer(tmp_path).predict(module, val_as_test(data))
+    assert predictions is not None
+    records = [record for part in predictions for record in part]
+    assert [r["correct"] for r in records] == [n < i for i in range(4) for n in range(3)]
+    assert [r["question"] for r in records] == [q for q in questions for _ in range(3)]
+
+
+def val_as_test(data: OPSDDataModule) -> OPSDDataModule:
+    data.sources["test"] = data.sources["val"]
+    return data
+
+
+@pytest.mark.parametrize("empty", ["some", "all"])
+def test_empty_completions(empty: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """They add nothing to the loss, and a step without any token leaves the adapter alone."""
+    module, data = parts(make_policy(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), lr_scheduler=None)
+    module.rollouts = Scripted(lambda prompt, n: "" if n or empty == "all" else "so 3")
+    recorder = Recorder()
+    module.configure_model()
+    before = adapters(module)
+    trainer(tmp_path, recorder, max_steps=1).fit(module, data)
+    moved = not all(torch.equal(value, before[key]) for key, value in adapters(module).items())
+    assert moved == (empty == "some")
+    assert (recorder.losses[1] > 0) == (empty == "some")
+    (row,) = [row for row in metrics(tmp_path) if "train/loss" in row]
+    assert row["train/completion_tokens"] == (2.0 if empty == "some" else 0.0)
+
+
+def test_passes_that_only_keep_ranks_in_step_change_nothing(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """What a rank with fewer micro-batches than another has to run."""
+    found = []
+    for more in (0, 3):
+        torch.manual_seed(0)
+        module, data = parts(make_policy())
+        original = module._over_ranks
+        module._over_ranks = lambda v, op, o=original, m=more: o(v, op) + (m if op == "max" else 0)  # type: ignore[method-assign, misc]
+        recorder = Recorder()
+        trainer(tmp_path / str(more), recorder, max_steps=2).fit(module, data)
+        found.append((recorder.losses, adapters(module)))
+    (losses, weights), (more_losses, more_weights) = found
+    assert losses == pytest.approx(more_losses)
+    for key, value in weights.items():
+        torch.testing.assert_close(value, more_weights[key])
+
+
+def test_a_run_resumes_from_a_checkpoint_of_its_validation(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """The kind that ModelCheckpoint writes when it chooses by accuracy, in mid-epoch."""
+    policy = make_policy(lora=LoRA(r=4, alpha=8, dropout=0.3))
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+
+    def run(folder: Path, *callbacks: Callback, **more: Any) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        recorder, (module, data) = Recorder(), parts(policy)
+        trainer(folder, recorder, *callbacks, **settings).fit(module, data, **more)
+        return recorder.losses, adapters(module)
+
+    saved = ModelCheckpoint(tmp_path, monitor="val/avg@2", save_top_k=-1, filename="at{step}", auto_insert_metric_name=False)
+    losses, weights = run(tmp_path / "whole", saved)
+    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["at2.ckpt", "at4.ckpt", "at6.ckpt"]
+    for step in (2, 4):
+        rest, resumed = run(tmp_path / f"from{step}", ckpt_path=tmp_path / f"at{step}.ckpt", weights_only=True)
+        assert rest == {n: loss for n, loss in losses.items() if n > step}
+        assert all(torch.equal(value, weights[key]) for key, value in resumed.items())
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -291,13 +388,12 @@ def test_loss_scaling_is_refused(make_policy: Callable[..., Policy], tmp_path: P
         run.fit(*parts(make_policy()))
 
 
-def test_the_trainers_own_quantization_is_refused(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    """It would convert the LoRA layers as well."""
+def test_the_trainers_own_quantization_is_refused() -> None:
+    """It would convert the LoRA layers as well. Its plugin cannot be built without CUDA: a bare instance stands for it."""
     from lightning.pytorch.plugins import BitsandbytesPrecision
 
-    run = trainer(tmp_path, plugins=[BitsandbytesPrecision("nf4")])
     with pytest.raises(UserError, match=r"set model\.policy\.quantization"):
-        run.fit(*parts(make_policy()))
+        _check_precision(object.__new__(BitsandbytesPrecision))
 
 
 def test_rollouts_reach_weights_and_biases(
