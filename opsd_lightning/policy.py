@@ -201,7 +201,7 @@ class Policy:
             pad_token_id=tokenizer.pad_token_id,
         )
         model = self._adapt(base)
-        if (bias := model.peft_config[STUDENT].bias) != "none":
+        if (bias := getattr(model.peft_config[STUDENT], "bias", "none")) != "none":
             raise UserError(
                 f"the LoRA adapter trains biases of the base model (bias: {bias}), which a fixed teacher cannot switch "
                 "off and a checkpoint does not hold: leave bias out of model.policy.lora.options"
