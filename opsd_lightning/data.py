@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -18,8 +17,6 @@ from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import PrivilegedContext, Prompts, TraceContext
 from opsd_lightning.sources import ExampleSource
 from opsd_lightning.types import Example, PromptBatch, UserError
-
-log = logging.getLogger(__name__)
 
 
 class OPSDDataModule(LightningDataModule):
