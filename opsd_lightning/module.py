@@ -33,7 +33,7 @@ from opsd_lightning.teachers import FixedTeacher, Teacher
 from opsd_lightning.tokens import micro_batches
 from opsd_lightning.types import PromptBatch, Rollouts, UserError
 
-_MEASURED = ("loss", "clipped", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
+_MEASURED = ("clipped", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
 
 
 class OPSDModule(LightningModule):
@@ -138,10 +138,11 @@ class OPSDModule(LightningModule):
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UserError("model.lr_scheduler: ReduceLROnPlateau needs a metric, and a step here has none: choose another")
         last = getattr(scheduler, "total_steps", None)
-        if last is not None and not 0 <= self.trainer.max_steps <= last:
+        steps = self.trainer.max_steps
+        if last is not None and not 0 <= steps <= last:
             raise UserError(
                 f"model.lr_scheduler ends after total_steps = {last}, before trainer.max_steps = "
-                f"{self.trainer.max_steps}: make them equal"
+                f"{steps if steps >= 0 else 'unlimited'}: make them equal"
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -233,9 +234,8 @@ class OPSDModule(LightningModule):
         self.tokens_generated += int(tokens)
         means = {name: value / max(tokens, 1) for name, value in zip(_MEASURED, token_sums, strict=True)}
         means["clipped_fraction"] = means.pop("clipped")
-        means["loss"] = loss  # weighted as it was minimised
-        self.log_dict({"train/loss": means["loss"], "train/forward_kl": means["forward_kl"]}, prog_bar=True, batch_size=1)
-        values = {f"train/{name}": value for name, value in means.items() if name not in ("loss", "forward_kl")}
+        self.log_dict({"train/loss": loss, "train/forward_kl": means.pop("forward_kl")}, prog_bar=True, batch_size=1)
+        values = {f"train/{name}": value for name, value in means.items()}
         values |= {
             "train/first_token_forward_kl": first_sum / max(first_count, 1),
             "train/completion_tokens_min": -self._over_ranks(-lengths.min(), "max"),
@@ -265,8 +265,7 @@ class OPSDModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Graded completions of a batch, one record a completion."""
-        records, _ = self._grade(batch, batch.student, batch_idx)
-        return [record for record, counted in records if counted]
+        return [record for record, counted in self._grade(batch, batch.student, batch_idx) if counted]
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -280,7 +279,7 @@ class OPSDModule(LightningModule):
         if self.evaluate_teacher:
             with self.teacher.weights(self.model):
                 found["teacher_"] = self._grade(batch, batch.teacher, batch_idx)
-        for role, (records, _) in found.items():
+        for role, records in found.items():
             n = self.eval_sampling.n
             for start in range(0, len(records), n):
                 group = [record for record, counted in records[start : start + n] if counted]
@@ -289,11 +288,10 @@ class OPSDModule(LightningModule):
                 for record in group:
                     self.lengths[role]["completion_tokens"].update(record["completion_tokens"])  # type: ignore[index]
                     self.lengths[role]["truncated_fraction"].update(float(record["truncated"]))  # type: ignore[index]
-        return {role.rstrip("_"): [record for record, counted in records if counted] for role, (records, _) in found.items()}
+        return {role.rstrip("_"): [record for record, counted in records if counted] for role, records in found.items()}
 
-    def _grade(
-        self, batch: PromptBatch, prompts: list[list[int]], batch_idx: int
-    ) -> tuple[list[tuple[dict[str, Any], bool]], Rollouts]:
+    def _grade(self, batch: PromptBatch, prompts: list[list[int]], batch_idx: int) -> list[tuple[dict[str, Any], bool]]:
+        """A record of each completion, and whether it counts."""
         seed = seed_for(self.seed, "evaluation", batch_idx, self.global_rank)
         rollouts = self.rollouts.generate(self.model, prompts, self.eval_sampling, seed)
         records = []
@@ -311,7 +309,7 @@ class OPSDModule(LightningModule):
                 "truncated": not rollouts.terminated[index],
             }
             records.append((record, batch.counted[index // rollouts.n]))
-        return records, rollouts
+        return records
 
     def _log_evaluation(self, stage: str) -> None:
         k = self.eval_sampling.n
