@@ -4,7 +4,8 @@
 
 Source: arXiv 2601.18734, equation of the training objective. Only the student's hidden states (and its head, where that
 trains) get a gradient. It is made in the forward pass, chunk by chunk, and handed over when backward comes: no tensor
-of [all tokens, vocabulary] ever exists, and logits are computed once.
+of [all tokens, vocabulary] ever exists, and logits are computed once. Within a chunk, whose rows are many enough for
+the head's matrix products, the divergence is taken of a block of few rows at a time, which stay in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from torch import Tensor
 
 from opsd_lightning.divergences import Divergence, ForwardKL, FullVocabulary, Support
 from opsd_lightning.types import Rollouts, TokenStates
+
+
+# Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (benchmarks/objective.py --blocks).
+_CACHED_NUMBERS = 2**20
 
 
 class Clip(ABC):
@@ -89,8 +94,8 @@ class Objective(ABC):
         skip_first_tokens: Leading tokens of every completion that stay out of the loss, 0 or more. For a student that
             does not think under a teacher that does, whose first token would be ``<think>``.
         include_truncated: Whether completions that ran into the length limit count.
-        chunk_tokens: Tokens whose logits exist at one time. The memory in use is about 10 chunk_tokens x vocabulary
-            numbers of 4 bytes.
+        logits_memory_mib: The most memory, in MiB, that both roles' logits and what is made of them may take at one
+            time, whatever the number of tokens. It decides how many tokens make a chunk, not the result.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class Objective(ABC):
         reduction: Literal["token_mean", "sequence_mean"] = "token_mean",
         skip_first_tokens: NonNegativeInt = 0,
         include_truncated: bool = True,
-        chunk_tokens: PositiveInt = 256,
+        logits_memory_mib: PositiveInt = 512,
     ) -> None:
         if reduction not in ("token_mean", "sequence_mean"):
             raise ValueError(f"objective.reduction is {reduction!r}: choose token_mean or sequence_mean")
@@ -107,14 +112,14 @@ class Objective(ABC):
         self.reduction = reduction
         self.skip_first_tokens = NonNegativeInt(skip_first_tokens)
         self.include_truncated = include_truncated
-        self.chunk_tokens = PositiveInt(chunk_tokens)
+        self.logits_memory_mib = PositiveInt(logits_memory_mib)
 
     def check(self, vocabulary: int) -> None:
         """Raise ``ValueError`` where the settings cannot work for a vocabulary of that size."""
 
     @abstractmethod
     def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each token and whether clipping changed it, both [rows].
+        """Loss of each token, and how much of its divergence (nats) clipping took away, both [rows].
 
         Args:
             student_logprobs: With gradient, at the loss temperature. Shape [rows, V].
@@ -149,43 +154,79 @@ class Objective(ABC):
             weights: Weight of each token, already divided by the step's sum. Shape [T].
 
         Returns:
-            The loss, a scalar, and by name one tensor of shape [T] each: ``loss``, ``clipped`` (0 or 1), and, over the
-            full vocabulary at the loss temperature and before any clip, ``forward_kl``, ``reverse_kl``,
-            ``student_entropy``, ``teacher_entropy`` (nats) and ``student_logprob``, ``teacher_logprob`` of the target.
+            The loss, a scalar, and by name one tensor of shape [T] each: ``loss``, ``clipped`` (0 or 1),
+            ``clipped_mass`` (nats that clipping took away), and, over the full vocabulary at the loss temperature and
+            before any clip, ``forward_kl``, ``reverse_kl``, ``student_entropy``, ``teacher_entropy`` (nats) and
+            ``student_logprob``, ``teacher_logprob`` of the target.
         """
         inputs = [student.hidden, *(p for p in student.head_parameters if p.requires_grad)]
         train = torch.is_grad_enabled() and student.hidden.requires_grad
         gradients = [torch.zeros_like(tensor) for tensor in inputs] if train else []
-        chunks: list[dict[str, Tensor]] = []
-        total = student.hidden.new_zeros((), dtype=torch.float64 if student.hidden.dtype == torch.float64 else torch.float32)
-        for start in range(0, targets.numel(), self.chunk_tokens):
-            rows = slice(start, start + self.chunk_tokens)
+        measured: dict[str, Tensor] = {}
+        start, chunk, block = 0, 8, 8  # the first, small chunk tells the size of the vocabulary
+        while start < targets.numel():
+            rows = slice(start, start + chunk)
             hidden = student.hidden[rows].detach().requires_grad_(train)
-            with torch.no_grad():
-                teacher_logprobs = self._logprobs(teacher.head(teacher.hidden[rows]))
             with torch.set_grad_enabled(train):
-                student_logprobs = self._logprobs(student.head(hidden))
-                token_loss, clipped = self.per_token(student_logprobs, teacher_logprobs, targets[rows])
-                # where: a token without weight must not turn an overflow into 0 * inf
-                weighted = torch.where(weights[rows] > 0, token_loss * weights[rows], 0.0).sum()
+                student_logits = student.head(hidden)
+            with torch.no_grad():
+                teacher_logits = teacher.head(teacher.hidden[rows])
+                if teacher_logits.untyped_storage().data_ptr() == teacher.hidden.untyped_storage().data_ptr():
+                    teacher_logits = teacher_logits.clone()  # a head that does nothing
+            stop = start + len(hidden)
+            for first in range(start, stop, block):
+                part = slice(first, min(first + block, stop))
+                here = slice(part.start - start, part.stop - start)
+                logits = student_logits.detach()[here], teacher_logits[here]
+                for name, values in self._block(*logits, targets[part], weights[part], train).items():
+                    if name not in measured:
+                        # Kept in one tensor for all tokens: small ones between the large would leave holes in the heap.
+                        measured[name] = values.new_empty(targets.shape)
+                    measured[name][part] = values
             if train:
-                found = torch.autograd.grad(weighted, [hidden, *inputs[1:]])
+                found = torch.autograd.grad(student_logits, [hidden, *inputs[1:]], teacher_logits)
                 gradients[0][rows] = found[0]
-                for gradient, more in zip(gradients[1:], found[1:], strict=True):
-                    gradient += more
-            total = total + weighted.detach()
-            chunks.append(
-                {"loss": token_loss.detach(), "clipped": clipped}
-                | _measure(student_logprobs.detach(), teacher_logprobs, targets[rows])
-            )
-        measured = {name: torch.cat([chunk[name] for chunk in chunks]) for name in (chunks[0] if chunks else ())}
+                for collected, more in zip(gradients[1:], found[1:], strict=True):
+                    collected += more
+            chunk, block = self._sizes(student_logits)
+            del logits, student_logits, teacher_logits  # before the next chunk's are made
+            start = stop
+        total = _weighted(measured["loss"], weights) if measured else torch.zeros((), device=student.hidden.device)
         if train:
             total = _HandOver.apply(total, len(inputs), *inputs, *gradients)
         return total, measured
 
+    def _block(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, weights: Tensor, train: bool
+    ) -> dict[str, Tensor]:
+        """Measurements of a few rows. In training, the gradient at the student's logits then stands where the teacher's
+        logits were, which nothing needs any more."""
+        teacher = self._logprobs(teacher_logits)
+        with torch.set_grad_enabled(train):
+            leaf = student_logits.requires_grad_(train)
+            student = self._logprobs(leaf)
+            token_loss, clipped_mass = self.per_token(student, teacher, targets)
+            if train:
+                teacher_logits.copy_(torch.autograd.grad(_weighted(token_loss, weights), leaf)[0])
+        own = {"loss": token_loss.detach(), "clipped": (clipped_mass != 0).to(teacher.dtype), "clipped_mass": clipped_mass}
+        return own | _measure(student.detach(), teacher, targets)
+
+    def _sizes(self, logits: Tensor) -> tuple[int, int]:
+        """Rows of a chunk and of a block, from the memory that may be used."""
+        budget, vocabulary = self.logits_memory_mib * 2**20, logits.shape[-1]
+        # A block's log-probabilities and all that is made of them are about 12 tensors in full precision; a chunk's
+        # logits of both roles are two as the head makes them.
+        block_row = 12 * vocabulary * max(4, logits.element_size())
+        block = budget // 2 // block_row
+        if logits.device.type == "cpu":
+            block = min(block, _CACHED_NUMBERS // vocabulary)
+        block = max(block, 1)
+        chunk = (budget - block * block_row) // (2 * vocabulary * logits.element_size())
+        return max(chunk, block), block
+
     def _logprobs(self, logits: Tensor) -> Tensor:
         full = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.log_softmax(full / self.temperature, dim=-1)
+        return torch.log_softmax(full if self.temperature == 1 else full / self.temperature, dim=-1)
 
 
 class DivergenceObjective(Objective):
@@ -201,7 +242,8 @@ class DivergenceObjective(Objective):
             every completion weighs the same.
         skip_first_tokens: Leading tokens of every completion that stay out of the loss, 0 or more.
         include_truncated: Whether completions that ran into the length limit count.
-        chunk_tokens: Tokens whose logits exist at one time.
+        logits_memory_mib: The most memory, in MiB, that both roles' logits and what is made of them may take at one
+            time, whatever the number of tokens. It decides how many tokens make a chunk, not the result.
     """
 
     def __init__(
@@ -213,9 +255,9 @@ class DivergenceObjective(Objective):
         reduction: Literal["token_mean", "sequence_mean"] = "token_mean",
         skip_first_tokens: NonNegativeInt = 0,
         include_truncated: bool = True,
-        chunk_tokens: PositiveInt = 256,
+        logits_memory_mib: PositiveInt = 512,
     ) -> None:
-        super().__init__(temperature, reduction, skip_first_tokens, include_truncated, chunk_tokens)
+        super().__init__(temperature, reduction, skip_first_tokens, include_truncated, logits_memory_mib)
         self.divergence = divergence or ForwardKL()
         self.support = support or FullVocabulary()
         self.clip = clip or NoClip()
@@ -226,7 +268,7 @@ class DivergenceObjective(Objective):
     def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         entries = self.divergence.entries(*self.support.restrict(student_logprobs, teacher_logprobs))
         loss = self.clip.apply(entries)
-        return loss, (loss.detach() != entries.detach().sum(-1)).to(loss.dtype)
+        return loss, entries.detach().sum(-1) - loss.detach()
 
 
 class SampledTokenObjective(Objective):
@@ -243,15 +285,20 @@ class SampledTokenObjective(Objective):
         return -advantage * student, torch.zeros_like(advantage)
 
 
+def _weighted(token_loss: Tensor, weights: Tensor) -> Tensor:
+    # where: a token without weight must not turn an overflow into 0 * inf
+    return torch.where(weights > 0, token_loss * weights, 0.0).sum()
+
+
 def _measure(student: Tensor, teacher: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """What is logged of each token whatever the loss is: from log-probabilities over the full vocabulary, [rows, V]."""
     p_student, p_teacher = student.exp(), teacher.exp()
     difference = teacher - student
     return {
-        "forward_kl": (p_teacher * difference).sum(-1),
-        "reverse_kl": -(p_student * difference).sum(-1),
-        "student_entropy": -(p_student * student).sum(-1),
-        "teacher_entropy": -(p_teacher * teacher).sum(-1),
+        "forward_kl": torch.linalg.vecdot(p_teacher, difference),
+        "reverse_kl": -torch.linalg.vecdot(p_student, difference),
+        "student_entropy": -torch.linalg.vecdot(p_student, student),
+        "teacher_entropy": -torch.linalg.vecdot(p_teacher, teacher),
         "student_logprob": student.gather(-1, targets[:, None])[:, 0],
         "teacher_logprob": teacher.gather(-1, targets[:, None])[:, 0],
     }

@@ -106,10 +106,10 @@ def test_a_bare_printed_config_runs(folders: dict[str, str], tmp_path: Path, cap
 def test_layers_of_config_and_the_last_word_of_the_command_line(base: list[str], tmp_path: Path) -> None:
     layer = tmp_path / "layer.yaml"
     layer.write_text("model: {objective: {init_args: {divergence: ReverseKL, temperature: 1.3}}, max_grad_norm: 2.0}\n")
-    cli = main(["fit", *base, f"--config={layer}", "--model.max_grad_norm=0.5", "--model.objective.chunk_tokens=7"])
+    cli = main(["fit", *base, f"--config={layer}", "--model.max_grad_norm=0.5", "--model.objective.logits_memory_mib=7"])
     objective = cli.model.objective
     assert type(objective.divergence).__name__ == "ReverseKL" and objective.temperature == 1.3
-    assert objective.chunk_tokens == 7 and cli.model.max_grad_norm == 0.5
+    assert objective.logits_memory_mib == 7 and cli.model.max_grad_norm == 0.5
 
 
 def test_a_part_of_ones_own(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

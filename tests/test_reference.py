@@ -96,7 +96,7 @@ def test_training_steps_equal_the_flat_reference(
     "objective",
     [
         DivergenceObjective(),
-        DivergenceObjective(ReverseKL(), reduction="sequence_mean", chunk_tokens=3),
+        DivergenceObjective(ReverseKL(), reduction="sequence_mean"),
         DivergenceObjective(GeneralizedJSD(), skip_first_tokens=2, include_truncated=False),
     ],
     ids=["token_mean", "sequence_mean", "skips"],

@@ -1,0 +1,159 @@
+"""What every benchmark shares: things timed in turn, peak memory, the machine's own limits, a table and a JSON file.
+
+A time is the median of runs taken in turn (A, B, A, B, ...), so that a busy machine slows both sides alike; what is
+reported is their ratio. Peak memory is torch's on CUDA and the process's resident set on Linux, above what was there
+before the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import transformers
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks take."""
+    options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    options.add_argument("--repeats", type=int, default=5, help="runs of each side, taken in turn")
+    options.add_argument("--json", default=None, help="file for the results; results/<script>.json unless given")
+    return options
+
+
+def model_folder(given: str | None) -> str:
+    """The model that a benchmark runs on: as given, the quick start's folder, or the hub's SmolLM2-135M-Instruct."""
+    local = Path(__file__).parents[1] / "runs" / "models" / "SmolLM2-135M-Instruct"
+    return given or (str(local) if local.is_dir() else "HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each side, all run once to warm up and then in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            gc.collect()
+            wait(device)
+            start = time.perf_counter()
+            side()
+            wait(device)
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def resident_bytes() -> int:
+    """The resident set of this process (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class PeakMemory:
+    """Context manager: ``extra_bytes`` is the peak inside, above what was in use on entering.
+
+    On a CPU the resident set is sampled every millisecond, on CUDA torch's allocator knows its own peak.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self.cuda = device, device.startswith("cuda")
+        self.extra_bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system first
+        if self.cuda:
+            wait(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            self._before = self._peak = resident_bytes()
+            self._stop = threading.Event()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.001):
+            self._peak = max(self._peak, resident_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            wait(self.device)
+            self.extra_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        else:
+            self._stop.set()
+            self._thread.join()
+            self.extra_bytes = max(self._peak, resident_bytes()) - self._before
+
+
+def machine(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What the machine can do at most, measured now: matrix products in FLOP/s and reads from memory in bytes/s."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    numbers = torch.ones(2**26 if device == "cpu" else 2**29, device=device)
+    sides = {"matmul": lambda: a @ b, "read": numbers.sum}
+    seconds = in_turn(sides, 7, device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_flops": 2 * size**3 / seconds["matmul"],
+        "read_bytes_per_second": numbers.nbytes / seconds["read"],
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def report(script: str, facts: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]], path: str | None) -> None:
+    """Print the tables, and write all of it as JSON."""
+    print(f"\n{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['dtype']}: ", end="")
+    print(f"matmul {facts['matmul_flops'] / 1e9:.0f} GFLOP/s, memory {facts['read_bytes_per_second'] / 1e9:.1f} GB/s")
+    for title, rows in tables.items():
+        print(f"\n{title}")
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [names] + [[_cell(row.get(name, "")) for name in names] for row in rows]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+        for line in cells:
+            print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    target = Path(path) if path else Path(__file__).parent / "results" / f"{script}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    content = {"command": "python " + " ".join([f"benchmarks/{script}.py", *sys.argv[1:]]), "machine": facts, **tables}
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(target)
+    print(f"\nwritten to {target}")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
