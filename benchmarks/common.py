@@ -133,7 +133,9 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def report(script: str, facts: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]], path: str | None) -> None:
+def report(
+    script: str, facts: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]], path: str | None
+) -> None:
     """Print the tables, and write all of it as JSON."""
     print(f"\n{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['dtype']}: ", end="")
     print(f"matmul {facts['matmul_flops'] / 1e9:.0f} GFLOP/s, memory {facts['read_bytes_per_second'] / 1e9:.1f} GB/s")

@@ -29,7 +29,7 @@ def main() -> None:
     options.add_argument("--vocabulary", type=int, default=151_936)
     options.add_argument("--hidden", type=int, default=1024)
     options.add_argument("--tokens", type=int, default=2048)
-    options.add_argument("--memory-mib", type=int, default=512, help="the objective's logits_memory_mib")
+    options.add_argument("--memory-mib", type=int, default=384, help="the objective's logits_memory_mib")
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options.add_argument("--divergences", default="forward KL", help="comma separated, or all: " + ", ".join(CASES))
     args = options.parse_args()

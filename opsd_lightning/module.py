@@ -27,13 +27,13 @@ from transformers import PreTrainedTokenizerBase
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.metrics import AccuracyAtK
 from opsd_lightning.objectives import DivergenceObjective, Objective
-from opsd_lightning.policy import Policy, check_head, is_adapter_key, score
+from opsd_lightning.policy import Policy, is_adapter_key
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
+from opsd_lightning.scoring import check_head, score, split_rows
 from opsd_lightning.teachers import FixedTeacher, Teacher
-from opsd_lightning.tokens import micro_batches
-from opsd_lightning.types import PromptBatch, Rollouts, UserError
+from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
 
-_MEASURED = ("clipped", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
+_MEASURED = ("clipped", "clipped_mass", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
 
 
 class OPSDModule(LightningModule):
@@ -193,23 +193,23 @@ class OPSDModule(LightningModule):
         teachers = [prompt for prompt in batch.teacher for _ in range(n)]
         weights = self.objective.token_weights(rollouts)
         total = max(self._over_ranks(torch.cat([*weights, torch.zeros(1)]).sum(), "sum"), 1e-12)
-        lengths = [
-            max(len(student), len(teacher)) + len(completion)
-            for student, teacher, completion in zip(students, teachers, rollouts.completions, strict=True)
-        ]
-        plan = micro_batches(lengths, self.token_budget)
+        agree = lambda passes: int(self._over_ranks(torch.tensor(float(passes)), "max"))  # noqa: E731
+        teacher = self.teacher.score(self.model, teachers, rollouts.completions, self.token_budget, agree)
+        teacher_rows = teacher.hidden.split([len(completion) for completion in rollouts.completions])
+        lengths = [len(student) + len(row) for student, row in zip(students, rollouts.completions, strict=True)]
+        plan = split_rows(self.model, lengths, self.token_budget)
         # Under sharding every rank must make the same number of passes: one that has none left makes empty ones.
-        passes = int(self._over_ranks(torch.tensor(float(len(plan))), "max"))
+        passes = agree(len(plan))
         loss = 0.0
         measured: dict[str, list[Tensor]] = {}
         for rows in plan + [[]] * (passes - len(plan)):
             # An empty pass is the first prompt with no completion: no token, a loss of zero that keeps its graph.
             picked = rows or [0]
             completions = [rollouts.completions[i] if rows else [] for i in picked]
-            teacher = self.teacher.score(self.model, [teachers[i] for i in picked], completions)
             student, targets = score(self.model, [students[i] for i in picked], completions)
             weight = torch.cat([weights[i] for i in rows] or [torch.zeros(0)]).to(targets.device) / total
-            part, tokens = self.objective(student, teacher, targets, weight)
+            hidden = torch.cat([teacher_rows[i] for i in rows] or [teacher.hidden[:0]])
+            part, tokens = self.objective(student, TokenStates(hidden, teacher.head), targets, weight)
             # Distributed strategies average gradients over ranks; the weights already divide by all ranks' tokens.
             self.manual_backward(part * self.trainer.world_size)
             loss += float(part.detach())

@@ -21,7 +21,6 @@ from torch import Tensor
 from opsd_lightning.divergences import Divergence, ForwardKL, FullVocabulary, Support
 from opsd_lightning.types import Rollouts, TokenStates
 
-
 # Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (benchmarks/objective.py --blocks).
 _CACHED_NUMBERS = 2**20
 
@@ -104,7 +103,7 @@ class Objective(ABC):
         reduction: Literal["token_mean", "sequence_mean"] = "token_mean",
         skip_first_tokens: NonNegativeInt = 0,
         include_truncated: bool = True,
-        logits_memory_mib: PositiveInt = 512,
+        logits_memory_mib: PositiveInt = 384,
     ) -> None:
         if reduction not in ("token_mean", "sequence_mean"):
             raise ValueError(f"objective.reduction is {reduction!r}: choose token_mean or sequence_mean")
@@ -255,7 +254,7 @@ class DivergenceObjective(Objective):
         reduction: Literal["token_mean", "sequence_mean"] = "token_mean",
         skip_first_tokens: NonNegativeInt = 0,
         include_truncated: bool = True,
-        logits_memory_mib: PositiveInt = 512,
+        logits_memory_mib: PositiveInt = 384,
     ) -> None:
         super().__init__(temperature, reduction, skip_first_tokens, include_truncated, logits_memory_mib)
         self.divergence = divergence or ForwardKL()

@@ -1,4 +1,4 @@
-"""The single LoRA-adapted causal language model that plays both roles: how it is loaded, and how it scores tokens.
+"""The single LoRA-adapted causal language model that plays both roles: how it is loaded.
 
 `Policy` is the recipe (plain settings, so that it travels through YAML and checkpoints); `Policy.build` makes the model.
 Base weights are frozen; the trainable adapter is called ``default``, as peft calls it, and a teacher may add a second,
@@ -7,7 +7,7 @@ frozen one called ``teacher``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,8 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,8 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opsd_lightning import tokens
-from opsd_lightning.types import TokenStates, UserError
+from opsd_lightning.types import UserError
 
 STUDENT = "default"
 TEACHER = "teacher"
@@ -282,70 +280,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def score(
-    model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> tuple[TokenStates, Tensor]:
-    """States that predict each completion token under whatever adapter is active, and those tokens.
-
-    Args:
-        model: The policy, in whatever mode it is in.
-        prompts: B prompts.
-        completions: B completions; all their tokens, T, are scored.
-
-    Returns:
-        Hidden states of shape [T, D] with the head that makes logits of them, and the targets, of shape [T].
-    """
-    base = base_of(model)
-    rows = tokens.join(prompts, completions, next(model.parameters()).device)
-    # No attention mask: rows are padded on the right only (see tokens.py).
-    hidden = base.base_model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).last_hidden_state
-    picked = hidden.flatten(0, 1)[rows.predictors]
-    head = base.get_output_embeddings()
-    return TokenStates(picked, head_of(model), tuple(head.parameters())), rows.targets
-
-
-def head_of(model: PeftModel) -> Callable[[Tensor], Tensor]:
-    """The map from hidden states [rows, D] to logits [rows, V], with the model's own scale and soft cap."""
-    base = base_of(model)
-    config = base.config.get_text_config()
-    head = base.get_output_embeddings()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def logits(hidden: Tensor) -> Tensor:
-        out = head(hidden)
-        out = out if scale == 1.0 else out * scale
-        return out if cap is None else cap * torch.tanh(out / cap)
-
-    return logits
-
-
-def has_adapted_head(model: PeftModel) -> bool:
-    """Whether an adapter sits on the language-model head, so that each role has a head of its own."""
-    head = base_of(model).get_output_embeddings()
-    return isinstance(head, BaseTunerLayer) or any(is_adapter_key(name) for name, _ in head.named_parameters())
-
-
-@torch.no_grad()
-def check_head(model: PeftModel) -> None:
-    """Compare our logits with the model's own on a few tokens.
-
-    Raises:
-        UserError: They differ: this architecture does something between its hidden states and its logits that
-            `head_of` does not know.
-    """
-    prompt = [list(range(4, 10))]
-    with evaluating(model):
-        states, _ = score(model, [prompt[0][:1]], [prompt[0][1:]])
-        ours = states.head(states.hidden).float()
-        device = next(model.parameters()).device
-        theirs = base_of(model)(input_ids=torch.tensor(prompt, device=device)).logits[0, :-1].float()
-    tolerance = 1e-4 if states.hidden.dtype == torch.float32 else 5e-2
-    if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
-        name = type(base_of(model)).__name__
-        raise UserError(
-            f"{name} does not make its logits from its hidden states and its head alone (largest difference "
-            f"{float((ours - theirs).abs().max()):.3g}): this model is not supported yet"
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -16,7 +16,8 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from peft import PeftModel
 from torch import Tensor, nn
 
-from opsd_lightning.policy import STUDENT, TEACHER, evaluating, has_adapted_head, score
+from opsd_lightning.policy import STUDENT, TEACHER, evaluating
+from opsd_lightning.scoring import has_adapted_head, score_all
 from opsd_lightning.types import TokenStates, UserError
 
 
@@ -37,10 +38,17 @@ class Teacher(ABC):
         """Called after every optimizer step, with the number of steps made so far."""
 
     @torch.no_grad()
-    def score(self, model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenStates:
-        """The teacher's states at the student's completion tokens; dropout off, no gradient."""
+    def score(
+        self,
+        model: PeftModel,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        token_budget: int = 8192,
+        agree: Callable[[int], int] = lambda passes: passes,
+    ) -> TokenStates:
+        """The teacher's states at the student's completion tokens; dropout off, no gradient. See `scoring.score_all`."""
         with evaluating(model), self.weights(model):
-            states, _ = score(model, prompts, completions)
+            states = score_all(model, prompts, completions, token_budget, agree)
         if not has_adapted_head(model):
             return states
 

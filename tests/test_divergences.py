@@ -280,13 +280,18 @@ def test_a_million_tokens_against_the_plain_computation(
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=tolerance, abs=tolerance * max(total, 0.1))
     for ours, theirs in zip(gradients, expected, strict=True):
         # A token whose divergence is within rounding of tau may fall on either side of a clip: leave such rows out.
-        edge = (entries - clip.tau).abs().min(-1).values < 1e-5 if isinstance(clip, PointwiseClip) else (
-            (entries.sum(-1) - clip.tau).abs() < 1e-5 if isinstance(clip, TokenClip) else torch.zeros(rows).bool())
+        edge = (
+            (entries - clip.tau).abs().min(-1).values < 1e-5
+            if isinstance(clip, PointwiseClip)
+            else ((entries.sum(-1) - clip.tau).abs() < 1e-5 if isinstance(clip, TokenClip) else torch.zeros(rows).bool())
+        )
         if ours.shape[0] == rows:
             ours, theirs = ours[~edge], theirs[~edge]
         elif single and edge.any():
             continue
-        assert float((ours - theirs).norm()) <= (1e-5 if single else 1e-11) * float(theirs.norm()) + (1e-8 if single else 1e-14)
+        assert float((ours - theirs).norm()) <= (1e-5 if single else 1e-11) * float(theirs.norm()) + (
+            1e-8 if single else 1e-14
+        )
     plainly = {
         "forward_kl": (t.exp() * (t - s)).sum(-1),
         "reverse_kl": (s.exp() * (s - t)).sum(-1),

@@ -20,6 +20,7 @@ LAYERS = [
     {"divergences"},
     {"objectives", "sources"},
     {"policy"},
+    {"scoring"},
     {"teachers", "rollouts", "metrics", "data", "export"},
     {"module"},
     {"callbacks"},

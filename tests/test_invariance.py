@@ -10,8 +10,8 @@ from peft import PeftModel
 
 from conftest import ARCHITECTURES, COMPLETIONS, EOS, PROMPTS, SECOND_EOS, TEACHER_PROMPTS, perturb
 from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import check_head, score
 from opsd_lightning.rollouts import Sampling, TransformersEngine
+from opsd_lightning.scoring import check_head, score
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

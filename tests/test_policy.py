@@ -21,8 +21,9 @@ from transformers import (
 
 from conftest import COMPLETIONS, EOS, PROMPTS, SECOND_EOS, make_model, make_tokenizer, perturb
 from opsd_lightning.export import merge_adapter, write_adapter
-from opsd_lightning.policy import LoRA, Policy, check_head, eos_ids, has_adapted_head, score
+from opsd_lightning.policy import LoRA, Policy, eos_ids
 from opsd_lightning.rollouts import Sampling, TransformersEngine
+from opsd_lightning.scoring import check_head, has_adapted_head, score
 from opsd_lightning.types import UserError
 
 TINY = {

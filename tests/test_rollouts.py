@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 
 from conftest import EOS, PROMPTS, SECOND_EOS
-from opsd_lightning.policy import LoRA, eos_ids, evaluating, score
+from opsd_lightning.policy import LoRA, eos_ids, evaluating
 from opsd_lightning.rollouts import Sampling, TransformersEngine, seed_for
+from opsd_lightning.scoring import score
 from opsd_lightning.tokens import cut_at_eos
 
 ENGINE = TransformersEngine()

@@ -12,7 +12,8 @@ from test_divergences import subclasses
 
 from conftest import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
 from opsd_lightning.export import write_adapter
-from opsd_lightning.policy import STUDENT, TEACHER, LoRA, Policy, has_adapted_head, score
+from opsd_lightning.policy import STUDENT, TEACHER, LoRA, Policy
+from opsd_lightning.scoring import has_adapted_head, score
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 
 TEACHERS = [FixedTeacher(), LiveTeacher(), EMATeacher(0.5)]

@@ -23,9 +23,10 @@ from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.divergences import ReverseKL
 from opsd_lightning.module import OPSDModule, _check_precision
 from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy, score
+from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import RolloutEngine, Sampling
+from opsd_lightning.scoring import score
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Rollouts, UserError
