@@ -199,7 +199,7 @@ def check_head(model: PeftModel) -> None:
         states, _ = score(model, [prompt[0][:1]], [prompt[0][1:]])
         ours = states.head(states.hidden).float()
         device = next(model.parameters()).device
-        theirs = base_of(model)(input_ids=torch.tensor(prompt, device=device)).logits[0, :-1].float()
+        theirs = base_of(model)(input_ids=torch.tensor(prompt, device=device)[:, :-1]).logits[0].float()
     tolerance = 1e-4 if states.hidden.dtype == torch.float32 else 5e-2
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
         name = type(base_of(model)).__name__
