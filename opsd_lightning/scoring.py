@@ -191,8 +191,8 @@ def check_head(model: PeftModel) -> None:
     """Compare our logits with the model's own on a few tokens.
 
     Raises:
-        UserError: They differ: this architecture does something between its hidden states and its logits that
-            `head_of` does not know.
+        UserError: They differ, because this architecture does something between its hidden states and its logits that
+            `head_of` does not know; or they are not finite.
     """
     prompt = [list(range(4, 10))]
     with evaluating(model):
@@ -200,6 +200,11 @@ def check_head(model: PeftModel) -> None:
         ours = states.head(states.hidden).float()
         device = next(model.parameters()).device
         theirs = base_of(model)(input_ids=torch.tensor(prompt, device=device)[:, :-1]).logits[0].float()
+    if not torch.isfinite(theirs).all():
+        raise UserError(
+            f"{type(base_of(model)).__name__} gives logits that are not finite, of which no divergence can be taken: is its "
+            "checkpoint broken, or its padded vocabulary masked with -inf?"
+        )
     tolerance = 1e-4 if states.hidden.dtype == torch.float32 else 5e-2
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
         name = type(base_of(model)).__name__
