@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import threading
@@ -25,6 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
+from transformers import LogitsProcessor
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -40,6 +42,59 @@ def model_folder(given: str | None) -> str:
     """The model that a benchmark runs on: as given, the quick start's folder, or the hub's SmolLM2-135M-Instruct."""
     local = Path(__file__).parents[1] / "runs" / "models" / "SmolLM2-135M-Instruct"
     return given or (str(local) if local.is_dir() else "HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+def log_uniform(count: int, shortest: int, longest: int) -> list[int]:
+    """Lengths evenly spread on a logarithmic scale, in a fixed random order."""
+    ratio = longest / shortest
+    lengths = [round(shortest * ratio ** (i / max(count - 1, 1))) for i in range(count)]
+    random.Random(0).shuffle(lengths)
+    return lengths
+
+
+class EndAt(LogitsProcessor):
+    """Gives every completion the length that was planned for its prompt: EOS there, and never before.
+
+    Works for whatever calls the model's ``generate``, with padding on the left and in whatever batches.
+
+    Args:
+        lengths: The length of the completion of each prompt.
+        eos: Every id that ends a completion; the first is given.
+        pads: Ids that may stand to the left of a prompt.
+    """
+
+    def __init__(self, lengths: Mapping[tuple[int, ...], int], eos: Sequence[int], pads: Sequence[int]) -> None:
+        self.eos, self.pads = list(eos), set(pads)
+        self.by_start = sorted(lengths.items(), key=lambda item: -len(item[0]))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores[:, self.eos] = -torch.inf
+        for place, row in enumerate(input_ids.tolist()):
+            if self._left(row) <= 1:
+                scores[place] = -torch.inf
+                scores[place, self.eos[0]] = 0.0
+        return scores
+
+    def _left(self, row: list[int]) -> int:
+        start = 0
+        while True:
+            for prompt, length in self.by_start:
+                if row[start : start + len(prompt)] == list(prompt):
+                    return length - (len(row) - start - len(prompt))
+            if row[start] not in self.pads:
+                raise ValueError("a prompt was not planned")
+            start += 1
+
+    def install(self, base: Any) -> None:
+        """Make every ``generate`` of a transformers model use it."""
+        original = base._get_logits_processor
+
+        def with_lengths(*args: Any, **kwargs: Any) -> Any:
+            processors = original(*args, **kwargs)
+            processors.append(self)
+            return processors
+
+        base._get_logits_processor = with_lengths
 
 
 def wait(device: str) -> None:

@@ -47,7 +47,7 @@ _ROOMS = {
         "TraceContext",
         "WrongContext",
     ],
-    "rollouts": ["RolloutEngine", "Sampling", "TransformersEngine"],
+    "rollouts": ["ContinuousBatchingEngine", "RolloutEngine", "Sampling", "TransformersEngine"],
     "sources": ["Columns", "ExampleSource", "FileSource", "HubSource", "ReasoningGymSource", "WordProblems"],
     "teachers": ["EMATeacher", "FixedTeacher", "LiveTeacher", "Teacher"],
     "types": ["Example", "PromptBatch", "Rollouts", "TokenStates", "UserError"],

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 from peft import PeftModel
-from transformers import GenerationConfig
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from opsd_lightning.policy import base_of, eos_ids, evaluating
+from opsd_lightning.policy import base_of, eos_ids, evaluating, merged_adapter, packed_linears
+from opsd_lightning.scoring import selectable_cache
 from opsd_lightning.tokens import cut_at_eos, pad_left
-from opsd_lightning.types import Rollouts
+from opsd_lightning.types import Rollouts, UserError
 
 
 @dataclass(frozen=True)
@@ -61,47 +68,247 @@ class RolloutEngine(ABC):
 
 
 class TransformersEngine(RolloutEngine):
-    """transformers' ``generate`` on prompts padded on the left, with explicit positions.
+    """transformers' ``generate``, in segments: rows that have ended leave the batch, and waiting ones take their place.
+
+    A prompt that several completions follow is run once. For models whose cache is no keys and values (linear
+    attention), and with a static cache, rows stay until the last of their batch has ended.
 
     Args:
-        max_rows: The most completions that one call of ``generate`` works on, at least 1; more go in several calls. All
-            at once unless given. Decoding is bound by memory bandwidth, so the more fit, the better.
+        max_rows: The most completions that are worked on at one time, at least 1; more wait. All at once unless given.
+            Decoding is bound by memory bandwidth, so the more fit, the better.
+        merge_adapter: Sample with the adapter merged into the base weights, which are put back bit by bit after. Only
+            done where that is exact (unquantized float32 weights); takes a second copy of them for the time.
+        static_cache: Allocate keys and values once, for the longest completion.
+        compile: Compile the decoding step (transformers does so on CUDA). Needs ``static_cache``.
     """
 
-    def __init__(self, max_rows: PositiveInt | None = None) -> None:
+    def __init__(
+        self,
+        max_rows: PositiveInt | None = None,
+        merge_adapter: bool = True,
+        static_cache: bool = False,
+        compile: bool = False,
+    ) -> None:
+        if compile and not static_cache:
+            raise UserError("model.rollouts.init_args.compile needs static_cache: true, a cache whose shape does not change")
         self.max_rows = max_rows
+        self.merge_adapter = merge_adapter
+        self.static_cache = static_cache
+        self.compile = compile
 
     @torch.no_grad()
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
-        stop = eos_ids(model)
         rows = [prompt for prompt in prompts for _ in range(sampling.n)]
-        # Prompts of like length share a call: less padding.
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-        size = self.max_rows or len(rows)
-        config = _generation_config(sampling, model)
         device = next(model.parameters()).device
-        found: list[tuple[list[int], bool]] = [([], False)] * len(rows)
         devices = [device] if device.type == "cuda" else []
-        with evaluating(model), torch.random.fork_rng(devices=devices):
+        sample = self._in_segments if selectable_cache(model) and not self.static_cache else self._in_batches
+        merging = merged_adapter(model) if self.merge_adapter else nullcontext()
+        with evaluating(model), merging, packed_linears(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            for start in range(0, len(order), size):
-                part = order[start : start + size]
-                input_ids, attention_mask, position_ids = pad_left([rows[i] for i in part], device)
-                output = model.generate(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    generation_config=config,
-                )
-                for index, row in zip(part, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                    found[index] = cut_at_eos(row, stop)
-        return Rollouts([row for row, _ in found], [ended for _, ended in found], sampling.n)
+            found = sample(model, rows, sampling)
+        return Rollouts([found[i][0] for i in range(len(rows))], [found[i][1] for i in range(len(rows))], sampling.n)
+
+    def _in_batches(
+        self, model: PeftModel, rows: Sequence[Sequence[int]], sampling: Sampling
+    ) -> dict[int, tuple[list[int], bool]]:
+        """One call of ``generate`` for each ``max_rows`` rows."""
+        config = _generation_config(sampling, model, sampling.max_new_tokens)
+        if self.static_cache:
+            config.cache_implementation = "static"
+        config.disable_compile = not self.compile
+        order, found = _by_length(rows), {}
+        for start in range(0, len(order), self.max_rows or len(order)):
+            part = order[start : start + (self.max_rows or len(order))]
+            input_ids, mask, position_ids = pad_left([rows[i] for i in part], next(model.parameters()).device)
+            output = model.generate(
+                input_ids=input_ids, attention_mask=mask, position_ids=position_ids, generation_config=config
+            )
+            for index, row in zip(part, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                found[index] = cut_at_eos(row, eos_ids(model))
+        return found
+
+    def _in_segments(
+        self, model: PeftModel, rows: Sequence[Sequence[int]], sampling: Sampling
+    ) -> dict[int, tuple[list[int], bool]]:
+        """``generate`` until some rows have ended; then the batch goes on without them."""
+        stop = eos_ids(model)
+        waiting = _by_length(rows)
+        size = self.max_rows or len(rows)
+        found: dict[int, tuple[list[int], bool]] = {index: ([], False) for index in waiting}
+        batch: _Batch | None = None
+        while batch is not None or waiting:
+            if waiting and (batch is None or batch.can_grow()):
+                room = size - (0 if batch is None else len(batch.rows))
+                taken, waiting = waiting[:room], waiting[room:]
+                new = _Batch.start(model, {index: rows[index] for index in taken})
+                batch = new if batch is None else batch.joined(new)
+            assert batch is not None
+            left = sampling.max_new_tokens - max(len(found[index][0]) for index in batch.rows)
+            output = model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.mask,
+                past_key_values=batch.cache,
+                generation_config=_generation_config(sampling, model, left),
+                stopping_criteria=StoppingCriteriaList([_SomeEnded(stop, max(len(batch.rows) // 8, 1))]),
+            )
+            going_on = []
+            for place, (index, row) in enumerate(
+                zip(batch.rows, output[:, batch.input_ids.shape[1] :].tolist(), strict=True)
+            ):
+                more, ended = cut_at_eos(row, stop)
+                found[index] = (found[index][0] + more, ended)
+                if not ended and len(found[index][0]) < sampling.max_new_tokens:
+                    going_on.append(place)
+            batch = batch.selected(output, going_on) if going_on else None
+        return found
 
 
-def _generation_config(sampling: Sampling, model: PeftModel) -> GenerationConfig:
+class ContinuousBatchingEngine(RolloutEngine):
+    """transformers' ``generate_batch``: continuous batching over a paged cache, for GPUs.
+
+    On two CPU cores it is several times slower than `TransformersEngine` (benchmarks/rollout.py --continuous).
+
+    Args:
+        max_memory_percent: Share of the free GPU memory that the cache may take, above 0 to 1. Scoring needs the rest.
+        merge_adapter: As in `TransformersEngine`.
+        options: Further fields of transformers' ``ContinuousBatchingConfig``, by name, such as
+            ``{use_cuda_graph: true}``.
+    """
+
+    def __init__(
+        self,
+        max_memory_percent: OpenUnitInterval = 0.5,
+        merge_adapter: bool = True,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.max_memory_percent = OpenUnitInterval(max_memory_percent)
+        self.merge_adapter = merge_adapter
+        self.options = options or {}
+        try:
+            ContinuousBatchingConfig(**self.options)
+        except TypeError as error:
+            raise UserError(f"model.rollouts.init_args.options: not a ContinuousBatchingConfig ({error})") from None
+
+    @torch.no_grad()
+    def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
+        rows = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
+        settings = {"max_memory_percent": self.max_memory_percent, "seed": seed % 2**32} | self.options
+        device = next(model.parameters()).device
+        merging = merged_adapter(model) if self.merge_adapter else nullcontext()
+        with evaluating(model), merging, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            outputs = base_of(model).generate_batch(
+                inputs=rows,
+                generation_config=_generation_config(sampling, model, sampling.max_new_tokens),
+                continuous_batching_config=ContinuousBatchingConfig(**settings),
+            )
+        failed = [output.error for output in outputs.values() if output.error is not None]
+        if failed or len(outputs) != len(rows):
+            raise RuntimeError(
+                f"{len(rows) - len(outputs) + len(failed)} of {len(rows)} rollouts failed in continuous batching "
+                f"({failed[0] if failed else 'see the messages above'}): lower model.rollouts.init_args.max_memory_percent, "
+                "or use TransformersEngine"
+            )
+        cut = [cut_at_eos(output.generated_tokens, eos_ids(model)) for output in outputs.values()]
+        return Rollouts([row for row, _ in cut], [ended for _, ended in cut], sampling.n)
+
+
+@dataclass
+class _Batch:
+    """Rows that are being sampled. The cache holds all columns but the last, which ``generate`` feeds first."""
+
+    rows: list[int]
+    input_ids: Tensor  # [B, P + C], padded on the left
+    mask: Tensor
+    cache: DynamicCache
+
+    @classmethod
+    def start(cls, model: PeftModel, prompts: Mapping[int, Sequence[int]]) -> _Batch:
+        """Run the prompts but for their last token, each different one once."""
+        different = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts.values())))}
+        which = [different[tuple(prompt)] for prompt in prompts.values()]
+        input_ids, mask, position_ids = pad_left(list(different), next(model.parameters()).device)
+        if input_ids.shape[1] == 1:  # at least one column for the cache, if only of padding
+            input_ids, mask, position_ids = (functional.pad(x, (1, 0)) for x in (input_ids, mask, position_ids))
+        cache = DynamicCache(config=base_of(model).config)
+        base_of(model).base_model(
+            input_ids=input_ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=position_ids[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        batch = cls(list(prompts), input_ids, mask, cache)
+        batch._select(which)
+        return batch
+
+    def can_grow(self) -> bool:
+        """Whether rows of another length can join: a sliding window's cache has no columns to pad."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def joined(self, other: _Batch) -> _Batch:
+        """Both batches as one, the shorter padded on the left."""
+        width = max(self.input_ids.shape[1], other.input_ids.shape[1])
+        for batch in (self, other):
+            batch._shift(width - batch.input_ids.shape[1])
+        layers: Any = zip(self.cache.layers, other.cache.layers, strict=True)
+        for ours, theirs in layers:
+            ours.keys, ours.values = torch.cat([ours.keys, theirs.keys]), torch.cat([ours.values, theirs.values])
+        return _Batch(
+            self.rows + other.rows,
+            torch.cat([self.input_ids, other.input_ids]),
+            torch.cat([self.mask, other.mask]),
+            self.cache,
+        )
+
+    def selected(self, output: Tensor, places: list[int]) -> _Batch:
+        """What goes on after a segment, ``output`` being its rows of [B, P + C] tokens."""
+        grown = output.shape[1] - self.input_ids.shape[1]
+        mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), grown)], dim=1)
+        batch = _Batch(self.rows, output, mask, self.cache)
+        if len(places) < len(self.rows):
+            batch.rows = [self.rows[place] for place in places]
+            batch._select(places)
+            if self.can_grow():
+                batch._shift(-int(batch.mask.argmax(dim=1).min()))
+        return batch
+
+    def _select(self, places: list[int]) -> None:
+        index = torch.tensor(places, device=self.input_ids.device)
+        self.input_ids, self.mask = self.input_ids[index], self.mask[index]
+        self.cache.batch_select_indices(index)
+
+    def _shift(self, columns: int) -> None:
+        """Add columns of padding on the left, or take some away."""
+        if columns:
+            self.input_ids, self.mask = (functional.pad(x, (columns, 0)) for x in (self.input_ids, self.mask))
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                layer.keys = functional.pad(layer.keys, (0, 0, columns, 0))
+                layer.values = functional.pad(layer.values, (0, 0, columns, 0))
+
+
+class _SomeEnded(StoppingCriteria):
+    """Stops the whole batch once that many of its rows have ended."""
+
+    def __init__(self, eos_ids: frozenset[int], enough: int) -> None:
+        self.eos_ids, self.enough = sorted(eos_ids), enough
+        self.ended: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ended = torch.isin(input_ids[:, -1], torch.tensor(self.eos_ids, device=input_ids.device))
+        self.ended = ended if self.ended is None else self.ended | ended
+        return (self.ended.sum() >= self.enough).expand(len(input_ids))
+
+
+def _by_length(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Rows of like length next to each other: less padding."""
+    return sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+
+
+def _generation_config(sampling: Sampling, model: PeftModel, max_new_tokens: int) -> GenerationConfig:
     own = base_of(model).generation_config
     common = {
-        "max_new_tokens": sampling.max_new_tokens,
+        "max_new_tokens": max_new_tokens,
         "use_cache": True,
         "eos_token_id": own.eos_token_id,
         "pad_token_id": own.pad_token_id,

@@ -76,7 +76,7 @@ def score_all(
     Returns:
         Hidden states of shape [T, D], row by row, with the head that makes logits of them.
     """
-    groups = repeated(prompts) if _can_share(model) else []
+    groups = repeated(prompts) if selectable_cache(model) else []
     shared = {row for group in groups for row in group}
     single = [row for row in range(len(prompts)) if row not in shared]
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -135,7 +135,7 @@ def _score_shared(
     return found
 
 
-def _can_share(model: PeftModel) -> bool:
+def selectable_cache(model: PeftModel) -> bool:
     """Whether the cache is one of keys and values, whose rows can be selected (not the state of a linear attention)."""
     layers = DynamicCache(config=base_of(model).config).layers
     return all(isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) for layer in layers)

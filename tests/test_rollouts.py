@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from conftest import EOS, PROMPTS, SECOND_EOS
-from opsd_lightning.policy import LoRA, eos_ids, evaluating
-from opsd_lightning.rollouts import Sampling, TransformersEngine, seed_for
+from opsd_lightning import policy
+from opsd_lightning.policy import LoRA, eos_ids, evaluating, merged_adapter, packed_linears
+from opsd_lightning.rollouts import (
+    ContinuousBatchingEngine,
+    RolloutEngine,
+    Sampling,
+    TransformersEngine,
+    seed_for,
+)
 from opsd_lightning.scoring import score
 from opsd_lightning.tokens import cut_at_eos
+from opsd_lightning.types import UserError
 
 ENGINE = TransformersEngine()
 
@@ -113,6 +124,152 @@ def test_the_policy_is_left_as_it_was(built: Callable[..., PeftModel]) -> None:
     model.eval()
     assert ENGINE.generate(model, PROMPTS, sampling, seed=0) == training
     assert all(p.grad is None for p in model.parameters())
+
+
+ENGINES = [
+    TransformersEngine(),
+    TransformersEngine(merge_adapter=False),
+    TransformersEngine(max_rows=2),
+    TransformersEngine(max_rows=5),
+    TransformersEngine(static_cache=True, compile=True),
+    ContinuousBatchingEngine(),
+]
+
+
+def test_every_engine_is_under_test() -> None:
+    ours = {cls for cls in RolloutEngine.__subclasses__() if cls.__module__.startswith("opsd_lightning")}
+    assert ours == {type(engine) for engine in ENGINES}
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: f"{type(e).__name__}-{vars(e)}")
+@pytest.mark.parametrize("architecture", ["llama", "sliding window"])
+def test_greedy_rollouts_of_ragged_rows_are_those_of_each_row_alone(
+    engine: RolloutEngine, architecture: str, built: Callable[..., PeftModel]
+) -> None:
+    """Rows end at very different steps; leaving, waiting and joining rows change nothing."""
+    model = built("llama")
+    if architecture == "sliding window":
+        model = sliding_window_model()
+        if isinstance(engine, ContinuousBatchingEngine):
+            pytest.skip("continuous batching's pages are at least as long as the windows here")
+    prompts = [[10 + i, *range(20, 21 + (7 * i) % 13)] for i in range(9)]
+    prompts += prompts[:2]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rollouts = engine.generate(model, prompts, Sampling(max_new_tokens=60, temperature=0, n=2), seed=0)
+    expected = []
+    model.eval()
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.no_grad():
+            while len(ids) < len(prompt) + 60 and (len(ids) == len(prompt) or ids[-1] not in (EOS, SECOND_EOS)):
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        expected += [ids[len(prompt) :]] * 2
+    assert rollouts.completions == expected
+    assert rollouts.terminated == [row[-1] in (EOS, SECOND_EOS) for row in expected]
+    assert len({len(row) for row in expected}) > 3, "the rows must be ragged for this test to mean anything"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def sliding_window_model() -> PeftModel:
+    """A model whose every layer sees the last six tokens only."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=107, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=6, head_dim=8,
+    )  # fmt: skip
+    base = MistralForCausalLM(config)
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    base.generation_config = GenerationConfig(eos_token_id=[EOS, SECOND_EOS], pad_token_id=EOS)
+    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))  # type: ignore[return-value]
+
+
+def test_ended_rows_stop_costing_and_prompts_run_once(built: Callable[..., PeftModel]) -> None:
+    """The tokens that go through the model: plain ``generate`` would feed every row until the last has ended."""
+    model, fed = built(), []
+    model.get_base_model().get_input_embeddings().register_forward_hook(lambda m, x, y: fed.append(x[0].shape))
+    rollouts = ENGINE.generate(model, [PROMPTS[0]], Sampling(max_new_tokens=300, n=16), seed=3)
+    lengths = [len(row) for row in rollouts.completions]
+    assert fed[0] == (1, len(PROMPTS[0]) - 1), "one prompt, once, but for its last token"
+    steps = sum(rows * columns for rows, columns in fed[1:])
+    assert sum(lengths) <= steps < 1.35 * sum(lengths)
+    assert max(lengths) * 16 > 2 * sum(lengths)
+
+
+def test_waiting_rows_take_the_places_of_ended_ones(built: Callable[..., PeftModel]) -> None:
+    model, fed = built(), []
+    model.get_base_model().get_input_embeddings().register_forward_hook(lambda m, x, y: fed.append(x[0].shape))
+    rollouts = TransformersEngine(max_rows=4).generate(model, PROMPTS, Sampling(max_new_tokens=200, n=10), seed=0)
+    steps = [rows for rows, columns in fed if columns == 1]
+    assert max(steps) == 4
+    lengths = [len(row) for row in rollouts.completions]
+    assert len(lengths) == 30 and len(steps) < 0.6 * sum(sorted(lengths, reverse=True)[:8])
+
+
+@pytest.mark.parametrize("engine", [TransformersEngine(max_rows=700), TransformersEngine(merge_adapter=False)])
+def test_segments_sample_the_same_distribution(engine: RolloutEngine, built: Callable[..., PeftModel]) -> None:
+    """Lengths of 1,500 completions, against plain ``generate``: two-sample Kolmogorov-Smirnov."""
+    model = built()
+    model.get_base_model().generation_config.eos_token_id = list(range(60, 75))
+    lengths = sorted(len(c) for c in engine.generate(model, PROMPTS[:1], Sampling(max_new_tokens=40, n=1500), 1).completions)
+    plain = TransformersEngine(static_cache=True)
+    other = sorted(len(c) for c in plain.generate(model, PROMPTS[:1], Sampling(max_new_tokens=40, n=1500), 2).completions)
+    assert len(set(lengths)) > 20
+    distance = max(abs(bisect_right(lengths, x) - bisect_right(other, x)) / 1500 for x in range(41))
+    assert distance < 1.95 * (2 / 1500) ** 0.5  # one in a thousand
+
+
+def test_the_merged_adapter_leaves_the_weights_bit_for_bit(built: Callable[..., PeftModel]) -> None:
+    model = built()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.tensor([PROMPTS[0]])
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with merged_adapter(model):
+            merged = model(input_ids=ids).logits
+            changed = [n for n, v in model.state_dict().items() if not torch.equal(v, weights[n])]
+        after = model(input_ids=ids).logits
+    assert len(changed) == 14, "seven linear layers in each of two blocks"
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-5)
+    assert torch.equal(after, expected)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_no_merging_where_it_would_not_be_exact_or_wanted(built: Callable[..., PeftModel]) -> None:
+    half = built()
+    half.get_base_model().to(torch.bfloat16)
+    off = built()
+    head = built(lora=LoRA(r=4, alpha=8, target_modules=["lm_head"]))
+    for model, context in [(half, nullcontext()), (off, off.disable_adapter()), (head, nullcontext())]:
+        with context:
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            with merged_adapter(model):
+                assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_packed_linears_compute_the_same(built: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "_WORTH_PACKING", 0)
+    monkeypatch.setattr(policy, "_THIN_ROWS", 3)
+    for architecture in ("llama", "qwen3"):  # qwen3's head is tied
+        model = built(architecture).eval()
+        for ids in (torch.tensor([[40, 41, 42]]), torch.tensor([[40, 41, 42, 43, 44]])):
+            with torch.no_grad():
+                expected = model(input_ids=ids).logits
+                with packed_linears(model):
+                    packed = model(input_ids=ids).logits
+                    assert sum("forward" in vars(module) for module in model.modules()) > 10
+            torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-5)
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_compiling_needs_a_static_cache() -> None:
+    with pytest.raises(UserError, match="static_cache"):
+        TransformersEngine(compile=True)
+    with pytest.raises(UserError, match="options"):
+        ContinuousBatchingEngine(options={"no_such_field": 1})
 
 
 def test_an_immediate_end_is_a_completion_of_one_token(built: Callable[..., PeftModel]) -> None:
