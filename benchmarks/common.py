@@ -91,7 +91,7 @@ class EndAt(LogitsProcessor):
 
         def with_lengths(*args: Any, **kwargs: Any) -> Any:
             processors = original(*args, **kwargs)
-            processors.append(self)
+            processors.insert(0, self)  # before top-k and top-p, which must not be left with nothing
             return processors
 
         base._get_logits_processor = with_lengths
