@@ -291,11 +291,12 @@ class _SomeEnded(StoppingCriteria):
     """Stops the whole batch once that many of its rows have ended."""
 
     def __init__(self, eos_ids: frozenset[int], enough: int) -> None:
-        self.eos_ids, self.enough = sorted(eos_ids), enough
+        self.eos_ids, self.enough = torch.tensor(sorted(eos_ids)), enough
         self.ended: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = torch.isin(input_ids[:, -1], torch.tensor(self.eos_ids, device=input_ids.device))
+        self.eos_ids = self.eos_ids.to(input_ids.device)
+        ended = torch.isin(input_ids[:, -1], self.eos_ids)
         self.ended = ended if self.ended is None else self.ended | ended
         return (self.ended.sum() >= self.enough).expand(len(input_ids))
 

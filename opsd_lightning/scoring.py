@@ -30,7 +30,7 @@ def packs_rows(model: PeftModel) -> bool:
 
 def split_rows(model: PeftModel, lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Rows of these lengths as micro-batches for `score` (see `tokens.micro_batches`)."""
-    # What a further pass costs: about 25 tokens for SmolLM2-135M on two CPU cores (benchmarks/scaling.py). A GPU spends
+    # What a further pass costs: about 40 tokens for SmolLM2-135M on two CPU cores (benchmarks/scaling.py). A GPU spends
     # some ten milliseconds on launching a pass's kernels, in which it would score about a thousand tokens.
     pass_tokens = 32 if next(model.parameters()).device.type == "cpu" else 1024
     return micro_batches(lengths, token_budget, pass_tokens, packs_rows(model))

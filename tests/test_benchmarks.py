@@ -1,0 +1,83 @@
+"""Every benchmark runs, on a tiny model and small sizes: what it prints is not looked at here but for what must hold."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = {
+    "objective": "--vocabulary 300 --hidden 16 --tokens 50 --divergences all",
+    "scoring": "--model {llama} --rows 6 --prompt 4 --shortest 2 --longest 9 --token-budget 40 --teacher-prompt 20 --completion 5",
+    "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12",
+    "scaling": "--model {llama}",
+    "memory": "--lengths 1024",
+    "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
+}
+
+
+def test_every_benchmark_is_run_here() -> None:
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} - {"common"} == set(SMALL)
+
+
+@pytest.fixture
+def run(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def call(name: str) -> dict[str, Any]:
+        out = tmp_path / f"{name}.json"
+        options = SMALL[name].format(**folders).split()
+        script = BENCHMARKS / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--repeats", "1", "--json", str(out), *options])
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        runpy.run_path(str(script), run_name="__main__")
+        return json.loads(out.read_text())
+
+    return call
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for value in result.values() if isinstance(value, list) for row in value]
+
+
+def test_objective(run: Any) -> None:
+    found = rows(run("objective"))
+    assert len(found) == 4
+    assert all(row["loss rel. diff."] < 1e-5 and row["gradient rel. diff."] < 1e-5 for row in found)
+
+
+def test_scoring(run: Any) -> None:
+    ragged, shared = rows(run("scoring"))
+    assert ragged["loss rel. diff."] < 1e-5 and ragged["token ratio"] < 1
+    assert shared["logits rel. diff."] < 1e-5 and shared["token ratio"] == (20 + 8 * 4) / (8 * 24)
+
+
+def test_rollout(run: Any) -> None:
+    *engines, greedy = rows(run("rollout"))
+    assert [row["engine"].strip() for row in engines] == ["plain generate", "TransformersEngine", "adapter not merged"]
+    assert greedy == {"greedy completions equal to plain generate's": "6 of 6"}
+
+
+def test_scaling(run: Any) -> None:
+    result = run("scaling")
+    assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
+
+
+@pytest.mark.slow
+def test_memory(run: Any) -> None:
+    measured, table = list(run("memory").values())[-2:]
+    assert all(0.5 < row["NF4 bytes a weight"] < 0.53 for row in measured)
+    totals = [row["total GiB (c)"] for row in table]
+    assert totals == sorted(totals) and all(row["total GiB (c)"] < row["plain GiB (c)"] for row in table)
+
+
+def test_step(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both trainers in processes of their own: the same completions give the same first loss."""
+    pytest.importorskip("trl", reason="the other side of benchmarks/step.py is TRL: pip install trl==1.16.0")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    ours, theirs, _ = rows(run("step"))
+    assert float(ours["first loss"]) == pytest.approx(float(theirs["first loss"]), rel=1e-4)
