@@ -26,6 +26,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default=None)
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    options.add_argument("--tokens", type=int, default=512, help="tokens of the objective's table")
     args = options.parse_args()
     device, dtype = args.device, getattr(torch, args.dtype)
     facts = machine(device, dtype)
@@ -105,7 +106,7 @@ def main() -> None:
     tables["decoding step, by rows, about 64 tokens cached"] = rows_table
 
     table: list[dict[str, Any]] = []
-    hidden_size, count = 576, 512
+    hidden_size, count = 576, args.tokens
     for vocabulary in (8192, 32_768, 151_936):
         weight = torch.randn(vocabulary, hidden_size, device=device, dtype=dtype) * (3 / hidden_size**0.5)
         hidden = torch.randn(count, hidden_size, device=device, dtype=dtype)

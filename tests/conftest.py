@@ -116,6 +116,7 @@ def built(make_policy: Callable[..., Policy]) -> Callable[..., PeftModel]:
     """A policy whose adapter already does something."""
 
     def build(architecture: str = "llama", **settings: object) -> PeftModel:
+        torch.manual_seed(0)  # the adapter starts at random
         model = make_policy(architecture, **settings).build()
         perturb(model)
         return model

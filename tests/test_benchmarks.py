@@ -16,7 +16,7 @@ SMALL = {
     "objective": "--vocabulary 300 --hidden 16 --tokens 50 --divergences all",
     "scoring": "--model {llama} --rows 6 --prompt 4 --shortest 2 --longest 9 --token-budget 40 --teacher-prompt 20 --completion 5",
     "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12",
-    "scaling": "--model {llama}",
+    "scaling": "--model {llama} --tokens 8",
     "memory": "--lengths 1024",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
 }

@@ -129,9 +129,10 @@ def test_the_micro_batch_budget_changes_nothing(
     assert expected
     for budget in (1, 60, 150):
         loss, gradients = step(budget)
-        assert loss == pytest.approx(whole, rel=1e-6)
+        # other splits are other matrix products: float32 rounding apart, which the large weights here amplify
+        assert loss == pytest.approx(whole, rel=5e-6)
         ours, theirs = (torch.cat([g.flatten() for g in part.values()]) for part in (gradients, expected))
-        assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+        assert float((ours - theirs).norm() / theirs.norm()) < 5e-6
 
 
 def test_bf16_mixed_trains_every_adapter_weight(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

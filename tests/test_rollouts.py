@@ -152,6 +152,8 @@ def test_greedy_rollouts_of_ragged_rows_are_those_of_each_row_alone(
         model = sliding_window_model()
         if isinstance(engine, ContinuousBatchingEngine):
             pytest.skip("continuous batching's pages are at least as long as the windows here")
+    stop = {EOS, SECOND_EOS, *range(60, 68)}
+    model.get_base_model().generation_config.eos_token_id = sorted(stop)
     prompts = [[10 + i, *range(20, 21 + (7 * i) % 13)] for i in range(9)]
     prompts += prompts[:2]
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -161,11 +163,11 @@ def test_greedy_rollouts_of_ragged_rows_are_those_of_each_row_alone(
     for prompt in prompts:
         ids = list(prompt)
         with torch.no_grad():
-            while len(ids) < len(prompt) + 60 and (len(ids) == len(prompt) or ids[-1] not in (EOS, SECOND_EOS)):
+            while len(ids) < len(prompt) + 60 and (len(ids) == len(prompt) or ids[-1] not in stop):
                 ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         expected += [ids[len(prompt) :]] * 2
     assert rollouts.completions == expected
-    assert rollouts.terminated == [row[-1] in (EOS, SECOND_EOS) for row in expected]
+    assert rollouts.terminated == [row[-1] in stop for row in expected]
     assert len({len(row) for row in expected}) > 3, "the rows must be ragged for this test to mean anything"
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
