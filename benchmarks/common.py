@@ -124,14 +124,14 @@ def resident_bytes() -> int:
 
 
 class PeakMemory:
-    """Context manager: ``extra_bytes`` is the peak inside, above what was in use on entering.
+    """Context manager: ``peak_bytes`` is the peak inside, ``extra_bytes`` how far above what was in use on entering.
 
     On a CPU the resident set is sampled every millisecond, on CUDA torch's allocator knows its own peak.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self.device, self.cuda = device, device.startswith("cuda")
-        self.extra_bytes = 0
+        self.extra_bytes = self.peak_bytes = 0
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
@@ -155,11 +155,13 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         if self.cuda:
             wait(self.device)
-            self.extra_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+            self.extra_bytes = self.peak_bytes - self._before
         else:
             self._stop.set()
             self._thread.join()
-            self.extra_bytes = max(self._peak, resident_bytes()) - self._before
+            self.peak_bytes = max(self._peak, resident_bytes())
+            self.extra_bytes = self.peak_bytes - self._before
 
 
 def machine(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

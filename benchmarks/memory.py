@@ -132,17 +132,18 @@ def main() -> None:
                 {
                     "model": name,
                     "completion": length,
-                    "weights (m)": weights / GIB,
+                    "weights (c from m)": weights / GIB,
                     "adapter (c)": adapter / GIB,
                     "rollout (c)": rollout / GIB,
-                    "scoring (m)": layers / GIB,
+                    "scoring (c from m)": layers / GIB,
                     "states (c)": states / GIB,
-                    "logits (m)": args.logits_mib / 1024,
+                    "logits (c)": args.logits_mib / 1024,
                     "total GiB (c)": (weights + adapter + max(rollout, scoring)) / GIB,
                     "plain GiB (c)": (weights + adapter + max(rollout, plain)) / GIB,
                 }
             )
-    title = f"GiB with {args.questions} rollouts a step, prompts of {args.prompt}; (m) from measured bytes, (c) computed"
+    how = "(c from m) computed from the bytes measured above, (c) computed"
+    title = f"GiB with {args.questions} rollouts a step, prompts of {args.prompt}; {how}"
     report("memory", machine(device), {"measured here": measured, title: table}, args.json)
 
 

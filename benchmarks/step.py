@@ -23,7 +23,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from common import EndAt, PeakMemory, log_uniform, machine, model_folder, parser, report, resident_bytes, wait
+from common import EndAt, PeakMemory, log_uniform, machine, model_folder, parser, report, wait
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 class Turn:
@@ -36,7 +37,6 @@ class Turn:
     def start(self) -> None:
         self.pipe.recv()
         self.phases = {}
-        self.before = 0 if self.device.startswith("cuda") else resident_bytes()
         self.memory = PeakMemory(self.device)
         self.memory.__enter__()
         wait(self.device)
@@ -46,10 +46,7 @@ class Turn:
         wait(self.device)
         seconds = time.perf_counter() - self.began
         self.memory.__exit__()
-        peak = self.before + self.memory.extra_bytes
-        if self.device.startswith("cuda"):
-            peak = torch.cuda.max_memory_allocated(self.device)
-        self.pipe.send({"seconds": seconds, "peak_bytes": peak, "loss": loss, **self.phases})
+        self.pipe.send({"seconds": seconds, "peak_bytes": self.memory.peak_bytes, "loss": loss, **self.phases})
 
     def timed(self, name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -134,7 +131,7 @@ def ours(pipe: Connection, args: argparse.Namespace) -> None:
 def theirs(pipe: Connection, args: argparse.Namespace) -> None:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     turn = Turn(pipe, args.device)
@@ -243,8 +240,15 @@ def main() -> None:
             results[name].append(pipe.recv())
     for worker in workers:
         worker.join(60)
+    # Decoding reads all weights once a token of the longest completion; scoring is 2 FLOP a weight and token forward, and
+    # 2 more backward (base weights get no gradient). The head is left out.
+    with torch.device("meta"):
+        frozen = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(args.model)))
+    body = sum(p.numel() for p in frozen.parameters()) - frozen.get_input_embeddings().weight.numel()
+    weights = sum(p.numel() for p in frozen.parameters()) * getattr(torch, args.dtype).itemsize
     first = {name: rows[0]["loss"] for name, rows in results.items()}
     _, _, lengths = plan(args, 1000)
+    flops = 4 * (sum(lengths) + args.batch * args.prompt) + 2 * (sum(lengths) + args.batch * args.teacher_prompt)
     rows = []
     for name, steps in results.items():
         median = {key: statistics.median(step.get(key, 0.0) for step in steps[1:]) for key in steps[-1]}
@@ -257,12 +261,14 @@ def main() -> None:
                 "teacher s": median["teacher"],
                 "student and update s": rest,
                 "peak MiB": max(step["peak_bytes"] for step in steps) / 2**20,
+                "rollouts of bandwidth": max(lengths) * weights / median["rollouts"] / facts["read_bytes_per_second"],
+                "scoring of matmul peak": flops * body / (median["teacher"] + rest) / facts["matmul_flops"],
                 "first loss": f"{first[name]:.5f}",
             }
         )
     a, b = rows
     ratio: dict[str, Any] = {"trainer": "ratio"}
-    ratio |= {key: a[key] / b[key] for key in a if isinstance(a[key], float)}
+    ratio |= {key: a[key] / b[key] for key in a if isinstance(a[key], float) and " of " not in key}
     title = f"one step: {args.batch} completions, {args.lengths} lengths up to {args.completion} ({sum(lengths)} tokens)"
     report("step", facts, {title: [*rows, ratio]}, args.json)
 

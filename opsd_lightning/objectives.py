@@ -21,7 +21,7 @@ from torch import Tensor
 from opsd_lightning.divergences import Divergence, ForwardKL, FullVocabulary, Support
 from opsd_lightning.types import Rollouts, TokenStates
 
-# Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (benchmarks/objective.py --blocks).
+# Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (4 MiB each in float32).
 _CACHED_NUMBERS = 2**20
 
 
@@ -93,8 +93,9 @@ class Objective(ABC):
         skip_first_tokens: Leading tokens of every completion that stay out of the loss, 0 or more. For a student that
             does not think under a teacher that does, whose first token would be ``<think>``.
         include_truncated: Whether completions that ran into the length limit count.
-        logits_memory_mib: The most memory, in MiB, that both roles' logits and what is made of them may take at one
-            time, whatever the number of tokens. It decides how many tokens make a chunk, not the result.
+        logits_memory_mib: About how much memory, in MiB, both roles' logits and what is made of them may take at one
+            time, whatever the number of tokens; a head with a soft cap or an adapter takes more. It decides how many
+            tokens make a chunk, not the result.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class Objective(ABC):
             ``student_logprob``, ``teacher_logprob`` of the target.
         """
         inputs = [student.hidden, *(p for p in student.head_parameters if p.requires_grad)]
-        train = torch.is_grad_enabled() and student.hidden.requires_grad
+        train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         gradients = [torch.zeros_like(tensor) for tensor in inputs] if train else []
         measured: dict[str, Tensor] = {}
         start, chunk, block = 0, 8, 8  # the first, small chunk tells the size of the vocabulary
@@ -241,8 +242,9 @@ class DivergenceObjective(Objective):
             every completion weighs the same.
         skip_first_tokens: Leading tokens of every completion that stay out of the loss, 0 or more.
         include_truncated: Whether completions that ran into the length limit count.
-        logits_memory_mib: The most memory, in MiB, that both roles' logits and what is made of them may take at one
-            time, whatever the number of tokens. It decides how many tokens make a chunk, not the result.
+        logits_memory_mib: About how much memory, in MiB, both roles' logits and what is made of them may take at one
+            time, whatever the number of tokens; a head with a soft cap or an adapter takes more. It decides how many
+            tokens make a chunk, not the result.
     """
 
     def __init__(

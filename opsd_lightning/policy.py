@@ -286,6 +286,7 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
         and isinstance(base, (nn.Linear, Conv1D))
         and type(base.weight.data) is torch.Tensor
         and base.weight.dtype == torch.float32
+        and not any(getattr(layer, "lora_bias", {}).values())  # peft would merge it into the base's own bias
         for layer, base in zip(layers, bases, strict=True)
     ):
         yield
@@ -309,8 +310,9 @@ _THIN_ROWS, _WORTH_PACKING = 64, 2**16
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """On a CPU: products of few rows with float32 linear layers by oneDNN, on copies of the weights packed for it.
 
-    Decoding is bound by them, and half again as fast this way (benchmarks/rollout.py). For inference alone: weights that
-    change inside are not seen. Layers on other devices, quantized or sharded ones are left as they are.
+    Decoding is bound by them, and up to half again as fast this way (docs/performance.md). For inference alone: weights
+    that change inside are not seen. Takes a copy of the weights for the time. Layers on other devices, quantized or sharded
+    ones are left as they are.
     """
     layers = [
         layer
@@ -334,7 +336,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 
 
 def _packed_forward(layer: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
-    if x.numel() > _THIN_ROWS * x.shape[-1]:
+    if x.numel() > _THIN_ROWS * x.shape[-1] or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, layer.weight, layer.bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
 

@@ -17,6 +17,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
@@ -77,7 +78,8 @@ class TransformersEngine(RolloutEngine):
         max_rows: The most completions that are worked on at one time, at least 1; more wait. All at once unless given.
             Decoding is bound by memory bandwidth, so the more fit, the better.
         merge_adapter: Sample with the adapter merged into the base weights, which are put back bit by bit after. Only
-            done where that is exact (unquantized float32 weights); takes a second copy of them for the time.
+            done where that is exact (unquantized float32 weights); takes a second copy of them for the time, and a
+            third on a CPU, where products of few rows are faster on packed weights.
         static_cache: Allocate keys and values once, for the longest completion.
         compile: Compile the decoding step (transformers does so on CUDA). Needs ``static_cache``.
     """
@@ -91,7 +93,7 @@ class TransformersEngine(RolloutEngine):
     ) -> None:
         if compile and not static_cache:
             raise UserError("model.rollouts.init_args.compile needs static_cache: true, a cache whose shape does not change")
-        self.max_rows = max_rows
+        self.max_rows = None if max_rows is None else PositiveInt(max_rows)
         self.merge_adapter = merge_adapter
         self.static_cache = static_cache
         self.compile = compile
@@ -101,7 +103,10 @@ class TransformersEngine(RolloutEngine):
         rows = [prompt for prompt in prompts for _ in range(sampling.n)]
         device = next(model.parameters()).device
         devices = [device] if device.type == "cuda" else []
-        sample = self._in_segments if selectable_cache(model) and not self.static_cache else self._in_batches
+        # Segments end when rows do, which ranks that share their weights could not do at the same time.
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        segments = selectable_cache(model) and not self.static_cache and not sharded
+        sample = self._in_segments if segments else self._in_batches
         merging = merged_adapter(model) if self.merge_adapter else nullcontext()
         with evaluating(model), merging, packed_linears(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
@@ -184,6 +189,10 @@ class ContinuousBatchingEngine(RolloutEngine):
         self.max_memory_percent = OpenUnitInterval(max_memory_percent)
         self.merge_adapter = merge_adapter
         self.options = options or {}
+        if own := {"max_memory_percent", "seed"} & set(self.options):
+            raise UserError(
+                f"model.rollouts.init_args.options: {sorted(own)} is decided elsewhere (max_memory_percent; seeds)"
+            )
         try:
             ContinuousBatchingConfig(**self.options)
         except TypeError as error:

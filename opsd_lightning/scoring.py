@@ -25,7 +25,8 @@ from opsd_lightning.types import TokenStates, UserError
 
 def packs_rows(model: PeftModel) -> bool:
     """Whether the model's attention takes the lengths of rows packed into one (flash attention)."""
-    return str(base_of(model).config._attn_implementation).startswith("flash_attention")
+    # Not where a state runs on from row to row, as in linear attention and convolutions.
+    return str(base_of(model).config._attn_implementation).startswith("flash_attention") and selectable_cache(model)
 
 
 def split_rows(model: PeftModel, lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -67,7 +68,7 @@ def score_all(
     """States that predict all completion tokens, without gradient, in as many passes as the budget asks for.
 
     Args:
-        model: The policy, in whatever mode it is in.
+        model: The policy; dropout and gradient checkpointing are off for the time.
         prompts: B prompts. One that occurs several times is run once.
         completions: B completions, with T tokens in all.
         token_budget: The most tokens, padding and cached ones included, that one pass works on.
@@ -90,14 +91,16 @@ def score_all(
         parts = split_rows(model, [width + len(completions[row]) for row in rows], token_budget)
         together.append((picked, [[rows[i] for i in part] for part in parts]))
     found: dict[int, Tensor] = {}
-    for rows in alone:
-        states, _ = score(model, [prompts[row] for row in rows], [completions[row] for row in rows])
-        found |= zip(rows, states.hidden.split([len(completions[row]) for row in rows]), strict=True)
-    for picked, parts in together:
-        found |= _score_shared(model, prompts, completions, picked, parts)
     passes = len(alone) + sum(1 + len(parts) for _, parts in together)
-    for _ in range(agree(passes) - passes):
-        score(model, [prompts[0][:1]], [[]])
+    missing = agree(passes) - passes
+    with evaluating(model):
+        for rows in alone:
+            states, _ = score(model, [prompts[row] for row in rows], [completions[row] for row in rows])
+            found |= zip(rows, states.hidden.split([len(completions[row]) for row in rows]), strict=True)
+        for picked, parts in together:
+            found |= _score_shared(model, prompts, completions, picked, parts)
+        for _ in range(missing):
+            score(model, [prompts[0][:1]], [[]])
     return states_of(model, torch.cat([found[row] for row in range(len(prompts))]))
 
 

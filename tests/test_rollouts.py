@@ -267,11 +267,36 @@ def test_packed_linears_compute_the_same(built: Callable[..., PeftModel], monkey
         assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_rollouts_under_autocast_on_the_cpu(
+    merge: bool, built: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "_WORTH_PACKING", 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollouts = TransformersEngine(merge_adapter=merge).generate(built(), PROMPTS, Sampling(max_new_tokens=4), seed=0)
+    assert rollouts.tokens >= 3
+
+
+def test_an_adapter_with_biases_is_not_merged_into_the_bases(make_policy: Callable[..., policy.Policy]) -> None:
+    model = make_policy("gpt2", lora=LoRA(r=2, alpha=4, dropout=0.0, options={"lora_bias": True})).build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 1.0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ENGINE.generate(model, PROMPTS, Sampling(max_new_tokens=3), seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_compiling_needs_a_static_cache() -> None:
     with pytest.raises(UserError, match="static_cache"):
         TransformersEngine(compile=True)
     with pytest.raises(UserError, match="options"):
         ContinuousBatchingEngine(options={"no_such_field": 1})
+    with pytest.raises(UserError, match="seed"):
+        ContinuousBatchingEngine(options={"seed": 1})
+    with pytest.raises(ValueError, match="0"):
+        TransformersEngine(max_rows=0)
 
 
 def test_an_immediate_end_is_a_completion_of_one_token(built: Callable[..., PeftModel]) -> None:

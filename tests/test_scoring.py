@@ -15,7 +15,10 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig, Qwe
 
 from conftest import ARCHITECTURES, COMPLETIONS, EOS, PROMPTS, TEACHER_PROMPTS
 from opsd_lightning import scoring
+from opsd_lightning.objectives import DivergenceObjective
+from opsd_lightning.policy import LoRA
 from opsd_lightning.scoring import check_head, score, score_all, split_rows
+from opsd_lightning.teachers import FixedTeacher
 from opsd_lightning.tokens import join, micro_batches, repeated
 from opsd_lightning.types import UserError
 
@@ -155,6 +158,32 @@ def test_ragged_rows_cost_their_tokens(built: Callable[..., PeftModel]) -> None:
 def test_repeated() -> None:
     assert repeated([[1, 2], [3], [1, 2], [4], [3], [1, 2]]) == [[0, 2, 5], [1, 4]]
     assert repeated([[1], [2]]) == []
+
+
+def test_all_rows_are_scored_without_dropout_or_checkpointing(built: Callable[..., PeftModel]) -> None:
+    model = built(lora=LoRA(r=4, alpha=8, dropout=0.5), gradient_checkpointing=True)
+    assert model.training
+    states = score_all(model, SHARED_PROMPTS, SHARED_COMPLETIONS, 1000)
+    assert model.training
+    with torch.no_grad():
+        expected = row_by_row(model.eval(), SHARED_PROMPTS, SHARED_COMPLETIONS)
+        torch.testing.assert_close(states.head(states.hidden), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_on_the_head_alone_gets_its_gradient(built: Callable[..., PeftModel]) -> None:
+    model = built(lora=LoRA(r=4, alpha=8, dropout=0.0, target_modules=["lm_head"]))
+    teacher = FixedTeacher().score(model, TEACHER_PROMPTS, COMPLETIONS)
+    states, targets = score(model, PROMPTS, COMPLETIONS)
+    weights = torch.full((len(targets),), 1 / len(targets))
+    loss, _ = DivergenceObjective()(states, teacher, targets, weights)
+    loss.backward()
+    plain = DivergenceObjective().per_token(
+        states.head(states.hidden).log_softmax(-1), teacher.head(teacher.hidden).log_softmax(-1).detach(), targets
+    )[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter, expected in zip(trained, torch.autograd.grad(plain.mean(), trained), strict=True):
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-4)
+        assert expected.any()
 
 
 def test_logits_that_are_not_finite_are_refused(built: Callable[..., PeftModel]) -> None:
