@@ -85,8 +85,7 @@ def main() -> None:
     tokens = sum(lengths)
     weights = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
     # What decoding must read at the least: the weights once a step, of which there are as many as the longest completion
-    # has tokens, or as full batches take for all of them, and the
-    # keys and values of every row at every token.
+    # has tokens, or as full batches take for all of them, and the keys and values of every row at every token.
     config = base.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head * base.dtype.itemsize

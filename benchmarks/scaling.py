@@ -16,8 +16,9 @@ import torch
 from common import PeakMemory, in_turn, machine, model_folder, parser, report
 from transformers import DynamicCache
 
+from opsd_lightning.inference import merged_adapter, packed_linears
 from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy, base_of, evaluating, merged_adapter, packed_linears
+from opsd_lightning.policy import LoRA, Policy, base_of, evaluating
 from opsd_lightning.scoring import score, score_all
 from opsd_lightning.types import TokenStates
 

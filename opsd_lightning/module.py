@@ -193,13 +193,12 @@ class OPSDModule(LightningModule):
         teachers = [prompt for prompt in batch.teacher for _ in range(n)]
         weights = self.objective.token_weights(rollouts)
         total = max(self._over_ranks(torch.cat([*weights, torch.zeros(1)]).sum(), "sum"), 1e-12)
-        agree = lambda passes: int(self._over_ranks(torch.tensor(float(passes)), "max"))  # noqa: E731
-        teacher = self.teacher.score(self.model, teachers, rollouts.completions, self.token_budget, agree)
+        teacher = self.teacher.score(self.model, teachers, rollouts.completions, self.token_budget, self._most_over_ranks)
         teacher_rows = teacher.hidden.split([len(completion) for completion in rollouts.completions])
         lengths = [len(student) + len(row) for student, row in zip(students, rollouts.completions, strict=True)]
         plan = split_rows(self.model, lengths, self.token_budget)
         # Under sharding every rank must make the same number of passes: one that has none left makes empty ones.
-        passes = agree(len(plan))
+        passes = self._most_over_ranks(len(plan))
         loss = 0.0
         measured: dict[str, list[Tensor]] = {}
         for rows in plan + [[]] * (passes - len(plan)):
@@ -254,6 +253,9 @@ class OPSDModule(LightningModule):
         if self.trainer.world_size == 1:
             return float(value)
         return float(self.trainer.strategy.reduce(value.to(self.device), reduce_op=operation))
+
+    def _most_over_ranks(self, count: int) -> int:
+        return int(self._over_ranks(torch.tensor(float(count)), "max"))
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from opsd_lightning.policy import base_of, eos_ids, evaluating, merged_adapter, packed_linears
+from opsd_lightning.inference import merged_adapter, packed_linears
+from opsd_lightning.policy import base_of, eos_ids, evaluating
 from opsd_lightning.scoring import selectable_cache
 from opsd_lightning.tokens import cut_at_eos, pad_left
 from opsd_lightning.types import Rollouts, UserError

@@ -47,7 +47,7 @@ class Teacher(ABC):
         agree: Callable[[int], int] = lambda passes: passes,
     ) -> TokenStates:
         """The teacher's states at the student's completion tokens; dropout off, no gradient. See `scoring.score_all`."""
-        with evaluating(model), self.weights(model):
+        with self.weights(model):
             states = score_all(model, prompts, completions, token_budget, agree)
         if not has_adapted_head(model):
             return states

@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -32,7 +34,7 @@ from opsd_lightning.policy import LoRA, Policy
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
-ARCHITECTURES = ["llama", "qwen3", "gpt2"]
+ARCHITECTURES = ["llama", "qwen3", "gpt2", "mistral"]  # rotary, tied, learned positions, sliding window
 SPECIAL = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>"]
 EOS, SECOND_EOS = SPECIAL.index("<|im_end|>"), SPECIAL.index("<|end|>")
 CHAT_TEMPLATE = (
@@ -77,6 +79,8 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
         model = LlamaForCausalLM(LlamaConfig(**rotary))
     elif architecture == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**rotary, head_dim=8, tie_word_embeddings=True))
+    elif architecture == "mistral":  # every layer sees the last six tokens only
+        model = MistralForCausalLM(MistralConfig(**rotary, head_dim=8, sliding_window=6))
     else:
         model = GPT2LMHeadModel(
             GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)

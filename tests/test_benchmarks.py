@@ -17,7 +17,8 @@ SMALL = {
     "scoring": "--model {llama} --rows 6 --prompt 4 --shortest 2 --longest 9 --token-budget 40 --teacher-prompt 20 --completion 5",
     "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12",
     "scaling": "--model {llama} --tokens 8",
-    "memory": "--lengths 1024",
+    "memory": "--models Qwen3-1.7B --lengths 1024 2048",
+    "attempts": "--model {llama} --vocabulary 300",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
 }
 
@@ -67,7 +68,11 @@ def test_scaling(run: Any) -> None:
     assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
 
 
-@pytest.mark.slow
+def test_attempts(run: Any) -> None:
+    result = run("attempts")
+    assert len(rows(result)) == 3 + 4 + 1 + 4
+
+
 def test_memory(run: Any) -> None:
     measured, table = list(run("memory").values())[-2:]
     assert all(0.5 < row["NF4 bytes a weight"] < 0.53 for row in measured)

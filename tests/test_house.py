@@ -20,7 +20,7 @@ LAYERS = [
     {"divergences"},
     {"objectives", "sources"},
     {"policy"},
-    {"scoring"},
+    {"scoring", "inference"},
     {"teachers", "rollouts", "metrics", "data", "export"},
     {"module"},
     {"callbacks"},

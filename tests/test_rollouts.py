@@ -8,12 +8,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+from peft import PeftModel
 
 from conftest import EOS, PROMPTS, SECOND_EOS
-from opsd_lightning import policy
-from opsd_lightning.policy import LoRA, eos_ids, evaluating, merged_adapter, packed_linears
+from opsd_lightning import inference
+from opsd_lightning.inference import merged_adapter, packed_linears
+from opsd_lightning.policy import LoRA, Policy, eos_ids, evaluating
 from opsd_lightning.rollouts import (
     ContinuousBatchingEngine,
     RolloutEngine,
@@ -142,16 +142,14 @@ def test_every_engine_is_under_test() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda e: f"{type(e).__name__}-{vars(e)}")
-@pytest.mark.parametrize("architecture", ["llama", "sliding window"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_greedy_rollouts_of_ragged_rows_are_those_of_each_row_alone(
     engine: RolloutEngine, architecture: str, built: Callable[..., PeftModel]
 ) -> None:
     """Rows end at very different steps; leaving, waiting and joining rows change nothing."""
-    model = built("llama")
-    if architecture == "sliding window":
-        model = sliding_window_model()
-        if isinstance(engine, ContinuousBatchingEngine):
-            pytest.skip("continuous batching's pages are at least as long as the windows here")
+    model = built(architecture)
+    if architecture == "mistral" and isinstance(engine, ContinuousBatchingEngine):
+        pytest.skip("continuous batching's pages are longer than the sliding window here")
     stop = {EOS, SECOND_EOS, *range(60, 68)}
     model.get_base_model().generation_config.eos_token_id = sorted(stop)
     prompts = [[10 + i, *range(20, 21 + (7 * i) % 13)] for i in range(9)]
@@ -171,21 +169,6 @@ def test_greedy_rollouts_of_ragged_rows_are_those_of_each_row_alone(
     assert len({len(row) for row in expected}) > 3, "the rows must be ragged for this test to mean anything"
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-def sliding_window_model() -> PeftModel:
-    """A model whose every layer sees the last six tokens only."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=107, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=6, head_dim=8,
-    )  # fmt: skip
-    base = MistralForCausalLM(config)
-    for parameter in base.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    base.generation_config = GenerationConfig(eos_token_id=[EOS, SECOND_EOS], pad_token_id=EOS)
-    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))  # type: ignore[return-value]
 
 
 def test_ended_rows_stop_costing_and_prompts_run_once(built: Callable[..., PeftModel]) -> None:
@@ -253,8 +236,8 @@ def test_no_merging_where_it_would_not_be_exact_or_wanted(built: Callable[..., P
 
 
 def test_packed_linears_compute_the_same(built: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_WORTH_PACKING", 0)
-    monkeypatch.setattr(policy, "_THIN_ROWS", 3)
+    monkeypatch.setattr(inference, "_WORTH_PACKING", 0)
+    monkeypatch.setattr(inference, "_THIN_ROWS", 3)
     for architecture in ("llama", "qwen3"):  # qwen3's head is tied
         model = built(architecture).eval()
         for ids in (torch.tensor([[40, 41, 42]]), torch.tensor([[40, 41, 42, 43, 44]])):
@@ -271,13 +254,13 @@ def test_packed_linears_compute_the_same(built: Callable[..., PeftModel], monkey
 def test_rollouts_under_autocast_on_the_cpu(
     merge: bool, built: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "_WORTH_PACKING", 0)
+    monkeypatch.setattr(inference, "_WORTH_PACKING", 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rollouts = TransformersEngine(merge_adapter=merge).generate(built(), PROMPTS, Sampling(max_new_tokens=4), seed=0)
     assert rollouts.tokens >= 3
 
 
-def test_an_adapter_with_biases_is_not_merged_into_the_bases(make_policy: Callable[..., policy.Policy]) -> None:
+def test_an_adapter_with_biases_is_not_merged_into_the_bases(make_policy: Callable[..., Policy]) -> None:
     model = make_policy("gpt2", lora=LoRA(r=2, alpha=4, dropout=0.0, options={"lora_bias": True})).build()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
