@@ -86,7 +86,7 @@ class EndAt(LogitsProcessor):
             start += 1
 
     def install(self, base: Any) -> None:
-        """Make every ``generate`` of a transformers model use it."""
+        """Make every ``generate`` of a transformers model use it, until ``del base._get_logits_processor``."""
         original = base._get_logits_processor
 
         def with_lengths(*args: Any, **kwargs: Any) -> Any:

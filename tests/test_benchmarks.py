@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
     "objective": "--vocabulary 300 --hidden 16 --tokens 50 --divergences all",
     "scoring": "--model {llama} --rows 6 --prompt 4 --shortest 2 --longest 9 --token-budget 40 --teacher-prompt 20 --completion 5",
-    "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12",
+    "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12 --continuous",
     "scaling": "--model {llama} --tokens 8",
     "memory": "--models Qwen3-1.7B --lengths 1024 2048",
     "attempts": "--model {llama} --vocabulary 300",
@@ -58,8 +58,9 @@ def test_scoring(run: Any) -> None:
 
 
 def test_rollout(run: Any) -> None:
-    *engines, greedy = rows(run("rollout"))
+    *engines, greedy, plain, continuous = rows(run("rollout"))
     assert [row["engine"].strip() for row in engines] == ["plain generate", "TransformersEngine", "adapter not merged"]
+    assert (plain["engine"], continuous["engine"]) == ("TransformersEngine", "ContinuousBatchingEngine")
     assert greedy == {"greedy completions equal to plain generate's": "6 of 6"}
 
 
@@ -70,7 +71,7 @@ def test_scaling(run: Any) -> None:
 
 def test_attempts(run: Any) -> None:
     result = run("attempts")
-    assert len(rows(result)) == 3 + 4 + 1 + 4
+    assert len(rows(result)) == 3 + 4 + 1 + 1 + 4
 
 
 def test_memory(run: Any) -> None:
