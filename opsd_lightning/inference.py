@@ -57,7 +57,7 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """On a CPU: products of few rows with float32 linear layers by oneDNN, on copies of the weights packed for it.
 
-    Decoding is bound by them, and up to half again as fast this way (docs/performance.md). For inference alone: weights
+    Decoding is bound by them, and up to half again as fast this way (benchmarks/attempts.py). For inference alone: weights
     that change inside are not seen. Takes a copy of the weights for the time. Layers on other devices, quantized or sharded
     ones are left as they are.
     """

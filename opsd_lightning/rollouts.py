@@ -172,7 +172,7 @@ class TransformersEngine(RolloutEngine):
 class ContinuousBatchingEngine(RolloutEngine):
     """transformers' ``generate_batch``: continuous batching over a paged cache, for GPUs.
 
-    On two CPU cores it is several times slower than `TransformersEngine` (benchmarks/rollout.py --continuous).
+    On two CPU cores it is less than half as fast as `TransformersEngine` (benchmarks/rollout.py --continuous).
 
     Args:
         max_memory_percent: Share of the free GPU memory that the cache may take, above 0 to 1. Scoring needs the rest.
