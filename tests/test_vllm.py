@@ -589,7 +589,7 @@ def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=None, eos_token_id=EOS,
+        num_key_value_heads=1, max_position_embeddings=1024, bos_token_id=None, eos_token_id=EOS,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():
