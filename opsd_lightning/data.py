@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import PrivilegedContext, Prompts, TraceContext
+from opsd_lightning.prompts import PrivilegedContext, Prompt, Prompts, TraceContext
 from opsd_lightning.sources import ExampleSource
 from opsd_lightning.strategies import replica
 from opsd_lightning.types import Example, PromptBatch, UserError
@@ -25,7 +25,7 @@ class OPSDDataModule(LightningDataModule):
 
     Verified means checked here: the trace's own final answer must equal the reference answer. Rows that are empty, fail
     this check, do not fit the model's context or (in training) also stand among the held-out questions are left out with
-    a count, or refused.
+    a count, or refused. Held-out questions need no trace where they have an answer, unless the teacher is graded on them.
 
     Args:
         policy: The model, for its tokenizer and context length. On the command line taken from ``model.policy``.
@@ -85,48 +85,67 @@ class OPSDDataModule(LightningDataModule):
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
             raise UserError(f"data.{splits[-1]} is not set, and `{stage}` needs it: give it a source, such as HubSource")
-        if all(split in self.rows for split in splits if self.sources[split] is not None):
+        splits = [split for split in splits if self.sources[split] is not None and not self._ready(split)]
+        if not splits:
             return
         tokenizer = self.policy.load_tokenizer()
         limit = self.policy.context_length()
         for split in splits:
-            if self.sources[split] is not None and split not in self.rows:
-                self.rows[split] = self._prepare(split, tokenizer, limit)
+            self.rows[split] = self._prepare(split, tokenizer, limit)
         if stage == "fit" and len(self.rows["train"].examples) < self.batch_size * replica(self.trainer)[1]:
             raise UserError(
                 f"data.train has {len(self.rows['train'].examples)} usable rows, fewer than the {self.batch_size} questions "
                 f"of one step on {replica(self.trainer)[1]} device(s): lower data.batch_size or give more data"
             )
 
+    def _ready(self, split: str) -> bool:
+        return split in self.rows and (all(self.rows[split].teacher) or not self._teacher_is_graded())
+
     def _prepare(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> PromptBatch:
         source = self.sources[split]
         assert source is not None
         found = source.examples()
         dropped: Counter[str] = Counter()
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        needs_trace = split == "train" and getattr(module, "needs_traces", True)
+        in_place = split == "train" and getattr(module, "trains_on_traces", False)
+        for_teacher = needs_trace or self._teacher_is_graded()
         held_out = {e.question for other in ("val", "test") for e in self._questions(other)} if split == "train" else set()
         valid: list[Example] = []
         for number, example in enumerate(found):
-            checked, reason = self._verify(example, held_out)
+            checked, reason = self._verify(example, held_out, needs_trace)
             if reason:
                 self._drop(split, number, reason, dropped)
             else:
                 valid.append(checked)
-        batch = PromptBatch([], [], [], [])
+        traces: list[list[int]] = []
+        batch = PromptBatch([], [], [], [], traces=traces)
         cut = 0
         for index, example in enumerate(valid):
-            context = self.context.text(index, valid)
-            student = self.prompts.student(tokenizer, example)
-            teacher = self.prompts.teacher(tokenizer, example, context)
-            longest = max(len(student), len(teacher))
+            student, teacher = self.prompts.student(tokenizer, example), Prompt()
+            if for_teacher:
+                context = self.context.text(index, valid)
+                if context == "":
+                    raise UserError(
+                        f"model.evaluate_teacher is on, but {sum(not e.trace for e in valid)} of {len(valid)} questions of "
+                        f"data.{split} have no trace for the teacher to read: set it to false, name the trace's column "
+                        "(columns.trace), or give a data.context that needs none, such as AnswerContext"
+                    )
+                teacher = self.prompts.teacher(tokenizer, example, context)
+            longest, trace = max(len(student), len(teacher)), self.prompts.trace(tokenizer, example)
             if limit is not None and longest + self.max_new_tokens > limit:
                 reason = f"prompt and {self.max_new_tokens} new tokens do not fit the model's context of {limit} tokens"
                 self._drop(split, index, reason, dropped)
+                continue
+            if limit is not None and in_place and len(student) + len(trace) > limit:
+                self._drop(split, index, f"prompt and trace do not fit the model's context of {limit} tokens", dropped)
                 continue
             cut += teacher.trace_was_cut
             batch.student.append(list(student))
             batch.teacher.append(list(teacher))
             batch.examples.append(example)
             batch.counted.append(True)
+            traces.append(trace)
         self.dropped[split] = dropped
         reasons = "; ".join(f"{count} left out: {reason}" for reason, count in dropped.items())
         cuts = f"; {cut} traces cut to data.prompts.max_trace_tokens" if cut else ""
@@ -142,12 +161,19 @@ class OPSDDataModule(LightningDataModule):
         source = self.sources[split]
         return [] if source is None else source.examples()
 
-    def _verify(self, example: Example, held_out: set[str]) -> tuple[Example, str]:
+    def _teacher_is_graded(self) -> bool:
+        """Whether evaluation samples the privileged teacher too, and so needs its prompts."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return getattr(getattr(module, "evaluator", None), "teacher", None) is not None
+
+    def _verify(self, example: Example, held_out: set[str], needs_trace: bool) -> tuple[Example, str]:
         """The example, its answer filled in where the source has none, and why it cannot be used, if so."""
         if not example.question:
             return example, "empty question"
+        if not example.trace and (needs_trace or not example.answer):
+            return example, "empty trace" if needs_trace else "neither trace nor answer"
         if not example.trace:
-            return example, "empty trace"
+            return example, ""
         if example.question in held_out:
             return example, "question is also in data.val or data.test"
         answer = self.grader.find_answer(example.trace)
@@ -182,7 +208,11 @@ class OPSDDataModule(LightningDataModule):
 
 def _pick(rows: PromptBatch, indices: list[int], counted: list[bool]) -> PromptBatch:
     return PromptBatch(
-        [rows.student[i] for i in indices], [rows.teacher[i] for i in indices], [rows.examples[i] for i in indices], counted
+        [rows.student[i] for i in indices],
+        [rows.teacher[i] for i in indices],
+        [rows.examples[i] for i in indices],
+        counted,
+        traces=[rows.traces[i] for i in indices] if rows.traces else [],
     )
 
 
@@ -250,4 +280,5 @@ class EvalLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         for start in range(0, len(self.indices), self.batch_size):
             part = slice(start, start + self.batch_size)
-            yield _pick(self.rows, self.indices[part], self.counted[part])
+            batch = _pick(self.rows, self.indices[part], self.counted[part])
+            yield batch._replace(indices=self.indices[part])

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.grading import MathGrader
+from opsd_lightning.importance import check_difference, log_ratios
 from opsd_lightning.metrics import AccuracyAtK
-from opsd_lightning.rollouts import RolloutEngine, Sampling
+from opsd_lightning.policy import Policy
+from opsd_lightning.rollouts import RolloutEngine, Sampling, seed_for
+from opsd_lightning.strategies import replica, replicas
 from opsd_lightning.teachers import Teacher
-from opsd_lightning.types import PromptBatch, Rollouts
+from opsd_lightning.types import PromptBatch, Rollouts, UserError
 
 #: Called on the prompt of each completion, and the completions; raises where they are not the policy's.
 Check = Callable[[list[list[int]], Rollouts], None]
+
+Records = dict[str, list[dict[str, Any]]]  # of each role, one a completion
 
 
 class Evaluator(nn.Module):
@@ -28,19 +36,24 @@ class Evaluator(nn.Module):
         sampling: What is sampled.
         grader: How completions are graded.
         teacher: Whose privileged completions are graded as well. The student's alone unless given.
+
+    Attributes:
+        finished: Records of batches, by their number, that an earlier run already sampled: taken as they are. Under several
+            ranks the same batches on each, since sampling may need them all.
     """
 
     def __init__(self, sampling: Sampling, grader: MathGrader, teacher: Teacher | None = None) -> None:
         super().__init__()
         self.sampling, self.grader, self.teacher = sampling, grader, teacher
         roles = ["student", "teacher"] if teacher is not None else ["student"]
-        self.accuracy = nn.ModuleDict({role: AccuracyAtK() for role in roles})
+        self.accuracy = nn.ModuleDict({role: AccuracyAtK(sampling.n) for role in roles})
         self.lengths = nn.ModuleDict(
             {
                 role: MetricCollection({"completion_tokens": MeanMetric(), "truncated_fraction": MeanMetric()})
                 for role in roles
             }
         )
+        self.finished: Mapping[int, Records] = {}
 
     def count_over(self, group: dist.ProcessGroup | None) -> None:
         """Take metrics over these ranks, which hold different questions; over all ranks where None."""
@@ -48,82 +61,170 @@ class Evaluator(nn.Module):
             if isinstance(metric, Metric):
                 metric.process_group = group
 
-    def evaluate(
+    @property
+    def roles(self) -> list[str]:
+        """Whose completions are graded."""
+        return list(self.accuracy)
+
+    def grade(
         self,
         engine: RolloutEngine,
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         batch: PromptBatch,
         seed: int,
+        roles: Sequence[str],
         check: Check | None = None,
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Sample, grade and count; returns the records of each role. ``check`` is called on the student's completions."""
-        found = {"student": self._grade(engine, model, tokenizer, batch, batch.student, seed, check)}
-        if self.teacher is not None:
-            with self.teacher.weights(model):
-                found["teacher"] = self._grade(engine, model, tokenizer, batch, batch.teacher, seed)
+    ) -> Records:
+        """Sample and grade a batch: for each role a record of each completion that counts, those of a question together.
+
+        Args:
+            engine: What samples.
+            model: The policy.
+            tokenizer: Its tokenizer.
+            batch: The questions.
+            seed: Of the sampling.
+            roles: ``student``, ``teacher`` or both.
+            check: Called on the student's completions.
+        """
+        found: Records = {}
+        for role in roles:
+            prompts = batch.student
+            if role == "teacher":
+                prompts = batch.teacher
+                if not all(prompts):
+                    raise UserError("the teacher is graded, but has no prompts: give the questions traces")
+            with self.teacher.weights(model) if self.teacher and role == "teacher" else nullcontext():
+                rollouts = engine.generate(model, prompts, self.sampling, seed)
+            if check is not None and role == "student":
+                check([prompt for prompt in prompts for _ in range(rollouts.n)], rollouts)
+            found[role] = self._records(tokenizer, batch, rollouts)
+        return found
+
+    def _records(self, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, rollouts: Rollouts) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        for place, (example, counted) in enumerate(zip(batch.examples, batch.counted, strict=True)):
+            if not counted:
+                continue
+            rows = range(place * rollouts.n, (place + 1) * rollouts.n)
+            texts = [str(tokenizer.decode(rollouts.completions[row], skip_special_tokens=True)) for row in rows]
+            answers = [self.grader.find_answer(text) for text in texts]
+            correct = [self.grader.equal(answer, example.answer) for answer in answers]
+            votes = self.grader.votes(answers, correct)
+            for sample, row in enumerate(rows):
+                records.append(
+                    {
+                        "index": batch.indices[place] if batch.indices else None,
+                        "sample": sample,
+                        "question": example.question,
+                        "reference": example.answer,
+                        "completion": texts[sample],
+                        "answer": answers[sample],
+                        "correct": correct[sample],
+                        "vote": votes[sample],
+                        "completion_tokens": len(rollouts.completions[row]),
+                        "truncated": not rollouts.terminated[row],
+                    }
+                )
+        return records
+
+    def count(self, found: Records) -> None:
+        """Enter the records of a batch into the metrics."""
+        n = self.sampling.n
         for role, records in found.items():
-            for start in range(0, len(records), self.sampling.n):
-                group = [record for record, counted in records[start : start + self.sampling.n] if counted]
-                self.accuracy[role].update([r["answer"] for r in group], [r["correct"] for r in group])  # type: ignore[operator]
+            # Without a question nothing is added, which keeps the rank in step with others.
+            for group in [records[start : start + n] for start in range(0, len(records), n)] or [[]]:
+                self.accuracy[role].update([r["vote"] for r in group], [r["correct"] for r in group])  # type: ignore[operator]
                 for record in group:
                     self.lengths[role]["completion_tokens"].update(record["completion_tokens"])  # type: ignore[index]
                     self.lengths[role]["truncated_fraction"].update(float(record["truncated"]))  # type: ignore[index]
-        return {role: [record for record, counted in records if counted] for role, records in found.items()}
-
-    def predict(
-        self,
-        engine: RolloutEngine,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch: PromptBatch,
-        seed: int,
-        check: Check | None = None,
-    ) -> list[dict[str, Any]]:
-        """Graded completions of the student, one record a completion, not counted."""
-        records = self._grade(engine, model, tokenizer, batch, batch.student, seed, check)
-        return [record for record, counted in records if counted]
-
-    def _grade(
-        self,
-        engine: RolloutEngine,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch: PromptBatch,
-        prompts: list[list[int]],
-        seed: int,
-        check: Check | None = None,
-    ) -> list[tuple[dict[str, Any], bool]]:
-        """A record of each completion, and whether it counts."""
-        rollouts = engine.generate(model, prompts, self.sampling, seed)
-        if check is not None:
-            check([prompt for prompt in prompts for _ in range(rollouts.n)], rollouts)
-        records = []
-        for index, completion in enumerate(rollouts.completions):
-            example = batch.examples[index // rollouts.n]
-            text = str(tokenizer.decode(completion, skip_special_tokens=True))
-            answer = self.grader.find_answer(text)
-            record = {
-                "question": example.question,
-                "reference": example.answer,
-                "completion": text,
-                "answer": answer,
-                "correct": self.grader.equal(answer, example.answer),
-                "completion_tokens": len(completion),
-                "truncated": not rollouts.terminated[index],
-            }
-            records.append((record, batch.counted[index // rollouts.n]))
-        return records
 
     def compute(self, stage: str) -> dict[str, Tensor]:
         """Every metric of the epoch, over all ranks, by the name it is logged under; then starts anew."""
-        k, values = self.sampling.n, {}
+        values: dict[str, Tensor] = {}
         for role, accuracy in self.accuracy.items():
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
-            for name, value in accuracy.compute().items():  # type: ignore[operator]
-                statistic, _, error = name.partition("_")
-                values[f"{prefix}{statistic}@{k}{'_' + error if error else ''}"] = value
-            values |= {f"{prefix}{name}": value for name, value in self.lengths[role].compute().items()}  # type: ignore[operator]
-            accuracy.reset()  # type: ignore[operator]
-            self.lengths[role].reset()  # type: ignore[operator]
+            for metric in (accuracy, self.lengths[role]):
+                values |= {f"{prefix}{name}": value for name, value in metric.compute().items()}  # type: ignore[operator]
+                metric.reset()  # type: ignore[operator]
         return values
+
+
+class EvaluatedModule(LightningModule):
+    """The part of a module that samples and grades: validation, test, predict.
+
+    Attributes:
+        policy: What the model was made of.
+        model: The policy's network.
+        tokenizer: Its tokenizer.
+        rollouts: How completions are sampled.
+        evaluator: What is done with them.
+        objective: The method's, for how much memory logits may take.
+        token_budget: Of a scoring pass.
+        seed: Of rollouts.
+    """
+
+    policy: Policy
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    rollouts: RolloutEngine
+    evaluator: Evaluator
+    objective: Any
+    token_budget: int
+    seed: int
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> Records:
+        return self._graded(batch, batch_idx)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> Records:
+        return self._graded(batch, batch_idx)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Graded completions of a batch, one record a completion."""
+        return self._sampled(batch, batch_idx, ["student"])["student"]
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def teardown(self, stage: str) -> None:
+        self.rollouts.close()
+
+    def over_ranks(self, values: Sequence[float], operation: str) -> list[float]:
+        """Each value reduced (``sum``, ``max``) over the ranks that hold different data. Every rank must call."""
+        if self.trainer.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.trainer.strategy.root_device)
+        return self.trainer.strategy.reduce(tensor, replicas(self.trainer.strategy), operation).tolist()  # type: ignore[union-attr]
+
+    def most_over_ranks(self, count: int) -> int:
+        """The largest of the ranks' counts. Every rank must call."""
+        return int(self.over_ranks([count], "max")[0])
+
+    def _graded(self, batch: PromptBatch, batch_idx: int) -> Records:
+        records = self._sampled(batch, batch_idx, self.evaluator.roles)
+        self.evaluator.count(records)
+        return records
+
+    def _sampled(self, batch: PromptBatch, batch_idx: int, roles: Sequence[str]) -> Records:
+        """The records of a batch; at the first one sampled, check that the sampler has the policy's weights."""
+        finished = self.evaluator.finished
+        if batch_idx in finished:
+            return finished[batch_idx]
+        seed = seed_for(self.seed, "evaluation", batch_idx, replica(self._trainer)[0])
+        check = self._check_sampler if all(number in finished for number in range(batch_idx)) else None
+        return self.evaluator.grade(self.rollouts, self.model, self.tokenizer, batch, seed, roles, check)
+
+    def _check_sampler(self, students: list[list[int]], rollouts: Rollouts) -> None:
+        if rollouts.logprobs is None or self.rollouts.logprob_tolerance is None:
+            return
+        found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, self.most_over_ranks)
+        values = torch.cat([*found, torch.zeros(0)])
+        difference, count = self.over_ranks([float(values.abs().sum()), values.numel()], "sum")
+        check_difference(difference / max(count, 1), self.rollouts.logprob_tolerance)
+
+    def _log_evaluation(self, stage: str) -> None:
+        for name, value in self.evaluator.compute(stage).items():
+            self.log(name, value, prog_bar=name.startswith(f"{stage}/avg@") and "_se" not in name)

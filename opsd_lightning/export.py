@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -24,16 +25,18 @@ from opsd_lightning.types import UserError
 
 
 def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
-    """Write the student's adapter as a peft folder, whole or not at all.
+    """Write the student's adapter as a peft folder, whole or not at all; in full fine-tuning the whole model.
 
     Args:
         model: The policy.
-        folder: Where ``PeftModel.from_pretrained`` shall find it. Replaced if it exists.
+        folder: Where ``PeftModel.from_pretrained`` (the model's own ``from_pretrained``) shall find it. Replaced if it
+            exists.
         state_dict: The policy's adapter weights to write, by their names in ``model``; its present ones unless given.
     """
     folder = Path(folder)
+    adapter: Any = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
     with _replacing(folder) as temporary:
-        model.save_pretrained(str(temporary), state_dict=state_dict, selected_adapters=[STUDENT], safe_serialization=True)
+        model.save_pretrained(str(temporary), state_dict=state_dict, safe_serialization=True, **adapter)
     return folder
 
 

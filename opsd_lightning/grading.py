@@ -14,11 +14,14 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from jsonargparse.typing import PositiveFloat
 
 _NUMBER = r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?"
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _STARTUP_SECONDS = 120.0  # importing sympy on a busy machine
 
 
@@ -45,14 +48,16 @@ class MathGrader:
 
     Args:
         answer_pattern: Regular expression whose first group is the answer, used where nothing is boxed. The default
-            finds "The answer is 42" and the "#### 42" of GSM8K.
+            finds "The answer is 42" and the "#### 42" of GSM8K. Null: only what is boxed counts.
         timeout_seconds: The longest that one comparison may take before it counts as wrong.
     """
 
-    answer_pattern: str = rf"(?i)(?:####|answer\s*(?:is|:|=))\s*({_NUMBER})"
+    answer_pattern: str | None = rf"(?i)(?:####|answer\s*(?:is|:|=))\s*({_NUMBER})"
     timeout_seconds: PositiveFloat = 5.0
 
     def __post_init__(self) -> None:
+        if self.answer_pattern is None:
+            return
         try:
             groups = re.compile(self.answer_pattern).groups
         except re.error as error:
@@ -63,7 +68,7 @@ class MathGrader:
     def find_answer(self, text: str) -> str | None:
         """The final answer that a text gives, or None."""
         boxed = last_boxed(text)
-        if boxed is not None:
+        if boxed is not None or self.answer_pattern is None:
             return boxed
         matches = re.findall(self.answer_pattern, text)
         if not matches:
@@ -72,15 +77,65 @@ class MathGrader:
 
     def equal(self, answer: str | None, reference: str) -> bool:
         """Whether an answer equals the reference, mathematically; False where that takes too long."""
-        if answer is None:
-            return False
-        if answer.strip() == reference.strip():
-            return True
-        return _Worker.shared().verify(reference, answer, self.timeout_seconds)
+        return answer is not None and bool(_compare(reference.strip(), answer.strip(), self.timeout_seconds))
 
     def grade(self, completion: str, reference: str) -> bool:
         """Whether a completion's final answer equals the reference."""
         return self.equal(self.find_answer(completion), reference)
+
+    def votes(self, answers: Sequence[str | None], correct: Sequence[bool]) -> list[int | None]:
+        """Which of one question's answers are one vote, because they are mathematically equal ("0.5" and "1/2").
+
+        Correct answers are one vote. Each wrong one is compared with the first of every wrong vote so far; once a
+        comparison took too long, neither of the two is compared again, so that no more comparisons run into their time
+        limit than there are different answers.
+
+        Args:
+            answers: The final answer of each completion, None where there is none.
+            correct: Whether each is right.
+
+        Returns:
+            The number of each answer's vote: 0 for the correct ones, from 1 on in order of appearance for the others, None
+            where there is no answer.
+        """
+        known: dict[str, int] = {}  # wrong answers, as they are written
+        firsts: list[str | None] = []  # of each wrong vote the answer that others are compared with
+        found: list[int | None] = []
+        for answer, right in zip(answers, correct, strict=True):
+            if answer is None or right:
+                found.append(None if answer is None else 0)
+                continue
+            answer = answer.strip()
+            if answer not in known:
+                vote, comparable = len(firsts), True
+                for place, first in enumerate(firsts):
+                    same = None if first is None else _compare(first, answer, self.timeout_seconds)
+                    if same:
+                        vote = place
+                        break
+                    if same is None and first is not None:
+                        firsts[place], comparable = None, False
+                        break
+                if vote == len(firsts):
+                    firsts.append(answer if comparable else None)
+                known[answer] = vote + 1
+            found.append(known[answer])
+        return found
+
+
+def _compare(reference: str, answer: str, timeout_seconds: float) -> bool | None:
+    """Whether two answers are equal; None where that takes too long."""
+    try:
+        if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(reference):
+            return int(answer) == int(reference)  # what math-verify would say, without its process
+        return answer == reference or _verdict(reference, answer, timeout_seconds)
+    except TimeoutError:
+        return None
+
+
+@lru_cache(maxsize=65536)  # time-outs are not remembered: a busy machine may have caused them
+def _verdict(reference: str, answer: str, timeout_seconds: float) -> bool:
+    return _Worker.shared().verify(reference, answer, timeout_seconds)
 
 
 class _Worker:
@@ -137,6 +192,7 @@ class _Worker:
             reply = self._reply(timeout_seconds)
             if reply is None:
                 self.stop()
+                raise TimeoutError
             return reply == "equal"
 
     def _reply(self, timeout_seconds: float) -> str | None:

@@ -13,17 +13,22 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+import opsd_lightning.contexts
 import opsd_lightning.divergences
+import opsd_lightning.grpo
 import opsd_lightning.objectives
+import opsd_lightning.off_policy
 import opsd_lightning.prompts
 import opsd_lightning.rollouts
+import opsd_lightning.sft
+import opsd_lightning.shaping
 import opsd_lightning.sources
 import opsd_lightning.teachers
 import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.module import OPSDModule
 from opsd_lightning.strategies import refusal
+from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import UserError
 
 # Settings of the Trainer that Lightning refuses under manual optimization, and what takes their place here.
@@ -38,33 +43,41 @@ _NOT_THE_TRAINERS: dict[str, tuple[Any, str]] = {
 
 
 class OPSDCLI(LightningCLI):
-    """Fits, validates, tests and predicts an `OPSDModule` on an `OPSDDataModule`."""
+    """Fits, validates, tests and predicts an `OPSDModule`, or another `PolicyModule`, on an `OPSDDataModule`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Concrete defaults, so that an overlay may change one setting of a part without naming its class again, and a
         # bare `opsd fit --print_config` gives a configuration that runs.
         parser.set_defaults(
             {
-                "model.policy.model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-                "data.train": {"class_path": "opsd_lightning.WordProblems"},
-                "model.teacher": {"class_path": "opsd_lightning.FixedTeacher"},
-                "model.objective": {
-                    "class_path": "opsd_lightning.DivergenceObjective",
+                "model": {
+                    "class_path": "opsd_lightning.OPSDModule",
                     "init_args": {
-                        "divergence": {"class_path": "opsd_lightning.ForwardKL"},
-                        "support": {"class_path": "opsd_lightning.FullVocabulary"},
-                        "clip": {"class_path": "opsd_lightning.NoClip"},
+                        "policy": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+                        "teacher": {"class_path": "opsd_lightning.FixedTeacher"},
+                        "objective": {
+                            "class_path": "opsd_lightning.DivergenceObjective",
+                            "init_args": {
+                                "divergence": {"class_path": "opsd_lightning.ForwardKL"},
+                                "support": {"class_path": "opsd_lightning.FullVocabulary"},
+                                "clip": {"class_path": "opsd_lightning.NoClip"},
+                            },
+                        },
+                        "rollouts": {"class_path": "opsd_lightning.TransformersEngine"},
                     },
                 },
-                "model.rollouts": {"class_path": "opsd_lightning.TransformersEngine"},
+                "data.train": {"class_path": "opsd_lightning.WordProblems"},
                 "data.context": {"class_path": "opsd_lightning.TraceContext"},
             }
         )
         parser.add_lightning_class_args(RolloutWriter, "writer")
-        parser.link_arguments("model.policy", "data.policy")
-        parser.link_arguments("data.grader", "model.grader")
-        parser.link_arguments(("model.sampling", "model.eval_sampling"), "data.max_new_tokens", compute_fn=_longest)
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("model.init_args.policy", "data.policy")
+        parser.link_arguments("data.grader", "model.init_args.grader")
+        parser.link_arguments("data.prompts", "model.init_args.prompts")
+        parser.link_arguments(
+            ("model.init_args.sampling", "model.init_args.eval_sampling"), "data.max_new_tokens", compute_fn=_longest
+        )
+        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
@@ -117,11 +130,12 @@ def main(args: ArgsType = None) -> OPSDCLI:
     """
     try:
         return OPSDCLI(
-            OPSDModule,
+            PolicyModule,
             OPSDDataModule,
             args=args,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            subclass_mode_model=True,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"version": opsd_lightning.__version__},
         )

@@ -19,67 +19,11 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from opsd_lightning.divergences import Divergence, ForwardKL, FullVocabulary, Support
+from opsd_lightning.shaping import Clip, NoClip, PositionWeight
 from opsd_lightning.types import Rollouts, TokenStates
 
 # Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (4 MiB each in float32).
 _CACHED_NUMBERS = 2**20
-
-
-class Clip(ABC):
-    """How large contributions to the loss are held back."""
-
-    @abstractmethod
-    def apply(self, entries: Tensor) -> Tensor:
-        """The loss of each token, [rows], from the contributions of the vocabulary entries, [rows, K]."""
-
-
-class NoClip(Clip):
-    """The divergence as it is (default)."""
-
-    def apply(self, entries: Tensor) -> Tensor:
-        return entries.sum(-1)
-
-
-class _ClipAt(Clip):
-    def __init__(self, tau: PositiveFloat) -> None:
-        self.tau = PositiveFloat(tau)
-
-
-class PointwiseClip(_ClipAt):
-    """The released recipe's clip: every vocabulary entry's contribution at most tau, before the sum.
-
-    Beware: the loss may go below zero, and where the entry that the teacher most wants raised is clipped, the gradient
-    can turn against it. Watch ``clipped_fraction`` and the unclipped ``forward_kl`` and ``reverse_kl``.
-
-    Args:
-        tau: Upper bound of one entry's contribution, in nats, above 0. The authors use 0.05 to 0.06.
-    """
-
-    def apply(self, entries: Tensor) -> Tensor:
-        return entries.clamp(max=self.tau).sum(-1)
-
-
-class TokenClip(_ClipAt):
-    """Every token's divergence at most tau: a token above it has no gradient.
-
-    Args:
-        tau: Upper bound of one token's divergence, in nats, above 0.
-    """
-
-    def apply(self, entries: Tensor) -> Tensor:
-        return entries.sum(-1).clamp(max=self.tau)
-
-
-class RescaleClip(_ClipAt):
-    """A token above tau is scaled down to tau by a detached factor: its gradient keeps its direction.
-
-    Args:
-        tau: Upper bound of one token's divergence, in nats, above 0.
-    """
-
-    def apply(self, entries: Tensor) -> Tensor:
-        value = entries.sum(-1)
-        return value * (self.tau / value.detach().clamp(min=self.tau))
 
 
 class Objective(ABC):
@@ -96,6 +40,7 @@ class Objective(ABC):
         logits_memory_mib: About how much memory, in MiB, both roles' logits and what is made of them may take at one
             time, whatever the number of tokens; a head with a soft cap or an adapter takes more. It decides how many
             tokens make a chunk, not the result.
+        position_weight: Weight of a token by its place in the completion. All alike unless given.
     """
 
     def __init__(
@@ -105,6 +50,7 @@ class Objective(ABC):
         skip_first_tokens: NonNegativeInt = 0,
         include_truncated: bool = True,
         logits_memory_mib: PositiveInt = 384,
+        position_weight: PositionWeight | None = None,
     ) -> None:
         if reduction not in ("token_mean", "sequence_mean"):
             raise ValueError(f"objective.reduction is {reduction!r}: choose token_mean or sequence_mean")
@@ -113,17 +59,18 @@ class Objective(ABC):
         self.skip_first_tokens = NonNegativeInt(skip_first_tokens)
         self.include_truncated = include_truncated
         self.logits_memory_mib = PositiveInt(logits_memory_mib)
+        self.position_weight = position_weight
 
     def check(self, vocabulary: int) -> None:
         """Raise ``ValueError`` where the settings cannot work for a vocabulary of that size."""
 
     @abstractmethod
-    def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of each token, and how much of its divergence (nats) clipping took away, both [rows].
 
         Args:
             student_logprobs: With gradient, at the loss temperature. Shape [rows, V].
-            teacher_logprobs: Without. Shape [rows, V].
+            teacher_logprobs: Without. Shape [rows, V]. None in a loss without a teacher.
             targets: The sampled tokens. Shape [rows].
         """
 
@@ -137,27 +84,29 @@ class Objective(ABC):
             weight = torch.zeros(len(completion))
             if terminated or self.include_truncated:
                 weight[self.skip_first_tokens :] = 1.0
+                if self.position_weight is not None:
+                    weight *= self.position_weight.weights(len(completion))
                 if self.reduction == "sequence_mean":
-                    weight /= weight.sum().clamp(min=1.0)
+                    weight /= weight.sum().clamp(min=1e-12)
             weights.append(weight)
         return weights
 
     def __call__(
-        self, student: TokenStates, teacher: TokenStates, targets: Tensor, weights: Tensor
+        self, student: TokenStates, teacher: TokenStates | None, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the tokens' losses, and measurements of each token.
 
         Args:
             student: States of the student's scoring pass, with gradient.
-            teacher: States of the teacher's, without.
+            teacher: States of the teacher's, without; None in a loss without a teacher.
             targets: Completion tokens. Shape [T].
-            weights: Weight of each token, already divided by the step's sum. Shape [T].
+            weights: Weight of each token, already divided by the step's sum; may be negative (an advantage). Shape [T].
 
         Returns:
             The loss, a scalar, and by name one tensor of shape [T] each: ``loss``, ``clipped`` (0 or 1),
             ``clipped_mass`` (nats that clipping took away), and, over the full vocabulary at the loss temperature and
-            before any clip, ``forward_kl``, ``reverse_kl``, ``student_entropy``, ``teacher_entropy`` (nats) and
-            ``student_logprob``, ``teacher_logprob`` of the target.
+            before any clip, ``student_entropy`` (nats) and ``student_logprob`` of the target; with a teacher also
+            ``forward_kl``, ``reverse_kl``, ``teacher_entropy`` and ``teacher_logprob``.
         """
         inputs = [student.hidden, *(p for p in student.head_parameters if p.requires_grad)]
         train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
@@ -170,15 +119,16 @@ class Objective(ABC):
             with torch.set_grad_enabled(train):
                 student_logits = student.head(hidden)
             with torch.no_grad():
-                teacher_logits = teacher.head(teacher.hidden[rows])
-                if teacher_logits.untyped_storage().data_ptr() == teacher.hidden.untyped_storage().data_ptr():
+                # What stands here is overwritten by the gradient at the student's logits.
+                teacher_logits = torch.empty_like(student_logits) if teacher is None else teacher.head(teacher.hidden[rows])
+                if teacher is not None and _share_memory(teacher_logits, teacher.hidden):
                     teacher_logits = teacher_logits.clone()  # a head that does nothing
             stop = start + len(hidden)
             for first in range(start, stop, block):
                 part = slice(first, min(first + block, stop))
                 here = slice(part.start - start, part.stop - start)
                 logits = student_logits.detach()[here], teacher_logits[here]
-                for name, values in self._block(*logits, targets[part], weights[part], train).items():
+                for name, values in self._block(*logits, targets[part], weights[part], train, teacher is None).items():
                     if name not in measured:
                         # Kept in one tensor for all tokens: small ones between the large would leave holes in the heap.
                         measured[name] = values.new_empty(targets.shape)
@@ -197,18 +147,18 @@ class Objective(ABC):
         return total, measured
 
     def _block(
-        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, weights: Tensor, train: bool
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, weights: Tensor, train: bool, alone: bool
     ) -> dict[str, Tensor]:
         """Measurements of a few rows. In training, the gradient at the student's logits then stands where the teacher's
         logits were, which nothing needs any more."""
-        teacher = self._logprobs(teacher_logits)
+        teacher = None if alone else self._logprobs(teacher_logits)
         with torch.set_grad_enabled(train):
             leaf = student_logits.requires_grad_(train)
             student = self._logprobs(leaf)
             token_loss, clipped_mass = self.per_token(student, teacher, targets)
             if train:
                 teacher_logits.copy_(torch.autograd.grad(_weighted(token_loss, weights), leaf)[0])
-        own = {"loss": token_loss.detach(), "clipped": (clipped_mass != 0).to(teacher.dtype), "clipped_mass": clipped_mass}
+        own = {"loss": token_loss.detach(), "clipped": (clipped_mass != 0).to(student.dtype), "clipped_mass": clipped_mass}
         return own | _measure(student.detach(), teacher, targets)
 
     def _sizes(self, logits: Tensor) -> tuple[int, int]:
@@ -245,6 +195,7 @@ class DivergenceObjective(Objective):
         logits_memory_mib: About how much memory, in MiB, both roles' logits and what is made of them may take at one
             time, whatever the number of tokens; a head with a soft cap or an adapter takes more. It decides how many
             tokens make a chunk, not the result.
+        position_weight: Weight of a token by its place in the completion. All alike unless given.
     """
 
     def __init__(
@@ -257,8 +208,9 @@ class DivergenceObjective(Objective):
         skip_first_tokens: NonNegativeInt = 0,
         include_truncated: bool = True,
         logits_memory_mib: PositiveInt = 384,
+        position_weight: PositionWeight | None = None,
     ) -> None:
-        super().__init__(temperature, reduction, skip_first_tokens, include_truncated, logits_memory_mib)
+        super().__init__(temperature, reduction, skip_first_tokens, include_truncated, logits_memory_mib, position_weight)
         self.divergence = divergence or ForwardKL()
         self.support = support or FullVocabulary()
         self.clip = clip or NoClip()
@@ -266,7 +218,8 @@ class DivergenceObjective(Objective):
     def check(self, vocabulary: int) -> None:
         self.support.check(vocabulary)
 
-    def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        assert teacher_logprobs is not None
         entries = self.divergence.entries(*self.support.restrict(student_logprobs, teacher_logprobs))
         loss = self.clip.apply(entries)
         return loss, entries.detach().sum(-1) - loss.detach()
@@ -279,49 +232,82 @@ class SampledTokenObjective(Objective):
     token, with more variance than the full vocabulary. Its value is not a divergence and may be negative.
     """
 
-    def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        student = student_logprobs.gather(-1, targets[:, None])[:, 0]
-        teacher = teacher_logprobs.gather(-1, targets[:, None])[:, 0]
+    def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        student, teacher = _of_targets(student_logprobs, targets), _of_targets(teacher_logprobs, targets)
         advantage = teacher - student.detach()
         return -advantage * student, torch.zeros_like(advantage)
 
 
+class SampledKLObjective(Objective):
+    """The usual estimate of the reverse KL from the sampled token alone ("k3"): never negative, unbiased in value.
+
+    loss_n = exp(d) - d - 1,  d = log p_T(y_n) - log p_S(y_n). Its gradient is that of the estimate, not an unbiased one of
+    the reverse KL; other GRPO implementations use it for their KL term.
+    """
+
+    def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        difference = _of_targets(teacher_logprobs, targets) - _of_targets(student_logprobs, targets)
+        return difference.exp() - difference - 1, torch.zeros_like(difference)
+
+
+class NegativeLogLikelihood(Objective):
+    """-log p_S(y_n), without a teacher: supervised fine-tuning, and by weights that are advantages a policy gradient."""
+
+    def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logprob = _of_targets(student_logprobs, targets)
+        return -logprob, torch.zeros_like(logprob)
+
+
 @torch.no_grad()
-def token_logprobs(states: TokenStates, targets: Tensor, logits_memory_mib: int = 384) -> Tensor:
-    """Log-probability of each target at temperature 1, in nats, a chunk of tokens at a time. Shape [T].
+def token_logprobs(states: TokenStates, targets: Tensor, logits_memory_mib: int = 384, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each target, in nats, a chunk of tokens at a time. Shape [T].
 
     Args:
         states: Of T tokens.
         targets: Shape [T].
         logits_memory_mib: About how much memory, in MiB, logits may take at one time.
+        temperature: Divides the logits.
     """
     found = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     start, chunk = 0, 8  # the first, small chunk tells the size of the vocabulary
     while start < targets.numel():
         rows = slice(start, start + chunk)
-        logits = states.head(states.hidden[rows]).float()
+        logits = states.head(states.hidden[rows]).float() / temperature
         found[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
         start += chunk
         chunk = max(logits_memory_mib * 2**20 // (3 * 4 * logits.shape[-1]), 1)  # as made, in float32, and one more
     return found
 
 
+def _of_targets(logprobs: Tensor | None, targets: Tensor) -> Tensor:
+    assert logprobs is not None
+    return logprobs.gather(-1, targets[:, None])[:, 0]
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def _weighted(token_loss: Tensor, weights: Tensor) -> Tensor:
     # where: a token without weight must not turn an overflow into 0 * inf
-    return torch.where(weights > 0, token_loss * weights, 0.0).sum()
+    return torch.where(weights != 0, token_loss * weights, 0.0).sum()
 
 
-def _measure(student: Tensor, teacher: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _measure(student: Tensor, teacher: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
     """What is logged of each token whatever the loss is: from log-probabilities over the full vocabulary, [rows, V]."""
-    p_student, p_teacher = student.exp(), teacher.exp()
-    difference = teacher - student
-    return {
+    p_student = student.exp()
+    own = {
+        "student_entropy": -torch.linalg.vecdot(p_student, student),
+        "student_logprob": _of_targets(student, targets),
+    }
+    if teacher is None:
+        return own
+    p_teacher, difference = teacher.exp(), teacher - student
+    return own | {
         "forward_kl": torch.linalg.vecdot(p_teacher, difference),
         "reverse_kl": -torch.linalg.vecdot(p_student, difference),
-        "student_entropy": -torch.linalg.vecdot(p_student, student),
         "teacher_entropy": -torch.linalg.vecdot(p_teacher, teacher),
-        "student_logprob": student.gather(-1, targets[:, None])[:, 0],
-        "teacher_logprob": teacher.gather(-1, targets[:, None])[:, 0],
+        "teacher_logprob": _of_targets(teacher, targets),
     }
 
 

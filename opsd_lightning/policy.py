@@ -83,7 +83,8 @@ class Policy:
 
     Args:
         model: A Hugging Face id, a local folder, or a ``.gguf`` file (dequantized on loading).
-        lora: The trainable adapter's settings. Left alone where ``adapter`` is given: that adapter has its own.
+        lora: The trainable adapter's settings. Left alone where ``adapter`` is given: that adapter has its own. Null for
+            full fine-tuning: all weights train, and checkpoints hold them all.
         adapter: A trained LoRA adapter to start from, a peft folder or Hugging Face id. The fixed teacher is then the
             model with this adapter, not the base below it.
         dtype: Type of the base weights. ``auto`` takes the checkpoint's own. The adapter stays in float32.
@@ -98,7 +99,7 @@ class Policy:
     """
 
     model: str
-    lora: LoRA = field(default_factory=LoRA)
+    lora: LoRA | None = field(default_factory=LoRA)
     adapter: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: BitsAndBytesConfig | None = None
@@ -110,8 +111,18 @@ class Policy:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.quantization is not None and self.trains_all:
+            raise UserError(
+                "model.policy.lora is null (full fine-tuning), but model.policy.quantization is set, and quantized weights "
+                "cannot train: leave one of them out"
+            )
         if self.quantization is not None and self.model.endswith(".gguf"):
             raise UserError("model.policy.quantization does not go with a .gguf file: convert it to a folder first")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights train, instead of an adapter on them."""
+        return self.lora is None and self.adapter is None
 
     def _where(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained`` that say what to load."""
@@ -201,7 +212,7 @@ class Policy:
             pad_token_id=tokenizer.pad_token_id,
         )
         model = self._adapt(base)
-        if (bias := getattr(model.peft_config[STUDENT], "bias", "none")) != "none":
+        if not self.trains_all and (bias := getattr(model.peft_config[STUDENT], "bias", "none")) != "none":
             raise UserError(
                 f"the LoRA adapter trains biases of the base model (bias: {bias}), which a fixed teacher cannot switch "
                 "off and a checkpoint does not hold: leave bias out of model.policy.lora.options"
@@ -213,7 +224,10 @@ class Policy:
         return model
 
     def _adapt(self, base: PreTrainedModel) -> PeftModel:
+        if self.trains_all:
+            return base  # type: ignore[return-value]  # see `base_of`
         if self.adapter is None:
+            assert self.lora is not None
             try:
                 return _as_peft(get_peft_model(base, self.lora.config()))
             except ValueError as error:
@@ -224,7 +238,7 @@ class Policy:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"model.policy.adapter: {self.adapter} is not a LoRA adapter's folder or id ({error})") from None
         own = LoRA()
-        if self.lora != own and (self.lora.r, self.lora.alpha) != (config.r, config.lora_alpha):
+        if self.lora is not None and self.lora != own and (self.lora.r, self.lora.alpha) != (config.r, config.lora_alpha):
             raise UserError(
                 f"model.policy.adapter brings r = {config.r} and alpha = {config.lora_alpha}; model.policy.lora says "
                 f"{self.lora.r} and {self.lora.alpha}: leave model.policy.lora out"
@@ -254,8 +268,12 @@ def _as_peft(model: Any) -> PeftModel:
 
 
 def base_of(model: PeftModel) -> Any:
-    """The causal language model below the adapter; its attributes are transformers' to know."""
-    return model.get_base_model()
+    """The causal language model below the adapter; its attributes are transformers' to know.
+
+    In full fine-tuning there is no adapter, and the policy is that model itself: only `teachers`, `export` and the engines
+    that send an adapter elsewhere need to know the difference.
+    """
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def eos_ids(model: PeftModel) -> frozenset[int]:
@@ -273,10 +291,19 @@ def device_of(model: PeftModel) -> torch.device:
 
 
 def active_adapter(model: PeftModel) -> str | None:
-    """The adapter that the model computes with, or None where it is switched off."""
+    """The adapter that the model computes with, or None where it is switched off; for samplers that are sent it.
+
+    Raises:
+        UserError: The model has none.
+    """
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     layer = next(layers, None)
-    return None if layer is None or layer.disable_adapters else str(layer.active_adapters[0])
+    if layer is None:
+        raise UserError(
+            "model.policy.lora is null (full fine-tuning), and vLLM is sent the adapter alone: take TransformersEngine as "
+            "model.rollouts, or set model.policy.lora"
+        )
+    return None if layer.disable_adapters else str(layer.active_adapters[0])
 
 
 def is_adapter_key(key: str) -> bool:

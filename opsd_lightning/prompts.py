@@ -212,6 +212,14 @@ class Prompts:
         prompt.trace_was_cut = cut
         return prompt
 
+    def chat(self, tokenizer: PreTrainedTokenizerBase, message: str) -> Prompt:
+        """A user message of one's own to the teacher."""
+        return self._render(tokenizer, message, self.teacher_chat_template_kwargs)
+
+    def trace(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+        """The trace as a completion of the student's prompt: its tokens and the tokenizer's EOS."""
+        return [*tokenizer.encode(example.trace, add_special_tokens=False), int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+
     def _render(self, tokenizer: PreTrainedTokenizerBase, content: str, kwargs: dict[str, Any]) -> Prompt:
         messages = [{"role": "user", "content": content}]
         if self.system is not None:

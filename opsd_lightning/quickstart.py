@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     out: Path = options.output
 
     say("1/3  Held-out questions before training, for the student and for the teacher, who has read the solution")
-    test = ["test", *common, "--verbose=false"]
+    test = ["test", *common, "--verbose=false", "--writer.resume=false"]
     run([*test, f"--trainer.default_root_dir={out / 'before'}", "--model.evaluate_teacher=true"])
     say("2/3  Training on the student's own completions")
     fit = run(["fit", *common, f"--trainer.default_root_dir={out}"])

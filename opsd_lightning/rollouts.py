@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
@@ -62,11 +62,16 @@ class RolloutEngine(ABC):
             sampler, at most this. None: not weighted. Needs rollouts with log-probabilities.
         splits_layers: Whether ranks that split the layers among them (tensor parallelism) all get the same completions, by
             making every pass together.
+        without_effect: Settings that leave the completions as they are: where they are sampled, and what is done after.
     """
 
     logprob_tolerance: float | None = None
     max_importance_ratio: float | None = None
     splits_layers: bool = False
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {"urls", "adapter_folder", "adapter_name", "timeout_seconds", "retries", "max_concurrency", "overlap", "api_key_env"}
+        | {"logprob_tolerance", "max_importance_ratio", "gpu_memory_utilization", "max_memory_percent", "sleep"}
+    )
 
     @abstractmethod
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:

@@ -32,13 +32,17 @@ class Columns:
 
     Args:
         question: The problem.
-        trace: The worked solution.
+        trace: The worked solution. Null where the data have none: enough to evaluate the student, not to train.
         answer: The reference answer. Taken from the end of the trace where null.
     """
 
     question: str = "problem"
-    trace: str = "solution"
+    trace: str | None = "solution"
     answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.trace is None and self.answer is None:
+            raise ValueError("columns.trace and columns.answer are both null: name the column that holds the answer")
 
     def read(self, rows: Iterable[Mapping[str, Any]], origin: str) -> list[Example]:
         """Make examples of rows.
@@ -58,7 +62,7 @@ class Columns:
             examples.append(
                 Example(
                     _text(row[self.question]),
-                    _text(row[self.trace]),
+                    _text(row[self.trace]) if self.trace is not None else "",
                     _text(row[self.answer]) if self.answer is not None else "",
                     row,
                 )

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy, StrategyRegistry
 from peft import PeftModel
 from torch import Tensor, nn
@@ -106,8 +107,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Shard a freshly built policy in place.
 
         Raises:
-            UserError: Its decoder layers cannot be found, or not be split.
+            UserError: Its decoder layers cannot be found, or not be split, or it has no adapter.
         """
+        if not isinstance(model, PeftModel):
+            raise UserError(
+                "trainer.strategy fsdp2 shards a policy with an adapter, and model.policy.lora is null (full fine-tuning): "
+                "use ddp or one device, or set model.policy.lora"
+            )
         base = base_of(model)
         kinds = set(base._no_split_modules or ())
         layers = [module for module in base.modules() if type(module).__name__ in kinds]
@@ -276,6 +282,20 @@ def check_strategy(strategy: Strategy) -> None:
     name = "FSDPStrategy" if isinstance(strategy, FSDPStrategy) else type(strategy).__name__
     if (reason := refusal(name)) is not None:
         raise UserError(reason)
+
+
+def check_precision(plugin: Precision) -> None:
+    """Refuse precisions that the training step is not right in.
+
+    Raises:
+        UserError: With what to set instead.
+    """
+    if getattr(plugin, "scaler", None) is not None:
+        raise UserError("trainer.precision is 16-mixed, whose loss scaling does not go with OPSD: use bf16-mixed or 32-true")
+    if isinstance(plugin, BitsandbytesPrecision):
+        raise UserError(
+            "trainer.plugins has BitsandbytesPrecision, which would quantize the adapter too: set model.policy.quantization"
+        )
 
 
 def replica(trainer: Trainer | None) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Whose weights the teacher scores with. Every teacher is the same network in the student's memory: it differs only in
-which adapter is active, and it never gets a gradient.
+"""Whose weights the teacher scores with; it never gets a gradient.
 
-Source: arXiv 2601.18734, section 3 (fixed initial policy); EMA and live teachers are its ablations.
+All but `ModelTeacher` are the same network in the student's memory, and differ only in which adapter is active. Source:
+arXiv 2601.18734, section 3 (fixed initial policy; EMA and live teachers are its ablations; a separate one is a baseline).
 """
 
 from __future__ import annotations
@@ -10,22 +10,36 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveFloat, PositiveInt
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from opsd_lightning.policy import STUDENT, TEACHER, evaluating
+from opsd_lightning.divergences import ReverseKL
+from opsd_lightning.objectives import DivergenceObjective, Objective
+from opsd_lightning.policy import STUDENT, TEACHER, LoRA, Policy, base_of, device_of, evaluating
 from opsd_lightning.scoring import has_adapted_head, score_all
-from opsd_lightning.types import TokenStates, UserError
+from opsd_lightning.types import Rollouts, TokenStates, UserError
 
 
 class Teacher(ABC):
     """The role that has read the reference solution.
 
     What a teacher keeps lives in the policy as the frozen adapter ``teacher``, and so in every checkpoint.
+
+    Attributes:
+        privileged: Whether it reads the privileged context, or the student's own prompt.
+        writes: Whether it can sample: `weights` are then all that it computes with.
     """
+
+    privileged: bool = True
+    writes: bool = True
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `UserError` where it does not go with the policy's tokenizer. Called before `attach`."""
 
     def attach(self, model: PeftModel) -> None:
         """Called once on the freshly built policy, before any training: add what the teacher keeps."""
@@ -109,8 +123,182 @@ class EMATeacher(Teacher):
                 teacher.lerp_(student.to(teacher.dtype), 1 - self.decay)
 
 
+class SyncTeacher(EMATeacher):
+    """A hard copy of the student, taken anew every some steps.
+
+    Args:
+        every_n_steps: Optimizer steps from one copy to the next, at least 1.
+    """
+
+    def __init__(self, every_n_steps: PositiveInt = 25) -> None:
+        super().__init__(0.0, every_n_steps)
+
+
+class TrustRegionTeacher(FixedTeacher):
+    """Between the initial policy and the student: its logits are (1 - weight) fixed + weight live ones.
+
+    Its distribution is the geometric mean of both, so that it follows the student without leaving the start behind. Costs a
+    second scoring pass.
+
+    Args:
+        weight: Share of the live logits, above 0 and below 1.
+    """
+
+    writes = False
+
+    def __init__(self, weight: OpenUnitInterval = 0.1) -> None:
+        self.weight = OpenUnitInterval(weight)
+
+    def score(
+        self,
+        model: PeftModel,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        token_budget: int = 8192,
+        agree: Callable[[int], int] = lambda passes: passes,
+    ) -> TokenStates:
+        fixed = super().score(model, prompts, completions, token_budget, agree)
+        live = LiveTeacher().score(model, prompts, completions, token_budget, agree)
+        width = fixed.hidden.shape[-1]
+
+        def head(hidden: Tensor) -> Tensor:
+            return torch.lerp(fixed.head(hidden[:, :width]), live.head(hidden[:, width:]), self.weight)
+
+        return TokenStates(torch.cat([fixed.hidden, live.hidden], dim=-1), head)
+
+
+class ModelTeacher(Teacher):
+    """Another model, in memory beside the policy: on-policy distillation from a separate teacher.
+
+    Without ``model`` a frozen copy of the policy as it starts: the fixed teacher of full fine-tuning (``model.policy.lora:
+    null``), where no adapter can be switched off.
+
+    Args:
+        model: A Hugging Face id, a local folder, or a ``.gguf`` file; its tokens must be the policy's.
+        privileged: Whether it reads the privileged context too, instead of the student's own prompt.
+        dtype: Type of its weights. ``auto`` takes the checkpoint's own.
+        quantization: As of ``model.policy.quantization``.
+        revision: Branch, tag or commit of a Hugging Face id.
+    """
+
+    writes = False
+
+    def __init__(
+        self,
+        model: str | None = None,
+        privileged: bool = False,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        quantization: BitsAndBytesConfig | None = None,
+        revision: str | None = None,
+    ) -> None:
+        # With the smallest adapter, which changes nothing: quantized weights are not a policy that trains.
+        self.recipe = None if model is None else Policy(model, LoRA(r=1), None, dtype, quantization, revision=revision)
+        self.privileged = privileged
+        self._network: Any = None
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if self.recipe is not None and self.recipe.load_tokenizer().get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"model.teacher.init_args.model: the tokens of {self.recipe.model} are not those of model.policy.model, so "
+                "that their distributions cannot be compared: choose a teacher of the same family"
+            )
+
+    def attach(self, model: PeftModel) -> None:
+        if self.recipe is not None:
+            self._network = self.recipe.build(device_of(model))
+        elif isinstance(model, PeftModel):
+            raise UserError(
+                "model.teacher is ModelTeacher without a model, a copy for full fine-tuning; the policy has an adapter, so "
+                "take FixedTeacher, which needs no copy, or name a model"
+            )
+        else:
+            self._network = copy.deepcopy(model)
+        self._network.requires_grad_(False)
+
+    def weights(self, model: PeftModel) -> AbstractContextManager[None]:
+        raise NotImplementedError("ModelTeacher scores with a network of its own")
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: PeftModel,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        token_budget: int = 8192,
+        agree: Callable[[int], int] = lambda passes: passes,
+    ) -> TokenStates:
+        if device_of(self._network) != device_of(model):  # Lightning moves the policy alone
+            self._network.to(device_of(model))
+        states = score_all(self._network, prompts, completions, token_budget, agree)
+        vocabulary = base_of(model).get_output_embeddings().weight.shape[0]
+
+        def head(hidden: Tensor) -> Tensor:
+            return states.head(hidden)[:, :vocabulary]  # families pad their vocabularies to different sizes
+
+        return TokenStates(states.hidden, head)
+
+
+class Anchor:
+    """A second term of the loss, which holds the student near a reference that reads the student's own prompt.
+
+    Args:
+        weight: Of the term, above 0.
+        objective: What is taken of each token: the reverse KL over the full vocabulary unless given.
+        teacher: The reference: the initial policy unless given. Its own ``privileged`` does not matter here.
+    """
+
+    def __init__(
+        self, weight: PositiveFloat = 0.01, objective: Objective | None = None, teacher: Teacher | None = None
+    ) -> None:
+        self.weight = PositiveFloat(weight)
+        self.objective = objective or DivergenceObjective(ReverseKL())
+        self.teacher = teacher or FixedTeacher()
+
+    def attach(self, model: PeftModel, beside: Teacher | None = None) -> None:
+        """Once on the freshly built policy, after the teacher that it stands beside.
+
+        Raises:
+            UserError: Both would keep an adapter, and there is room for one.
+        """
+        if isinstance(self.teacher, FixedTeacher) and isinstance(model, PeftModel) and TEACHER in model.peft_config:
+            if isinstance(beside, FixedTeacher):
+                return  # the same frozen copy
+            if _is_identity(model):
+                self.teacher = _BaseTeacher()
+                return
+            raise UserError(
+                "model.anchor holds the student near the adapter that it starts from (model.policy.adapter), and "
+                "model.teacher keeps an adapter of its own: give the anchor a ModelTeacher, or choose FixedTeacher"
+            )
+        self.teacher.attach(model)
+
+    def score(
+        self,
+        model: PeftModel,
+        prompts: Sequence[list[int]],
+        rollouts: Rollouts,
+        token_budget: int,
+        agree: Callable[[int], int],
+    ) -> TokenStates:
+        """The reference's states at all completion tokens, behind the student's prompts."""
+        students = [prompt for prompt in prompts for _ in range(rollouts.n)]
+        return self.teacher.score(model, students, rollouts.completions, token_budget, agree)
+
+
+class _BaseTeacher(FixedTeacher):
+    """The base model, the adapter switched off, whatever adapters there are."""
+
+    def weights(self, model: PeftModel) -> AbstractContextManager[None]:
+        return _without_adapter(model)
+
+
 def _is_identity(model: PeftModel) -> bool:
     """Whether the fresh adapter changes nothing, so that switching it off gives the policy as it starts."""
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            "model.policy.lora is null (full fine-tuning), so that there is no adapter to switch off or to copy: take "
+            "ModelTeacher as model.teacher, which keeps a frozen copy, or LiveTeacher"
+        )
     lora = [p for name, p in model.named_parameters() if f".lora_B.{STUDENT}" in name or f"embedding_B.{STUDENT}" in name]
     if not lora:
         raise UserError("the policy has no LoRA adapter: EMA and fixed teachers need one (model.policy.lora)")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Example(NamedTuple):
-    """A question with its verified reasoning trace.
+    """A question with its verified reasoning trace, or, in evaluation, without one.
 
     Args:
         question: The problem, as the student sees it.
@@ -39,11 +39,14 @@ class PromptBatch(NamedTuple):
 
     Args:
         student: Token ids of the student's prompts, one list a question.
-        teacher: Token ids of the teacher's prompts, with the privileged context inside.
+        teacher: Token ids of the teacher's prompts, with the privileged context inside; empty lists in evaluation where
+            the teacher is not graded.
         examples: The examples they were made from, in the same order.
         counted: Whether a row enters the metrics: False for a repeat that only evens out the ranks.
         upcoming: Token ids of the student's prompts of the next training batch, for engines that sample ahead; empty
             where it is not known.
+        traces: Token ids of the traces as completions of the student's prompts, an EOS at their end.
+        indices: The place of each question in its set, in evaluation; empty in training.
     """
 
     student: list[list[int]]
@@ -51,6 +54,8 @@ class PromptBatch(NamedTuple):
     examples: list[Example]
     counted: list[bool]
     upcoming: Sequence[Sequence[int]] = ()
+    traces: Sequence[list[int]] = ()
+    indices: Sequence[int] = ()
 
 
 class Rollouts(NamedTuple):
@@ -62,12 +67,14 @@ class Rollouts(NamedTuple):
         n: Completions for each prompt.
         logprobs: Of each completion token the sampler's own log-probability, in nats, at temperature 1 and before top-k,
             top-p and min-p. None where the engine has none.
+        sampled: Whether a model wrote them: False for traces of the data.
     """
 
     completions: list[list[int]]
     terminated: list[bool]
     n: int = 1
     logprobs: list[list[float]] | None = None
+    sampled: bool = True
 
     @property
     def tokens(self) -> int:

@@ -62,7 +62,10 @@ def test_every_subcommand(base: list[str], tmp_path: Path) -> None:
         cli = main([command, *base, checkpoint, "--model.eval_sampling.n=3", "--model.evaluate_teacher=true"])
         prefix = {"validate": "val"}.get(command, command)
         names = {
-            f"{prefix}/{role}{m}@3{se}" for role in ("", "teacher_") for m in ("avg", "pass", "maj") for se in ("", "_se")
+            f"{prefix}/{role}{m}@3{se}"
+            for role in ("", "teacher_")
+            for m in ("avg", "pass", "maj")
+            for se in ("", "_se", "_se_samples")
         }
         names |= {f"{prefix}/{role}{m}" for role in ("", "teacher_") for m in ("completion_tokens", "truncated_fraction")}
         assert names <= set(cli.trainer.callback_metrics)
@@ -72,7 +75,7 @@ def test_every_subcommand(base: list[str], tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "predict.jsonl").read_text().splitlines()]
     assert len(lines) == 8
     assert set(lines[0]) == {
-        "question", "reference", "completion", "answer", "correct", "completion_tokens", "truncated",
+        "role", "index", "sample", "vote", "question", "reference", "completion", "answer", "correct", "completion_tokens", "truncated",
     }  # fmt: skip
 
 
@@ -152,11 +155,10 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
             main(list(args))
         return " ".join(capsys.readouterr().out.split())
 
-    text = shown("fit", "--help")
-    ours = text[text.index("On-policy self-distillation") :]
+    text, method = shown("fit", "--help"), shown("fit", "--model.help=OPSDModule")
+    ours = method + text[text.index("Pairs questions with verified traces") :]
     for phrase in (
         "Length limit of a completion in tokens",
-        "Rank, at least 1",
         "from 0 to 1",
         "OpenThoughts" and "verified",
     ):
@@ -165,7 +167,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     assert "Upper bound of one token's divergence, in nats" in shown("fit", "--model.objective.clip.help=TokenClip")
     found = re.findall(r"--((?:model|data)\.[\w.]+) (?:\{[^}]*\}|[A-Z_]+) ((?:(?! --).)*?)\((?:required, )?type:", ours)
     names = {name for name, _ in found}
-    assert {"model.policy.lora.r", "model.sampling.top_p", "model.token_budget", "data.prompts.system"} <= names
+    assert {"model.policy.dtype", "model.sampling.top_p", "model.token_budget", "data.prompts.system"} <= names
     assert not [name for name, text in found if len(text.split()) < 3]
 
 
@@ -230,6 +232,14 @@ MISTAKES: dict[str, Mistake] = {
     "fsdp of the first kind": (lambda p, f: ["--trainer.strategy=fsdp"], "Use fsdp2"),
     "deepspeed": (lambda p, f: ["--trainer.strategy=deepspeed_stage_3"], "Use fsdp2"),
     "sharding left to the module": (lambda p, f: ["--trainer.strategy=ModelParallelStrategy"], "use fsdp2"),
+    "neither trace nor answer": (
+        lambda p, f: ['--data.train.columns={"trace": null, "answer": null}'], "both null: name the column",
+    ),
+    "no trace to train on": (lambda p, f: ['--data.train.columns={"trace": null, "answer": "gold"}'], "no usable row of 4 .*empty trace"),
+    "no trace for a graded teacher": (
+        lambda p, f: ['--data.val.columns={"trace": null, "answer": "gold"}', "--model.evaluate_teacher=true"],
+        r"evaluate_teacher is on, but 4 of 4 questions of data\.val have no trace",
+    ),
     "broken answer pattern": (lambda p, f: ["--data.grader.answer_pattern=("], "answer_pattern is not a regular expression"),
     "unknown class": (lambda p, f: ["--model.teacher=NoSuchTeacher"], "NoSuchTeacher"),
     "unknown setting": (lambda p, f: ["--model.nonsense=1"], "nonsense"),

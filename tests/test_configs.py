@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
 
 from conftest import write_jsonl
 from opsd_lightning.main import main
+from opsd_lightning.prompts import STUDENT_TEMPLATE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))
-FAMILY = {"quickstart": "llama"}
+EVALUATIONS = sorted((CONFIGS / "eval").glob("*.yaml"))
+FAMILY = {"quickstart": "llama", "learn": "llama"}
 
 
 @pytest.fixture
@@ -60,17 +65,27 @@ def test_recipe_takes_a_step(recipe: Path, shrunk: Callable[[Path], list[str]], 
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+PARSED: dict[tuple[str, ...], dict[str, Any]] = {}  # parsing takes seconds, and every recipe alone is asked for often
+
+
 def parsed(args: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The final configuration of a command, without building anything."""
+    """The final configuration of a command, without building anything; ``model`` are the method's settings."""
     from opsd_lightning import main as room
 
+    if tuple(args) in PARSED:
+        return copy.deepcopy(PARSED[tuple(args)])
     monkeypatch.setattr(room.OPSDCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(room.OPSDCLI, "_run_subcommand", lambda self, name: None)
     cli = main(args)
-    return cli.config[cli.subcommand].as_dict()
+    config = cli.config[cli.subcommand].as_dict()
+    config |= {"model": config["model"]["init_args"], "method": config["model"]["class_path"]}
+    PARSED[tuple(args)] = copy.deepcopy(config)
+    return config
 
 
+OTHERS = {"grpo": "GRPOModule", "sft": "SFTModule"}
 METHODS = [path for path in PRESETS if path.stem in ("paper_v1", "released_v3")]
+MACHINES = [path for path in PRESETS if path not in METHODS and path.stem not in OTHERS]
 CHANGES = {  # what every other preset is for, by the setting's path
     "ddp": ("trainer.strategy", "ddp"),
     "vllm": ("model.rollouts.class_path", "opsd_lightning.VLLMServerEngine"),
@@ -78,7 +93,7 @@ CHANGES = {  # what every other preset is for, by the setting's path
 }
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in METHODS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", MACHINES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_presets_of_the_machine_change_that_alone(recipe: Path, preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = parsed(["fit", f"--config={recipe}", f"--config={preset}"], monkeypatch)
@@ -97,6 +112,20 @@ def test_presets_overlay_every_recipe(recipe: Path, preset: Path, monkeypatch: p
     assert config["model"]["sampling"]["temperature"] == 1.1
     divergence = config["model"]["objective"]["init_args"]["divergence"]["class_path"].rpartition(".")[2]
     assert divergence == {"paper_v1": "GeneralizedJSD", "released_v3": "ForwardKL"}[preset.stem]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_another_method_keeps_the_recipes_settings(recipe: Path, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = parsed(["fit", f"--config={recipe}"], monkeypatch)
+    config = parsed(["fit", f"--config={recipe}", f"--config={CONFIGS / 'presets' / other}.yaml"], monkeypatch)
+    assert own["method"] == "opsd_lightning.OPSDModule" and config["method"] == f"opsd_lightning.{OTHERS[other]}"
+    shared = set(own["model"]) & set(config["model"]) - {"sampling"}
+    assert {"policy", "optimizer", "lr_scheduler", "eval_sampling", "rollouts", "grader"} <= shared
+    assert all(config["model"][name] == own["model"][name] for name in shared)
+    assert config["model"]["sampling"] | {"n": 1} == own["model"]["sampling"]
+    assert config["model"]["sampling"]["n"] == (8 if other == "grpo" else 1)
+    assert config["trainer"] == own["trainer"] and config["data"] | {"batch_size": 0} == own["data"] | {"batch_size": 0}
 
 
 @pytest.mark.parametrize("size", ["1.7b", "4b", "8b"])
@@ -130,7 +159,115 @@ def test_preset_values(name: str) -> None:
     assert (lora["r"], lora["alpha"], lora["dropout"], len(lora["target_modules"])) == (64, 128, 0.05, 7)
 
 
+@pytest.mark.parametrize("evaluation", EVALUATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [RECIPES[0], RECIPES[-1]], ids=lambda path: path.stem)
+def test_evaluations_overlay_recipes(recipe: Path, evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol is the same whatever the recipe says, and what samples stays the recipe's or another overlay's."""
+    servers = CONFIGS / "presets" / "vllm.yaml"
+    config = parsed(["test", f"--config={recipe}", f"--config={servers}", f"--config={evaluation}"], monkeypatch)
+    own = parsed(["test", f"--config={recipe}", f"--config={servers}"], monkeypatch)
+    grader = config["model"]["grader"]
+    protocol = ("eval_sampling", "grader", "prompts")
+    assert config["model"] | dict.fromkeys(protocol) == own["model"] | dict.fromkeys(protocol)
+    sampling = config["model"]["eval_sampling"]
+    assert sampling == {"max_new_tokens": 38912, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "n": 12}
+    data = config["data"]
+    assert data["max_new_tokens"] == 38912 and data["on_invalid"] == "error"
+    assert data["prompts"]["student_chat_template_kwargs"] == {"enable_thinking": True} and data["prompts"]["system"] is None
+    assert data["prompts"]["student_template"] == STUDENT_TEMPLATE
+    test = data["test"]["init_args"]
+    where = (test["path"], test["name"], test["split"], *(test["columns"][c] for c in ("question", "trace", "answer")))
+    assert where == SETS[evaluation.stem][0]
+    assert (grader["answer_pattern"] is None) == (evaluation.stem != "gsm8k")
+
+
+# Where the set is, its split and the columns that are read; and rows with all columns that it is documented to have, a
+# completion's boxed answer that is right for the last of them, and the reference that it is graded against.
+SETS: dict[str, tuple[tuple[str | None, ...], list[dict[str, Any]], str, str]] = {
+    "aime24": (
+        ("HuggingFaceH4/aime_2024", None, "train", "problem", None, "answer"),
+        [{"id": 60, "problem": "Find it.", "solution": "No box.", "answer": "033", "url": "u", "year": "2024"}],
+        "33",
+        "033",
+    ),
+    "aime25": (
+        ("yentinglin/aime_2025", None, "train", "problem", None, "answer"),
+        [{"problem": "Find the angle.", "answer": r"336^\circ"}, {"problem": "Find it.", "answer": "70"}],
+        "70.0",
+        "70",
+    ),
+    "hmmt25": (
+        ("MathArena/hmmt_feb_2025", None, "train", "problem", None, "answer"),
+        [{"problem_idx": 1, "problem": "Find it.", "answer": r"\frac{-1+\sqrt{17}}{2}", "problem_type": ["Algebra"]}],
+        r"\frac{\sqrt{17}-1}{2}",
+        r"\frac{-1+\sqrt{17}}{2}",
+    ),
+    "math500": (
+        ("HuggingFaceH4/MATH-500", None, "test", "problem", None, "answer"),
+        [
+            {
+                "problem": "Convert (0,3).", "solution": "It is $\\boxed{(3,\\frac{\\pi}{2})}$.", "answer": r"\left( 3, \frac{\pi}{2} \right)",
+                "subject": "Precalculus", "level": 2, "unique_id": "test/precalculus/807.json",
+            }
+        ],
+        r"(3, \pi/2)",
+        r"\left( 3, \frac{\pi}{2} \right)",
+    ),
+    "gsm8k": (
+        ("openai/gsm8k", "main", "test", "question", "answer", None),
+        [
+            {"question": "How many in all?", "answer": "The answer is 5 a day: 2*5 = <<2*5=10>>10.\n#### 10"},
+            {"question": "How many dollars?", "answer": "He has 1,000 and 80.\n#### 1,080"},
+        ],
+        "1080",
+        "1,080",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS, ids=lambda path: path.stem)
+def test_evaluation_of_a_stand_in(
+    evaluation: Path, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set's own columns through the real source, prompts, sampling and grader; only its texts and the model are small."""
+    (_, _, split, *_), rows, answer, reference = SETS[evaluation.stem]
+    assert split is not None
+    DatasetDict({split: Dataset.from_list(rows)}).save_to_disk(tmp_path / "set")
+    small = [
+        f"--model.policy.model={folders['qwen3']}",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--model.sampling.max_new_tokens=8",
+        "--model.eval_sampling.max_new_tokens=8",
+        f"--data.test.init_args.path={tmp_path / 'set'}",
+    ]
+    cli = main(["test", f"--config={CONFIGS / 'qwen3_1.7b_qlora.yaml'}", f"--config={evaluation}", *small])
+    records = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert len(records) == 12 * len(rows) and records[-1]["reference"] == reference
+    names = {f"test/{name}{error}" for name in ("avg@12", "pass@1", "pass@2", "pass@4", "pass@8", "pass@12", "maj@12")
+             for error in ("", "_se", "_se_samples")}  # fmt: skip
+    assert names <= set(cli.trainer.callback_metrics)
+    assert "± over samples" in capsys.readouterr().out
+    grader = cli.model.evaluator.grader
+    assert grader.grade(rf"<think>\boxed{{1}}</think> So it is \boxed{{{answer}}}.", reference)
+    assert not grader.grade(rf"The answer is {answer}. So it is \boxed{{17}}.", reference)
+    assert not grader.grade(f"The answer is {answer}.", reference)  # what is not boxed does not count
+    prompt = cli.model.tokenizer.decode(cli.datamodule.rows["test"].student[0])
+    assert rows[0]["problem" if "problem" in rows[0] else "question"] in prompt and "<think></think>" not in prompt
+
+
+def test_an_evaluation_that_the_model_cannot_hold(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Dataset.from_list(SETS["aime24"][1]).save_to_disk(tmp_path / "set")
+    arguments = [f"--model.policy.model={folders['qwen3']}", f"--data.test.init_args.path={tmp_path / 'set'}"]
+    with pytest.raises(SystemExit):
+        main(["test", f"--config={CONFIGS / 'eval' / 'aime24.yaml'}", *arguments, f"--trainer.default_root_dir={tmp_path}"])
+    error = capsys.readouterr().err
+    assert "data.test, row 0: prompt and 38912 new tokens do not fit the model's context of 512 tokens" in error
+
+
 def test_every_recipe_has_its_row_in_the_readme() -> None:
     text = (CONFIGS / "README.md").read_text()
-    for path in [*RECIPES, *PRESETS]:
+    for path in [*RECIPES, *PRESETS, *EVALUATIONS]:
         assert f"`{path.relative_to(CONFIGS)}`" in text, path

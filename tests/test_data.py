@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
+from lightning.pytorch import Trainer
 from test_divergences import subclasses
 
 from conftest import write_jsonl
 from opsd_lightning.data import EvalLoader, OPSDDataModule, TrainLoader
+from opsd_lightning.module import OPSDModule
 from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import OtherProblemContext, Prompts
+from opsd_lightning.prompts import AnswerContext, OtherProblemContext, Prompts
 from opsd_lightning.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource, WordProblems
 from opsd_lightning.types import Example, PromptBatch, UserError
 
@@ -153,6 +155,44 @@ def test_no_usable_row_and_too_few_rows(data: Callable[..., OPSDDataModule]) -> 
         data(GOOD, batch_size=4).setup("fit")
     with pytest.raises(UserError, match=r"data\.test is not set"):
         data(GOOD).setup("test")
+
+
+UNTRACED = Example("3+3?", "", "6")
+
+
+def test_held_out_questions_need_no_trace(data: Callable[..., OPSDDataModule], caplog: pytest.LogCaptureFixture) -> None:
+    module = data(GOOD, UNTRACED, val=Listed(UNTRACED, Example("4+4?", "", "")), test=Listed(UNTRACED))
+    with caplog.at_level("INFO"):
+        for stage in ("fit", "test"):
+            module.setup(stage)
+    assert [e.answer for e in module.rows["test"].examples] == [e.answer for e in module.rows["val"].examples] == ["6"]
+    assert "1 of 2 rows; 1 left out: neither trace nor answer" in caplog.text
+    assert "1 of 2 rows; 1 left out: empty trace" in caplog.text  # in training
+    assert module.rows["test"].teacher == [[]] and all(module.rows["train"].teacher)
+
+
+def test_a_graded_teacher_needs_something_to_read(
+    data: Callable[..., OPSDDataModule], make_policy: Callable[..., Policy]
+) -> None:
+    def graded(**settings: Any) -> OPSDDataModule:
+        module = data(GOOD, test=Listed(GOOD, UNTRACED), **settings)
+        module.setup("test")  # for another module, without the teacher: its prompts are made when they are needed
+        module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        module.trainer.strategy._lightning_module = OPSDModule(make_policy(), evaluate_teacher=True)
+        module.setup("test")
+        return module
+
+    with pytest.raises(UserError, match=r"evaluate_teacher is on, but 1 of 2 questions of data\.test have no trace"):
+        graded()
+    assert all(graded(context=AnswerContext()).rows["test"].teacher)
+
+
+def test_columns_without_traces(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "1+1?", "gold": 2}])
+    (example,) = FileSource(str(path), columns=Columns(trace=None, answer="gold")).examples()
+    assert example[:3] == ("1+1?", "", "2")
+    with pytest.raises(ValueError, match=r"columns\.trace and columns\.answer are both null"):
+        Columns(trace=None)
 
 
 def test_prompts_hold_the_context(data: Callable[..., OPSDDataModule], make_policy: Callable[..., Policy]) -> None:

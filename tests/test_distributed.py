@@ -25,17 +25,20 @@ from transformers import BitsAndBytesConfig
 
 from conftest import EOS
 from opsd_lightning.callbacks import AdapterExport, RolloutWriter
+from opsd_lightning.contexts import FeedbackContext
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.divergences import ReverseKL
 from opsd_lightning.grading import MathGrader
+from opsd_lightning.grpo import GRPOModule
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.objectives import DivergenceObjective
 from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
+from opsd_lightning.sft import SFTModule
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.strategies import FSDP2Strategy, check_strategy, read_adapters, whole
-from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
+from opsd_lightning.teachers import Anchor, EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Rollouts, UserError
 
 TIMEOUT_SECONDS = 60  # a hang fails fast
@@ -112,6 +115,16 @@ class Scripted(RolloutEngine):
         return Rollouts(completions, terminated, sampling.n)
 
 
+class ByLength(MathGrader):
+    """Right are completions of more than 3 characters: some of each question's."""
+
+    def find_answer(self, completion: str) -> str | None:
+        return completion
+
+    def equal(self, answer: Any, reference: str) -> bool:
+        return len(answer) > 3
+
+
 def parts(policy: Policy, batch_size: int, **settings: Any) -> tuple[OPSDModule, OPSDDataModule]:
     torch.manual_seed(0)
     settings = {
@@ -122,6 +135,7 @@ def parts(policy: Policy, batch_size: int, **settings: Any) -> tuple[OPSDModule,
         "max_grad_norm": 0.5,
         "token_budget": 150,
     } | settings
+    method = settings.pop("method", OPSDModule)
     data = OPSDDataModule(
         policy,
         train=WordProblems(size=24, seed=1),
@@ -132,7 +146,9 @@ def parts(policy: Policy, batch_size: int, **settings: Any) -> tuple[OPSDModule,
         eval_batch_size=2,
         max_new_tokens=8,
     )
-    return OPSDModule(policy, **settings), data
+    if settings["objective"] is None or method is GRPOModule:
+        del settings["objective"]
+    return method(policy, **settings), data
 
 
 @dataclass
@@ -212,6 +228,31 @@ def test_two_ranks_equal_one(
         for ours, theirs in zip(two.logged, one.logged, strict=True):
             for name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {"method": GRPOModule, "grader": ByLength(), "anchor": Anchor(0.1), "updates_per_batch": 2},
+    "sft": {"method": SFTModule, "objective": None},
+    "feedback": {
+        "context": FeedbackContext(),
+        "prompts": Prompts("{question}", "{question} {context}"),
+        "anchor": Anchor(0.1),
+    },
+}
+
+
+@both
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods_on_two_ranks_equal_one(
+    strategy: str, name: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Ranks that agree on the number of passes, sums over both ranks' tokens, and ratios and rewards of their own."""
+    policy = make_policy()
+    settings = METHODS[name] | {"rollouts": Scripted([3, 8, 1, 5])}
+    one = joined(policy, tmp_path, **settings)
+    assert len({round(loss, 6) for loss in one.losses}) > 1
+    for two in on_ranks(lambda rank: run(policy, tmp_path, 2, STRATEGIES[strategy], **settings), tmp_path):
+        assert_same(two, one)
 
 
 def test_an_adapted_head_trains_under_sharding(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

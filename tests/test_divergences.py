@@ -24,13 +24,20 @@ from opsd_lightning.divergences import (
     TopKWithTail,
 )
 from opsd_lightning.objectives import (
-    Clip,
     DivergenceObjective,
-    NoClip,
+    NegativeLogLikelihood,
     Objective,
-    PointwiseClip,
-    RescaleClip,
+    SampledKLObjective,
     SampledTokenObjective,
+)
+from opsd_lightning.shaping import (
+    Clip,
+    DecayingPositions,
+    FirstPositions,
+    NoClip,
+    PointwiseClip,
+    PositionWeight,
+    RescaleClip,
     TokenClip,
 )
 from opsd_lightning.types import Rollouts, TokenStates
@@ -54,7 +61,8 @@ def subclasses(base: type) -> Iterator[type]:
         (Divergence, DIVERGENCES),
         (Support, SUPPORTS),
         (Clip, CLIPS),
-        (Objective, [DivergenceObjective(), SampledTokenObjective()]),
+        (Objective, [DivergenceObjective(), SampledTokenObjective(), SampledKLObjective(), NegativeLogLikelihood()]),
+        (PositionWeight, [DecayingPositions(2.0), FirstPositions(3, 0.25)]),
     ],
 )
 def test_every_subclass_is_under_test(base: type, tested: list[object]) -> None:
@@ -350,7 +358,9 @@ def test_sampled_token_is_reverse_kl_in_expectation() -> None:
     torch.testing.assert_close(mean, reference)
 
 
-@pytest.mark.parametrize("objective", [DivergenceObjective(), SampledTokenObjective()])
+@pytest.mark.parametrize(
+    "objective", [DivergenceObjective(), SampledTokenObjective(), SampledKLObjective(), NegativeLogLikelihood()]
+)
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_gradient_reaches_the_student_and_its_head_alone(objective: Objective, chunk: int) -> None:
     """Chunks and hand-over against plain autograd, with a head that trains."""
@@ -412,3 +422,24 @@ def test_top_k_must_be_smaller_than_the_vocabulary(support: type) -> None:
     support(9).check(10)
     with pytest.raises(ValueError, match=r"support\.k is 10"):
         support(10).check(10)
+
+
+def test_position_weights() -> None:
+    halving = DivergenceObjective(position_weight=DecayingPositions(2.0))
+    rollouts = Rollouts([[5, 6, 7, 8, 9], [5]], [True, False])
+    torch.testing.assert_close(halving.token_weights(rollouts)[0], torch.tensor([1, 0.5**0.5, 0.5, 0.5**1.5, 0.25]))
+    first = DivergenceObjective(position_weight=FirstPositions(2, 0.25), skip_first_tokens=1)
+    assert first.token_weights(rollouts)[0].tolist() == [0, 1, 0.25, 0.25, 0.25]
+    each = DivergenceObjective(reduction="sequence_mean", position_weight=FirstPositions(2, 0.25))
+    assert [float(row.sum()) for row in each.token_weights(rollouts)] == pytest.approx([1, 1])
+    one = DivergenceObjective(reduction="sequence_mean", position_weight=DecayingPositions(0.1), skip_first_tokens=3)
+    assert [float(row.sum()) for row in one.token_weights(rollouts)] == pytest.approx([1, 0])
+
+
+def test_the_sampled_estimate_of_the_reverse_kl_is_unbiased_and_never_negative() -> None:
+    student, teacher = (torch.tensor(values).log_softmax(-1)[None] for values in (S, T))
+    each = torch.stack(
+        [SampledKLObjective().per_token(student, teacher, torch.tensor([token]))[0] for token in range(len(S))]
+    )
+    assert bool((each >= 0).all())
+    assert float((student.exp()[0] * each[:, 0]).sum()) == pytest.approx(0.90823381, rel=1e-5)

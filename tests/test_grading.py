@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from opsd_lightning.grading import MathGrader, last_boxed
+from opsd_lightning.grading import MathGrader, _Worker, last_boxed
 
 GRADER = MathGrader(timeout_seconds=3.0)
 
@@ -82,6 +82,29 @@ def test_from_another_thread() -> None:
     assert found == [True] * 3
 
 
+def test_equal_answers_are_one_vote() -> None:
+    answers = ["0.5", "1/2", r"\frac{2}{4}", "7", None, "3", "7.0", "0.3"]
+    assert GRADER.votes(answers, [False] * 8) == [1, 1, 1, 2, None, 3, 2, 4]
+    assert GRADER.votes(answers, [True] * 3 + [False] * 5) == [0, 0, 0, 1, None, 2, 1, 3]
+    assert GRADER.votes([], []) == []
+
+
+def test_bombs_vote_in_bounded_time() -> None:
+    """Each different one may take its time once, not once for every other."""
+    quick = MathGrader(timeout_seconds=1.0)
+    assert quick.equal("0.5", r"\frac{1}{2}")
+    bombs = [f"{n}0^{{10^{{10}}}}" for n in range(1, 6)]
+    started = time.perf_counter()
+    votes = quick.votes([*bombs, "2/4", "0.5", *bombs], [False] * 12)
+    assert votes[:5] == votes[7:] and len(set(votes[:5])) == 5
+    assert time.perf_counter() - started < 60  # a new process for each time-out
+
+
+def test_only_boxes() -> None:
+    grader = MathGrader(answer_pattern=None)
+    assert grader.find_answer("The answer is 3. #### 3") is None and grader.find_answer(r"\boxed{4}. The answer is 3") == "4"
+
+
 def test_pattern() -> None:
     grader = MathGrader(answer_pattern=r"=> (\d+)")
     assert grader.find_answer("=> 4 => 5") == "5"
@@ -89,3 +112,10 @@ def test_pattern() -> None:
     for bad in ["(", "no group"]:
         with pytest.raises(ValueError, match=r"grader\.answer_pattern"):
             MathGrader(answer_pattern=bad)
+
+
+def test_plain_integers_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [("07", "7"), ("-0", "0"), ("8", "7"), ("-7", "7"), ("70", "7")]
+    said = [_Worker.shared().verify(reference, answer, 30.0) for answer, reference in pairs]
+    monkeypatch.setattr(_Worker, "shared", lambda: pytest.fail("math-verify was asked"))
+    assert [GRADER.equal(answer, reference) for answer, reference in pairs] == said == [True, True, False, False, False]

@@ -52,6 +52,37 @@ def test_the_whole_of_it(
         assert tokenizer.decode(output, skip_special_tokens=True) == record["completion"]
 
 
+def test_the_comparison_on_a_real_model(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/real_model.py: every method trains, a finished run is not made again, an interrupted one goes on."""
+    monkeypatch.chdir(ROOT)
+    from benchmarks import real_model
+
+    short = tmp_path / "short.yaml"
+    short.write_text(
+        (ROOT / real_model.CONFIG)
+        .read_text()
+        .replace("max_new_tokens: 40", "max_new_tokens: 6")
+        .replace("size: 64", "size: 4")
+    )
+    monkeypatch.setattr(real_model, "CONFIG", str(short))
+    asked = ["--model", folders["llama"], "--output", str(tmp_path), "--seeds", "1", "--questions", "6"]
+    real_model.main([*asked, "--steps", "3", "--methods", "opsd", "sft", "grpo"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["before", "teacher, before", "opsd", "sft", "grpo"]
+    result = json.loads((tmp_path / "grpo-seed0" / "result.json").read_text())
+    assert 0 < result["tokens_generated"] <= 3 * 3 * 8 * 6 and result["made_with"]["model_sha256"]
+    assert json.loads((tmp_path / "sft-seed0" / "result.json").read_text())["tokens_generated"] == 0
+    ran: list[list[str]] = []
+    monkeypatch.setattr("opsd_lightning.quickstart.run", lambda args: ran.append(args))
+    real_model.main([*asked, "--steps", "3", "--methods", "opsd"])
+    assert not ran
+    (tmp_path / "opsd-seed0" / "result.json").unlink()
+    real_model.main([*asked, "--steps", "3", "--methods", "opsd"])
+    assert f"--ckpt_path={tmp_path / 'opsd-seed0' / 'last.ckpt'}" in ran[0]
+
+
 def test_intervals() -> None:
     assert mean_and_interval([1.0, 0.0, 1.0, 0.0]) == pytest.approx((0.5, 1.96 * (1 / 3) ** 0.5 / 2))
     low, high = wilson([True] * 5 + [False] * 45)

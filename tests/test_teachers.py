@@ -14,14 +14,26 @@ from conftest import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
 from opsd_lightning.export import write_adapter
 from opsd_lightning.policy import STUDENT, TEACHER, LoRA, Policy
 from opsd_lightning.scoring import has_adapted_head, score
-from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
+from opsd_lightning.teachers import (
+    Anchor,
+    EMATeacher,
+    FixedTeacher,
+    LiveTeacher,
+    ModelTeacher,
+    SyncTeacher,
+    Teacher,
+    TrustRegionTeacher,
+)
+from opsd_lightning.types import UserError
 
-TEACHERS = [FixedTeacher(), LiveTeacher(), EMATeacher(0.5)]
+TEACHERS = [FixedTeacher(), LiveTeacher(), EMATeacher(0.5), SyncTeacher(1), TrustRegionTeacher(0.3)]
 NAMED = {"ids": lambda teacher: type(teacher).__name__}
 
 
 def test_every_teacher_is_under_test() -> None:
-    assert {cls for cls in subclasses(Teacher) if cls.__module__.startswith("opsd_lightning")} == {type(t) for t in TEACHERS}
+    assert {cls for cls in subclasses(Teacher) if cls.__module__.startswith("opsd_lightning")} == {
+        type(t) for t in [*TEACHERS, ModelTeacher(), Anchor().teacher]
+    }
 
 
 def logits(model: PeftModel, teacher: Teacher) -> torch.Tensor:
@@ -130,3 +142,50 @@ def test_live_teacher_follows_the_student(make_policy: Callable[..., Policy]) ->
     assert torch.equal(logits(model, teacher), states.head(states.hidden)) and not torch.equal(
         before, logits(model, teacher)
     )
+
+
+def test_sync_teacher_copies_every_some_steps(make_policy: Callable[..., Policy]) -> None:
+    model, teacher = make_policy().build(), SyncTeacher(3)
+    teacher.attach(model)
+    start = logits(model, teacher)
+    train(model, teacher, 2)
+    assert torch.equal(logits(model, teacher), start)
+    train(model, teacher, 3)
+    assert torch.equal(logits(model, teacher), logits(model, LiveTeacher())) and not torch.equal(
+        logits(model, teacher), start
+    )
+
+
+def test_trust_region_teacher_lies_between(make_policy: Callable[..., Policy]) -> None:
+    model, teacher = make_policy().build(), TrustRegionTeacher(0.3)
+    teacher.attach(model)
+    train(model, teacher, 2)
+    fixed, live = logits(model, FixedTeacher()), logits(model, LiveTeacher())
+    assert not torch.allclose(fixed, live)
+    torch.testing.assert_close(logits(model, teacher), 0.7 * fixed + 0.3 * live, atol=1e-5, rtol=1e-5)
+
+
+def test_full_fine_tuning_keeps_a_frozen_copy(make_policy: Callable[..., Policy]) -> None:
+    model, teacher = make_policy(lora=None).build(), ModelTeacher()
+    assert all(p.requires_grad for p in model.parameters())
+    teacher.attach(model)
+    start = logits(model, teacher)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    states, targets = score(model, PROMPTS, COMPLETIONS)
+    torch.nn.functional.cross_entropy(states.head(states.hidden), targets).backward()
+    optimizer.step()
+    assert torch.equal(logits(model, teacher), start) and not torch.allclose(logits(model, LiveTeacher()), start)
+    for other in (FixedTeacher(), EMATeacher()):
+        with pytest.raises(UserError, match=r"lora"):
+            other.attach(model)
+
+
+def test_a_teacher_of_its_own(make_policy: Callable[..., Policy], folders: dict[str, str]) -> None:
+    policy = make_policy()
+    model, teacher = policy.build(), ModelTeacher(folders["qwen3"], dtype="float32")
+    teacher.check(policy.load_tokenizer())
+    teacher.attach(model)
+    other = make_policy("qwen3").build()
+    torch.testing.assert_close(logits(model, teacher), logits(other, FixedTeacher()), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="ModelTeacher without a model"):
+        ModelTeacher().attach(model)

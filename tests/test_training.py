@@ -21,13 +21,14 @@ from conftest import COMPLETIONS, PROMPTS, make_tokenizer
 from opsd_lightning.callbacks import AdapterExport, BaselineEvaluation, RolloutTable
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.divergences import ReverseKL
-from opsd_lightning.module import OPSDModule, _check_precision
+from opsd_lightning.module import OPSDModule
 from opsd_lightning.objectives import DivergenceObjective
 from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import RolloutEngine, Sampling
 from opsd_lightning.scoring import score
 from opsd_lightning.sources import WordProblems
+from opsd_lightning.strategies import check_precision
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Rollouts, UserError
 
@@ -237,8 +238,8 @@ def test_passes_that_only_keep_ranks_in_step_change_nothing(make_policy: Callabl
     for more in (0, 3):
         torch.manual_seed(0)
         module, data = parts(make_policy())
-        original = module._over_ranks
-        module._over_ranks = lambda v, op, o=original, m=more: [x + (m if op == "max" else 0) for x in o(v, op)]  # type: ignore[method-assign, misc]
+        original = module.over_ranks
+        module.over_ranks = lambda v, op, o=original, m=more: [x + (m if op == "max" else 0) for x in o(v, op)]  # type: ignore[method-assign, misc]
         recorder = Recorder()
         trainer(tmp_path / str(more), recorder, max_steps=2).fit(module, data)
         found.append((recorder.losses, adapters(module)))
@@ -394,7 +395,7 @@ def test_the_trainers_own_quantization_is_refused() -> None:
     from lightning.pytorch.plugins import BitsandbytesPrecision
 
     with pytest.raises(UserError, match=r"set model\.policy\.quantization"):
-        _check_precision(object.__new__(BitsandbytesPrecision))
+        check_precision(object.__new__(BitsandbytesPrecision))
 
 
 def test_rollouts_reach_weights_and_biases(

@@ -1,0 +1,1 @@
+"""Measurements of the package: scripts in this folder, and the learning test bed in `learning`."""

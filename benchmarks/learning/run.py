@@ -1,0 +1,289 @@
+"""One run of the test bed: a method, a base model and a seed give one JSON file.
+
+The run is the package's own: its module, its data module and Lightning's Trainer. A `Method` only says which parts they are
+made of, in a form that JSON holds, so that the file says what was run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+import opsd_lightning
+from benchmarks.learning.bases import EASY_OPERATIONS, MAX_NEW_TOKENS, easier, greedy_accuracy, load, questions
+from benchmarks.learning.task import GRADER, PROMPTS, ChainProblems, Style
+from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.policy import LoRA, Policy
+from opsd_lightning.rollouts import Sampling
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained and how. Parts are written as ``{"class": name, argument: value, ...}``, at any depth.
+
+    Args:
+        name: What tables call it.
+        module: The LightningModule: a public name of the package, or a dotted path.
+        arguments: Arguments of the module beside those below.
+        data: Further arguments of the data module, such as its ``context``.
+        lora: Arguments of `LoRA`.
+        learning_rate: Of AdamW, reached after ``warmup_steps``.
+        warmup_steps: Optimizer steps over which the rate rises from 0.
+        decay: Whether the rate falls to 0 over the rest of the run, linearly; constant otherwise.
+        max_grad_norm: Gradients with a larger norm are scaled down to it.
+        steps: Optimizer steps.
+        questions: Questions of a step.
+        n: Rollouts a question.
+        temperature: Of the rollouts.
+        max_new_tokens: Length limit of the rollouts, in tokens.
+        train_questions: How many different training questions there are; as many as the run needs unless given.
+        trace: Style of the references.
+        uses: What the method takes from a reference: ``trace``, or ``answer`` where only the final answer is used.
+    """
+
+    name: str
+    module: str = "OPSDModule"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=lambda: {"r": 16, "alpha": 32.0, "dropout": 0.0})
+    learning_rate: float = 2e-3
+    warmup_steps: int = 0
+    decay: bool = False
+    max_grad_norm: float | None = 1.0
+    steps: int = 100
+    questions: int = 64
+    n: int = 1
+    temperature: float = 1.0
+    max_new_tokens: int = MAX_NEW_TOKENS
+    train_questions: int | None = None
+    trace: Style = "terse"
+    uses: Literal["trace", "answer"] = "trace"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured and when; greedy decoding throughout.
+
+    Args:
+        every_steps: Optimizer steps from one point of the curve to the next.
+        validation: Validation questions of each point.
+        test: Test questions at the end, and as many (where there are) of every easier kind.
+    """
+
+    every_steps: int = 10
+    validation: int = 300
+    test: int = 500
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        method: What is trained and how.
+        base: Folder of the base model.
+        seed: Of the questions, their order, the rollouts and the adapter's start.
+        measuring: What is measured and when.
+    """
+
+    method: Method
+    base: str
+    seed: int = 0
+    measuring: Measuring = Measuring()
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result, as JSON holds it; of the base its name and how it was made."""
+        record = Path(self.base) / "base.json"
+        made = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else None
+        found = {"method": asdict(self.method), "base": Path(self.base).name, "base_settings": made, "seed": self.seed}
+        return json.loads(json.dumps(found | {"measuring": asdict(self.measuring)}))
+
+    def path(self, root: Path) -> Path:
+        """The result's file: another one for any other setting."""
+        settings = self.settings()
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        return root / f"{self.method.name}-{settings['base']}-seed{self.seed}-{digest}.json"
+
+
+def build(spec: Any) -> Any:
+    """The part that a specification describes; anything else as it is."""
+    if isinstance(spec, Mapping):
+        values = {name: build(value) for name, value in spec.items() if name != "class"}
+        return find(spec["class"])(**values) if "class" in spec else values
+    return [build(value) for value in spec] if isinstance(spec, list | tuple) else spec
+
+
+def find(name: str) -> Any:
+    """A public name of the package, or a dotted path."""
+    room, _, last = name.rpartition(".")
+    return getattr(importlib.import_module(room) if room else opsd_lightning, last)
+
+
+def make_module(method: Method, policy: Policy, seed: int) -> LightningModule:
+    """The method's module: a `PolicyModule`."""
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=method.learning_rate, weight_decay=0.0)
+
+    def rate(step: int) -> float:
+        rising = (step + 1) / (method.warmup_steps + 1)
+        falling = (method.steps - step) / max(method.steps - method.warmup_steps, 1) if method.decay else 1.0
+        return max(0.0, min(1.0, rising, falling))
+
+    module = find(method.module)
+    common = {
+        "policy": policy,
+        "sampling": Sampling(max_new_tokens=method.max_new_tokens, temperature=method.temperature, n=method.n),
+        "eval_sampling": Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0),
+        "grader": GRADER,
+        "optimizer": optimizer,
+        "lr_scheduler": lambda o: torch.optim.lr_scheduler.LambdaLR(o, rate),
+        "max_grad_norm": method.max_grad_norm,
+        "seed": seed,
+    }
+    return module(**common | {name: build(value) for name, value in method.arguments.items()})
+
+
+def make_data(method: Method, policy: Policy, seed: int, measuring: Measuring) -> OPSDDataModule:
+    """Training and validation questions. The validation questions are the same in every run."""
+    size = method.train_questions or method.steps * method.questions
+    return OPSDDataModule(
+        policy=policy,
+        train=ChainProblems("train", size, seed=seed, trace=method.trace),
+        val=ChainProblems("validation", measuring.validation),
+        prompts=PROMPTS,
+        grader=GRADER,
+        batch_size=method.questions,
+        eval_batch_size=measuring.validation,
+        max_new_tokens=max(MAX_NEW_TOKENS, method.max_new_tokens),
+        on_invalid="error",
+        seed=seed,
+        **{name: build(value) for name, value in method.data.items()},
+    )
+
+
+class Curve(Callback):
+    """Collects a row for every validation, the one before training included.
+
+    A row holds ``step``, ``tokens`` (generated to train on), ``references`` (different traces read so far), ``seconds`` (of
+    training steps alone), ``accuracy``, and the means of the module's training metrics since the row before.
+    """
+
+    def __init__(self, uses_traces: bool) -> None:
+        self.uses_traces = uses_traces
+        self.rows: list[dict[str, Any]] = []
+        self.seconds, self.read = 0.0, set[str]()
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seconds += time.perf_counter() - self.started
+        if self.uses_traces:
+            self.read.update(example.question for example in batch.examples)
+        metrics = trainer.callback_metrics.items()
+        self.steps.append({k: float(v) for k, v in metrics if k.startswith(("train/", "time/"))})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = dict.fromkeys(name for step in self.steps for name in step)
+        values = {name: [step[name] for step in self.steps if name in step] for name in names}
+        self.rows.append(
+            {
+                "step": 0 if trainer.sanity_checking else trainer.global_step,
+                "tokens": int(getattr(pl_module, "tokens_generated", 0)),
+                "references": len(self.read),
+                "seconds": round(self.seconds, 3),
+                "accuracy": float(trainer.callback_metrics["val/avg@1"]),
+                "metrics": {name: sum(found) / len(found) for name, found in values.items()},
+            }
+        )
+        self.steps = []
+
+
+def scores(model: Any, test: int) -> dict[str, float]:
+    """Greedy accuracy with the weights as they are, on test questions of the task and of the easier kinds.
+
+    ``privileged`` is that of the teacher's prompt under these weights: whether they can still use a reference.
+    """
+    examples = questions("test", test)
+    found = {"test": greedy_accuracy(model, examples), "privileged": greedy_accuracy(model, examples, "terse")}
+    for operations in EASY_OPERATIONS:
+        found[f"{operations}_operations"] = greedy_accuracy(model, easier(operations, test))
+    return found
+
+
+@cache
+def scores_before(base: str, test: int) -> dict[str, float]:
+    """The scores of a base, whatever is trained on it."""
+    return scores(load(Path(base)), test)
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Train and measure.
+
+    Returns:
+        ``settings``; ``curve`` (see `Curve`); ``before`` and ``after`` (see `scores`); ``wall_seconds``, everything
+        included; and ``failed``, a message, where training stopped on a number that is not finite.
+    """
+    started, method = time.perf_counter(), job.method
+    result: dict[str, Any] = {"settings": job.settings()}
+    base = str(Path(job.base).resolve())
+    result["before"] = scores_before(base, job.measuring.test)
+    seed_everything(job.seed, verbose=False)  # after the scores, which are not made anew in every run
+    policy = Policy(base, LoRA(**method.lora), dtype="float32")
+    module = make_module(method, policy, job.seed)
+    data = make_data(method, policy, job.seed, job.measuring)
+    curve = Curve(method.uses == "trace")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=method.steps,
+            val_check_interval=job.measuring.every_steps,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[curve],
+        )
+        module.configure_model()
+        try:
+            trainer.fit(module, data)
+        except RuntimeError as error:
+            if "gradient's norm" not in str(error):
+                raise
+            result["failed"] = str(error)
+    result["curve"] = curve.rows
+    result["after"] = scores(module.model, job.measuring.test)
+    result["wall_seconds"] = round(time.perf_counter() - started, 1)
+    return result
+
+
+def write(path: Path, content: Any) -> None:
+    """JSON that is either there in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

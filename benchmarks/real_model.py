@@ -1,0 +1,178 @@
+"""A real model on word problems: OPSD against SFT and GRPO, at equal generated tokens.
+
+    python -m benchmarks.real_model                      SmolLM2-135M-Instruct, all methods, three seeds
+    python -m benchmarks.real_model --methods opsd --seeds 1
+
+Every run is the command line's own ``fit`` and ``test`` on the quick start's configuration, with the overlay of the method
+and the learning rate named in ``METHODS``; scored are the weights after the last step, not the best of several. OPSD and
+GRPO make equally many completions a step; SFT gets the traces of the questions that OPSD gets. A run's settings, versions
+and hashes are in its ``result.json``; a run that was interrupted goes on from its last checkpoint, and a finished one is not
+made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+CONFIG = "configs/quickstart.yaml"
+
+#: Name -> (overlay, learning rate). Each method is run with two rates and both are reported.
+METHODS = {
+    "opsd": (None, 5e-4),
+    "opsd, rate x 2": (None, 1e-3),
+    "sft": ("configs/presets/sft.yaml", 5e-4),
+    "sft, rate x 2": ("configs/presets/sft.yaml", 1e-3),
+    "grpo": ("configs/presets/grpo.yaml", 5e-4),
+    "grpo, rate x 2": ("configs/presets/grpo.yaml", 1e-3),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_model", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--model", help="another model's hub id or folder")
+    parser.add_argument("--output", type=Path, default=Path("runs/real_model"), help="results (default: %(default)s)")
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=256, help="held-out questions (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="only print the table of what there is")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from opsd_lightning.quickstart import MODEL_FOLDER, obtain_model
+
+    model = options.model or str(obtain_model(MODEL_FOLDER))
+    out: Path = options.output
+    if not options.report:
+        before(model, out, options.questions)
+        for seed in range(options.seeds):
+            for name in options.methods:
+                once(name, model, out, seed, options.steps, options.questions)
+    report(out)
+
+
+def before(model: str, out: Path, questions: int) -> None:
+    """The untrained model, as student and as teacher."""
+    from opsd_lightning.quickstart import run, say
+
+    if (out / "before" / "test.jsonl").exists():
+        return
+    say("before training")
+    run(
+        [
+            "test",
+            "--config",
+            CONFIG,
+            f"--model.policy.model={model}",
+            f"--data.test.init_args.size={questions}",
+            "--verbose=false",
+            f"--trainer.default_root_dir={out / 'before'}",
+            "--model.evaluate_teacher=true",
+        ]
+    )
+
+
+def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int) -> None:
+    """One run: train, score the last weights, write ``result.json``."""
+    from opsd_lightning.quickstart import read_metrics, run, say
+
+    folder = out / f"{name.replace(', ', '-').replace(' ', '')}-seed{seed}"
+    done = folder / "result.json"
+    if done.exists():
+        return
+    say(f"{name}, seed {seed}")
+    overlay, rate = METHODS[name]
+    common = ["--config", CONFIG, *(["--config", overlay] if overlay else []), f"--model.init_args.policy.model={model}"]
+    common += [f"--seed_everything={seed}", f"--model.init_args.optimizer.init_args.lr={rate}"]
+    common += [f"--model.init_args.lr_scheduler.init_args.max_lr={rate}"]
+    common += [f"--model.init_args.lr_scheduler.init_args.total_steps={steps}"]
+    common += [f"--data.test.init_args.size={questions}"]
+    fit = [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
+    fit += [f"--trainer.max_steps={steps}", "--trainer.callbacks+=ModelCheckpoint"]
+    fit += [f"--trainer.callbacks.{key}" for key in (f"dirpath={folder}", "filename=last", "every_n_train_steps=3")]
+    fit += ["--trainer.callbacks.enable_version_counter=false", "--trainer.callbacks.save_top_k=1"]
+    last = folder / "last.ckpt"
+    started = time.perf_counter()
+    run(["fit", *common, *fit, *([f"--ckpt_path={last}"] if last.exists() else [])])
+    seconds = time.perf_counter() - started
+    run(["test", *common, "--verbose=false", f"--trainer.default_root_dir={folder / 'after'}", f"--ckpt_path={last}"])
+    rows: list[dict[str, float]] = []
+    validations: list[tuple[int, float]] = []
+    # One log for every time the run was taken up again.
+    for log in sorted(folder.glob("lightning_logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
+        found, measured = read_metrics(log)
+        validations += [(len(rows) + step, value) for step, value in measured]
+        rows += found
+    result = {
+        "method": name,
+        "seed": seed,
+        "learning_rate": rate,
+        "optimizer_steps": steps,
+        "tokens_generated": rows[-1]["train/tokens_generated"],
+        "validation": validations,
+        "seconds": round(seconds),
+        "arguments": common + fit,
+        "made_with": made_with(model),
+        "completions_sha256": digest(folder / "after" / "test.jsonl"),
+    }
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    partial.rename(done)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def made_with(model: str) -> dict[str, str]:
+    """Versions, the revision of this repository and the hash of the model's weights."""
+    found = {name: version(name) for name in ("torch", "transformers", "peft", "lightning", "opsd_lightning")}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    found["revision"] = git.stdout.strip() or "unknown"
+    weights = Path(model) / "model.safetensors"
+    found["model_sha256"] = digest(weights) if weights.exists() else model
+    return found | {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+
+
+def report(out: Path) -> None:
+    """A table in Markdown: each method's held-out accuracy, the mean of its seeds and the change on the same questions."""
+    from opsd_lightning.quickstart import mean_and_interval, read_records, wilson
+
+    untrained = read_records(out / "before" / "test.jsonl")
+    student = [r["correct"] for r in untrained if r["role"] == "student"]
+    teacher = [r["correct"] for r in untrained if r["role"] == "teacher"]
+    print(f"\n| {len(student)} held-out questions | seeds | accuracy | 95 % interval | change | tokens generated |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, outcomes in (("before", student), ("teacher, before", teacher)):
+        low, high = wilson(outcomes)
+        print(f"| {name} | | {sum(outcomes) / len(outcomes):.1%} | {low:.1%} to {high:.1%} | | |")
+    results: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(out.glob("*/result.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["correct"] = [r["correct"] for r in read_records(path.parent / "after" / "test.jsonl")]
+        results.setdefault(found["method"], []).append(found)
+    for name in METHODS:
+        if not (runs := results.get(name)):
+            continue
+        # A question's score is its mean over the seeds: the interval is over questions, with the seeds as they are.
+        scores = [sum(column) / len(runs) for column in zip(*(r["correct"] for r in runs), strict=True)]
+        mean, half = mean_and_interval(scores)
+        change, spread = mean_and_interval([after - before for after, before in zip(scores, student, strict=True)])
+        each = ", ".join(f"{sum(r['correct']) / len(student):.1%}" for r in runs)
+        tokens = sum(r["tokens_generated"] for r in runs) / len(runs)
+        print(
+            f"| {name} | {len(runs)} ({each}) | {mean:.1%} | {mean - half:.1%} to {mean + half:.1%} | "
+            f"{change:+.1%} ± {spread:.1%} | {tokens:,.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

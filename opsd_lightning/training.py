@@ -1,0 +1,400 @@
+"""What every method shares: the policy, one optimizer step over micro-batches and ranks, evaluation, checkpoints.
+
+A method (`module.OPSDModule`, `sft.SFTModule`, `grpo.GRPOModule`) says what is sampled, what is made of it once a batch, and
+which weighted terms the loss is made of. Optimization is manual because one call of ``training_step`` samples all of a
+step's rollouts at once, and only then is the number of completion tokens known that every micro-batch's loss is divided by.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+
+from opsd_lightning.evaluation import EvaluatedModule, Evaluator
+from opsd_lightning.grading import MathGrader
+from opsd_lightning.importance import check_difference, log_ratios, with_logprobs
+from opsd_lightning.objectives import Objective
+from opsd_lightning.policy import Policy, is_adapter_key
+from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
+from opsd_lightning.scoring import check_head, score, split_rows
+from opsd_lightning.strategies import (
+    FSDP2Strategy,
+    check_precision,
+    check_strategy,
+    replica,
+    replicas,
+    unsynchronized,
+    whole,
+)
+from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
+
+
+class Term(NamedTuple):
+    """One term of a step's loss: an objective of every completion token, weighted.
+
+    Args:
+        objective: What is taken of each token.
+        weights: Of each token, already divided by the step's sum over all ranks; one tensor of shape [C] a completion.
+        teacher: States to compare with at all completion tokens, row by row; None for an objective without a teacher.
+    """
+
+    objective: Objective
+    weights: list[Tensor]
+    teacher: TokenStates | None = None
+
+
+def traces_as_rollouts(batch: PromptBatch) -> Rollouts:
+    """The data's own traces in the place of completions."""
+    return Rollouts([list(trace) for trace in batch.traces], [True] * len(batch.traces), sampled=False)
+
+
+class PolicyModule(EvaluatedModule, ABC):
+    """A method of training the policy on completions.
+
+    Args:
+        policy: The model.
+        rollouts: How completions are sampled: `TransformersEngine` unless given.
+        sampling: What is sampled to train on.
+        eval_sampling: What is sampled in validation, test and predict; as in training unless given.
+        grader: How completions are graded. On the command line taken from ``data.grader``.
+        optimizer: Makes the optimizer of the trainable parameters.
+        lr_scheduler: Makes its learning-rate schedule, stepped after every optimizer step. Constant unless given.
+        max_grad_norm: Gradients with a larger norm are scaled down to it, above 0. Not clipped unless given.
+        token_budget: The most tokens, padding included, that one scoring pass works on, at least 1. It decides memory,
+            not the result (but for which inputs LoRA dropout drops).
+        updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. From the second on, tokens are weighted by
+            the ratio of their probabilities now and when they were sampled.
+        seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
+    """
+
+    #: What is logged of every token, as a mean over the step's tokens.
+    measured: ClassVar[tuple[str, ...]] = ("student_entropy",)
+    #: Whether a training question without a trace is left out.
+    needs_traces: bool = True
+    #: Whether traces stand in the place of completions, and must fit the context behind the student's prompt.
+    trains_on_traces: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        rollouts: RolloutEngine | None = None,
+        sampling: Sampling = Sampling(),
+        eval_sampling: Sampling | None = None,
+        grader: MathGrader | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: PositiveFloat | None = None,
+        token_budget: PositiveInt = 8192,
+        updates_per_batch: PositiveInt = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if any(not isinstance(value, (int, float, str, Mapping, type(None))) for value in dict(self.hparams).values()):
+            # Built in Python, not by the CLI: the parts are objects, which a safe checkpoint cannot hold.
+            self._hparams: Any = {}
+            self._hparams_initial: Any = {}
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold the adapters, not the base model
+        self.policy = policy
+        self.rollouts = rollouts or TransformersEngine()
+        self.sampling = sampling
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.max_grad_norm = max_grad_norm
+        self.token_budget = PositiveInt(token_budget)
+        self.updates_per_batch = PositiveInt(updates_per_batch)
+        self.seed = seed
+        self.tokens_generated = 0
+        self.evaluator = Evaluator(eval_sampling or sampling, grader or MathGrader())
+
+    # -- the method --------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def objective(self) -> Objective:
+        """The method's own objective, which decides which tokens count."""
+
+    def attach(self) -> None:
+        """Called once on the freshly built model, before it is sharded."""
+
+    def sample(self, batch: PromptBatch) -> Rollouts:
+        """The completions that a step trains on: the student's own."""
+        step, rank = self.global_step, replica(self.trainer)[0]
+        seed = seed_for(self.seed, "rollout", step, rank)
+        rollouts = self.rollouts.generate(self.model, batch.student, self.sampling, seed)
+        ahead = step + self.updates_per_batch
+        if batch.upcoming and (self.trainer.max_steps < 0 or ahead < self.trainer.max_steps):
+            seed = seed_for(self.seed, "rollout", ahead, rank)
+            self.rollouts.prefetch(self.model, batch.upcoming, self.sampling, seed)
+        return rollouts
+
+    @abstractmethod
+    def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> Any:
+        """What is made once of a batch of rollouts: teachers' states, advantages."""
+
+    @abstractmethod
+    def terms(self, prepared: Any, rollouts: Rollouts, ratios: list[Tensor] | None) -> list[Term]:
+        """The terms of one optimizer step's loss.
+
+        Args:
+            prepared: What `prepare` made.
+            rollouts: The batch's completions.
+            ratios: Probability of every completion token under the student over that when it was sampled, [C] a row,
+                where losses are to be weighted by it; None where they are not.
+        """
+
+    def after_update(self) -> None:
+        """Called after every optimizer step."""
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the policy and what the method keeps in it. Called by Lightning, once its devices are known.
+
+        Raises:
+            UserError: The model cannot be loaded, or settings contradict it.
+        """
+        if hasattr(self, "model"):
+            return
+        if self._trainer is not None:
+            check_precision(self._trainer.precision_plugin)
+            check_strategy(self._trainer.strategy)
+            if replica(self._trainer)[1] < self._trainer.world_size and not self.rollouts.splits_layers:
+                raise UserError(
+                    f"trainer.strategy.tensor_parallel_size does not go with model.rollouts {type(self.rollouts).__name__}: "
+                    "use TransformersEngine"
+                )
+            self.evaluator.count_over(replicas(self._trainer.strategy))
+        self.tokenizer = self.policy.load_tokenizer()
+        vocabulary = self.policy.load_config().get_text_config().vocab_size
+        try:
+            self.objective.check(vocabulary)
+        except ValueError as error:
+            raise UserError(f"model.{error}") from None
+        self.model = self.policy.build(self._trainer.strategy.root_device if self._trainer is not None else None)
+        self.attach()
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2Strategy):
+            self._trainer.strategy.shard(self.model)
+
+    def on_fit_start(self) -> None:
+        check_head(self.model)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        if isinstance(self.trainer.strategy, FSDP2Strategy) and type(optimizer).__module__.startswith("bitsandbytes"):
+            raise UserError(
+                f"model.optimizer is bitsandbytes' {type(optimizer).__name__}, which cannot update weights that "
+                "trainer.strategy fsdp2 shards: use torch.optim.AdamW, whose state is then divided among devices, or ddp"
+            )
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UserError("model.lr_scheduler: ReduceLROnPlateau needs a metric, and a step here has none: choose another")
+        last = getattr(scheduler, "total_steps", None)
+        steps = self.trainer.max_steps
+        if last is not None and not 0 <= steps <= last:
+            raise UserError(
+                f"model.lr_scheduler ends after total_steps = {last}, before trainer.max_steps = "
+                f"{steps if steps >= 0 else 'unlimited'}: make them equal"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # ragged lists; tensors are made where they are used
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample, then make ``updates_per_batch`` optimizer steps.
+
+        Returns:
+            For callbacks: ``rollouts``, the ``loss`` and, by name, ``measured``: for each completion a tensor of shape
+            [C] on the CPU (see `Objective.__call__` for the names). Of the first update, whose completions are the
+            student's own.
+        """
+        seconds = {"rollout": 0.0, "scoring": 0.0}
+        with _timed(seconds, "rollout"):
+            rollouts = self.sample(batch)
+        students = [prompt for prompt in batch.student for _ in range(rollouts.n)]
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        with _timed(seconds, "scoring"):
+            fresh = rollouts.logprobs is None
+            if fresh and self.updates_per_batch > 1:
+                rollouts = with_logprobs(
+                    self.model, students, rollouts, self.token_budget, self.objective, self.most_over_ranks
+                )
+            prepared = self.prepare(batch, rollouts)
+        temperature = self.objective.temperature if fresh else 1.0  # engines report log-probabilities at 1
+        first: tuple[float, dict[str, list[Tensor]]] | None = None
+        for update in range(self.updates_per_batch):
+            optimizer.zero_grad()
+            torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, replica(self.trainer)[0]))
+            with _timed(seconds, "scoring"):
+                # Of fresh completions, scored by the student itself, the first update's ratios are all 1.
+                ratios = None if update == 0 and fresh else self._ratios(students, rollouts, update, temperature)
+                found = self._backward(students, rollouts, self.terms(prepared, rollouts, ratios))
+            first = first or found
+            self._update(optimizer, found[0])
+        assert first is not None
+        self._log_step(rollouts, first[1], first[0], seconds)
+        return {"loss": torch.tensor(first[0]), "rollouts": rollouts, "measured": first[1]}
+
+    def _update(self, optimizer: LightningOptimizer, loss: float) -> None:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(
+                f"the gradient's norm is {grad_norm} at step {self.global_step}, loss {loss}: lower the learning rate, clip "
+                "(model.objective.init_args.clip), or compute in bfloat16 or float32; the last checkpoint is still good"
+            )
+        optimizer.step()
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()  # type: ignore[union-attr, call-arg]
+        self.after_update()
+        adapter_norm = float(whole(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
+        self.log_dict({"train/grad_norm": grad_norm, "train/adapter_norm": adapter_norm}, batch_size=1)
+
+    def _ratios(self, students: list[list[int]], rollouts: Rollouts, update: int, temperature: float) -> list[Tensor] | None:
+        """Log how far the sampler was from the student, stop where it is too far, and weigh tokens where that is asked."""
+        if rollouts.logprobs is None:
+            return None
+        found = log_ratios(
+            self.model, students, rollouts, self.token_budget, self.objective, self.most_over_ranks, temperature
+        )
+        values = torch.cat([*found, torch.zeros(0)])
+        ratios = values.exp()
+        sums = torch.stack([values.abs().sum(), ratios.sum()]).tolist()
+        count, difference, ratio = self.over_ranks([values.numel(), *sums], "sum")
+        most = [float(torch.cat([column, torch.zeros(1)]).max()) for column in (values.abs(), ratios)]
+        difference_max, ratio_max = self.over_ranks(most, "max")
+        count = max(count, 1)
+        logged = {}
+        if update == 0:
+            logged = {"rollout_logprob_difference": difference / count, "rollout_logprob_difference_max": difference_max}
+        weighs = update > 0 or self.rollouts.max_importance_ratio is not None
+        if weighs:
+            logged |= {"importance_ratio": ratio / count, "importance_ratio_max": ratio_max}
+        self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=1)
+        if update == 0:
+            check_difference(difference / count, self.rollouts.logprob_tolerance)
+        return [row.exp() for row in found] if weighs else None
+
+    def shares(self, weights: list[Tensor]) -> list[Tensor]:
+        """Weights of tokens divided by their sum over the whole step and all ranks. Every rank must call."""
+        total = max(*self.over_ranks([float(torch.cat([*weights, torch.zeros(1)]).sum())], "sum"), 1e-12)
+        return [weight / total for weight in weights]
+
+    def _backward(
+        self, students: list[list[int]], rollouts: Rollouts, terms: list[Term]
+    ) -> tuple[float, dict[str, list[Tensor]]]:
+        """Score all rollouts, micro-batch by micro-batch, and accumulate the gradient of the step's loss."""
+        sizes = [len(completion) for completion in rollouts.completions]
+        states = [None if term.teacher is None else term.teacher.hidden.split(sizes) for term in terms]
+        plan = split_rows(self.model, [len(s) + n for s, n in zip(students, sizes, strict=True)], self.token_budget)
+        # Under sharding every rank must make the same number of passes: one that has none left makes empty ones.
+        passes = self.most_over_ranks(len(plan))
+        loss = 0.0
+        measured: dict[str, list[Tensor]] = {}
+        for number, rows in enumerate(plan + [[]] * (passes - len(plan))):
+            # An empty pass is the first prompt with no completion: no token, a loss of zero that keeps its graph.
+            picked = rows or [0]
+            completions = [rollouts.completions[i] if rows else [] for i in picked]
+            student, targets = score(self.model, [students[i] for i in picked], completions)
+            parts = []
+            for term, rows_of_teacher in zip(terms, states, strict=True):
+                weight = torch.cat([term.weights[i] for i in rows] or [torch.zeros(0)]).to(targets.device)
+                teacher = None
+                if term.teacher is not None and rows_of_teacher is not None:
+                    hidden = torch.cat([rows_of_teacher[i] for i in rows] or [term.teacher.hidden[:0]])
+                    teacher = TokenStates(hidden, term.teacher.head)
+                part, tokens = term.objective(student, teacher, targets, weight)
+                parts.append(part)
+                if len(parts) > 1:
+                    continue  # the first term's tokens are what is logged
+                for name, values in tokens.items():
+                    store = measured.setdefault(name, [torch.zeros(0)] * len(students))
+                    for i, value in zip(picked, values.cpu().split([len(c) for c in completions]), strict=True):
+                        store[i] = value
+            total = torch.stack(parts).sum()
+            # Distributed strategies average gradients over ranks; the weights already divide by all ranks' tokens.
+            with nullcontext() if number == passes - 1 else unsynchronized(self.trainer.strategy):
+                self.manual_backward(total * replica(self.trainer)[1])
+            loss += float(total.detach())
+        return self.over_ranks([loss], "sum")[0], measured
+
+    def _log_step(
+        self, rollouts: Rollouts, measured: dict[str, list[Tensor]], loss: float, seconds: dict[str, float]
+    ) -> None:
+        nothing = [torch.zeros(0)] * len(rollouts.completions)
+        columns = [measured.get(name, nothing) for name in self.measured]
+        first = [row[0] for row in measured.get("forward_kl", nothing) if len(row)]
+        lengths = [len(completion) for completion in rollouts.completions]
+        counts = (rollouts.tokens, sum(first), len(first), len(lengths), rollouts.terminated.count(False))
+        sums = [float(torch.cat(column).sum()) for column in columns] + [float(count) for count in counts]
+        *token_sums, tokens, first_sum, first_count, rows, truncated = self.over_ranks(sums, "sum")
+        shortest, longest = self.over_ranks([-min(lengths), max(lengths)], "max")
+        self.tokens_generated += int(tokens) if rollouts.sampled else 0
+        means = {name: value / max(tokens, 1) for name, value in zip(self.measured, token_sums, strict=True)}
+        if "clipped" in means:
+            means["clipped_fraction"] = means.pop("clipped")
+        bar = {"train/loss": loss}
+        if "forward_kl" in means:
+            bar["train/forward_kl"] = means.pop("forward_kl")
+            means["first_token_forward_kl"] = first_sum / max(first_count, 1)
+        self.log_dict(bar, prog_bar=True, batch_size=1)
+        values = {f"train/{name}": value for name, value in means.items()}
+        values |= {
+            "train/completion_tokens_min": -shortest,
+            "train/completion_tokens_max": longest,
+            "train/eos_rate": 1 - truncated / rows,
+            "train/tokens_generated": float(self.tokens_generated),
+        }
+        for phase, elapsed in seconds.items():
+            values[f"time/{phase}_seconds"] = elapsed
+            values[f"time/{phase}_tokens_per_second"] = rollouts.tokens / max(elapsed, 1e-9)
+        self.log_dict(values, batch_size=1)
+        bar = {"train/completion_tokens": tokens / rows, "train/truncated_fraction": truncated / rows}
+        self.log_dict(bar, prog_bar=True, batch_size=1)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters' weights alone: never the base model's, but in full fine-tuning."""
+        state = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if self.policy.trains_all or is_adapter_key(key)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["opsd_tokens_generated"] = self.tokens_generated
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
+        self.configure_model()
+        ours, theirs = self.state_dict(), checkpoint["state_dict"]
+        wrong = [k for k in ours | theirs if k not in theirs or k not in ours or theirs[k].shape != ours[k].shape]
+        if wrong:
+            raise UserError(
+                f"the checkpoint does not fit this configuration: {len(wrong)} adapter weights differ or are missing, such "
+                f"as {wrong[0]}. Give it the model, LoRA settings and teacher that it was trained with"
+            )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time spent inside. Both phases end by reading numbers off the device, so they wait for it."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] += time.perf_counter() - start
