@@ -73,6 +73,7 @@ def test_scaling(run: Any) -> None:
     assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
 
 
+@pytest.mark.slow  # weighs alternatives that were not built
 def test_attempts(run: Any) -> None:
     result = run("attempts")
     assert len(rows(result)) == 3 + 4 + 1 + 1 + 4

@@ -48,7 +48,10 @@ def tp2(**settings: Any) -> Strategy:
     return fsdp2(tensor_parallel_size=2, **settings)
 
 
-@pytest.mark.parametrize("teacher", [FixedTeacher, lambda: EMATeacher(0.8)], ids=["fixed", "ema"])
+@pytest.mark.parametrize(
+    "teacher",
+    [pytest.param(FixedTeacher, id="fixed"), pytest.param(lambda: EMATeacher(0.8), id="ema", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     ("world", "architecture"),
     [
