@@ -168,7 +168,7 @@ class OPSDModule(PolicyModule):
         source = batch.teacher if self.teacher.privileged and self.needs_traces else batch.student
         prompts = [prompt for prompt in source for _ in range(rollouts.n)]
         known = [True] * len(prompts)
-        if self.context is None:
+        if self.context is None or not rollouts.sampled:  # beside the data's own trace the data's own context
             return prompts, known
         limit = self.policy.context_length() or sys.maxsize
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)

@@ -201,8 +201,7 @@ class PolicyModule(EvaluatedModule, ABC):
         scheduler = self.make_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UserError("model.lr_scheduler: ReduceLROnPlateau needs a metric, and a step here has none: choose another")
-        last = getattr(scheduler, "total_steps", None)
-        steps = self.trainer.max_steps
+        last, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
         if last is not None and not 0 <= steps <= last:
             raise UserError(
                 f"model.lr_scheduler ends after total_steps = {last}, before trainer.max_steps = "
@@ -219,9 +218,8 @@ class PolicyModule(EvaluatedModule, ABC):
         """Sample, then make ``updates_per_batch`` optimizer steps.
 
         Returns:
-            For callbacks: ``rollouts``, the ``loss`` and, by name, ``measured``: for each completion a tensor of shape
-            [C] on the CPU (see `Objective.__call__` for the names). Of the first update, whose completions are the
-            student's own.
+            For callbacks, of the first update: ``rollouts``, the ``loss`` and, by name, ``measured``: for each completion
+            a tensor of shape [C] on the CPU (see `Objective.__call__` for the names).
         """
         seconds = {"rollout": 0.0, "scoring": 0.0}
         with _timed(seconds, "rollout"):
@@ -239,6 +237,8 @@ class PolicyModule(EvaluatedModule, ABC):
         temperature = self.objective.temperature if fresh else 1.0  # engines report log-probabilities at 1
         first: tuple[float, dict[str, list[Tensor]]] | None = None
         for update in range(self.updates_per_batch):
+            if update and self.global_step >= self.trainer.max_steps >= 0:
+                break
             optimizer.zero_grad()
             torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, replica(self.trainer)[0]))
             with _timed(seconds, "scoring"):

@@ -201,6 +201,23 @@ def test_a_share_of_steps_on_the_traces(share: float, make_policy: MakePolicy, t
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
 
 
+def test_steps_on_traces_read_the_datas_context(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """A majority of completions is nothing that a trace could be compared with."""
+
+    def weights(context: OnlineContext | None) -> dict[str, torch.Tensor]:
+        sampling = Sampling(n=2)
+        module = MixedOPSDModule(make_policy(), 1.0, context=context, sampling=sampling, rollouts=Fixed(), optimizer=sgd)
+        return adapter(run(module, 2, tmp_path))
+
+    ours, theirs = weights(MajorityContext()), weights(None)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and any(bool(value.any()) for value in ours.values())
+
+
+def test_updates_end_with_max_steps(make_policy: MakePolicy, tmp_path: Path) -> None:
+    module = OPSDModule(make_policy(), rollouts=Fixed(), optimizer=sgd, updates_per_batch=3)
+    assert run(module, 5, tmp_path).global_step == 5
+
+
 # -- contexts ----------------------------------------------------------------------------------------------------------
 
 ATTEMPTS = Attempts(
