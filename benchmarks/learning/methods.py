@@ -134,7 +134,9 @@ def changed(method: Method, change: Mapping[str, Any], name: str | None = None) 
 def ablations(chosen: Method, tables: Mapping[str, Mapping[str, Mapping[str, Any]]] = ABLATIONS) -> dict[str, Method]:
     """Every row of every table as a method, by ``table/row``. Rows that come to the same settings share their runs."""
     found: dict[str, Method] = {}
-    seen: dict[str, Method] = {}
+    unchanged = changed(chosen, {"steps": ABLATION_STEPS}, "ablation")
+    # Its file's name must not depend on which tables are asked for.
+    seen = {repr(sorted(asdict(unchanged).items())): replace(unchanged, name="unchanged")}
     for table, rows in tables.items():
         for row, change in rows.items():
             method = changed(chosen, {"steps": ABLATION_STEPS, **change}, "ablation")
