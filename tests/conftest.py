@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,14 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
         eos_token_id=[EOS, SECOND_EOS], pad_token_id=EOS, do_sample=True, top_k=1, repetition_penalty=3.0
     )
     return model
+
+
+@pytest.fixture(autouse=True)
+def processes_can_be_forked() -> Iterator[None]:
+    """Later tests fork: threads of a process group or of OpenMP would be missed there, and waited for, for ever."""
+    yield
+    assert not torch.distributed.is_initialized(), "this test leaves a process group: run it with on_ranks"
+    assert torch.get_num_threads() == 1, "this test leaves several threads: run it with on_ranks"
 
 
 @pytest.fixture(scope="session")

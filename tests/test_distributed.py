@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +44,8 @@ from opsd_lightning.strategies import FSDP2Strategy, check_strategy, read_adapte
 from opsd_lightning.teachers import Anchor, EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Rollouts, UserError
 
-TIMEOUT_SECONDS = 60  # a hang fails fast
+TIMEOUT_SECONDS = 60  # of a collective
+DEADLOCK_SECONDS = 240  # of the ranks' whole work, of which no test takes a quarter
 
 
 def ddp(**settings: Any) -> Strategy:
@@ -67,6 +71,7 @@ def _worker(rank: int, work: Callable[[int], Any], world: int, port: int, folder
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
+    faulthandler.enable(open(folder / f"{rank}.error", "w"))  # noqa: SIM115 (to the end of the process)
     try:
         torch.save(work(rank), folder / f"{rank}.pt")
         if dist.is_initialized():
@@ -85,9 +90,12 @@ def on_ranks(work: Callable[[int], Any], tmp_path: Path, world: int = 2) -> list
     context = torch.multiprocessing.start_processes(
         _worker, (work, world, _free_port(), folder), nprocs=world, join=False, start_method="fork"
     )
+    deadline = time.monotonic() + DEADLOCK_SECONDS
     try:
         while not context.join(timeout=5):
-            pass
+            if time.monotonic() > deadline:
+                for pid in context.pids():
+                    os.kill(pid, signal.SIGABRT)  # each writes where it is stuck
     except Exception as error:
         errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
         raise AssertionError(f"{errors}\n{error}") from None
@@ -561,6 +569,14 @@ def test_a_model_that_does_not_name_its_layers_is_refused(make_policy: Callable[
     model.get_base_model()._no_split_modules = None
     with pytest.raises(UserError, match="use ddp"):
         FSDP2Strategy().shard(model)
+
+
+def test_full_fine_tuning_is_refused_under_sharding(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with pytest.raises(UserError, match=r"model\.policy\.lora is null"):
+            run(make_policy(lora=None), tmp_path, 2, fsdp2, teacher=LiveTeacher())
+
+    on_ranks(work, tmp_path)
 
 
 def test_bitsandbytes_is_refused_where_it_knows_no_shards(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

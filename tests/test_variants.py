@@ -37,7 +37,6 @@ from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
 from opsd_lightning.sft import SFTModule
 from opsd_lightning.shaping import DecayingPositions, FirstPositions, PositionWeight
 from opsd_lightning.sources import Columns, FileSource
-from opsd_lightning.strategies import FSDP2Strategy
 from opsd_lightning.teachers import Anchor, EMATeacher, FixedTeacher, LiveTeacher, ModelTeacher, TrustRegionTeacher
 from opsd_lightning.types import Example, Rollouts, UserError
 from opsd_lightning.vllm_rollouts import VLLMEngine
@@ -452,9 +451,6 @@ def test_full_fine_tuning_writes_a_model(make_policy: MakePolicy, tmp_path: Path
         assert torch.equal(value, dict(module.model.named_parameters())[name])
 
 
-def test_what_full_fine_tuning_does_not_go_with(make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_vllm_needs_an_adapter(make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=r"model\.policy\.lora is null"):
         VLLMEngine().generate(make_policy(lora=None).build(), PROMPTS, Sampling(), 0)
-    module = OPSDModule(make_policy(lora=None), LiveTeacher(), rollouts=Fixed())
-    with pytest.raises(UserError, match="fsdp2"):
-        run(module, 1, tmp_path, strategy=FSDP2Strategy(), devices=1)
