@@ -29,6 +29,7 @@ class Attempts(NamedTuple):
         correct: Whether that is right.
         finished: Whether it ended by itself.
         n: Completions of each question.
+        grader: Which graded them.
     """
 
     examples: Sequence[Example]
@@ -37,6 +38,7 @@ class Attempts(NamedTuple):
     correct: Sequence[bool]
     finished: Sequence[bool]
     n: int
+    grader: MathGrader = MathGrader()
 
 
 def read_attempts(
@@ -46,11 +48,12 @@ def read_attempts(
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rollouts.completions]
     answers = [grader.find_answer(text) for text in texts]
     correct = [grader.equal(answer, batch.examples[i // rollouts.n].answer) for i, answer in enumerate(answers)]
-    return Attempts(batch.examples, texts, answers, correct, rollouts.terminated, rollouts.n)
+    return Attempts(batch.examples, texts, answers, correct, rollouts.terminated, rollouts.n, grader)
 
 
-#: Has the teacher's weights answer one user message each: message texts, and what to sample, to texts.
-Write = Callable[[Sequence[str], Sampling], list[str]]
+#: Has the teacher's weights answer one user message each: message texts, and what to sample, to texts; None where message
+#: and answer do not fit the model's context.
+Write = Callable[[Sequence[str], Sampling], list[str | None]]
 
 
 class OnlineContext(ABC):
@@ -58,9 +61,11 @@ class OnlineContext(ABC):
 
     Attributes:
         needs_traces: Whether it is made of the data's traces: if not, training questions need none.
+        needs_answers: Whether it looks at grades: if not, training questions need no reference answer either.
     """
 
     needs_traces: bool = False
+    needs_answers: bool = True
 
     def check(self, sampling: Sampling) -> None:
         """Raise `UserError` where it cannot work with what is sampled in training."""
@@ -68,7 +73,7 @@ class OnlineContext(ABC):
     @abstractmethod
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         """The context of every completion, for ``data.prompts.teacher_template``. None: there is none, and nothing is
-        learned from the completion."""
+        learned from the completion. The examples' traces are already cut to ``data.prompts.max_trace_tokens``."""
 
 
 class ReasonFirst(OnlineContext):
@@ -103,8 +108,8 @@ class ReasonFirst(OnlineContext):
         ]
         analyses = write(messages, self.sampling)
         found = [
-            self.joined.replace("{trace}", example.trace).replace("{analysis}", analysis.strip())
-            for example, analysis in zip(attempts.examples, analyses, strict=True)
+            None if text is None else self.joined.replace("{trace}", example.trace).replace("{analysis}", text.strip())
+            for example, text in zip(attempts.examples, analyses, strict=True)
         ]
         return [text for text in found for _ in range(attempts.n)]
 
@@ -120,14 +125,15 @@ class _OwnCompletionContext(OnlineContext):
             )
 
     @abstractmethod
-    def good(self, answers: Sequence[str | None], correct: Sequence[bool]) -> list[bool]:
+    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
         """Which of one question's completions may be shown."""
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         found: list[str | None] = []
         for start in range(0, len(attempts.texts), attempts.n):
             rows = range(start, start + attempts.n)
-            good = self.good([attempts.answers[i] for i in rows], [attempts.correct[i] for i in rows])
+            answers, correct = [attempts.answers[i] for i in rows], [attempts.correct[i] for i in rows]
+            good = self.good(answers, correct, attempts.grader)
             shown = [i for i, may in zip(rows, good, strict=True) if may and attempts.finished[i]]
             for row in rows:
                 others = [i for i in shown if i != row]
@@ -139,26 +145,30 @@ class _OwnCompletionContext(OnlineContext):
 class ShortestCorrectContext(_OwnCompletionContext):
     """The shortest correct completion of the same question: needs the reference answer, but no trace."""
 
-    def good(self, answers: Sequence[str | None], correct: Sequence[bool]) -> list[bool]:
+    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
         return list(correct)
 
 
 class MajorityContext(_OwnCompletionContext):
     """The shortest completion with the answer that most of a question's completions give: needs no reference at all.
 
+    Answers that are mathematically equal ("0.5" and "1/2") are one, as in maj@k.
+
     Args:
         min_share: The share of a question's completions that must agree, above 0 and below 1.
     """
 
+    needs_answers = False
+
     def __init__(self, min_share: OpenUnitInterval = 0.5) -> None:
         self.min_share = OpenUnitInterval(min_share)
 
-    def good(self, answers: Sequence[str | None], correct: Sequence[bool]) -> list[bool]:
-        votes = Counter(answer for answer in answers if answer is not None)
-        most = votes.most_common(2)
+    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
+        cast = grader.votes(answers, [False] * len(answers))  # none is known to be right
+        most = Counter(vote for vote in cast if vote is not None).most_common(2)
         if not most or most[0][1] < self.min_share * len(answers) or (len(most) > 1 and most[1][1] == most[0][1]):
             return [False] * len(answers)
-        return [answer == most[0][0] for answer in answers]
+        return [vote == most[0][0] for vote in cast]
 
 
 class FeedbackContext(OnlineContext):

@@ -108,12 +108,13 @@ class OPSDDataModule(LightningDataModule):
         dropped: Counter[str] = Counter()
         module = self.trainer.lightning_module if self.trainer is not None else None
         needs_trace = split == "train" and getattr(module, "needs_traces", True)
+        needs_answer = split != "train" or getattr(module, "needs_answers", True)
         in_place = split == "train" and getattr(module, "trains_on_traces", False)
         for_teacher = needs_trace or self._teacher_is_graded()
         held_out = {e.question for other in ("val", "test") for e in self._questions(other)} if split == "train" else set()
         valid: list[Example] = []
         for number, example in enumerate(found):
-            checked, reason = self._verify(example, held_out, needs_trace)
+            checked, reason = self._verify(example, held_out, needs_trace, needs_answer)
             if reason:
                 self._drop(split, number, reason, dropped)
             else:
@@ -166,16 +167,18 @@ class OPSDDataModule(LightningDataModule):
         module = self.trainer.lightning_module if self.trainer is not None else None
         return getattr(getattr(module, "evaluator", None), "teacher", None) is not None
 
-    def _verify(self, example: Example, held_out: set[str], needs_trace: bool) -> tuple[Example, str]:
+    def _verify(self, example: Example, held_out: set[str], needs_trace: bool, needs_answer: bool) -> tuple[Example, str]:
         """The example, its answer filled in where the source has none, and why it cannot be used, if so."""
         if not example.question:
             return example, "empty question"
-        if not example.trace and (needs_trace or not example.answer):
-            return example, "empty trace" if needs_trace else "neither trace nor answer"
-        if not example.trace:
-            return example, ""
+        if not example.trace and needs_trace:
+            return example, "empty trace"
+        if not example.trace and not example.answer and needs_answer:
+            return example, "neither trace nor answer"
         if example.question in held_out:
             return example, "question is also in data.val or data.test"
+        if not example.trace:
+            return example, ""
         answer = self.grader.find_answer(example.trace)
         if answer is None:
             return example, "trace has no final answer (data.grader.answer_pattern finds none)"

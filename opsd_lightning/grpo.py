@@ -53,8 +53,8 @@ class GRPOModule(PolicyModule):
     Args:
         policy: The model.
         reward: What a completion is worth: `AnswerReward` unless given.
-        likelihood: Which tokens count and how; `NegativeLogLikelihood` at the sampling temperature unless given.
-            ``sequence_mean`` is the paper's reduction, ``token_mean`` (the default) that of DAPO.
+        likelihood: Which tokens count and how; `NegativeLogLikelihood` at the sampling temperature unless given, and at no
+            other. ``sequence_mean`` is the paper's reduction, ``token_mean`` (the default) that of DAPO.
         clip_ratio: eps: how far a token's probability may move before its gradient is cut off, above 0.
         anchor: A KL term against a reference. None unless given, as in the comparison of arXiv 2601.18734.
         sampling: What is sampled to train on: 8 completions of each question unless given.
@@ -81,6 +81,11 @@ class GRPOModule(PolicyModule):
             )
         self.reward = reward or AnswerReward()
         self.likelihood = likelihood or NegativeLogLikelihood(temperature=sampling.temperature or 1.0)
+        if self.likelihood.temperature != sampling.temperature:
+            raise UserError(
+                f"model.likelihood.temperature is {self.likelihood.temperature:g} and model.sampling.temperature "
+                f"{sampling.temperature:g}: a policy gradient is of the distribution that was sampled from. Make them equal"
+            )
         self.clip_ratio = PositiveFloat(clip_ratio)
         self.anchor = anchor
 

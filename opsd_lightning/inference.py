@@ -31,7 +31,7 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     head = base_of(model).get_output_embeddings()
     bases = [layer.get_base_layer() for layer in layers]
-    if not all(
+    if not layers or not all(
         not layer.disable_adapters
         and layer is not head
         and isinstance(base, (nn.Linear, Conv1D))

@@ -46,7 +46,7 @@ class OPSDModule(PolicyModule):
         prompts: The wording of both roles' prompts, for ``context``. On the command line taken from ``data.prompts``.
         anchor: A second term that holds the student near a reference on its own prompt. None unless given.
         max_importance_ratio: From the second update on a batch of rollouts, tokens' losses are weighted by the ratio of
-            their probability now to that when they were sampled, at most this, above 0.
+            their probability now to that before the first, at most this, above 0.
         rollouts: How completions are sampled: `TransformersEngine` unless given.
         sampling: What is sampled to train on.
         eval_sampling: What is sampled in validation, test and predict; as in training unless given.
@@ -69,6 +69,8 @@ class OPSDModule(PolicyModule):
         "student_entropy",
         "teacher_entropy",
     )
+    #: Whether a training question without trace and answer is left out.
+    needs_answers: bool = True
 
     def __init__(
         self,
@@ -110,7 +112,13 @@ class OPSDModule(PolicyModule):
         self.max_importance_ratio = PositiveFloat(max_importance_ratio)
         if context is not None:
             context.check(sampling)
-            self.needs_traces = context.needs_traces
+            self.needs_traces, self.needs_answers = context.needs_traces, context.needs_answers
+            if not self.teacher.privileged:
+                raise UserError(
+                    f"model.context is {type(context).__name__}, for a teacher that reads more than the student, and "
+                    f"model.teacher is {type(self.teacher).__name__} with privileged false: set it to true, or leave "
+                    "model.context out"
+                )
         if (evaluate_teacher or isinstance(context, ReasonFirst)) and not self.teacher.writes:
             raise UserError(
                 f"model.teacher is {type(self.teacher).__name__}, which scores but cannot write: leave out "
@@ -124,6 +132,12 @@ class OPSDModule(PolicyModule):
         return self._objective
 
     def attach(self) -> None:
+        limit = self.policy.context_length()
+        if isinstance(self.context, ReasonFirst) and limit is not None and self.context.sampling.max_new_tokens >= limit:
+            raise UserError(
+                f"model.context.init_args.sampling.max_new_tokens is {self.context.sampling.max_new_tokens}, as long as the "
+                f"model's whole context of {limit} tokens: lower it"
+            )
         self.teacher.check(self.tokenizer)
         self.teacher.attach(self.model)
         if self.anchor is not None:
@@ -157,11 +171,8 @@ class OPSDModule(PolicyModule):
         """Truncated importance sampling."""
         if ratios is None:
             return weights
-        limit = self.rollouts.max_importance_ratio or self.max_importance_ratio
-        flat = torch.cat([*ratios, torch.zeros(0)])
-        clipped, count = self.over_ranks([float((flat > limit).sum()), flat.numel()], "sum")
-        self.log("train/importance_ratio_clipped", clipped / max(count, 1), batch_size=1)
-        return [weight * ratio.clamp(max=limit) for weight, ratio in zip(weights, ratios, strict=True)]
+        ratios = self.cut_off(ratios, self.max_importance_ratio, "update_ratio")
+        return [weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]
 
     def _teacher_prompts(self, batch: PromptBatch, rollouts: Rollouts) -> tuple[list[list[int]], list[bool]]:
         """The teacher's prompt of every completion, and whether it holds a context."""
@@ -172,9 +183,12 @@ class OPSDModule(PolicyModule):
             return prompts, known
         limit = self.policy.context_length() or sys.maxsize
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
-        for row, text in enumerate(self.context.texts(attempts, self._write)):
+        # What is made of traces is made of them cut, and then whole: an analysis below a long trace must not fall off.
+        cut = [example._replace(trace=self.prompts.cut(self.tokenizer, example.trace)) for example in batch.examples]
+        for row, text in enumerate(self.context.texts(attempts._replace(examples=cut), self._write)):
             if text is not None:
-                prompts[row] = self.prompts.teacher(self.tokenizer, batch.examples[row // rollouts.n], text)
+                example, whole = batch.examples[row // rollouts.n], self.context.needs_traces
+                prompts[row] = self.prompts.teacher(self.tokenizer, example, text, whole)
             known[row] = text is not None and len(prompts[row]) + len(rollouts.completions[row]) <= limit
             if not known[row]:
                 prompts[row] = batch.student[row // rollouts.n]
@@ -182,11 +196,16 @@ class OPSDModule(PolicyModule):
         self.log("train/context_missing_fraction", missing / rows, batch_size=1)
         return prompts, known
 
-    def _write(self, messages: Sequence[str], sampling: Sampling) -> list[str]:
-        """What the teacher's weights answer, each message on its own; counts as generated."""
+    def _write(self, messages: Sequence[str], sampling: Sampling) -> list[str | None]:
+        """What the teacher's weights answer, each message on its own; counts as generated. None where it does not fit."""
         prompts = [self.prompts.chat(self.tokenizer, message) for message in messages]
+        limit = self.policy.context_length() or sys.maxsize
+        fits = [len(prompt) + sampling.max_new_tokens <= limit for prompt in prompts]
+        # Every rank must sample: one token stands for a message that is too long.
+        asked = [prompt if fit else prompt[:1] for prompt, fit in zip(prompts, fits, strict=True)]
         seed = seed_for(self.seed, "context", self.global_step, replica(self.trainer)[0])
         with self.teacher.weights(self.model):
-            written = self.rollouts.generate(self.model, prompts, sampling, seed)
+            written = self.rollouts.generate(self.model, asked, sampling, seed)
         self.tokens_generated += int(self.over_ranks([written.tokens], "sum")[0])
-        return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in written.completions]
+        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in written.completions]
+        return [text if fit else None for text, fit in zip(texts, fits, strict=True)]

@@ -12,7 +12,7 @@ from jsonargparse.typing import ClosedUnitInterval
 
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.policy import Policy
-from opsd_lightning.training import traces_as_rollouts
+from opsd_lightning.sft import traces_as_rollouts
 from opsd_lightning.types import PromptBatch, Rollouts
 
 

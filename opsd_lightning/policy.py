@@ -211,6 +211,12 @@ class Policy:
             ),
             pad_token_id=tokenizer.pad_token_id,
         )
+        if self.trains_all and self.dtype == "auto" and base.dtype != torch.float32:
+            raise UserError(
+                f"model.policy.lora is null (full fine-tuning), and the checkpoint's weights are {base.dtype}, which rounds "
+                "away what small learning rates change: set model.policy.dtype to float32 and trainer.precision to "
+                "bf16-mixed, or the dtype by its name to have it all the same"
+            )
         model = self._adapt(base)
         if not self.trains_all and (bias := getattr(model.peft_config[STUDENT], "bias", "none")) != "none":
             raise UserError(

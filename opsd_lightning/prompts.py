@@ -195,17 +195,25 @@ class Prompts:
         content = _fill(self.student_template, question=example.question)
         return self._render(tokenizer, content, self.student_chat_template_kwargs)
 
-    def teacher(self, tokenizer: PreTrainedTokenizerBase, example: Example, context: str | None) -> Prompt:
-        """The teacher's prompt with a privileged context; the student's wording where that is None."""
+    def cut(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+        """At most ``max_trace_tokens`` of a text."""
+        if self.max_trace_tokens is not None:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) > self.max_trace_tokens:
+                return str(tokenizer.decode(ids[: self.max_trace_tokens]))
+        return text
+
+    def teacher(
+        self, tokenizer: PreTrainedTokenizerBase, example: Example, context: str | None, whole: bool = False
+    ) -> Prompt:
+        """The teacher's prompt with a privileged context, cut unless ``whole``; the student's wording where it is None."""
         cut = False
         if context is None:
             content = _fill(self.student_template, question=example.question)
         else:
-            if self.max_trace_tokens is not None:
-                ids = tokenizer.encode(context, add_special_tokens=False)
-                if cut := len(ids) > self.max_trace_tokens:
-                    context = str(tokenizer.decode(ids[: self.max_trace_tokens]))
-            content = _fill(self.teacher_template, question=example.question, context=context)
+            shown = context if whole else self.cut(tokenizer, context)
+            cut = shown != context
+            content = _fill(self.teacher_template, question=example.question, context=shown)
         prompt = self._render(tokenizer, content, self.teacher_chat_template_kwargs)
         if self.teacher_response_prefix:
             prompt.extend(tokenizer.encode(self.teacher_response_prefix, add_special_tokens=False))

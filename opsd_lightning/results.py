@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from opsd_lightning import __version__
 from opsd_lightning.evaluation import Evaluator, Records
-from opsd_lightning.policy import device_of, eos_ids
+from opsd_lightning.policy import base_of, device_of, eos_ids
 from opsd_lightning.rollouts import RolloutEngine
 from opsd_lightning.serving import of_every_rank
 from opsd_lightning.types import PromptBatch, UserError
@@ -46,6 +47,7 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
     )
     return {
         "weights": of_every_rank(_digest(_contents(module.model))),
+        "model": _architecture(module.model),
         "questions": of_every_rank(questions),  # texts, prompts, references and how they are spread over batches and ranks
         "sampling": asdict(evaluator.sampling),
         "seed": module.seed,
@@ -55,8 +57,28 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
         "eos_ids": sorted(eos_ids(module.model)),
         "device": device_of(module.model).type,
         "precision": precision,
-        "version": __version__,
+        "version": {"opsd_lightning": __version__} | {name: version(name) for name in ("torch", "transformers", "peft")},
     }
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """What decides the logits beside the weights: the configurations of the model and of its adapters, without paths."""
+    base = base_of(model)  # type: ignore[arg-type]
+    found = {"attention": base.config._attn_implementation, "config": base.config.to_dict()}
+    found |= {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    paths = {"_name_or_path", "base_model_name_or_path", "revision"}
+    return {name: _plain(value, paths) for name, value in found.items()}
+
+
+def _plain(value: Any, without: set[str]) -> Any:
+    """Nested settings as JSON holds them, sets in order."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part, without) for name, part in value.items() if name not in without}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(part, without) for part in value]
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
 def _contents(model: nn.Module) -> Iterable[str | bytes | memoryview]:

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from opsd_lightning.objectives import NegativeLogLikelihood, Objective
 from opsd_lightning.policy import Policy
-from opsd_lightning.training import PolicyModule, Term, traces_as_rollouts
+from opsd_lightning.training import PolicyModule, Term
 from opsd_lightning.types import PromptBatch, Rollouts
+
+
+def traces_as_rollouts(batch: PromptBatch) -> Rollouts:
+    """The data's own traces in the place of completions."""
+    return Rollouts([list(trace) for trace in batch.traces], [True] * len(batch.traces), sampled=False)
 
 
 class SFTModule(PolicyModule):

@@ -32,17 +32,13 @@ class Columns:
 
     Args:
         question: The problem.
-        trace: The worked solution. Null where the data have none: enough to evaluate the student, not to train.
-        answer: The reference answer. Taken from the end of the trace where null.
+        trace: The worked solution. Null where the data have none, which evaluation and some methods do not need.
+        answer: The reference answer. Taken from the end of the trace where null; with both null there is neither.
     """
 
     question: str = "problem"
     trace: str | None = "solution"
     answer: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.trace is None and self.answer is None:
-            raise ValueError("columns.trace and columns.answer are both null: name the column that holds the answer")
 
     def read(self, rows: Iterable[Mapping[str, Any]], origin: str) -> list[Example]:
         """Make examples of rows.

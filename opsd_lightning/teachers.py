@@ -244,7 +244,8 @@ class Anchor:
     Args:
         weight: Of the term, above 0.
         objective: What is taken of each token: the reverse KL over the full vocabulary unless given.
-        teacher: The reference: the initial policy unless given. Its own ``privileged`` does not matter here.
+        teacher: The reference, one that stays as it is: the initial policy unless given. Its own ``privileged`` does not
+            matter here.
     """
 
     def __init__(
@@ -253,6 +254,11 @@ class Anchor:
         self.weight = PositiveFloat(weight)
         self.objective = objective or DivergenceObjective(ReverseKL())
         self.teacher = teacher or FixedTeacher()
+        if type(self.teacher).after_step is not Teacher.after_step or isinstance(self.teacher, LiveTeacher):
+            raise UserError(
+                f"model.anchor.teacher is {type(self.teacher).__name__}, which follows the student: an anchor stays where "
+                "it is. Take FixedTeacher or ModelTeacher"
+            )
 
     def attach(self, model: PeftModel, beside: Teacher | None = None) -> None:
         """Once on the freshly built policy, after the teacher that it stands beside.

@@ -53,11 +53,6 @@ class Term(NamedTuple):
     teacher: TokenStates | None = None
 
 
-def traces_as_rollouts(batch: PromptBatch) -> Rollouts:
-    """The data's own traces in the place of completions."""
-    return Rollouts([list(trace) for trace in batch.traces], [True] * len(batch.traces), sampled=False)
-
-
 class PolicyModule(EvaluatedModule, ABC):
     """A method of training the policy on completions.
 
@@ -73,7 +68,7 @@ class PolicyModule(EvaluatedModule, ABC):
         token_budget: The most tokens, padding included, that one scoring pass works on, at least 1. It decides memory,
             not the result (but for which inputs LoRA dropout drops).
         updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. From the second on, tokens are weighted by
-            the ratio of their probabilities now and when they were sampled.
+            the ratio of their probabilities now and before the first.
         seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
     """
 
@@ -149,8 +144,8 @@ class PolicyModule(EvaluatedModule, ABC):
         Args:
             prepared: What `prepare` made.
             rollouts: The batch's completions.
-            ratios: Probability of every completion token under the student over that when it was sampled, [C] a row,
-                where losses are to be weighted by it; None where they are not.
+            ratios: Probability of every completion token under the student over that before the first update on the
+                batch, [C] a row; None in that first update, and of completions that were not sampled.
         """
 
     def after_update(self) -> None:
@@ -228,13 +223,11 @@ class PolicyModule(EvaluatedModule, ABC):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         with _timed(seconds, "scoring"):
-            fresh = rollouts.logprobs is None
-            if fresh and self.updates_per_batch > 1:
-                rollouts = with_logprobs(
-                    self.model, students, rollouts, self.token_budget, self.objective, self.most_over_ranks
-                )
+            correction = self._correction(students, rollouts)
+            if self.updates_per_batch > 1 and rollouts.sampled:
+                agree = self.most_over_ranks
+                rollouts = with_logprobs(self.model, students, rollouts, self.token_budget, self.objective, agree)
             prepared = self.prepare(batch, rollouts)
-        temperature = self.objective.temperature if fresh else 1.0  # engines report log-probabilities at 1
         first: tuple[float, dict[str, list[Tensor]]] | None = None
         for update in range(self.updates_per_batch):
             if update and self.global_step >= self.trainer.max_steps >= 0:
@@ -242,9 +235,12 @@ class PolicyModule(EvaluatedModule, ABC):
             optimizer.zero_grad()
             torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, replica(self.trainer)[0]))
             with _timed(seconds, "scoring"):
-                # Of fresh completions, scored by the student itself, the first update's ratios are all 1.
-                ratios = None if update == 0 and fresh else self._ratios(students, rollouts, update, temperature)
-                found = self._backward(students, rollouts, self.terms(prepared, rollouts, ratios))
+                # In the first update all ratios are 1; traces are no samples of the student's, and have none.
+                ratios = self._ratios(students, rollouts) if update and rollouts.sampled else None
+                terms = self.terms(prepared, rollouts, ratios)
+                if correction is not None:
+                    terms = [t._replace(weights=[w * c for w, c in zip(t.weights, correction, strict=True)]) for t in terms]
+                found = self._backward(students, rollouts, terms)
             first = first or found
             self._update(optimizer, found[0])
         assert first is not None
@@ -266,30 +262,34 @@ class PolicyModule(EvaluatedModule, ABC):
         adapter_norm = float(whole(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
         self.log_dict({"train/grad_norm": grad_norm, "train/adapter_norm": adapter_norm}, batch_size=1)
 
-    def _ratios(self, students: list[list[int]], rollouts: Rollouts, update: int, temperature: float) -> list[Tensor] | None:
+    def _correction(self, students: list[list[int]], rollouts: Rollouts) -> list[Tensor] | None:
         """Log how far the sampler was from the student, stop where it is too far, and weigh tokens where that is asked."""
         if rollouts.logprobs is None:
             return None
-        found = log_ratios(
-            self.model, students, rollouts, self.token_budget, self.objective, self.most_over_ranks, temperature
-        )
-        values = torch.cat([*found, torch.zeros(0)])
-        ratios = values.exp()
-        sums = torch.stack([values.abs().sum(), ratios.sum()]).tolist()
-        count, difference, ratio = self.over_ranks([values.numel(), *sums], "sum")
-        most = [float(torch.cat([column, torch.zeros(1)]).max()) for column in (values.abs(), ratios)]
-        difference_max, ratio_max = self.over_ranks(most, "max")
-        count = max(count, 1)
-        logged = {}
-        if update == 0:
-            logged = {"rollout_logprob_difference": difference / count, "rollout_logprob_difference_max": difference_max}
-        weighs = update > 0 or self.rollouts.max_importance_ratio is not None
-        if weighs:
-            logged |= {"importance_ratio": ratio / count, "importance_ratio_max": ratio_max}
-        self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=1)
-        if update == 0:
-            check_difference(difference / count, self.rollouts.logprob_tolerance)
-        return [row.exp() for row in found] if weighs else None
+        agree = self.most_over_ranks  # engines report log-probabilities at temperature 1
+        found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, agree, 1.0)
+        away = torch.cat([*found, torch.zeros(1)]).abs()
+        total, count = self.over_ranks([float(away.sum()), float(away.numel() - 1)], "sum")
+        difference, most = total / max(count, 1), self.over_ranks([float(away.max())], "max")[0]
+        self.log("train/rollout_logprob_difference", difference, batch_size=1)
+        self.log("train/rollout_logprob_difference_max", most, batch_size=1)
+        check_difference(difference, self.rollouts.logprob_tolerance)
+        limit = self.rollouts.max_importance_ratio
+        return None if limit is None else self.cut_off([row.exp() for row in found], limit, "importance_ratio")
+
+    def _ratios(self, students: list[list[int]], rollouts: Rollouts) -> list[Tensor]:
+        agree, temperature = self.most_over_ranks, self.objective.temperature
+        found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, agree, temperature)
+        return [row.exp() for row in found]
+
+    def cut_off(self, ratios: list[Tensor], limit: float, name: str) -> list[Tensor]:
+        """Ratios of at most ``limit``; logs their mean, maximum and how many were above. Every rank must call."""
+        flat = torch.cat([*ratios, torch.zeros(1)])
+        total, above, count = self.over_ranks([float(flat.sum()), float((flat > limit).sum()), flat.numel() - 1], "sum")
+        most = self.over_ranks([float(flat.max())], "max")[0]
+        logged = {"": total / max(count, 1), "_max": most, "_clipped": above / max(count, 1)}
+        self.log_dict({f"train/{name}{ending}": value for ending, value in logged.items()}, batch_size=1)
+        return [row.clamp(max=limit) for row in ratios]
 
     def shares(self, weights: list[Tensor]) -> list[Tensor]:
         """Weights of tokens divided by their sum over the whole step and all ranks. Every rank must call."""

@@ -198,6 +198,12 @@ def foreign_adapter(tmp_path: Path, folders: dict[str, str]) -> str:
     return str(write_adapter(Policy(folders["gpt2"], lora=LoRA(r=2, alpha=2)).build(), tmp_path / "foreign"))
 
 
+def overlay(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(text)
+    return path
+
+
 def rows(tmp_path: Path, *extra: dict[str, str]) -> str:
     good = [{"problem": f"{n}?", "solution": f"The answer is {n}.", "gold": str(n)} for n in range(4)]
     return str(write_jsonl(tmp_path / "bad.jsonl", [*good, *extra]))
@@ -233,7 +239,7 @@ MISTAKES: dict[str, Mistake] = {
     "deepspeed": (lambda p, f: ["--trainer.strategy=deepspeed_stage_3"], "Use fsdp2"),
     "sharding left to the module": (lambda p, f: ["--trainer.strategy=ModelParallelStrategy"], "use fsdp2"),
     "neither trace nor answer": (
-        lambda p, f: ['--data.train.columns={"trace": null, "answer": null}'], "both null: name the column",
+        lambda p, f: ['--data.val.columns={"trace": null, "answer": null}'], "no usable row of 4 .*neither trace nor answer",
     ),
     "no trace to train on": (lambda p, f: ['--data.train.columns={"trace": null, "answer": "gold"}'], "no usable row of 4 .*empty trace"),
     "no trace for a graded teacher": (
@@ -257,7 +263,10 @@ MISTAKES: dict[str, Mistake] = {
     "no chat template": (lambda p, f: [f"--model.policy.model={folder(p, chat_template=None)}"], "has no chat template"),
     "no pad token": (lambda p, f: [f"--model.policy.model={folder(p, pad_token=None)}"], r"set model\.policy\.pad_token"),
     "LoRA targets": (lambda p, f: ["--model.policy.lora.target_modules=[nope]"], r"model\.policy\.lora does not fit"),
-    "EMA without an adapter": (lambda p, f: ["--model.teacher=EMATeacher", "--model.policy.lora=null"], r"policy\.lora"),
+    "EMA without an adapter": (
+        lambda p, f: [f"--config={overlay(p, 'model: {policy: {lora: null}, teacher: EMATeacher}')}"],
+        r"no LoRA adapter for the teacher to copy \(model\.policy\.lora\)",
+    ),
     "rank zero": (lambda p, f: ["--model.policy.lora.r=0"], r"policy\.lora\.r"),
     "EMA decay": (lambda p, f: ["--model.teacher=EMATeacher", "--model.teacher.decay=1.5"], "decay"),
     "beta": (

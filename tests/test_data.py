@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from test_divergences import subclasses
 
 from conftest import write_jsonl
@@ -123,6 +123,20 @@ INVALID = {
 }
 
 
+def test_held_out_questions_are_left_out_without_traces_too(data: Callable[..., OPSDDataModule]) -> None:
+    """As GRPO trains on, and contexts of the model's own completions."""
+
+    class Method(LightningModule):
+        needs_traces = False
+
+    module = data(Example("1+1?", "", "2"), Example("2+2?", "", "4"), val=Listed(Example("2+2?", "", "4")))
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.trainer.strategy.connect(Method())
+    module.setup("fit")
+    assert [e.question for e in module.rows["train"].examples] == ["1+1?"]
+    assert module.dropped["train"] == {"question is also in data.val or data.test": 1}
+
+
 def test_invalid_rows_are_dropped_with_a_count_and_a_reason(
     data: Callable[..., OPSDDataModule], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,8 +205,8 @@ def test_columns_without_traces(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "1+1?", "gold": 2}])
     (example,) = FileSource(str(path), columns=Columns(trace=None, answer="gold")).examples()
     assert example[:3] == ("1+1?", "", "2")
-    with pytest.raises(ValueError, match=r"columns\.trace and columns\.answer are both null"):
-        Columns(trace=None)
+    (example,) = FileSource(str(path), columns=Columns(trace=None)).examples()
+    assert example[:3] == ("1+1?", "", "")
 
 
 def test_prompts_hold_the_context(data: Callable[..., OPSDDataModule], make_policy: Callable[..., Policy]) -> None:

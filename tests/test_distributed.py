@@ -35,6 +35,7 @@ from opsd_lightning.grading import MathGrader
 from opsd_lightning.grpo import GRPOModule
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.objectives import DivergenceObjective
+from opsd_lightning.off_policy import MixedOPSDModule
 from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
@@ -241,6 +242,7 @@ def test_two_ranks_equal_one(
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"method": GRPOModule, "grader": ByLength(), "anchor": Anchor(0.1), "updates_per_batch": 2},
     "sft": {"method": SFTModule, "objective": None},
+    "mixed": {"method": MixedOPSDModule, "trace_share": 0.5, "updates_per_batch": 2, "teacher": EMATeacher(0.5)},
     "feedback": {
         "context": FeedbackContext(),
         "prompts": Prompts("{question}", "{question} {context}"),

@@ -201,6 +201,14 @@ def test_tables(made_up: dict[str, list[dict[str, Any]]]) -> None:
     assert "(4 of 4)" in ninety and "- (0 of 4)" in ninety and ninety.endswith("| - |")
 
 
+def test_ablations_are_compared_in_pairs(made_up: dict[str, list[dict[str, Any]]]) -> None:
+    """By base and seed, whatever the order; the row without a change has no change."""
+    for found in made_up["opsd"]:
+        found["settings"]["method"]["name"] = "unchanged"
+    table = report.ablation_table({"fixed": made_up["opsd"][::-1], "live": made_up["grpo"]}).splitlines()
+    assert "| 95.5 ± 2.8 |  |" in table[2] and "| -27.0 ± 0.0 |" in table[3]
+
+
 def test_pictures(made_up: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     paths = plots.curves(made_up, tmp_path / "learning", "title") + plots.retention(made_up, tmp_path / "retention", "title")
     assert [path.suffix for path in paths] == [".png", ".svg"] * 2 and all(path.stat().st_size > 5000 for path in paths)

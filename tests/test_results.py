@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,23 @@ def test_another_evaluation_begins_anew(
         run(tmp_path, **changes)
     assert f"Unfinished results in {before} are of another evaluation" in caplog.text and name in caplog.text
     assert len(list((tmp_path / "results").iterdir())) == 2 and (before / "rank0.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": LoRA(r=4, alpha=16, dropout=0.0, options={"init_lora_weights": False})},
+        {"attn_implementation": "eager"},
+    ],
+    ids=["alpha", "attention"],
+)
+def test_other_settings_of_the_same_weights_begin_anew(
+    changes: dict[str, Any], run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    build = Policy.build
+    monkeypatch.setattr(Policy, "build", lambda self, *args: build(replace(self, **changes), *args))
+    assert run(tmp_path)[1] == 8 and len(list((tmp_path / "results").iterdir())) == 2
 
 
 def test_other_weights_begin_anew(run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,19 @@ def test_updates_on_one_batch_are_weighted_by_the_clipped_ratio(
             old.append(now)
         ratio = (now - old[0]).exp()
         seen.append(float(ratio.max()))
-        return (ratio.clamp(max=limit) * kl(torch.cat(frozen(flat, TEACHER_PROMPTS)), torch.cat(rows))).mean()
+        away = kl(torch.cat(rows), torch.cat(frozen(flat, PROMPTS)))  # the anchor's samples are the same
+        return (ratio.clamp(max=limit) * (kl(torch.cat(frozen(flat, TEACHER_PROMPTS)), torch.cat(rows)) + 0.7 * away)).mean()
 
     flat = flat_run(policy, loss, 3)
     assert max(seen) > 1.05
     module = OPSDModule(
-        policy, rollouts=Fixed(), optimizer=sgd, updates_per_batch=3, max_importance_ratio=limit, token_budget=30
+        policy,
+        anchor=Anchor(0.7),
+        rollouts=Fixed(),
+        optimizer=sgd,
+        updates_per_batch=3,
+        max_importance_ratio=limit,
+        token_budget=30,
     )
     same_weights(run(module, 3, tmp_path), flat)
     assert module.global_step == 3 and module.tokens_generated == sum(map(len, COMPLETIONS))
@@ -212,6 +220,48 @@ def test_steps_on_traces_read_the_datas_context(make_policy: MakePolicy, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in ours) and any(bool(value.any()) for value in ours.values())
 
 
+def test_updates_on_traces_have_no_ratio(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """They were not sampled from the student."""
+    policy = make_policy()
+
+    def loss(flat: Any, step: int) -> torch.Tensor:
+        return kl(torch.cat(frozen(flat, TEACHER_PROMPTS)), torch.cat(distributions(flat, PROMPTS))).mean()
+
+    flat = flat_run(policy, loss, 3)
+    module = MixedOPSDModule(policy, 1.0, rollouts=Fixed(), optimizer=sgd, updates_per_batch=3, max_importance_ratio=9.0)
+    same_weights(run(module, 3, tmp_path), flat)
+
+
+def test_a_teacher_follows_every_update_of_a_batch(make_policy: MakePolicy, tmp_path: Path) -> None:
+    module = OPSDModule(make_policy(), EMATeacher(0.5), rollouts=Fixed(), optimizer=sgd, updates_per_batch=3)
+    told: list[int] = []
+    after = module.teacher.after_step
+    module.teacher.after_step = lambda model, step: told.append(step) or after(model, step)  # type: ignore[method-assign, func-returns-value]
+    run(module, 3, tmp_path)
+    assert told == [1, 2, 3]
+
+
+@pytest.mark.parametrize("teacher", [EMATeacher(), LiveTeacher()])
+def test_an_anchor_stays_where_it_is(teacher: Any) -> None:
+    with pytest.raises(UserError, match=r"model\.anchor\.teacher is \w+, which follows the student"):
+        Anchor(teacher=teacher)
+
+
+def test_an_anchor_beside_a_moving_teacher_is_the_base(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """The teacher's copy is where the student is after each step; the anchor is not."""
+    policy = make_policy()
+
+    def loss(flat: Any, step: int) -> torch.Tensor:
+        student = torch.cat(distributions(flat, PROMPTS))
+        with torch.no_grad():
+            teacher = torch.cat(distributions(flat, TEACHER_PROMPTS))
+        return kl(teacher, student).mean() + 0.7 * kl(student, torch.cat(frozen(flat, PROMPTS))).mean()
+
+    flat = flat_run(policy, loss, 3)
+    module = OPSDModule(policy, EMATeacher(0.0), anchor=Anchor(0.7), rollouts=Fixed(), optimizer=sgd)
+    same_weights(run(module, 3, tmp_path), flat)
+
+
 def test_updates_end_with_max_steps(make_policy: MakePolicy, tmp_path: Path) -> None:
     module = OPSDModule(make_policy(), rollouts=Fixed(), optimizer=sgd, updates_per_batch=3)
     assert run(module, 5, tmp_path).global_step == 5
@@ -248,6 +298,8 @@ def test_majority_needs_no_reference() -> None:
     wrong = [Example(e.question, "", "another") for e in ATTEMPTS.examples]
     blind = ATTEMPTS._replace(examples=wrong, correct=[False] * 8)
     assert MajorityContext().texts(blind, no_writing) == found
+    equal = ATTEMPTS._replace(finished=[True] * 8, answers=["0.5", "\\frac{1}{2}", "1/2", "3", *ATTEMPTS.answers[4:]])
+    assert MajorityContext().texts(equal, no_writing)[3] == "7"  # the shortest of the three halves
 
 
 def test_feedback_tells_right_from_wrong() -> None:
@@ -288,6 +340,54 @@ def test_a_completion_without_context_is_not_learned_from(make_policy: MakePolic
     before = adapter(module)
     run(module, 1, tmp_path)
     assert all(torch.equal(before[name], value) for name, value in adapter(module).items())
+
+
+def test_a_context_that_does_not_fit_is_not_learned_from(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """Behind the longest text that fits, the completion ends with the model's context; with one more it does not."""
+    policy = make_policy()
+    limit, tokenizer = policy.context_length(), policy.load_tokenizer()
+    assert limit is not None
+    length = len(Prompts().teacher(tokenizer, BATCH.examples[0], "")) + len(COMPLETIONS[0])
+    for more, missing in ((0, 2 / 3), (1, 1.0)):
+        context = Only({0: "x" * (limit - length + more)})
+        module = OPSDModule(policy, context=context, prompts=Prompts(), rollouts=Fixed(), optimizer=sgd)
+        trainer = fit(module, 1, tmp_path, BATCH)
+        assert float(trainer.callback_metrics["train/context_missing_fraction"]) == pytest.approx(missing)
+
+
+def test_reason_first_with_long_traces(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """The trace is cut, not the analysis below it; where the question to the teacher does not fit there is no context."""
+    policy, prompts, told = make_policy(), Prompts(max_trace_tokens=5), []
+
+    class Says(Fixed):
+        def generate(self, model: Any, asked: Any, sampling: Sampling, seed: int) -> Rollouts:
+            if sampling.max_new_tokens != 7:
+                return super().generate(model, asked, sampling, seed)
+            told.extend(asked)
+            return Rollouts([tokenizer.encode("why")] * len(asked), [True] * len(asked))
+
+    limit, tokenizer, read = policy.context_length(), policy.load_tokenizer(), []
+    assert limit is not None
+    examples = [Example("q", "a long trace", "1"), Example("q" * limit, "t", "1"), Example("q", "t", "1")]
+
+    class Reading(FixedTeacher):
+        def score(self, model: Any, prompts: Any, *rest: Any) -> Any:
+            read.extend(prompts)
+            return super().score(model, prompts, *rest)
+
+    context = ReasonFirst("{question} {trace}", sampling=Sampling(max_new_tokens=7))
+    module = OPSDModule(policy, Reading(), context=context, prompts=prompts, rollouts=Says(), optimizer=sgd)
+    trainer = fit(module, 1, tmp_path, BATCH._replace(examples=examples))
+    assert told == [prompts.chat(tokenizer, "q a lon"), told[1], prompts.chat(tokenizer, "q t")] and len(told[1]) == 1
+    assert "a lon\n\nWhy it holds:\nwhy" in tokenizer.decode(read[0]) and read[1] == PROMPTS[1]
+    assert float(trainer.callback_metrics["train/context_missing_fraction"]) == pytest.approx(1 / 3)
+    with pytest.raises(UserError, match=r"model\.context\.init_args\.sampling\.max_new_tokens is \d+, as long as"):
+        OPSDModule(policy, context=ReasonFirst(sampling=Sampling(max_new_tokens=limit))).configure_model()
+
+
+def test_a_context_is_for_a_teacher_that_reads_it(make_policy: MakePolicy, folders: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"model\.teacher is ModelTeacher with privileged false"):
+        OPSDModule(make_policy(), ModelTeacher(folders["llama"]), context=FeedbackContext())
 
 
 def test_reason_first_has_the_teachers_weights_write(make_policy: MakePolicy, tmp_path: Path) -> None:
@@ -363,6 +463,29 @@ def test_full_fine_tuning_equals_the_flat_loss_and_resumes(make_policy: MakePoli
     torch.testing.assert_close(scored.head(scored.hidden).log_softmax(-1), teacher, atol=1e-4, rtol=1e-4)
 
 
+def test_full_fine_tuning_samples_for_itself(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """With the default engine; greedy completions are those of plain `generate` with the weights just trained."""
+    sampling = Sampling(max_new_tokens=6, temperature=0.0)
+    module = OPSDModule(make_policy(lora=None), ModelTeacher(privileged=True), sampling=sampling, optimizer=sgd)
+    run(module, 2, tmp_path)
+    found = module.rollouts.generate(module.model, PROMPTS, sampling, 0)
+    for prompt, completion in zip(PROMPTS, found.completions, strict=True):
+        plain = module.model.eval().generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, repetition_penalty=1.0, top_k=None
+        )
+        assert plain[0, len(prompt) :].tolist()[: len(completion)] == completion
+
+
+def test_full_fine_tuning_in_half_precision_is_asked_for_by_name(folders: dict[str, str], tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folders["llama"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"set model\.policy\.dtype to float32 and trainer\.precision to bf16-mixed"):
+        Policy(str(tmp_path), lora=None).build()
+    assert Policy(str(tmp_path), lora=None, dtype="bfloat16").build().dtype == torch.bfloat16
+    assert Policy(str(tmp_path), lora=None, dtype="float32").build().dtype == torch.float32
+    Policy(str(tmp_path)).build()  # under LoRA the checkpoint's type is right
+
+
 @pytest.mark.parametrize("teacher", [FixedTeacher(), EMATeacher()])
 def test_full_fine_tuning_names_the_teacher_that_works(teacher: Any, make_policy: MakePolicy) -> None:
     module = OPSDModule(make_policy(lora=None), teacher)
@@ -393,6 +516,26 @@ def test_live_teacher_and_student_agree_where_the_context_is_empty(make_policy: 
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_majority_needs_neither_traces_nor_answers(make_policy: MakePolicy, tmp_path: Path) -> None:
+    policy = make_policy()
+    questions = write_jsonl(tmp_path / "questions.jsonl", [{"problem": f"{i}?"} for i in range(4)])
+    source = FileSource(str(questions), columns=Columns(trace=None))
+    sampling = Sampling(max_new_tokens=4, n=2)
+    methods = {
+        4: OPSDModule(policy, sampling=sampling, context=MajorityContext()),
+        0: OPSDModule(policy, sampling=sampling, context=FeedbackContext()),
+    }
+    for usable, module in methods.items():
+        data = OPSDDataModule(policy, train=source, batch_size=2, max_new_tokens=4)
+        trainer = Trainer(
+            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        with nullcontext() if usable else pytest.raises(UserError, match="4 left out: neither trace nor answer"):
+            trainer.fit(module, data)
+            assert len(data.rows["train"].examples) == usable
 
 
 @pytest.mark.parametrize("method", ["opsd", "sft", "mixed", "ask", "grpo", "feedback"])

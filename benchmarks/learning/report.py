@@ -216,14 +216,22 @@ def base_table(runs: Runs) -> str:
 
 
 def ablation_table(rows: Runs) -> str:
-    """One table of one-factor changes."""
+    """One table of one-factor changes; differences are of pairs of runs with the same base and seed."""
     lines = []
+    unchanged = next((found for found in rows.values() if found[0]["settings"]["method"]["name"] == "unchanged"), [])
     for name, found in rows.items():
+        differences = [ours["after"]["test"] - theirs["after"]["test"] for ours, theirs in pairs(found, unchanged)]
+        change = "" if found is unchanged or len(differences) < 2 else _signed(estimate(differences))
         best = _mean(found, lambda r: max(row["accuracy"] for row in r["curve"]))
         after = [_mean(found, lambda r, k=kind: r["after"][k]).percent() for kind in ["test", *EASY, "privileged"]]  # type: ignore[misc]
+        after.insert(1, change)
         lines.append([name, str(len(found)), *after, best.percent(), _mean(found, _last("tokens")).number()])
-    headings = ["", "runs", "test, %", *(f"{name}, %" for name in EASY.values()), "with the reference, %"]
+    headings = ["", "runs", "test, %", "change, points", *(f"{name}, %" for name in EASY.values()), "with the reference, %"]
     return markdown([*headings, "best validation, %", "tokens generated"], lines)
+
+
+def _signed(change: Estimate) -> str:
+    return f"{100 * change.mean:+.1f} ± {100 * change.half:.1f}"
 
 
 def document(runs: Runs, tables: Mapping[str, Runs], pictures: Sequence[str] = ()) -> str:
