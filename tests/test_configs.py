@@ -87,7 +87,7 @@ def parsed(args: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 OVERLAID = [path for path in RECIPES if "4b" not in path.stem and "8b" not in path.stem]
 OTHERS = {"grpo": "GRPOModule", "sft": "SFTModule"}
 METHODS = [path for path in PRESETS if path.stem in ("paper_v1", "released_v3")]
-MACHINES = [path for path in PRESETS if path not in METHODS and path.stem not in OTHERS]
+MACHINES = [path for path in PRESETS if path not in METHODS and path.stem not in (*OTHERS, "full_finetuning")]
 CHANGES = {  # what every other preset is for, by the setting's path
     "ddp": ("trainer.strategy", "ddp"),
     "vllm": ("model.rollouts.class_path", "opsd_lightning.VLLMServerEngine"),
@@ -114,6 +114,18 @@ def test_presets_overlay_every_recipe(recipe: Path, preset: Path, monkeypatch: p
     assert config["model"]["sampling"]["temperature"] == 1.1
     divergence = config["model"]["objective"]["init_args"]["divergence"]["class_path"].rpartition(".")[2]
     assert divergence == {"paper_v1": "GeneralizedJSD", "released_v3": "ForwardKL"}[preset.stem]
+
+
+@pytest.mark.parametrize("recipe", OVERLAID, ids=lambda path: path.stem)
+def test_all_weights_train_in_place_of_an_adapter(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = CONFIGS / "presets" / "full_finetuning.yaml"
+    own = parsed(["fit", f"--config={recipe}"], monkeypatch)
+    config = parsed(["fit", f"--config={recipe}", f"--config={preset}"], monkeypatch)
+    changed = {"lora": None, "quantization": None, "dtype": "float32"}
+    assert config["model"]["policy"] == own["model"]["policy"] | changed
+    assert config["model"]["teacher"]["class_path"] == "opsd_lightning.ModelTeacher"
+    for section, parts in {"model": {"policy": 0, "teacher": 0}, "data": {"policy": 0}, "trainer": {}}.items():
+        assert config[section] | parts == own[section] | parts
 
 
 @pytest.mark.parametrize("other", OTHERS)
