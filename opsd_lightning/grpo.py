@@ -22,7 +22,7 @@ from opsd_lightning.contexts import Attempts, read_attempts
 from opsd_lightning.objectives import NegativeLogLikelihood, Objective
 from opsd_lightning.policy import Policy
 from opsd_lightning.rollouts import Sampling
-from opsd_lightning.teachers import Anchor
+from opsd_lightning.teachers import Anchor, Teacher
 from opsd_lightning.training import PolicyModule, Term
 from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
 
@@ -88,9 +88,14 @@ class GRPOModule(PolicyModule):
     def objective(self) -> Objective:
         return self.likelihood
 
+    @property
+    def teachers(self) -> list[Teacher]:
+        """All that score the completions."""
+        return [] if self.anchor is None else [self.anchor.teacher]
+
     def attach(self) -> None:
         if self.anchor is not None:
-            self.anchor.attach(self.model)
+            self.anchor.attach(self.model, self.tokenizer)
 
     def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> _Prepared:
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)

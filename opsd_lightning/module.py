@@ -123,11 +123,16 @@ class OPSDModule(PolicyModule):
     def objective(self) -> Objective:
         return self._objective
 
+    @property
+    def teachers(self) -> list[Teacher]:
+        """All that score the completions."""
+        return [self.teacher] if self.anchor is None else [self.teacher, self.anchor.teacher]
+
     def attach(self) -> None:
         self.teacher.check(self.tokenizer)
         self.teacher.attach(self.model)
         if self.anchor is not None:
-            self.anchor.attach(self.model, self.teacher)
+            self.anchor.attach(self.model, self.tokenizer, self.teacher)
 
     def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> _Scored:
         prompts, has_context = self._teacher_prompts(batch, rollouts)
@@ -170,7 +175,7 @@ class OPSDModule(PolicyModule):
         known = [True] * len(prompts)
         if self.context is None or not rollouts.sampled:  # beside the data's own trace the data's own context
             return prompts, known
-        limit = self.policy.context_length() or sys.maxsize
+        limit = min(length or sys.maxsize for length in (self.policy.context_length(), self.teacher.context_length()))
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
         for row, text in enumerate(self.context.texts(attempts, self._write)):
             if text is not None:

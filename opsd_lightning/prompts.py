@@ -216,9 +216,9 @@ class Prompts:
         """A user message of one's own to the teacher."""
         return self._render(tokenizer, message, self.teacher_chat_template_kwargs)
 
-    def trace(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-        """The trace as a completion of the student's prompt: its tokens and the tokenizer's EOS."""
-        return [*tokenizer.encode(example.trace, add_special_tokens=False), int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+    def trace(self, tokenizer: PreTrainedTokenizerBase, example: Example, eos: int) -> list[int]:
+        """The trace as a completion of the student's prompt: its tokens and the one that ends it."""
+        return [*tokenizer.encode(example.trace, add_special_tokens=False), eos]
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, content: str, kwargs: dict[str, Any]) -> Prompt:
         messages = [{"role": "user", "content": content}]
