@@ -289,6 +289,29 @@ MISTAKES: dict[str, Mistake] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model=GRPOModule"], "model.sampling.n is 1, and GRPO compares"),
+        (
+            ["--model.context=MajorityContext"],
+            "model.context is MajorityContext, which shows the teacher another completion",
+        ),
+        (["--model.context=ReasonFirst", "--model.context.template=hi"], "model.context.init_args.template lacks the"),
+        (["--data.train=WordProblems", "--data.train.size=1", "--data.train.largest=4"], "WordProblems: largest is 4, but"),
+    ],
+)
+def test_a_parts_own_sentence_stands_alone(
+    arguments: list[str], sentence: str, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *base, *arguments])
+    error = capsys.readouterr().err
+    (line,) = error[error.index("error:") :].splitlines()
+    assert line.startswith(f"error: {sentence}") and len(line) < 300, line
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_one_clear_message(
     mistake: str,
