@@ -192,20 +192,20 @@ class Prompts:
 
     def student(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> Prompt:
         """The student's prompt."""
-        content = _fill(self.student_template, question=example.question)
+        content = fill(self.student_template, question=example.question)
         return self._render(tokenizer, content, self.student_chat_template_kwargs)
 
     def teacher(self, tokenizer: PreTrainedTokenizerBase, example: Example, context: str | None) -> Prompt:
         """The teacher's prompt with a privileged context; the student's wording where that is None."""
         cut = False
         if context is None:
-            content = _fill(self.student_template, question=example.question)
+            content = fill(self.student_template, question=example.question)
         else:
             if self.max_trace_tokens is not None:
                 ids = tokenizer.encode(context, add_special_tokens=False)
                 if cut := len(ids) > self.max_trace_tokens:
                     context = str(tokenizer.decode(ids[: self.max_trace_tokens]))
-            content = _fill(self.teacher_template, question=example.question, context=context)
+            content = fill(self.teacher_template, question=example.question, context=context)
         prompt = self._render(tokenizer, content, self.teacher_chat_template_kwargs)
         if self.teacher_response_prefix:
             prompt.extend(tokenizer.encode(self.teacher_response_prefix, add_special_tokens=False))
@@ -237,6 +237,6 @@ class Prompts:
         return Prompt(ids)
 
 
-def _fill(template: str, **values: str) -> str:
+def fill(template: str, **values: str) -> str:
     """Replace placeholders in one pass: braces of LaTeX stay, and so does a placeholder inside a value."""
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)

@@ -255,6 +255,21 @@ def test_feedback_tells_right_from_wrong() -> None:
     assert found[0] == "1 right" and found[2] == "7: 7 is not 1" and found[7] == "4: none is not 2"
 
 
+def test_placeholders_inside_what_is_filled_in_stay() -> None:
+    """A completion that writes a placeholder is not told the reference answer, nor does a trace bring the analysis in."""
+    example = Example("q {trace}", "t {analysis}", "42")
+    attempts = Attempts([example], ["{reference} and {answer}"], ["7"], [False], [True], 1)
+    assert FeedbackContext(wrong="{attempt}: {answer}").texts(attempts, no_writing) == ["{reference} and {answer}: 7"]
+    asked: list[str] = []
+
+    def write(messages: Sequence[str], sampling: Sampling) -> list[str]:
+        asked.extend(messages)
+        return ["because {trace}"]
+
+    context = ReasonFirst("{question} / {trace}", "{trace} / {analysis}")
+    assert context.texts(attempts, write) == ["t {analysis} / because {trace}"] and asked == ["q {trace} / t {analysis}"]
+
+
 @pytest.mark.parametrize("context", [ShortestCorrectContext(), MajorityContext()])
 def test_own_completions_need_several(context: OnlineContext, make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=r"model\.sampling\.n is 1"):
