@@ -79,6 +79,11 @@ class GRPOModule(PolicyModule):
                 f"model.sampling.n is {sampling.n}, and GRPO compares the completions of one question: set it to 8, say, "
                 "and divide data.batch_size by as much"
             )
+        if sampling.temperature == 0:
+            raise UserError(
+                "model.sampling.temperature is 0, so that all completions of a question are the same, and GRPO compares "
+                "them: set it to 1, say (model.eval_sampling has its own)"
+            )
         self.reward = reward or AnswerReward()
         self.likelihood = likelihood or NegativeLogLikelihood(temperature=sampling.temperature or 1.0)
         self.clip_ratio = PositiveFloat(clip_ratio)

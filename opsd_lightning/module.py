@@ -46,7 +46,7 @@ class OPSDModule(PolicyModule):
         prompts: The wording of both roles' prompts, for ``context``. On the command line taken from ``data.prompts``.
         anchor: A second term that holds the student near a reference on its own prompt. None unless given.
         max_importance_ratio: From the second update on a batch of rollouts, tokens' losses are weighted by the ratio of
-            their probability now to that when they were sampled, at most this, above 0.
+            their probability now to that when they were sampled, at most this, above 0: 2 unless given.
         rollouts: How completions are sampled: `TransformersEngine` unless given.
         sampling: What is sampled to train on.
         eval_sampling: What is sampled in validation, test and predict; as in training unless given.
@@ -57,7 +57,8 @@ class OPSDModule(PolicyModule):
         max_grad_norm: Gradients with a larger norm are scaled down to it, above 0. Not clipped unless given.
         token_budget: The most tokens, padding included, that one scoring pass works on, at least 1. It decides memory,
             not the result (but for which inputs LoRA dropout drops).
-        updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper's is 1.
+        updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper's is 1. Make a `ModelCheckpoint`'s
+            ``every_n_train_steps`` a multiple of it.
         seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
     """
 
@@ -78,7 +79,7 @@ class OPSDModule(PolicyModule):
         context: OnlineContext | None = None,
         prompts: Prompts = Prompts(),
         anchor: Anchor | None = None,
-        max_importance_ratio: PositiveFloat = 2.0,
+        max_importance_ratio: PositiveFloat | None = None,
         rollouts: RolloutEngine | None = None,
         sampling: Sampling = Sampling(),
         eval_sampling: Sampling | None = None,
@@ -107,7 +108,22 @@ class OPSDModule(PolicyModule):
         self.teacher = teacher or FixedTeacher()
         self._objective = objective or DivergenceObjective()
         self.context, self.prompts, self.anchor = context, prompts, anchor
-        self.max_importance_ratio = PositiveFloat(max_importance_ratio)
+        if not self._objective.uses_teacher:
+            raise UserError(
+                f"model.objective is {type(self._objective).__name__}, which leaves the teacher out: choose another, such "
+                "as DivergenceObjective, or SFTModule as the model"
+            )
+        if max_importance_ratio is not None and self.rollouts.max_importance_ratio is not None:
+            raise UserError(
+                "model.max_importance_ratio has no effect beside model.rollouts.init_args.max_importance_ratio, which is "
+                f"{self.rollouts.max_importance_ratio:g}: set that one, and leave this out"
+            )
+        if max_importance_ratio is not None and updates_per_batch == 1:
+            raise UserError(
+                f"model.max_importance_ratio has no effect with one update on a batch and {type(self.rollouts).__name__}: "
+                "leave it out, or set model.updates_per_batch to 2 or more"
+            )
+        self.max_importance_ratio = PositiveFloat(2.0 if max_importance_ratio is None else max_importance_ratio)
         if context is not None:
             context.check(sampling)
             self.needs_traces = context.needs_traces

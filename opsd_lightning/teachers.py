@@ -219,8 +219,8 @@ class ModelTeacher(Teacher):
             self._network = self.recipe.build(device_of(model))
             if (theirs := _vocabulary(self._network)) < (ours := _vocabulary(model)):
                 raise UserError(
-                    f"{self.setting}.model: {self.recipe.model} gives {theirs} logits, and model.policy.model {ours}, so "
-                    "that their distributions cannot be compared: choose a teacher with at least as many"
+                    f"{self.setting}.model: {self.recipe.model} gives {theirs} logits, model.policy.model {ours}, and they "
+                    "cannot be compared: choose a teacher with at least as many"
                 )
         elif isinstance(model, PeftModel):
             raise UserError(
@@ -281,13 +281,14 @@ class Anchor:
         self.objective = objective or DivergenceObjective(ReverseKL())
         self.teacher = teacher or FixedTeacher()
         self.teacher.setting = "model.anchor.teacher"
+        if not self.objective.uses_teacher:
+            raise UserError(f"model.anchor.objective {type(self.objective).__name__} has no reference: choose another")
 
     def attach(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, beside: Teacher | None = None) -> None:
         """Once on the freshly built policy, after the teacher that it stands beside.
 
         Raises:
-            UserError: The objective or the teacher do not go with the policy, or both teachers would keep an adapter, and
-                there is room for one.
+            UserError: A part does not go with the policy, or both teachers would keep an adapter: there is room for one.
         """
         try:
             self.objective.check(base_of(model).config.get_text_config().vocab_size)
@@ -329,10 +330,9 @@ class _BaseTeacher(FixedTeacher):
 
 def _require_adapter(model: PeftModel, setting: str) -> None:
     if not isinstance(model, PeftModel):
-        other = ", or LiveTeacher" if setting == Teacher.setting else ""
         raise UserError(
             "model.policy.lora is null (full fine-tuning), so that there is no adapter to switch off or to copy: take "
-            f"ModelTeacher as {setting}, which keeps a frozen copy{other}"
+            f"ModelTeacher as {setting}, which keeps a frozen copy{', or LiveTeacher' * (setting == Teacher.setting)}"
         )
 
 

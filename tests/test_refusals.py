@@ -18,7 +18,7 @@ from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.divergences import TopKWithTail
 from opsd_lightning.grpo import GRPOModule
 from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
+from opsd_lightning.objectives import DivergenceObjective, NegativeLogLikelihood
 from opsd_lightning.off_policy import MixedOPSDModule
 from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import Prompts
@@ -77,7 +77,7 @@ everywhere = pytest.mark.parametrize("method", WHERE)
 def test_a_teacher_with_fewer_logits_than_the_policy(method: str, tmp_path: Path) -> None:
     policy = Policy(padded(tmp_path / "policy"), dtype="float32")
     teacher = ModelTeacher(saved(tmp_path / "teacher", make_model("llama")))
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}\.model: .* gives 107 logits, and model\.policy\.model 128"):
+    with pytest.raises(UserError, match=rf"^{WHERE[method]}\.model: .* gives 107 logits, model\.policy\.model 128"):
         with_teacher(method, policy, teacher).configure_model()
 
 
@@ -145,6 +145,33 @@ def test_an_anchor_over_more_entries_than_there_are(make_policy: MakePolicy) -> 
     for module in (OPSDModule(make_policy(), anchor=anchor), GRPOModule(make_policy(), anchor=anchor)):
         with pytest.raises(UserError, match=r"^model\.anchor\.objective\.support\.k is 500"):
             module.configure_model()
+
+
+def test_greedy_groups_have_nothing_to_compare(make_policy: MakePolicy) -> None:
+    with pytest.raises(UserError, match=r"^model\.sampling\.temperature is 0"):
+        GRPOModule(make_policy(), sampling=Sampling(n=2, temperature=0.0))
+    GRPOModule(make_policy(), sampling=Sampling(n=2), eval_sampling=Sampling(temperature=0.0))
+
+
+def test_an_objective_that_leaves_the_teacher_out(make_policy: MakePolicy) -> None:
+    for method in (OPSDModule, MixedOPSDModule):
+        with pytest.raises(UserError, match=r"^model\.objective is NegativeLogLikelihood"):
+            method(make_policy(), objective=NegativeLogLikelihood())
+    with pytest.raises(UserError, match=r"^model\.anchor\.objective NegativeLogLikelihood has no reference"):
+        Anchor(objective=NegativeLogLikelihood())
+
+
+class Weighing(Fixed):
+    max_importance_ratio = 1.5
+
+
+def test_an_importance_ratio_without_effect(make_policy: MakePolicy) -> None:
+    with pytest.raises(UserError, match=r"^model\.max_importance_ratio has no effect with one update on a batch and Fixed"):
+        OPSDModule(make_policy(), rollouts=Fixed(), max_importance_ratio=1.5)
+    with pytest.raises(UserError, match=r"no effect beside model\.rollouts\.init_args\.max_importance_ratio, which is 1\.5"):
+        OPSDModule(make_policy(), rollouts=Weighing(), max_importance_ratio=1.5, updates_per_batch=2)
+    assert OPSDModule(make_policy(), max_importance_ratio=1.5, updates_per_batch=2).max_importance_ratio == 1.5
+    assert OPSDModule(make_policy(), rollouts=Weighing()).max_importance_ratio == 2.0
 
 
 @pytest.mark.parametrize("method", ["data alone", "opsd", "sft", "sft, no EOS at all", "mixed"])
