@@ -9,6 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "anchors": ["Anchor"],
     "callbacks": ["AdapterExport", "BaselineEvaluation", "ProgressLines", "RolloutTable", "RolloutWriter"],
     "contexts": ["FeedbackContext", "MajorityContext", "OnlineContext", "ReasonFirst", "ShortestCorrectContext"],
     "data": ["OPSDDataModule"],
@@ -62,7 +63,6 @@ _ROOMS = {
     "sources": ["Columns", "ExampleSource", "FileSource", "HubSource", "ReasoningGymSource", "WordProblems"],
     "strategies": ["FSDP2Strategy"],
     "teachers": [
-        "Anchor",
         "EMATeacher",
         "FixedTeacher",
         "LiveTeacher",

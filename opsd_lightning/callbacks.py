@@ -71,7 +71,8 @@ class RolloutTable(Callback):
     Weights & Biases gets a table, TensorBoard the same as text; a CSV log has no place for one, and the file stands in.
 
     Args:
-        every_n_steps: Training steps from one table to the next, at least 1.
+        every_n_steps: Optimizer steps from one table to the next, at least 1. With ``updates_per_batch`` a table is of the
+            first batch that ends at a multiple or has passed one.
         rows: Completions in a table, at least 1.
         path: The file, relative to the trainer's ``default_root_dir``. Rows are appended.
     """
@@ -80,12 +81,17 @@ class RolloutTable(Callback):
 
     def __init__(self, every_n_steps: PositiveInt = 10, rows: PositiveInt = 4, path: str = "rollouts.csv") -> None:
         self.every_n_steps, self.rows, self.path = PositiveInt(every_n_steps), PositiveInt(rows), path
+        self._passed = 0  # multiples of every_n_steps so far
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._passed = trainer.global_step // self.every_n_steps
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
-        if not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
+        before, self._passed = self._passed, trainer.global_step // self.every_n_steps
+        if not trainer.is_global_zero or self._passed == before:
             return
         rollouts, divergence = outputs["rollouts"], outputs["measured"].get("forward_kl", [])
         table: list[list[Any]] = []

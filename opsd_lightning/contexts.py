@@ -15,6 +15,7 @@ from jsonargparse.typing import OpenUnitInterval
 from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.grading import MathGrader
+from opsd_lightning.prompts import fill
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.types import Example, PromptBatch, Rollouts, UserError
 
@@ -102,13 +103,10 @@ class ReasonFirst(OnlineContext):
         self.template, self.joined, self.sampling = template, joined, sampling
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
-        messages = [
-            self.template.replace("{question}", example.question).replace("{trace}", example.trace)
-            for example in attempts.examples
-        ]
+        messages = [fill(self.template, question=example.question, trace=example.trace) for example in attempts.examples]
         analyses = write(messages, self.sampling)
         found = [
-            None if text is None else self.joined.replace("{trace}", example.trace).replace("{analysis}", text.strip())
+            None if text is None else fill(self.joined, trace=example.trace, analysis=text.strip())
             for example, text in zip(attempts.examples, analyses, strict=True)
         ]
         return [text for text in found for _ in range(attempts.n)]
@@ -194,8 +192,5 @@ class FeedbackContext(OnlineContext):
                 "answer": answer or "none",
                 "reference": attempts.examples[i // attempts.n].answer,
             }
-            message = self.right if correct else self.wrong
-            for name, value in values.items():
-                message = message.replace(f"{{{name}}}", value)
-            found.append(message)
+            found.append(fill(self.right if correct else self.wrong, **values))
         return found

@@ -24,8 +24,9 @@ class OPSDDataModule(LightningDataModule):
     """Pairs questions with verified traces and makes the prompts of both roles.
 
     Verified means checked here: the trace's own final answer must equal the reference answer. Rows that are empty, fail
-    this check, do not fit the model's context or (in training) also stand among the held-out questions are left out with
-    a count, or refused. Held-out questions need no trace where they have an answer, unless the teacher is graded on them.
+    this check, do not fit the model's context (in training also a teacher's) or (in training) also stand among the
+    held-out questions are left out with a count, or refused. Held-out questions need no trace where they have an answer,
+    unless the teacher is graded on them.
 
     Args:
         policy: The model, for its tokenizer and context length. On the command line taken from ``model.policy``.
@@ -106,10 +107,12 @@ class OPSDDataModule(LightningDataModule):
         assert source is not None
         found = source.examples()
         dropped: Counter[str] = Counter()
-        module = self.trainer.lightning_module if self.trainer is not None else None
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
         needs_trace = split == "train" and getattr(module, "needs_traces", True)
         needs_answer = split != "train" or getattr(module, "needs_answers", True)
         in_place = split == "train" and getattr(module, "trains_on_traces", False)
+        lengths = [(each, each.context_length() or limit) for each in getattr(module, "teachers", ()) if split == "train"]
+        limits = [(each, length) for each, length in lengths if length is not None]
         for_teacher = needs_trace or self._teacher_is_graded()
         held_out = {e.question for other in ("val", "test") for e in self._questions(other)} if split == "train" else set()
         valid: list[Example] = []
@@ -119,6 +122,7 @@ class OPSDDataModule(LightningDataModule):
                 self._drop(split, number, reason, dropped)
             else:
                 valid.append(checked)
+        eos = self.policy.end_token(tokenizer) if in_place else -1
         traces: list[list[int]] = []
         batch = PromptBatch([], [], [], [], traces=traces)
         cut = 0
@@ -133,7 +137,8 @@ class OPSDDataModule(LightningDataModule):
                         "(columns.trace), or give a data.context that needs none, such as AnswerContext"
                     )
                 teacher = self.prompts.teacher(tokenizer, example, context)
-            longest, trace = max(len(student), len(teacher)), self.prompts.trace(tokenizer, example)
+            longest = max(len(student), len(teacher))
+            trace = self.prompts.trace(tokenizer, example, eos) if in_place else []
             if limit is not None and longest + self.max_new_tokens > limit:
                 reason = f"prompt and {self.max_new_tokens} new tokens do not fit the model's context of {limit} tokens"
                 self._drop(split, index, reason, dropped)
@@ -141,12 +146,17 @@ class OPSDDataModule(LightningDataModule):
             if limit is not None and in_place and len(student) + len(trace) > limit:
                 self._drop(split, index, f"prompt and trace do not fit the model's context of {limit} tokens", dropped)
                 continue
+            completion = max(module.sampling.max_new_tokens, len(trace)) if limits else 0
+            if reason := _too_long(limits, student, teacher, completion):
+                self._drop(split, index, reason, dropped)
+                continue
             cut += teacher.trace_was_cut
             batch.student.append(list(student))
             batch.teacher.append(list(teacher))
             batch.examples.append(example)
             batch.counted.append(True)
-            traces.append(trace)
+            if in_place:
+                traces.append(trace)
         self.dropped[split] = dropped
         reasons = "; ".join(f"{count} left out: {reason}" for reason, count in dropped.items())
         cuts = f"; {cut} traces cut to data.prompts.max_trace_tokens" if cut else ""
@@ -207,6 +217,14 @@ class OPSDDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> EvalLoader:
         return self._loader("test")
+
+
+def _too_long(limits: list[tuple[Any, int]], student: list[int], teacher: list[int], completion: int) -> str:
+    """Which of some teachers, with their limits in tokens, a row is too long for, if any."""
+    for each, limit in limits:
+        if max(len(student), len(teacher) if each.privileged else 0) + completion > limit:
+            return f"prompt and completion do not fit the context of {each.setting}, {limit} tokens"
+    return ""
 
 
 def _pick(rows: PromptBatch, indices: list[int], counted: list[bool]) -> PromptBatch:

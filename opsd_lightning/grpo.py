@@ -18,11 +18,12 @@ import torch
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
+from opsd_lightning.anchors import Anchor
 from opsd_lightning.contexts import Attempts, read_attempts
 from opsd_lightning.objectives import NegativeLogLikelihood, Objective
 from opsd_lightning.policy import Policy
 from opsd_lightning.rollouts import Sampling
-from opsd_lightning.teachers import Anchor
+from opsd_lightning.teachers import Teacher
 from opsd_lightning.training import PolicyModule, Term
 from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
 
@@ -79,6 +80,11 @@ class GRPOModule(PolicyModule):
                 f"model.sampling.n is {sampling.n}, and GRPO compares the completions of one question: set it to 8, say, "
                 "and divide data.batch_size by as much"
             )
+        if sampling.temperature == 0:
+            raise UserError(
+                "model.sampling.temperature is 0, so that all completions of a question are the same, and GRPO compares "
+                "them: set it to 1, say (model.eval_sampling has its own)"
+            )
         self.reward = reward or AnswerReward()
         self.likelihood = likelihood or NegativeLogLikelihood(temperature=sampling.temperature or 1.0)
         if self.likelihood.temperature != sampling.temperature:
@@ -93,9 +99,14 @@ class GRPOModule(PolicyModule):
     def objective(self) -> Objective:
         return self.likelihood
 
+    @property
+    def teachers(self) -> list[Teacher]:
+        """All that score the completions."""
+        return [] if self.anchor is None else [self.anchor.teacher]
+
     def attach(self) -> None:
         if self.anchor is not None:
-            self.anchor.attach(self.model)
+            self.anchor.attach(self.model, self.tokenizer)
 
     def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> _Prepared:
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)

@@ -107,7 +107,14 @@ class OPSDCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:  # a part's own check of its settings
-            raise UserError(str(error)) from error
+            raise UserError(str(_reason(error))) from error
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What the part itself said, out of the lists of types and settings that jsonargparse wraps it in."""
+    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _longest(*samplings: Any) -> int:

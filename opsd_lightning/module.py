@@ -14,6 +14,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from opsd_lightning.anchors import Anchor
 from opsd_lightning.contexts import OnlineContext, ReasonFirst, read_attempts
 from opsd_lightning.evaluation import Evaluator
 from opsd_lightning.grading import MathGrader
@@ -22,7 +23,7 @@ from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import RolloutEngine, Sampling, seed_for
 from opsd_lightning.strategies import replica
-from opsd_lightning.teachers import Anchor, FixedTeacher, Teacher
+from opsd_lightning.teachers import FixedTeacher, Teacher
 from opsd_lightning.training import PolicyModule, Term
 from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
 
@@ -46,7 +47,7 @@ class OPSDModule(PolicyModule):
         prompts: The wording of both roles' prompts, for ``context``. On the command line taken from ``data.prompts``.
         anchor: A second term that holds the student near a reference on its own prompt. None unless given.
         max_importance_ratio: From the second update on a batch of rollouts, tokens' losses are weighted by the ratio of
-            their probability now to that before the first, at most this, above 0.
+            their probability now to that before the first, at most this, above 0: 2 unless given.
         rollouts: How completions are sampled: `TransformersEngine` unless given.
         sampling: What is sampled to train on.
         eval_sampling: What is sampled in validation, test and predict; as in training unless given.
@@ -57,7 +58,8 @@ class OPSDModule(PolicyModule):
         max_grad_norm: Gradients with a larger norm are scaled down to it, above 0. Not clipped unless given.
         token_budget: The most tokens, padding included, that one scoring pass works on, at least 1. It decides memory,
             not the result (but for which inputs LoRA dropout drops).
-        updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper's is 1.
+        updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper's is 1. Make a `ModelCheckpoint`'s
+            ``every_n_train_steps`` a multiple of it.
         seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
     """
 
@@ -80,7 +82,7 @@ class OPSDModule(PolicyModule):
         context: OnlineContext | None = None,
         prompts: Prompts = Prompts(),
         anchor: Anchor | None = None,
-        max_importance_ratio: PositiveFloat = 2.0,
+        max_importance_ratio: PositiveFloat | None = None,
         rollouts: RolloutEngine | None = None,
         sampling: Sampling = Sampling(),
         eval_sampling: Sampling | None = None,
@@ -109,7 +111,17 @@ class OPSDModule(PolicyModule):
         self.teacher = teacher or FixedTeacher()
         self._objective = objective or DivergenceObjective()
         self.context, self.prompts, self.anchor = context, prompts, anchor
-        self.max_importance_ratio = PositiveFloat(max_importance_ratio)
+        if not self._objective.uses_teacher:
+            raise UserError(
+                f"model.objective is {type(self._objective).__name__}, which leaves the teacher out: choose another, such "
+                "as DivergenceObjective, or SFTModule as the model"
+            )
+        if max_importance_ratio is not None and updates_per_batch == 1:
+            raise UserError(
+                "model.max_importance_ratio has no effect with one update on a batch: leave it out, or set "
+                "model.updates_per_batch to 2 or more"
+            )
+        self.max_importance_ratio = PositiveFloat(2.0 if max_importance_ratio is None else max_importance_ratio)
         if context is not None:
             context.check(sampling)
             self.needs_traces, self.needs_answers = context.needs_traces, context.needs_answers
@@ -131,6 +143,11 @@ class OPSDModule(PolicyModule):
     def objective(self) -> Objective:
         return self._objective
 
+    @property
+    def teachers(self) -> list[Teacher]:
+        """All that score the completions."""
+        return [self.teacher] if self.anchor is None else [self.teacher, self.anchor.teacher]
+
     def attach(self) -> None:
         limit = self.policy.context_length()
         if isinstance(self.context, ReasonFirst) and limit is not None and self.context.sampling.max_new_tokens >= limit:
@@ -141,7 +158,7 @@ class OPSDModule(PolicyModule):
         self.teacher.check(self.tokenizer)
         self.teacher.attach(self.model)
         if self.anchor is not None:
-            self.anchor.attach(self.model, self.teacher)
+            self.anchor.attach(self.model, self.tokenizer, self.teacher)
 
     def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> _Scored:
         prompts, has_context = self._teacher_prompts(batch, rollouts)
@@ -181,7 +198,7 @@ class OPSDModule(PolicyModule):
         known = [True] * len(prompts)
         if self.context is None or not rollouts.sampled:  # beside the data's own trace the data's own context
             return prompts, known
-        limit = self.policy.context_length() or sys.maxsize
+        limit = min(length or sys.maxsize for length in (self.policy.context_length(), self.teacher.context_length()))
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
         # What is made of traces is made of them cut, and then whole: an analysis below a long trace must not fall off.
         cut = [example._replace(trace=self.prompts.cut(self.tokenizer, example.trace)) for example in batch.examples]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -29,6 +29,9 @@ _CACHED_NUMBERS = 2**20
 class Objective(ABC):
     """What the student is trained to minimise on its own completions.
 
+    Attributes:
+        uses_teacher: Whether the loss looks at the teacher.
+
     Args:
         temperature: Divides the logits of both roles before the softmax, above 0. Independent of the temperature that
             rollouts are sampled at; the authors set both to 1.1. No T^2 factor.
@@ -42,6 +45,8 @@ class Objective(ABC):
             tokens make a chunk, not the result.
         position_weight: Weight of a token by its place in the completion. All alike unless given.
     """
+
+    uses_teacher: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -252,6 +257,8 @@ class SampledKLObjective(Objective):
 
 class NegativeLogLikelihood(Objective):
     """-log p_S(y_n), without a teacher: supervised fine-tuning, and by weights that are advantages a policy gradient."""
+
+    uses_teacher = False
 
     def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         logprob = _of_targets(student_logprobs, targets)

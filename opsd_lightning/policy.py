@@ -117,7 +117,12 @@ class Policy:
                 "cannot train: leave one of them out"
             )
         if self.quantization is not None and self.model.endswith(".gguf"):
-            raise UserError("model.policy.quantization does not go with a .gguf file: convert it to a folder first")
+            raise UserError(f"{self.setting}.quantization does not go with a .gguf file: convert it to a folder first")
+
+    @property
+    def setting(self) -> str:
+        """What messages name in front of a field."""
+        return "model.policy"
 
     @property
     def trains_all(self) -> bool:
@@ -130,7 +135,7 @@ class Policy:
         gguf = path.suffix == ".gguf"
         local = gguf or path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
         if local and not path.exists():
-            raise UserError(f"model.policy.model: {self.model} does not exist; give a Hugging Face id, a folder or a .gguf")
+            raise UserError(f"{self.setting}.model: {self.model} does not exist; give a Hugging Face id, folder or .gguf")
         common = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         if gguf:
             return common | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -143,8 +148,8 @@ class Policy:
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()
             raise UserError(
-                f"model.policy.model: cannot load {self.model!r} ({reason[0] if reason else type(error).__name__}); give a "
-                "causal language model's Hugging Face id, local folder or .gguf file"
+                f"{self.setting}.model: cannot load {self.model!r} ({reason[0] if reason else type(error).__name__}); give "
+                "a causal language model's Hugging Face id, local folder or .gguf file"
             ) from error
 
     def load_config(self) -> PretrainedConfig:
@@ -178,6 +183,16 @@ class Policy:
                 f"{tokenizer.eos_token!r}"
             )
         return tokenizer
+
+    def end_token(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The token that ends a text to train on: the tokenizer's EOS, or the first of the model's configuration."""
+        found = _as_list(tokenizer.eos_token_id) or _as_list(self.load_config().get_text_config().eos_token_id)  # type: ignore[arg-type]
+        if not found:
+            raise UserError(
+                f"neither the tokenizer nor the configuration of {self.model} names an EOS token, which must end every "
+                "trace that is trained on: set eos_token in its tokenizer_config.json, or take another model.policy.model"
+            )
+        return found[0]
 
     def build(self, device: torch.device | None = None) -> PeftModel:
         """Load the base model, quantize it where asked, freeze it and put the trainable adapter on it.
@@ -262,6 +277,19 @@ class Policy:
                 f"({str(error).strip().splitlines()[0]})"
             ) from None
         return model
+
+
+class OtherModel(Policy):
+    """A model beside the policy, which sees no chat: messages name it by where its role stands in the configuration."""
+
+    role: Any = None  # has a `setting`
+
+    @property
+    def setting(self) -> str:
+        return getattr(self.role, "setting", "model.teacher")
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._load(AutoTokenizer.from_pretrained)
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

@@ -192,7 +192,7 @@ class Prompts:
 
     def student(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> Prompt:
         """The student's prompt."""
-        content = _fill(self.student_template, question=example.question)
+        content = fill(self.student_template, question=example.question)
         return self._render(tokenizer, content, self.student_chat_template_kwargs)
 
     def cut(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -209,11 +209,11 @@ class Prompts:
         """The teacher's prompt with a privileged context, cut unless ``whole``; the student's wording where it is None."""
         cut = False
         if context is None:
-            content = _fill(self.student_template, question=example.question)
+            content = fill(self.student_template, question=example.question)
         else:
             shown = context if whole else self.cut(tokenizer, context)
             cut = shown != context
-            content = _fill(self.teacher_template, question=example.question, context=shown)
+            content = fill(self.teacher_template, question=example.question, context=shown)
         prompt = self._render(tokenizer, content, self.teacher_chat_template_kwargs)
         if self.teacher_response_prefix:
             prompt.extend(tokenizer.encode(self.teacher_response_prefix, add_special_tokens=False))
@@ -224,9 +224,9 @@ class Prompts:
         """A user message of one's own to the teacher."""
         return self._render(tokenizer, message, self.teacher_chat_template_kwargs)
 
-    def trace(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-        """The trace as a completion of the student's prompt: its tokens and the tokenizer's EOS."""
-        return [*tokenizer.encode(example.trace, add_special_tokens=False), int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+    def trace(self, tokenizer: PreTrainedTokenizerBase, example: Example, eos: int) -> list[int]:
+        """The trace as a completion of the student's prompt: its tokens and the one that ends it."""
+        return [*tokenizer.encode(example.trace, add_special_tokens=False), eos]
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, content: str, kwargs: dict[str, Any]) -> Prompt:
         messages = [{"role": "user", "content": content}]
@@ -245,6 +245,6 @@ class Prompts:
         return Prompt(ids)
 
 
-def _fill(template: str, **values: str) -> str:
+def fill(template: str, **values: str) -> str:
     """Replace placeholders in one pass: braces of LaTeX stay, and so does a placeholder inside a value."""
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)

@@ -162,7 +162,8 @@ def report(out: Path, trainer: Any, seconds: float) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """JSON Lines. Only newlines end a line: a completion may hold other separators, such as U+2028, as they are."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:

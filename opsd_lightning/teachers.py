@@ -13,16 +13,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from opsd_lightning.divergences import ReverseKL
-from opsd_lightning.objectives import DivergenceObjective, Objective
-from opsd_lightning.policy import STUDENT, TEACHER, LoRA, Policy, base_of, device_of, evaluating
+from opsd_lightning.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
 from opsd_lightning.scoring import has_adapted_head, score_all
-from opsd_lightning.types import Rollouts, TokenStates, UserError
+from opsd_lightning.types import TokenStates, UserError
 
 
 class Teacher(ABC):
@@ -33,16 +31,22 @@ class Teacher(ABC):
     Attributes:
         privileged: Whether it reads the privileged context, or the student's own prompt.
         writes: Whether it can sample: `weights` are then all that it computes with.
+        setting: Where it stands in the configuration, for messages.
     """
 
     privileged: bool = True
     writes: bool = True
+    setting: str = "model.teacher"
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `UserError` where it does not go with the policy's tokenizer. Called before `attach`."""
 
     def attach(self, model: PeftModel) -> None:
         """Called once on the freshly built policy, before any training: add what the teacher keeps."""
+
+    def context_length(self) -> int | None:
+        """The most tokens (prompt and completion) that it scores; None where that is the policy's own limit, or unknown."""
+        return None
 
     @abstractmethod
     def weights(self, model: PeftModel) -> AbstractContextManager[None]:
@@ -81,11 +85,12 @@ class FixedTeacher(Teacher):
     """
 
     def attach(self, model: PeftModel) -> None:
-        if not _is_identity(model):
+        _require_adapter(model, self.setting)
+        if not is_identity(model):
             _add_frozen_copy(model)
 
     def weights(self, model: PeftModel) -> AbstractContextManager[None]:
-        return _using_teacher_adapter(model) if TEACHER in model.peft_config else _without_adapter(model)
+        return _using_teacher_adapter(model) if TEACHER in model.peft_config else without_adapter(model)
 
 
 class LiveTeacher(Teacher):
@@ -111,6 +116,7 @@ class EMATeacher(Teacher):
         self.update_every_steps = PositiveInt(update_every_steps)
 
     def attach(self, model: PeftModel) -> None:
+        _require_adapter(model, self.setting)
         _add_frozen_copy(model)
 
     def weights(self, model: PeftModel) -> AbstractContextManager[None]:
@@ -174,7 +180,8 @@ class ModelTeacher(Teacher):
     null``), where no adapter can be switched off.
 
     Args:
-        model: A Hugging Face id, a local folder, or a ``.gguf`` file; its tokens must be the policy's.
+        model: A Hugging Face id, a local folder, or a ``.gguf`` file; its tokens must be the policy's. Rows that do not fit
+            its context are left out of training, with a count.
         privileged: Whether it reads the privileged context too, instead of the student's own prompt.
         dtype: Type of its weights. ``auto`` takes the checkpoint's own.
         quantization: As of ``model.policy.quantization``.
@@ -192,28 +199,40 @@ class ModelTeacher(Teacher):
         revision: str | None = None,
     ) -> None:
         # With the smallest adapter, which changes nothing: quantized weights are not a policy that trains.
-        self.recipe = None if model is None else Policy(model, LoRA(r=1), None, dtype, quantization, revision=revision)
+        self.recipe = None if model is None else OtherModel(model, LoRA(r=1), None, dtype, quantization, revision=revision)
+        if self.recipe is not None:
+            self.recipe.role = self
         self.privileged = privileged
         self._network: Any = None
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.recipe is not None and self.recipe.load_tokenizer().get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"model.teacher.init_args.model: the tokens of {self.recipe.model} are not those of model.policy.model, so "
-                "that their distributions cannot be compared: choose a teacher of the same family"
+                f"{self.setting}.model: the tokens of {self.recipe.model} are not those of model.policy.model, so that "
+                "their distributions cannot be compared: choose a teacher of the same family"
             )
 
     def attach(self, model: PeftModel) -> None:
         if self.recipe is not None:
             self._network = self.recipe.build(device_of(model))
+            if (theirs := _vocabulary(self._network)) < (ours := _vocabulary(model)):
+                raise UserError(
+                    f"{self.setting}.model: {self.recipe.model} gives {theirs} logits, model.policy.model {ours}, and they "
+                    "cannot be compared: choose a teacher with at least as many"
+                )
         elif isinstance(model, PeftModel):
             raise UserError(
-                "model.teacher is ModelTeacher without a model, a copy for full fine-tuning; the policy has an adapter, so "
-                "take FixedTeacher, which needs no copy, or name a model"
+                f"{self.setting} is ModelTeacher without a model, a copy for full fine-tuning; the policy has an adapter, "
+                "so take FixedTeacher, which needs no copy, or name a model"
             )
         else:
             self._network = copy.deepcopy(model)
         self._network.requires_grad_(False)
+
+    def context_length(self) -> int | None:
+        if self.recipe is None or self._network is None:
+            return None if self.recipe is None else self.recipe.context_length()
+        return getattr(base_of(self._network).config.get_text_config(), "max_position_embeddings", None)
 
     def weights(self, model: PeftModel) -> AbstractContextManager[None]:
         raise NotImplementedError("ModelTeacher scores with a network of its own")
@@ -229,82 +248,36 @@ class ModelTeacher(Teacher):
     ) -> TokenStates:
         if device_of(self._network) != device_of(model):  # Lightning moves the policy alone
             self._network.to(device_of(model))
+        longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
+        if (limit := self.context_length()) is not None and longest > limit:
+            raise UserError(
+                f"{self.setting}: a prompt and completion of {longest} tokens do not fit its context of {limit}: choose a "
+                "teacher with a longer one, or lower model.sampling.max_new_tokens or data.prompts.max_trace_tokens"
+            )
         states = score_all(self._network, prompts, completions, token_budget, agree)
-        vocabulary = base_of(model).get_output_embeddings().weight.shape[0]
+        vocabulary = _vocabulary(model)
 
         def head(hidden: Tensor) -> Tensor:
-            return states.head(hidden)[:, :vocabulary]  # families pad their vocabularies to different sizes
+            return states.head(hidden)[:, :vocabulary]
 
         return TokenStates(states.hidden, head)
 
 
-class Anchor:
-    """A second term of the loss, which holds the student near a reference that reads the student's own prompt.
-
-    Args:
-        weight: Of the term, above 0.
-        objective: What is taken of each token: the reverse KL over the full vocabulary unless given.
-        teacher: The reference, one that stays as it is: the initial policy unless given. Its own ``privileged`` does not
-            matter here.
-    """
-
-    def __init__(
-        self, weight: PositiveFloat = 0.01, objective: Objective | None = None, teacher: Teacher | None = None
-    ) -> None:
-        self.weight = PositiveFloat(weight)
-        self.objective = objective or DivergenceObjective(ReverseKL())
-        self.teacher = teacher or FixedTeacher()
-        if type(self.teacher).after_step is not Teacher.after_step or isinstance(self.teacher, LiveTeacher):
-            raise UserError(
-                f"model.anchor.teacher is {type(self.teacher).__name__}, which follows the student: an anchor stays where "
-                "it is. Take FixedTeacher or ModelTeacher"
-            )
-
-    def attach(self, model: PeftModel, beside: Teacher | None = None) -> None:
-        """Once on the freshly built policy, after the teacher that it stands beside.
-
-        Raises:
-            UserError: Both would keep an adapter, and there is room for one.
-        """
-        if isinstance(self.teacher, FixedTeacher) and isinstance(model, PeftModel) and TEACHER in model.peft_config:
-            if isinstance(beside, FixedTeacher):
-                return  # the same frozen copy
-            if _is_identity(model):
-                self.teacher = _BaseTeacher()
-                return
-            raise UserError(
-                "model.anchor holds the student near the adapter that it starts from (model.policy.adapter), and "
-                "model.teacher keeps an adapter of its own: give the anchor a ModelTeacher, or choose FixedTeacher"
-            )
-        self.teacher.attach(model)
-
-    def score(
-        self,
-        model: PeftModel,
-        prompts: Sequence[list[int]],
-        rollouts: Rollouts,
-        token_budget: int,
-        agree: Callable[[int], int],
-    ) -> TokenStates:
-        """The reference's states at all completion tokens, behind the student's prompts."""
-        students = [prompt for prompt in prompts for _ in range(rollouts.n)]
-        return self.teacher.score(model, students, rollouts.completions, token_budget, agree)
-
-
-class _BaseTeacher(FixedTeacher):
-    """The base model, the adapter switched off, whatever adapters there are."""
-
-    def weights(self, model: PeftModel) -> AbstractContextManager[None]:
-        return _without_adapter(model)
-
-
-def _is_identity(model: PeftModel) -> bool:
-    """Whether the fresh adapter changes nothing, so that switching it off gives the policy as it starts."""
+def _require_adapter(model: PeftModel, setting: str) -> None:
     if not isinstance(model, PeftModel):
         raise UserError(
             "model.policy.lora is null (full fine-tuning), so that there is no adapter to switch off or to copy: take "
-            "ModelTeacher as model.teacher, which keeps a frozen copy, or LiveTeacher"
+            f"ModelTeacher as {setting}, which keeps a frozen copy{', or LiveTeacher' * (setting == Teacher.setting)}"
         )
+
+
+def _vocabulary(model: PeftModel) -> int:
+    """How many logits the model gives: families pad their vocabularies to different sizes."""
+    return int(base_of(model).get_output_embeddings().weight.shape[0])
+
+
+def is_identity(model: PeftModel) -> bool:
+    """Whether the fresh adapter changes nothing, so that switching it off gives the policy as it starts."""
     lora = [p for name, p in model.named_parameters() if f".lora_B.{STUDENT}" in name or f"embedding_B.{STUDENT}" in name]
     if not lora:
         raise UserError("the policy has no LoRA adapter: EMA and fixed teachers need one (model.policy.lora)")
@@ -312,7 +285,7 @@ def _is_identity(model: PeftModel) -> bool:
 
 
 def _add_frozen_copy(model: PeftModel) -> None:
-    if not isinstance(model, PeftModel) or STUDENT not in model.peft_config:
+    if STUDENT not in model.peft_config:
         raise UserError("the policy has no LoRA adapter for the teacher to copy (model.policy.lora)")
     model.add_adapter(TEACHER, copy.deepcopy(model.peft_config[STUDENT]))
     model.set_adapter(STUDENT)
@@ -332,7 +305,7 @@ def _pairs(model: PeftModel) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
 
 
 @contextmanager
-def _without_adapter(model: PeftModel) -> Iterator[None]:
+def without_adapter(model: PeftModel) -> Iterator[None]:
     with _keeping_requires_grad(model), model.disable_adapter():
         yield
 

@@ -12,13 +12,13 @@ from test_reference import adapter, fit
 
 from conftest import COMPLETIONS as RAGGED
 from conftest import PROMPTS, TEACHER_PROMPTS
+from opsd_lightning.anchors import Anchor
 from opsd_lightning.contexts import Attempts
 from opsd_lightning.grpo import AnswerReward, GRPOModule, Reward
 from opsd_lightning.objectives import NegativeLogLikelihood, SampledKLObjective
 from opsd_lightning.policy import Policy, base_of
 from opsd_lightning.rollouts import RolloutEngine, Sampling
 from opsd_lightning.sft import SFTModule
-from opsd_lightning.teachers import Anchor
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import Example, PromptBatch, Rollouts, UserError
 

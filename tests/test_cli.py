@@ -265,7 +265,7 @@ MISTAKES: dict[str, Mistake] = {
     "LoRA targets": (lambda p, f: ["--model.policy.lora.target_modules=[nope]"], r"model\.policy\.lora does not fit"),
     "EMA without an adapter": (
         lambda p, f: [f"--config={overlay(p, 'model: {policy: {lora: null}, teacher: EMATeacher}')}"],
-        r"no LoRA adapter for the teacher to copy \(model\.policy\.lora\)",
+        r"model\.policy\.lora is null .* take ModelTeacher as model\.teacher",
     ),
     "rank zero": (lambda p, f: ["--model.policy.lora.r=0"], r"policy\.lora\.r"),
     "EMA decay": (lambda p, f: ["--model.teacher=EMATeacher", "--model.teacher.decay=1.5"], "decay"),
@@ -296,6 +296,29 @@ MISTAKES: dict[str, Mistake] = {
     "schedule by a metric": (lambda p, f: ["--model.lr_scheduler=ReduceLROnPlateau"], "ReduceLROnPlateau"),
     "a step budget in the data": (lambda p, f: ["--trainer.max_steps=two"], "max_steps"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model=GRPOModule"], "model.sampling.n is 1, and GRPO compares"),
+        (
+            ["--model.context=MajorityContext"],
+            "model.context is MajorityContext, which shows the teacher another completion",
+        ),
+        (["--model.context=ReasonFirst", "--model.context.template=hi"], "model.context.init_args.template lacks the"),
+        (["--data.train=WordProblems", "--data.train.size=1", "--data.train.largest=4"], "WordProblems: largest is 4, but"),
+    ],
+)
+def test_a_parts_own_sentence_stands_alone(
+    arguments: list[str], sentence: str, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *base, *arguments])
+    error = capsys.readouterr().err
+    (line,) = error[error.index("error:") :].splitlines()
+    assert line.startswith(f"error: {sentence}") and len(line) < 300, line
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

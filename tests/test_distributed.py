@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig
 
 from conftest import EOS
+from opsd_lightning.anchors import Anchor
 from opsd_lightning.callbacks import AdapterExport, RolloutWriter
 from opsd_lightning.contexts import FeedbackContext
 from opsd_lightning.data import OPSDDataModule
@@ -42,7 +43,7 @@ from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
 from opsd_lightning.sft import SFTModule
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.strategies import FSDP2Strategy, check_strategy, read_adapters, whole
-from opsd_lightning.teachers import Anchor, EMATeacher, FixedTeacher, LiveTeacher, Teacher
+from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Rollouts, UserError
 
 TIMEOUT_SECONDS = 60  # of a collective

@@ -23,7 +23,7 @@ LAYERS = [
     {"tensor_parallel"},
     {"scoring", "inference", "strategies", "vllm_servers"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
-    {"serving", "contexts"},
+    {"serving", "contexts", "anchors"},
     {"vllm_rollouts"},
     {"evaluation"},
     {"training", "results"},

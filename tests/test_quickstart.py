@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import EOS, SECOND_EOS
-from opsd_lightning.quickstart import main, mean_and_interval, obtain_model, wilson
+from opsd_lightning.quickstart import main, mean_and_interval, obtain_model, read_records, wilson
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.types import UserError
 
@@ -89,6 +89,13 @@ def test_intervals() -> None:
     assert (low, high) == pytest.approx((0.0435, 0.2136), abs=1e-4)  # the textbook's value
     assert wilson([False] * 10)[0] == 0
     assert wilson([True] * 10)[1] == pytest.approx(1)
+
+
+def test_completions_with_separators_of_unicode(tmp_path: Path) -> None:
+    written = [{"completion": f"a{separator}b"} for separator in "\u2028\u2029\u0085\x0b\x0c\x1c\r\n"]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
+    assert read_records(path) == written
 
 
 def test_no_model_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

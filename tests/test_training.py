@@ -368,6 +368,26 @@ def test_validation_selects_exports_and_keeps_the_best(make_policy: Callable[...
     assert "rollouts/text_summary" in events.Tags()["tensors"] and "train/loss" in events.Tags()["scalars"]
 
 
+@pytest.mark.parametrize(
+    ("updates", "every", "steps"), [(2, 3, ["4", "6", "10"]), (3, 2, ["3", "6", "9", "10"]), (1, 4, ["4", "8"])]
+)
+def test_a_table_for_every_multiple_passed(
+    updates: int, every: int, steps: list[str], make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Also on a run that goes on: a table that was written is not written again."""
+
+    def go(max_steps: int, **start: Any) -> Trainer:
+        run = trainer(tmp_path, RolloutTable(every_n_steps=every, rows=1), max_steps=max_steps)
+        run.fit(*parts(make_policy(), updates_per_batch=updates), **start)
+        return run
+
+    checkpoint = tmp_path / "half.ckpt"
+    go(2 * updates).save_checkpoint(checkpoint)
+    go(10, ckpt_path=checkpoint)
+    with (tmp_path / "rollouts.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == steps
+
+
 def test_validation_is_the_same_whatever_the_batches(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Greedy accuracy and lengths do not depend on the evaluation batch size, and training goes on as before."""
     found = []

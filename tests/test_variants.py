@@ -16,6 +16,7 @@ from test_reference import adapter, fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import EOS, PROMPTS, TEACHER_PROMPTS, perturb, write_jsonl
+from opsd_lightning.anchors import Anchor
 from opsd_lightning.callbacks import AdapterExport
 from opsd_lightning.contexts import (
     Attempts,
@@ -38,7 +39,7 @@ from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
 from opsd_lightning.sft import SFTModule
 from opsd_lightning.shaping import DecayingPositions, FirstPositions, PositionWeight
 from opsd_lightning.sources import Columns, FileSource
-from opsd_lightning.teachers import Anchor, EMATeacher, FixedTeacher, LiveTeacher, ModelTeacher, TrustRegionTeacher
+from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, ModelTeacher, TrustRegionTeacher
 from opsd_lightning.types import Example, Rollouts, UserError
 from opsd_lightning.vllm_rollouts import VLLMEngine
 
@@ -305,6 +306,21 @@ def test_majority_needs_no_reference() -> None:
 def test_feedback_tells_right_from_wrong() -> None:
     found = FeedbackContext("{answer} right", "{attempt}: {answer} is not {reference}").texts(ATTEMPTS, no_writing)
     assert found[0] == "1 right" and found[2] == "7: 7 is not 1" and found[7] == "4: none is not 2"
+
+
+def test_placeholders_inside_what_is_filled_in_stay() -> None:
+    """A completion that writes a placeholder is not told the reference answer, nor does a trace bring the analysis in."""
+    example = Example("q {trace}", "t {analysis}", "42")
+    attempts = Attempts([example], ["{reference} and {answer}"], ["7"], [False], [True], 1)
+    assert FeedbackContext(wrong="{attempt}: {answer}").texts(attempts, no_writing) == ["{reference} and {answer}: 7"]
+    asked: list[str] = []
+
+    def write(messages: Sequence[str], sampling: Sampling) -> list[str]:
+        asked.extend(messages)
+        return ["because {trace}"]
+
+    context = ReasonFirst("{question} / {trace}", "{trace} / {analysis}")
+    assert context.texts(attempts, write) == ["t {analysis} / because {trace}"] and asked == ["q {trace} / t {analysis}"]
 
 
 @pytest.mark.parametrize("context", [ShortestCorrectContext(), MajorityContext()])
