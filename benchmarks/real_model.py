@@ -1,13 +1,15 @@
-"""A real model on word problems: OPSD against SFT and GRPO, at equal generated tokens.
+"""A real model on word problems: OPSD against SFT and GRPO, at equal completions and at equal generated tokens.
 
     python -m benchmarks.real_model                      SmolLM2-135M-Instruct, all methods, three seeds
     python -m benchmarks.real_model --methods opsd --seeds 1
 
 Every run is the command line's own ``fit`` and ``test`` on the quick start's configuration, with the overlay of the method
 and the learning rate named in ``METHODS``; scored are the weights after the last step, not the best of several. OPSD and
-GRPO make equally many completions a step; SFT gets the traces of the questions that OPSD gets. A run's settings, versions
-and hashes are in its ``result.json``; a run that was interrupted goes on from its last checkpoint, and a finished one is not
-made again.
+GRPO make equally many completions a step, not equally many tokens: the table's last column therefore compares validation
+accuracies where each run had generated as many tokens as the thriftiest one by its end. SFT gets the traces of the questions
+that OPSD gets. A run's settings, versions and hashes are in its ``result.json``; a run that was interrupted goes on from its
+last checkpoint, and a finished one is not made again. All runs of an output folder are of one model, number of steps and
+number of questions.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import json
 import os
 import platform
 import subprocess
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learning.report import at
+
 CONFIG = "configs/quickstart.yaml"
+
+SECONDS = ("time/rollout_seconds", "time/scoring_seconds")
 
 #: Name -> (overlay, learning rate). Each method is run with two rates and both are reported.
 METHODS = {
@@ -49,14 +54,46 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from opsd_lightning.quickstart import MODEL_FOLDER, obtain_model
 
-    model = options.model or str(obtain_model(MODEL_FOLDER))
     out: Path = options.output
     if not options.report:
+        model = options.model or str(obtain_model(MODEL_FOLDER))
+        agree(out, {"model_sha256": model_hash(model), "steps": options.steps, "questions": options.questions})
         before(model, out, options.questions)
         for seed in range(options.seeds):
             for name in options.methods:
                 once(name, model, out, seed, options.steps, options.questions)
     report(out)
+
+
+def agree(out: Path, asked: dict[str, Any]) -> None:
+    """Hold a folder to one model, number of steps and number of questions.
+
+    Raises:
+        SystemExit: What lies there has other settings, so that it is not the answer to what was asked.
+    """
+    held: list[tuple[Path, dict[str, Any]]] = []
+    if (record := out / "settings.json").exists():
+        held.append((record, json.loads(record.read_text(encoding="utf-8"))))
+    if (untrained := out / "before" / "test.jsonl").exists():
+        lines = untrained.read_text(encoding="utf-8").splitlines()
+        held.append((untrained, {"questions": sum(json.loads(line)["role"] == "student" for line in lines)}))
+    for path in sorted(out.glob("*/result.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        questions = next(a.split("=")[1] for a in found["arguments"] if a.startswith("--data.test.init_args.size="))
+        settings = {"model_sha256": found["made_with"]["model_sha256"], "steps": found["optimizer_steps"]}
+        held.append((path, settings | {"questions": int(questions)}))
+        if found["method"] in METHODS and (rate := METHODS[found["method"]][1]) != found["learning_rate"]:
+            raise SystemExit(
+                f"error: {path} has learning rate {found['learning_rate']}, METHODS {rate}: give another --output"
+            )
+    for path, settings in held:
+        other = [f"{k} {value} (asked for: {asked[k]})" for k, value in settings.items() if value != asked[k]]
+        if other:
+            raise SystemExit(
+                f"error: {path} is of other settings: {', '.join(other)}. Ask for those, or give another --output"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(asked, indent=1), encoding="utf-8")
 
 
 def before(model: str, out: Path, questions: int) -> None:
@@ -82,7 +119,7 @@ def before(model: str, out: Path, questions: int) -> None:
 
 def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int) -> None:
     """One run: train, score the last weights, write ``result.json``."""
-    from opsd_lightning.quickstart import read_metrics, run, say
+    from opsd_lightning.quickstart import run, say
 
     folder = out / f"{name.replace(', ', '-').replace(' ', '')}-seed{seed}"
     done = folder / "result.json"
@@ -97,20 +134,13 @@ def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int
     common += [f"--data.test.init_args.size={questions}"]
     fit = [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
     fit += [f"--trainer.max_steps={steps}", "--trainer.callbacks+=ModelCheckpoint"]
-    fit += [f"--trainer.callbacks.{key}" for key in (f"dirpath={folder}", "filename=last", "every_n_train_steps=3")]
+    every = next(n for n in (3, 2, 1) if steps % n == 0)  # so that the last step is saved
+    fit += [f"--trainer.callbacks.{key}" for key in (f"dirpath={folder}", "filename=last", f"every_n_train_steps={every}")]
     fit += ["--trainer.callbacks.enable_version_counter=false", "--trainer.callbacks.save_top_k=1"]
     last = folder / "last.ckpt"
-    started = time.perf_counter()
     run(["fit", *common, *fit, *([f"--ckpt_path={last}"] if last.exists() else [])])
-    seconds = time.perf_counter() - started
     run(["test", *common, "--verbose=false", f"--trainer.default_root_dir={folder / 'after'}", f"--ckpt_path={last}"])
-    rows: list[dict[str, float]] = []
-    validations: list[tuple[int, float]] = []
-    # One log for every time the run was taken up again.
-    for log in sorted(folder.glob("lightning_logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
-        found, measured = read_metrics(log)
-        validations += [(len(rows) + step, value) for step, value in measured]
-        rows += found
+    rows, validations = read_log(folder)
     result = {
         "method": name,
         "seed": seed,
@@ -118,7 +148,8 @@ def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int
         "optimizer_steps": steps,
         "tokens_generated": rows[-1]["train/tokens_generated"],
         "validation": validations,
-        "seconds": round(seconds),
+        # Rollouts and scoring of every step that counts, whatever was interrupted; loading and validation aside.
+        "training_seconds": round(sum(value for row in rows for key, value in row.items() if key in SECONDS)),
         "arguments": common + fit,
         "made_with": made_with(model),
         "completions_sha256": digest(folder / "after" / "test.jsonl"),
@@ -128,8 +159,30 @@ def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int
     partial.rename(done)
 
 
+def read_log(folder: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:
+    """A run's training steps, and its validations as (optimizer steps made, accuracy).
+
+    There is one log for every time that the run was taken up again; what it then did once more counts as done the last time.
+    """
+    from opsd_lightning.quickstart import read_metrics
+
+    rows: dict[float, dict[str, float]] = {}
+    validations: dict[int, float] = {}
+    for log in sorted(folder.glob("lightning_logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
+        found, measured = read_metrics(log)
+        rows |= {row["step"]: row for row in found}
+        validations |= dict(measured)
+    return [rows[step] for step in sorted(rows)], sorted(validations.items())
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def model_hash(model: str) -> str:
+    """Of the weights in a folder; a hub id stands for itself."""
+    weights = Path(model) / "model.safetensors"
+    return digest(weights) if weights.exists() else model
 
 
 def made_with(model: str) -> dict[str, str]:
@@ -137,8 +190,7 @@ def made_with(model: str) -> dict[str, str]:
     found = {name: version(name) for name in ("torch", "transformers", "peft", "lightning", "opsd_lightning")}
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     found["revision"] = git.stdout.strip() or "unknown"
-    weights = Path(model) / "model.safetensors"
-    found["model_sha256"] = digest(weights) if weights.exists() else model
+    found["model_sha256"] = model_hash(model)
     return found | {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
 
 
@@ -149,16 +201,20 @@ def report(out: Path) -> None:
     untrained = read_records(out / "before" / "test.jsonl")
     student = [r["correct"] for r in untrained if r["role"] == "student"]
     teacher = [r["correct"] for r in untrained if r["role"] == "teacher"]
-    print(f"\n| {len(student)} held-out questions | seeds | accuracy | 95 % interval | change | tokens generated |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, outcomes in (("before", student), ("teacher, before", teacher)):
-        low, high = wilson(outcomes)
-        print(f"| {name} | | {sum(outcomes) / len(outcomes):.1%} | {low:.1%} to {high:.1%} | | |")
     results: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(out.glob("*/result.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         found["correct"] = [r["correct"] for r in read_records(path.parent / "after" / "test.jsonl")]
+        found["curve"] = curve(path.parent)
         results.setdefault(found["method"], []).append(found)
+    # As many tokens as every run that generates any had generated at its last validation.
+    ends = [r["curve"][-1]["tokens"] for runs in results.values() for r in runs if r["tokens_generated"]]
+    budget = min(ends, default=0)
+    print(f"\n| {len(student)} held-out questions | seeds | accuracy | 95 % interval | change | tokens generated", end="")
+    print(f" | validation, at the end | validation, at {budget:,.0f} tokens |\n{'| --- ' * 8}|")
+    for name, outcomes in (("before", student), ("teacher, before", teacher)):
+        low, high = wilson(outcomes)
+        print(f"| {name} | | {sum(outcomes) / len(outcomes):.1%} | {low:.1%} to {high:.1%} | | | | |")
     for name in METHODS:
         if not (runs := results.get(name)):
             continue
@@ -168,10 +224,20 @@ def report(out: Path) -> None:
         change, spread = mean_and_interval([after - before for after, before in zip(scores, student, strict=True)])
         each = ", ".join(f"{sum(r['correct']) / len(student):.1%}" for r in runs)
         tokens = sum(r["tokens_generated"] for r in runs) / len(runs)
+        end = sum(r["curve"][-1]["accuracy"] for r in runs) / len(runs)
+        reached = [value for r in runs if tokens and (value := at(r["curve"], budget)) is not None]
+        equal = f"{sum(reached) / len(reached):.1%}" if reached else "-"
         print(
             f"| {name} | {len(runs)} ({each}) | {mean:.1%} | {mean - half:.1%} to {mean + half:.1%} | "
-            f"{change:+.1%} ± {spread:.1%} | {tokens:,.0f} |"
+            f"{change:+.1%} ± {spread:.1%} | {tokens:,.0f} | {end:.1%} | {equal} |"
         )
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """A run's validations with the tokens generated until then."""
+    rows, validations = read_log(folder)
+    tokens = {row["step"] + 1: row["train/tokens_generated"] for row in rows}
+    return [{"step": step, "tokens": tokens.get(step, 0.0), "accuracy": value} for step, value in validations]
 
 
 if __name__ == "__main__":

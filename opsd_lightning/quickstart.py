@@ -176,7 +176,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, fl
         if "train/loss" in row:
             steps.append(row)
         if "val/avg@1" in row:
-            validations.append((len(steps), row["val/avg@1"]))
+            validations.append((int(steps[-1]["step"]) + 1 if steps else int(row["step"]), row["val/avg@1"]))
     return steps, validations
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.learning import methods, plots, quick, report, run, sweep, task
-from benchmarks.learning.bases import MAX_NEW_TOKENS, Base, batches, easier, make
+from benchmarks.learning.bases import MAX_NEW_TOKENS, Base, Strong, batches, easier, make
 from benchmarks.learning.task import GRADER, PROMPTS, Chain, ChainProblems, draw, split_of
 from opsd_lightning import NoContext, OPSDDataModule, Policy, ReverseKL
 from opsd_lightning.types import UserError
@@ -71,9 +72,10 @@ def test_splits_are_disjoint_for_every_seed_and_length() -> None:
     assert all(abs(shares.count(split) / 2000 - share / 100) < 0.04 for split, share in task.SHARES.items())
 
 
-def test_pretraining_has_its_own_questions_alone() -> None:
+@pytest.mark.parametrize("base", [Base(steps=5, rows=20), Strong(steps=5, rows=20)], ids=lambda base: base.name)
+def test_pretraining_has_its_own_questions_alone(base: Base) -> None:
     tokenizer = task.make_tokenizer()
-    for ids, _ in batches(Base(steps=5, rows=20)):
+    for ids, _ in batches(base):
         for row in ids.tolist():
             text = tokenizer.decode(row)
             assert split_of(text[1 : min(text.find(mark) for mark in "R>" if mark in text)]) == "pretrain"
@@ -165,13 +167,7 @@ def test_reading_curves() -> None:
 
 def fake_run(name: str, base: str, seed: int, speed: float) -> dict[str, Any]:
     curve = [
-        {
-            "accuracy": min(0.4 + 0.1 * speed * i, 1.0),
-            "tokens": 1000 * i,
-            "step": i,
-            "references": 64 * i,
-            "seconds": float(i),
-        }
+        {"accuracy": min(0.4 + 0.1 * speed * i, 1.0), "tokens": 1000 * i, "step": i, "references": 64 * i, "seconds": i}
         for i in range(7)
     ]
     before = {"test": 0.4, "privileged": 1.0, "1_operations": 0.9, "2_operations": 0.7}
@@ -284,6 +280,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 SMALL = {"steps": 2, "questions": 4}
 MEASURING = run.Measuring(every_steps=1, validation=6, test=5)
+SEED = 6  # with it a mixed run samples in its first step and takes the traces in its second
 
 
 def test_a_run_gives_the_same_again(base: Path, tmp_path: Path) -> None:
@@ -307,11 +304,42 @@ def test_a_run_gives_the_same_again(base: Path, tmp_path: Path) -> None:
     assert job.path(tmp_path) != run.Job(job.method, str(base), 1, MEASURING).path(tmp_path)
 
 
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_runs(name: str, base: Path) -> None:
+    make(Strong(steps=2, rows=4), base.parent)
+    method, strong = methods.changed(methods.METHODS[name], SMALL), {"strong"} if name == "distill" else set()
+    found = run.execute(run.Job(method, str(base), SEED, MEASURING))
+    assert [row["step"] for row in found["curve"]] == [0, 1, 2] and "failed" not in found
+    _, first, last = found["curve"]
+    assert last["references"] == {"trace": 8, "answer": 0, "nothing": 0}[method.uses]
+    assert (first["tokens"] > 0) == (not name.startswith("sft"))
+    assert (last["tokens"] > first["tokens"]) == (name in ("opsd", "grpo", "distill"))
+    assert ("train/reverse_kl" in first["metrics"]) == (name in ("opsd", "distill", "mixed"))
+    assert all(map(math.isfinite, first["metrics"].values())) and set(found["after"]) == set(found["before"])
+    assert {key for key in found["made_with"] if "sha256" in key} == {f"{model}_sha256" for model in {"base0"} | strong}
+    assert set(found["settings"].get("beside_base", ())) == strong
+
+
+def test_results_of_before_keep_their_names(base: Path) -> None:
+    kept = {"opsd": "c2a4df8d3b", "grpo": "2b041eb914", "sft-terse": "c4230b38bf", "sft-worked": "93dd863afb"}
+    assert kept == {name: run.Job(methods.METHODS[name], "no/base0").path(Path()).stem[-10:] for name in kept}
+    job = run.Job(methods.METHODS["distill"], str(base))
+    without = run.Job(job.method, str(shutil.copytree(base, base.parent / "alone" / base.name, dirs_exist_ok=True)))
+    make(Strong(steps=2, rows=4), base.parent)
+    assert job.path(Path()) != without.path(Path())  # how the other model was made counts too
+
+
 def test_a_base_is_made_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.learning.bases.pretrain", lambda base: pytest.fail("made again"))
     assert make(TINY, base.parent) == base
     facts = json.loads((base / "base.json").read_text())
     assert facts["parameters"] == 144_576 and {"student", "teacher"} <= set(facts["accuracy"])
+
+
+def in_process(tasks: Any, workers: int) -> list[str]:
+    for call, args in tasks.values():
+        call(*args)
+    return []
 
 
 def test_an_interrupted_sweep_goes_on(
@@ -328,13 +356,8 @@ def test_an_interrupted_sweep_goes_on(
         executed.append(job.seed)
         return fake_run("opsd", "base0", job.seed, 1.0) | {"wall_seconds": 0.0}
 
-    def here(tasks: Any, workers: int) -> list[str]:
-        for call, args in tasks.values():
-            call(*args)
-        return []
-
     monkeypatch.setattr(run, "execute", execute)
-    monkeypatch.setattr(sweep, "in_workers", here)
+    monkeypatch.setattr(sweep, "in_workers", in_process)
     with pytest.raises(KeyboardInterrupt):
         sweep.run_all(jobs, tmp_path, 1)
     assert len(list(tmp_path.glob("*.json"))) == 1
@@ -349,11 +372,6 @@ def test_an_interrupted_sweep_goes_on(
 def test_the_sweep_from_bases_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage, with runs that are made up from their settings."""
 
-    def in_process(tasks: Any, workers: int) -> list[str]:
-        for call, args in tasks.values():
-            call(*args)
-        return []
-
     def execute(job: run.Job) -> dict[str, Any]:
         speed = 1.0 if job.method.learning_rate == 1e-3 else 0.5
         made = fake_run("", "", job.seed, speed) | {"settings": job.settings(), "wall_seconds": 0.0}
@@ -362,16 +380,22 @@ def test_the_sweep_from_bases_to_report(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sweep, "in_workers", in_process)
     monkeypatch.setattr(run, "execute", execute)
     monkeypatch.setattr("benchmarks.learning.bases.Base", lambda seed: Base(seed, steps=1, rows=2))
+    monkeypatch.setattr("benchmarks.learning.bases.Strong", lambda: Strong(steps=1, rows=2))
     options = ["--output", str(tmp_path), "--bases", "2", "--seeds", "2", "--methods", "opsd", "grpo"]
     with pytest.raises(SystemExit, match="run the stage `bases` first"):
         sweep.main(["main", *options])
     sweep.main(["all", *options, "--tables", "teacher", "clip"])
+    with pytest.raises(SystemExit, match="strong does not exist: run the stage `bases` first"):
+        sweep.main(["tune", *options, "distill"])
+    for stage in ("bases", "main", "report"):
+        sweep.main([stage, *options, "distill"])
     chosen = json.loads((tmp_path / "chosen.json").read_text())
     assert chosen["opsd"]["change"] == {"learning_rate": 1e-3} and min(chosen["opsd"]["all"]) == 0
     names = [json.loads(path.read_text())["settings"]["method"]["name"] for path in (tmp_path / "main").glob("*.json")]
-    assert sorted(names) == ["grpo"] * 4 + ["opsd"] * 4
+    assert sorted(names) == [name for name in ("distill", "grpo", "opsd") for _ in range(4)]
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "## Ablation: teacher" in text and "| live |" in text and "Ablation: context" not in text
+    assert all(found in text for found in ("## Ablation: teacher", "| live |", "| distill | 4 |"))
+    assert "Ablation: context" not in text
     assert (tmp_path / "report" / "learning.png").exists() and (tmp_path / "report" / "ablation-clip.svg").exists()
 
 

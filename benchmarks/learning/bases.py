@@ -1,6 +1,7 @@
 """Weak but real base models, made in minutes: pretrained on the task in both roles, the student's role mostly on easy rows.
 
     python -m benchmarks.learning.bases --count 3
+    python -m benchmarks.learning.bases --strong                 the separate teacher, which solves the task alone
 
 Half of the rows are a student's, 98 in 100 of them without carries, so that the student is weak where a result leaves
 0 to 9. Half are a teacher's, unrestricted: the model can use a reference far better than it can do without. Lengths of
@@ -47,6 +48,7 @@ from opsd_lightning.types import Example
 
 MAX_NEW_TOKENS = 26  # three operations worked are 22 tokens with their EOS
 EASY_OPERATIONS = (1, 2)
+STRONG = "strong"  # folder of the separate teacher, beside the bases
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,22 @@ class Base:
     @property
     def name(self) -> str:
         return f"base{self.seed}"
+
+
+@dataclass(frozen=True)
+class Strong(Base):
+    """A model that solves the task without a reference: the separate teacher of on-policy distillation.
+
+    It differs from a base in its student's rows, which are unrestricted, in more steps, and in its seed.
+    """
+
+    seed: int = 100
+    steps: int = 800
+    weak_share: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return STRONG
 
 
 def row(rng: random.Random, weak_share: float) -> tuple[list[int], list[int]]:
@@ -210,11 +228,13 @@ def main() -> None:
     options.add_argument("--count", type=int, default=3, help="base models, with seeds from 0")
     options.add_argument("--first", type=int, default=0, help="seed of the first")
     options.add_argument("--steps", type=int, default=Base.steps, help="pretraining steps")
+    options.add_argument("--strong", action="store_true", help="only the separate teacher, with its own settings")
     options.add_argument("--output", type=Path, default=runs_folder() / "bases")
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    for seed in range(chosen.first, chosen.first + chosen.count):
-        make(Base(seed=seed, steps=chosen.steps), chosen.output)
+    seeds = range(chosen.first, chosen.first + chosen.count)
+    for base in [Strong()] if chosen.strong else [Base(seed=seed, steps=chosen.steps) for seed in seeds]:
+        make(base, chosen.output)
 
 
 if __name__ == "__main__":

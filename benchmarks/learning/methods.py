@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from benchmarks.learning.bases import STRONG
 from benchmarks.learning.run import Method
 
 
@@ -23,6 +24,8 @@ def part(name: str, **arguments: Any) -> dict[str, Any]:
     return {"class": name, **arguments}
 
 
+TRACE_SHARE = 0.25  # of the steps of ``mixed``: off-policy, on the references
+
 METHODS = {
     method.name: method
     for method in (
@@ -30,6 +33,18 @@ METHODS = {
         Method("grpo", module="GRPOModule", questions=8, n=8, uses="answer", steps=600),
         Method("sft-terse", module="SFTModule", trace="terse", steps=480),
         Method("sft-worked", module="SFTModule", trace="worked", steps=100),
+        # On-policy distillation: OPSD with another model as the teacher, which solves the task and reads the question alone.
+        Method(
+            "distill",
+            arguments={
+                "objective": divergence("ReverseKL"),
+                "teacher": part("ModelTeacher", model={"beside_base": STRONG}),
+            },
+            steps=200,
+            uses="nothing",
+        ),
+        # OPSD with a quarter of its steps on the tokens of the terse references.
+        Method("mixed", "MixedOPSDModule", {"objective": divergence("ReverseKL"), "trace_share": TRACE_SHARE}, steps=200),
     )
 }
 
@@ -39,6 +54,8 @@ TUNING: dict[str, list[dict[str, Any]]] = {
     "grpo": [{"learning_rate": rate} for rate in (1e-4, 3e-4, 6e-4)],
     "sft-terse": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
     "sft-worked": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
+    "distill": [{"learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)],
+    "mixed": [{"learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)],
 }
 
 _LIVE, _EMA = part("LiveTeacher"), "EMATeacher"

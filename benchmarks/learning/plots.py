@@ -22,6 +22,8 @@ LABELS = {
     "grpo": "GRPO",
     "sft-terse": "SFT, references in another style",
     "sft-worked": "SFT, references in the model's own style",
+    "distill": "on-policy distillation, another model",
+    "mixed": "OPSD, a quarter of the steps on references",
 }
 
 

@@ -13,8 +13,9 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ from opsd_lightning.rollouts import Sampling
 class Method:
     """What is trained and how. Parts are written as ``{"class": name, argument: value, ...}``, at any depth.
 
+    In ``arguments``, ``{"beside_base": name}`` stands for the path of another model, in that folder beside the base.
+
     Args:
         name: What tables call it.
         module: The LightningModule: a public name of the package, or a dotted path.
@@ -50,7 +53,8 @@ class Method:
         max_new_tokens: Length limit of the rollouts, in tokens.
         train_questions: How many different training questions there are; as many as the run needs unless given.
         trace: Style of the references.
-        uses: What the method takes from a reference: ``trace``, or ``answer`` where only the final answer is used.
+        uses: What the method takes from a reference: ``trace``, ``answer`` where only the final answer is used, or
+            ``nothing``.
     """
 
     name: str
@@ -69,7 +73,7 @@ class Method:
     max_new_tokens: int = MAX_NEW_TOKENS
     train_questions: int | None = None
     trace: Style = "terse"
-    uses: Literal["trace", "answer"] = "trace"
+    uses: Literal["trace", "answer", "nothing"] = "trace"
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,50 @@ class Job:
     measuring: Measuring = Measuring()
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the result, as JSON holds it; of the base its name and how it was made."""
-        record = Path(self.base) / "base.json"
-        made = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else None
-        found = {"method": asdict(self.method), "base": Path(self.base).name, "base_settings": made, "seed": self.seed}
-        return json.loads(json.dumps(found | {"measuring": asdict(self.measuring)}))
+        """All that decides the result, as JSON holds it; of the base and the models beside it, how they were made."""
+        base = Path(self.base)
+        found = {"method": asdict(self.method), "base": base.name, "base_settings": _recipe(base), "seed": self.seed}
+        found["measuring"] = asdict(self.measuring)
+        # Only where there are any: the file names of other methods stay as they were.
+        if names := beside_base(self.method.arguments):
+            found["beside_base"] = {name: _recipe(base.parent / name) for name in names}
+        return json.loads(json.dumps(found))
 
     def path(self, root: Path) -> Path:
         """The result's file: another one for any other setting."""
         settings = self.settings()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         return root / f"{self.method.name}-{settings['base']}-seed{self.seed}-{digest}.json"
+
+
+def _recipe(folder: Path) -> Any:
+    record = folder / "base.json"
+    return json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else None
+
+
+def beside_base(spec: Any) -> list[str]:
+    """The names of the models beside the base in a specification."""
+    if isinstance(spec, Mapping):
+        return [spec["beside_base"]] if "beside_base" in spec else beside_base(list(spec.values()))
+    return [name for value in spec for name in beside_base(value)] if isinstance(spec, list | tuple) else []
+
+
+def located(spec: Any, folder: Path) -> Any:
+    """The specification with the paths of the models that stand beside the base in the folder."""
+    if isinstance(spec, Mapping):
+        if "beside_base" in spec:
+            return str(folder / spec["beside_base"])
+        return {name: located(value, folder) for name, value in spec.items()}
+    return [located(value, folder) for value in spec] if isinstance(spec, list | tuple) else spec
+
+
+def made_with(job: Job) -> dict[str, str]:
+    """Versions of the libraries, and the hashes of the weights of the base and of the models beside it."""
+    found = {name: version(name) for name in ("torch", "transformers", "peft", "lightning", "opsd_lightning")}
+    base = Path(job.base)
+    for folder in [base, *(base.parent / name for name in beside_base(job.method.arguments))]:
+        found[f"{folder.name}_sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return found
 
 
 def build(spec: Any) -> Any:
@@ -237,12 +274,14 @@ def execute(job: Job) -> dict[str, Any]:
     """Train and measure.
 
     Returns:
-        ``settings``; ``curve`` (see `Curve`); ``before`` and ``after`` (see `scores`); ``wall_seconds``, everything
-        included; and ``failed``, a message, where training stopped on a number that is not finite.
+        ``settings``; ``made_with`` (see `made_with`); ``curve`` (see `Curve`); ``before`` and ``after`` (see `scores`);
+        ``wall_seconds``, everything included; and ``failed``, a message, where training stopped on a number that is not
+        finite.
     """
-    started, method = time.perf_counter(), job.method
-    result: dict[str, Any] = {"settings": job.settings()}
+    started = time.perf_counter()
+    result: dict[str, Any] = {"settings": job.settings(), "made_with": made_with(job)}
     base = str(Path(job.base).resolve())
+    method = replace(job.method, arguments=located(job.method.arguments, Path(base).parent))
     result["before"] = scores_before(base, job.measuring.test)
     seed_everything(job.seed, verbose=False)  # after the scores, which are not made anew in every run
     policy = Policy(base, LoRA(**method.lora), dtype="float32")

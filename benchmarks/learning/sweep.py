@@ -1,6 +1,6 @@
 """All runs of the test bed, over worker processes; what is done is not done again.
 
-    python -m benchmarks.learning.sweep bases                    make the base models
+    python -m benchmarks.learning.sweep bases                    make the base models and the separate teacher
     python -m benchmarks.learning.sweep tune                     equal budgets: choose every method's settings on validation
     python -m benchmarks.learning.sweep main                     every method with its choice, on all bases and seeds
     python -m benchmarks.learning.sweep ablations                one-factor changes of the chosen OPSD settings
@@ -105,19 +105,27 @@ class Sweep:
         self.methods = {name: methods.METHODS[name] for name in options.methods or methods.METHODS}
         self.chosen_path = self.root / "chosen.json"
 
+    def others(self) -> list[str]:
+        """The models beside the bases that the methods need."""
+        from benchmarks.learning.run import beside_base
+
+        return sorted({name for method in self.methods.values() for name in beside_base(method.arguments)})
+
     def bases(self) -> list[Path]:
-        from benchmarks.learning.bases import Base, make
+        from benchmarks.learning.bases import STRONG, Base, Strong, make
 
         root = self.root / "bases"
         wanted = [Base(seed=seed) for seed in range(self.options.bases)]
+        wanted += [Strong()] if STRONG in self.others() else []
         failed = in_workers({base.name: (make, (base, root)) for base in wanted}, self.options.workers)
         if failed:
             raise SystemExit(f"bases raised: {', '.join(failed)}")
         return [root / base.name for base in wanted]
 
-    def base_folders(self) -> list[Path]:
+    def base_folders(self, others: Iterable[str] = ()) -> list[Path]:
+        """The folders of the bases, all of which exist, as do those of the others beside them."""
         folders = [self.root / "bases" / f"base{seed}" for seed in range(self.options.bases)]
-        for folder in folders:
+        for folder in [*folders, *(self.root / "bases" / name for name in others)]:
             if not (folder / "base.json").exists():
                 raise SystemExit(f"{folder} does not exist: run the stage `bases` first")
         return folders
@@ -142,7 +150,7 @@ class Sweep:
             name: [changed(method, change, f"tune-{name}-{i}") for i, change in enumerate(TUNING[name])]
             for name, method in self.methods.items()
         }
-        bases = self.base_folders()
+        bases = self.base_folders(self.others())
         jobs = [job for found in settings.values() for method in found for job in self._jobs(method, bases, [TUNING_SEED])]
         results = run_all(jobs, self.root / "tune", self.options.workers)
         chosen: dict[str, Any] = read_or_empty(self.chosen_path)
@@ -169,7 +177,8 @@ class Sweep:
         return changed(METHODS[name], found["change"] if found else {}, name)
 
     def main(self) -> dict[str, list[Any]]:
-        jobs = {name: self._jobs(self.chosen(name), self.base_folders(), range(self.options.seeds)) for name in self.methods}
+        bases = self.base_folders(self.others())
+        jobs = {name: self._jobs(self.chosen(name), bases, range(self.options.seeds)) for name in self.methods}
         results = run_all([job for found in jobs.values() for job in found], self.root / "main", self.options.workers)
         return {name: [r for r in results if r["settings"]["method"]["name"] == name] for name in jobs}
 
