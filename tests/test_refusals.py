@@ -111,7 +111,7 @@ def test_a_teacher_needs_no_chat_template(method: str, make_policy: MakePolicy, 
 
 
 @pytest.mark.parametrize(
-    ("method", "teacher"), [*((method, FixedTeacher) for method in WHERE), ("opsd", EMATeacher)], ids=str
+    ("method", "teacher"), [*((method, FixedTeacher) for method in WHERE), ("teacher", EMATeacher)], ids=str
 )
 def test_full_fine_tuning_names_the_setting_to_change(method: str, teacher: Any, make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=rf"lora is null .* take ModelTeacher as {WHERE[method]}, which keeps a frozen copy"):
