@@ -48,6 +48,10 @@ METHODS = {
     )
 }
 
+# Only by its name (``sweep main --methods grpo-long``): does GRPO's curve still rise in four times the steps? The rate is that
+# chosen for ``grpo``.
+LONG = {"grpo-long": replace(METHODS["grpo"], name="grpo-long", learning_rate=3e-4, steps=2400)}
+
 # Every method may choose from as many settings as any other; the choice is made on validation questions.
 TUNING: dict[str, list[dict[str, Any]]] = {
     "opsd": [{"learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)],

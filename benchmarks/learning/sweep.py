@@ -102,7 +102,8 @@ class Sweep:
         from benchmarks.learning import methods
 
         self.options, self.root = options, options.output
-        self.methods = {name: methods.METHODS[name] for name in options.methods or methods.METHODS}
+        known = methods.METHODS | methods.LONG
+        self.methods = {name: known[name] for name in options.methods or methods.METHODS}
         self.chosen_path = self.root / "chosen.json"
 
     def others(self) -> list[str]:
@@ -149,6 +150,7 @@ class Sweep:
         settings = {
             name: [changed(method, change, f"tune-{name}-{i}") for i, change in enumerate(TUNING[name])]
             for name, method in self.methods.items()
+            if name in TUNING
         }
         bases = self.base_folders(self.others())
         jobs = [job for found in settings.values() for method in found for job in self._jobs(method, bases, [TUNING_SEED])]
@@ -169,12 +171,12 @@ class Sweep:
 
     def chosen(self, name: str) -> Any:
         """A method with the settings that were chosen; its own where nothing has been tuned."""
-        from benchmarks.learning.methods import METHODS, changed
+        from benchmarks.learning.methods import LONG, METHODS, changed
 
         found = read_or_empty(self.chosen_path).get(name)
         if found is None:
             print(f"{name} is not tuned: its default settings are used")
-        return changed(METHODS[name], found["change"] if found else {}, name)
+        return changed((METHODS | LONG)[name], found["change"] if found else {}, name)
 
     def main(self) -> dict[str, list[Any]]:
         bases = self.base_folders(self.others())
@@ -203,7 +205,7 @@ class Sweep:
         from benchmarks.learning import methods, plots, report
 
         main = {}
-        for name in self.methods:
+        for name in [*self.methods, *methods.LONG]:
             jobs = self._jobs(self.chosen(name), self.base_folders(), range(self.options.seeds))
             if found := existing(jobs, self.root / "main"):
                 main[name] = found
