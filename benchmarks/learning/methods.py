@@ -48,8 +48,8 @@ METHODS = {
     )
 }
 
-# Only by its name (``sweep main --methods grpo-long``): does GRPO's curve still rise in four times the steps? The rate is that
-# chosen for ``grpo``.
+# Only by its name (``sweep main --methods grpo-long``): does GRPO's curve still rise in four times the steps? The rate is
+# that chosen for ``grpo``.
 LONG = {"grpo-long": replace(METHODS["grpo"], name="grpo-long", learning_rate=3e-4, steps=2400)}
 
 # Every method may choose from as many settings as any other; the choice is made on validation questions.
