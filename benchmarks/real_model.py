@@ -71,12 +71,14 @@ def agree(out: Path, asked: dict[str, Any]) -> None:
     Raises:
         SystemExit: What lies there has other settings, so that it is not the answer to what was asked.
     """
+    from benchmarks.learning.run import write
+    from opsd_lightning.quickstart import read_records
+
     held: list[tuple[Path, dict[str, Any]]] = []
     if (record := out / "settings.json").exists():
         held.append((record, json.loads(record.read_text(encoding="utf-8"))))
     if (untrained := out / "before" / "test.jsonl").exists():
-        lines = untrained.read_text(encoding="utf-8").splitlines()
-        held.append((untrained, {"questions": sum(json.loads(line)["role"] == "student" for line in lines)}))
+        held.append((untrained, {"questions": sum(row["role"] == "student" for row in read_records(untrained))}))
     for path in sorted(out.glob("*/result.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         questions = next(a.split("=")[1] for a in found["arguments"] if a.startswith("--data.test.init_args.size="))
@@ -92,8 +94,7 @@ def agree(out: Path, asked: dict[str, Any]) -> None:
             raise SystemExit(
                 f"error: {path} is of other settings: {', '.join(other)}. Ask for those, or give another --output"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+    write(record, asked)
 
 
 def before(model: str, out: Path, questions: int) -> None:
@@ -119,6 +120,7 @@ def before(model: str, out: Path, questions: int) -> None:
 
 def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int) -> None:
     """One run: train, score the last weights, write ``result.json``."""
+    from benchmarks.learning.run import write
     from opsd_lightning.quickstart import run, say
 
     folder = out / f"{name.replace(', ', '-').replace(' ', '')}-seed{seed}"
@@ -154,9 +156,7 @@ def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int
         "made_with": made_with(model),
         "completions_sha256": digest(folder / "after" / "test.jsonl"),
     }
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    partial.rename(done)
+    write(done, result)
 
 
 def read_log(folder: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:

@@ -385,6 +385,8 @@ def test_the_sweep_from_bases_to_report(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit, match="run the stage `bases` first"):
         sweep.main(["main", *options])
     sweep.main(["all", *options, "--tables", "teacher", "clip"])
+    with pytest.raises(SystemExit, match="--methods: no oopsd; there are opsd, grpo"):
+        sweep.main(["tune", *options, "oopsd"])
     with pytest.raises(SystemExit, match="strong does not exist: run the stage `bases` first"):
         sweep.main(["tune", *options, "distill"])
     for stage in ("bases", "main", "report"):

@@ -102,8 +102,10 @@ class Sweep:
         from benchmarks.learning import methods
 
         self.options, self.root = options, options.output
-        known = methods.METHODS | methods.LONG
-        self.methods = {name: known[name] for name in options.methods or methods.METHODS}
+        self.known = methods.METHODS | methods.LONG
+        if unknown := set(options.methods or ()) - self.known.keys():
+            raise SystemExit(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(self.known)}")
+        self.methods = {name: self.known[name] for name in options.methods or methods.METHODS}
         self.chosen_path = self.root / "chosen.json"
 
     def others(self) -> list[str]:
@@ -171,12 +173,12 @@ class Sweep:
 
     def chosen(self, name: str) -> Any:
         """A method with the settings that were chosen; its own where nothing has been tuned."""
-        from benchmarks.learning.methods import LONG, METHODS, changed
+        from benchmarks.learning.methods import changed
 
         found = read_or_empty(self.chosen_path).get(name)
         if found is None:
             print(f"{name} is not tuned: its default settings are used")
-        return changed((METHODS | LONG)[name], found["change"] if found else {}, name)
+        return changed(self.known[name], found["change"] if found else {}, name)
 
     def main(self) -> dict[str, list[Any]]:
         bases = self.base_folders(self.others())
@@ -205,7 +207,7 @@ class Sweep:
         from benchmarks.learning import methods, plots, report
 
         main = {}
-        for name in [*self.methods, *methods.LONG]:
+        for name in self.methods:
             jobs = self._jobs(self.chosen(name), self.base_folders(), range(self.options.seeds))
             if found := existing(jobs, self.root / "main"):
                 main[name] = found
