@@ -1,11 +1,11 @@
 """Group-relative policy optimization (arXiv 2402.03300): the reinforcement-learning baseline.
 
     A_i = (r_i - mean r) / (std r + 1e-4)          over the n completions of one question, std with n - 1
-    L = -mean over tokens of min(rho A, clip(rho, 1 - eps, 1 + eps) A),   rho = p_now(y_n) / p_sampled(y_n)
+    L = -mean over tokens of min(rho A, clip(rho, 1 - eps, 1 + eps) A),   rho = p_now(y_n) / p_old(y_n)
 
 Differs from OPSD in that a verifier's reward of the whole completion takes the teacher's place. Where rho is clipped a token
 has no gradient, and elsewhere the gradient is that of -rho A log p(y_n) with rho detached: so the loss here is a likelihood
-weighted by rho A. In the first update on a batch rho is 1.
+weighted by rho A. p_old is the student's before the first update on a batch, in which rho is 1.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class GRPOModule(PolicyModule):
                 "them: set it to 1, say (model.eval_sampling has its own)"
             )
         self.reward = reward or AnswerReward()
-        self.likelihood = likelihood or NegativeLogLikelihood(temperature=sampling.temperature or 1.0)
+        self.likelihood = likelihood or NegativeLogLikelihood(temperature=sampling.temperature)
         if self.likelihood.temperature != sampling.temperature:
             raise UserError(
                 f"model.likelihood.temperature is {self.likelihood.temperature:g} and model.sampling.temperature "

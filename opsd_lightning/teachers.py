@@ -306,6 +306,7 @@ def _pairs(model: PeftModel) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
 
 @contextmanager
 def without_adapter(model: PeftModel) -> Iterator[None]:
+    """Inside, the policy computes with its base weights alone."""
     with _keeping_requires_grad(model), model.disable_adapter():
         yield
 
