@@ -57,6 +57,14 @@ def fit(module: OPSDModule, steps: int, folder: Path, batch: PromptBatch = BATCH
     return run
 
 
+def one_step(folder: Path) -> Trainer:
+    """For a fit on a data module that leaves nothing behind."""
+    return Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=folder,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+
+
 def adapter(module: OPSDModule) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in module.model.named_parameters() if is_adapter_key(n)}
 

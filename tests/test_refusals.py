@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from test_baselines import BATCH, Fixed, sgd
-from test_reference import fit
+from test_reference import fit, one_step
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import EOS, make_model, make_tokenizer, write_jsonl
@@ -129,10 +128,7 @@ def test_a_teacher_with_a_shorter_context(method: str, make_policy: MakePolicy, 
     source = FileSource(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     prompts = Prompts(student_template="{question}", teacher_template="{question} {context}")
     data = OPSDDataModule(policy, train=source, prompts=prompts, batch_size=2, max_new_tokens=8)
-    trainer = Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = one_step(tmp_path)
     trainer.fit(with_teacher(method, policy, ModelTeacher(folder)), data)
     assert len(data.rows["train"].examples) == 4
     (reason,) = data.dropped["train"]
@@ -192,10 +188,7 @@ def test_a_tokenizer_without_an_eos(method: str, tmp_path: Path) -> None:
         return
     sampling = Sampling(max_new_tokens=4)
     module: Any = {"opsd": OPSDModule, "mixed": MixedOPSDModule}.get(method, SFTModule)(policy, sampling=sampling)
-    trainer = Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = one_step(tmp_path)
     if method == "sft, no EOS at all":
         with pytest.raises(UserError, match="names an EOS token, which must end every trace"):
             trainer.fit(module, data)

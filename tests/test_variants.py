@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from test_baselines import BATCH, COMPLETIONS, Fixed, same_weights, sgd
-from test_reference import adapter, fit
+from test_reference import adapter, fit, one_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import EOS, PROMPTS, TEACHER_PROMPTS, perturb, write_jsonl
@@ -545,10 +544,7 @@ def test_majority_needs_neither_traces_nor_answers(make_policy: MakePolicy, tmp_
     }
     for usable, module in methods.items():
         data = OPSDDataModule(policy, train=source, batch_size=2, max_new_tokens=4)
-        trainer = Trainer(
-            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+        trainer = one_step(tmp_path)
         with nullcontext() if usable else pytest.raises(UserError, match="4 left out: neither trace nor answer"):
             trainer.fit(module, data)
             assert len(data.rows["train"].examples) == usable
@@ -572,10 +568,7 @@ def test_only_methods_that_read_traces_need_them(method: str, make_policy: MakeP
         "feedback": lambda: OPSDModule(policy, sampling=sampling, context=FeedbackContext()),
     }
     data = OPSDDataModule(policy, train=source, batch_size=2, max_new_tokens=4)
-    trainer = Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = one_step(tmp_path)
     trainer.fit(make[method](), data)
     usable = len(data.rows["train"].examples)
     assert usable == (8 if method in ("grpo", "feedback") else 4)
@@ -591,10 +584,7 @@ def test_a_trace_that_does_not_fit_behind_the_students_prompt(make_policy: MakeP
     source = FileSource(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     for module, reasons in ((SFTModule(policy), 1), (OPSDModule(policy, sampling=Sampling(max_new_tokens=4)), 0)):
         data = OPSDDataModule(policy, train=source, context=AnswerContext(), batch_size=1, max_new_tokens=4)
-        trainer = Trainer(
-            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+        trainer = one_step(tmp_path)
         trainer.fit(module, data)
         assert sum(n for reason, n in data.dropped["train"].items() if "prompt and trace" in reason) == reasons
 
