@@ -20,11 +20,11 @@ from torch import Tensor
 
 from opsd_lightning.anchors import Anchor
 from opsd_lightning.contexts import Attempts, read_attempts
-from opsd_lightning.objectives import NegativeLogLikelihood, Objective
+from opsd_lightning.objectives import NegativeLogLikelihood, Objective, Term
 from opsd_lightning.policy import Policy
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.teachers import Teacher
-from opsd_lightning.training import PolicyModule, Term
+from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
 
 

@@ -5,7 +5,6 @@ Rooms are imported here so that YAML may name their classes without their module
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,10 +148,3 @@ def main(args: ArgsType = None) -> OPSDCLI:
     except (UserError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def entry() -> None:
-    """The ``opsd`` command."""
-    # As for `python cli.py`: a part of one's own in the current folder can be named in YAML.
-    sys.path.insert(0, os.getcwd())
-    main()

@@ -18,13 +18,13 @@ from opsd_lightning.anchors import Anchor
 from opsd_lightning.contexts import OnlineContext, ReasonFirst, read_attempts
 from opsd_lightning.evaluation import Evaluator
 from opsd_lightning.grading import MathGrader
-from opsd_lightning.objectives import DivergenceObjective, Objective
+from opsd_lightning.objectives import DivergenceObjective, Objective, Term
 from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import RolloutEngine, Sampling, seed_for
 from opsd_lightning.strategies import replica
 from opsd_lightning.teachers import FixedTeacher, Teacher
-from opsd_lightning.training import PolicyModule, Term
+from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
 
 
@@ -32,6 +32,7 @@ class _Scored(NamedTuple):
     teacher: TokenStates
     anchor: TokenStates | None
     has_context: list[bool]
+    prompts: list[list[int]]
 
 
 class OPSDModule(PolicyModule):
@@ -167,14 +168,14 @@ class OPSDModule(PolicyModule):
         anchor = None
         if self.anchor is not None:
             anchor = self.anchor.score(self.model, batch.student, rollouts, budget, agree)
-        return _Scored(teacher, anchor, has_context)
+        return _Scored(teacher, anchor, has_context, prompts)
 
     def terms(self, prepared: _Scored, rollouts: Rollouts, ratios: list[Tensor] | None) -> list[Term]:
         weights = self.objective.token_weights(rollouts)
         # A completion that its context has nothing to say of is not learned from.
         weights = [w * known for w, known in zip(weights, prepared.has_context, strict=True)]
         weights = self._weighted(self.shares(weights), ratios)
-        found = [Term(self.objective, weights, prepared.teacher)]
+        found = [Term(self.objective, weights, prepared.teacher, prepared.prompts)]
         if self.anchor is not None:
             own = self.shares(self.anchor.objective.token_weights(rollouts))
             own = [weight * self.anchor.weight for weight in self._weighted(own, ratios)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opsd_lightning.divergences import Divergence, ForwardKL, FullVocabulary, Support
 from opsd_lightning.shaping import Clip, NoClip, PositionWeight
-from opsd_lightning.types import Rollouts, TokenStates
+from opsd_lightning.types import PromptBatch, Rollouts, TokenStates
 
 # Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (4 MiB each in float32).
 _CACHED_NUMBERS = 2**20
@@ -331,3 +331,37 @@ class _HandOver(torch.autograd.Function):
         gradients: Sequence[Tensor] = ctx.saved_tensors
         scaled = [(grad_outputs[0] * gradient).to(gradient.dtype) for gradient in gradients]
         return None, None, *scaled, *(None for _ in gradients)
+
+
+class Term(NamedTuple):
+    """One term of a step's loss: an objective of every completion token, weighted.
+
+    Args:
+        objective: What is taken of each token.
+        weights: Of each token, already divided by the step's sum over all ranks; one tensor of shape [C] a completion.
+        teacher: States to compare with at all completion tokens, row by row; None for an objective without a teacher.
+        teacher_prompts: Token ids that the teacher read before each completion; None where there is no teacher.
+    """
+
+    objective: Objective
+    weights: list[Tensor]
+    teacher: TokenStates | None = None
+    teacher_prompts: list[list[int]] | None = None
+
+
+class Update(NamedTuple):
+    """What one optimizer step is made of.
+
+    Args:
+        batch: The questions.
+        students: Token ids that the student read before each completion.
+        rollouts: The completions.
+        terms: The terms of the loss, the method's own first.
+        measured: Of the first term, by name, one tensor of shape [C] a completion, on the CPU (see `Objective.__call__`).
+    """
+
+    batch: PromptBatch
+    students: list[list[int]]
+    rollouts: Rollouts
+    terms: list[Term]
+    measured: dict[str, list[Tensor]]

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from opsd_lightning.objectives import NegativeLogLikelihood, Objective
+from opsd_lightning.objectives import NegativeLogLikelihood, Objective, Term
 from opsd_lightning.policy import Policy
-from opsd_lightning.training import PolicyModule, Term
+from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, Rollouts
 
 

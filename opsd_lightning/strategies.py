@@ -342,6 +342,17 @@ def gathered(model: PeftModel) -> Iterator[None]:
             module.reshard()
 
 
+@contextmanager
+def without_backward(model: nn.Module) -> Iterator[None]:
+    """For forward passes that no backward pass follows: what they left gathered is let go. Every rank must enter, and make
+    as many passes."""
+    try:
+        yield
+    finally:
+        for module in _sharded_modules(model):
+            module.reshard()
+
+
 def whole(value: Any) -> Any:
     """A sharded tensor as a plain one on the CPU (every rank must ask); anything else as it is."""
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -23,7 +23,7 @@ from torch import Tensor
 from opsd_lightning.evaluation import EvaluatedModule, Evaluator
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.importance import check_difference, log_ratios, with_logprobs
-from opsd_lightning.objectives import Objective
+from opsd_lightning.objectives import Objective, Term, Update
 from opsd_lightning.policy import Policy, is_adapter_key
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
 from opsd_lightning.scoring import check_head, score, split_rows
@@ -37,20 +37,6 @@ from opsd_lightning.strategies import (
     whole,
 )
 from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
-
-
-class Term(NamedTuple):
-    """One term of a step's loss: an objective of every completion token, weighted.
-
-    Args:
-        objective: What is taken of each token.
-        weights: Of each token, already divided by the step's sum over all ranks; one tensor of shape [C] a completion.
-        teacher: States to compare with at all completion tokens, row by row; None for an objective without a teacher.
-    """
-
-    objective: Objective
-    weights: list[Tensor]
-    teacher: TokenStates | None = None
 
 
 class PolicyModule(EvaluatedModule, ABC):
@@ -78,6 +64,8 @@ class PolicyModule(EvaluatedModule, ABC):
     needs_traces: bool = True
     #: Whether traces stand in the place of completions, and must fit the context behind the student's prompt.
     trains_on_traces: ClassVar[bool] = False
+    #: What the first optimizer step on a batch is made of, for callbacks in ``on_before_optimizer_step``; else None.
+    current: Update | None = None
 
     def __init__(
         self,
@@ -241,8 +229,10 @@ class PolicyModule(EvaluatedModule, ABC):
                 if correction is not None:
                     terms = [t._replace(weights=[w * c for w, c in zip(t.weights, correction, strict=True)]) for t in terms]
                 found = self._backward(students, rollouts, terms)
-            first = first or found
+            if first is None:
+                first, self.current = found, Update(batch, students, rollouts, terms, found[1])
             self._update(optimizer, found[0])
+            self.current = None
         assert first is not None
         self._log_step(rollouts, first[1], first[0], seconds)
         return {"loss": torch.tensor(first[0]), "rollouts": rollouts, "measured": first[1]}

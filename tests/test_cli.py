@@ -137,7 +137,7 @@ def test_the_command_finds_parts_in_the_current_folder(tmp_path: Path) -> None:
         sys.executable,
         "-P",
         "-c",
-        "from opsd_lightning.main import entry; entry()",
+        "from opsd_lightning.__main__ import entry; entry()",
         "fit",
         "--model.teacher=my_parts.MyTeacher",
         "--print_config",
@@ -174,7 +174,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
 def test_version_and_both_doors() -> None:
     for command in (
         [sys.executable, "cli.py", "--version"],
-        [sys.executable, "-c", "from opsd_lightning.main import entry; entry()", "--version"],
+        [sys.executable, "-c", "from opsd_lightning.__main__ import entry; entry()", "--version"],
     ):
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True).stdout
         assert __version__ in out

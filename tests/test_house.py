@@ -31,7 +31,7 @@ LAYERS = [
     {"off_policy"},
     {"callbacks"},
     {"main"},
-    {"quickstart"},
+    {"quickstart", "__main__"},
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 
