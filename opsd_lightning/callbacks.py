@@ -5,7 +5,6 @@ Each reads the outputs of the module's steps and the trainer's public state; non
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,13 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 
 from opsd_lightning.evaluation import Records
 from opsd_lightning.export import merge_adapter, write_adapter
+from opsd_lightning.loggers import append_rows, log_table
 from opsd_lightning.results import Results, identity
 from opsd_lightning.serving import from_rank_zero, of_every_rank
 from opsd_lightning.strategies import read_adapters, replica, whole
@@ -68,7 +67,7 @@ class AdapterExport(Callback):
 class RolloutTable(Callback):
     """Writes some of a step's rollouts to ``rollouts.csv`` and to whatever loggers there are.
 
-    Weights & Biases gets a table, TensorBoard the same as text; a CSV log has no place for one, and the file stands in.
+    How each logger shows it stands in ``loggers.py``.
 
     Args:
         every_n_steps: Optimizer steps from one table to the next, at least 1. With ``updates_per_batch`` a table is of the
@@ -109,29 +108,8 @@ class RolloutTable(Callback):
                     round(float(kl[0]), 4) if len(kl) else "",
                 ]
             )
-        self._append(Path(trainer.default_root_dir) / self.path, table)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table("rollouts", columns=list(self.COLUMNS), data=table, step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("rollouts", _markdown(self.COLUMNS, table), trainer.global_step)
-
-    def _append(self, path: Path, table: list[list[Any]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(self.COLUMNS)
-            writer.writerows(table)
-
-
-def _markdown(columns: Sequence[str], table: list[list[Any]]) -> str:
-    def cell(value: Any) -> str:
-        return str(value).replace("|", "\\|").replace("\n", "<br>")
-
-    lines = [list(columns), ["---"] * len(columns), *table]
-    return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
+        append_rows(Path(trainer.default_root_dir) / self.path, self.COLUMNS, table)
+        log_table(trainer.loggers, "rollouts", self.COLUMNS, table, trainer.global_step)
 
 
 class RolloutWriter(Callback):

@@ -21,7 +21,7 @@ LAYERS = [
     {"objectives", "sources"},
     {"policy"},
     {"tensor_parallel"},
-    {"scoring", "inference", "strategies", "vllm_servers"},
+    {"scoring", "inference", "strategies", "vllm_servers", "loggers"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
     {"serving", "contexts", "anchors"},
     {"vllm_rollouts"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -416,18 +415,3 @@ def test_the_trainers_own_quantization_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"set model\.policy\.quantization"):
         check_precision(object.__new__(BitsandbytesPrecision))
-
-
-def test_rollouts_reach_weights_and_biases(
-    make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real library, offline."""
-    wandb = pytest.importorskip("wandb", reason="pip install 'opsd-lightning[wandb]'")
-    from lightning.pytorch.loggers import WandbLogger
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger(offline=True, save_dir=tmp_path)
-    trainer(tmp_path, RolloutTable(every_n_steps=1, rows=2), logger=logger, max_steps=1).fit(*parts(make_policy()))
-    wandb.finish()
-    (table,) = tmp_path.rglob("*.table.json")
-    assert len(json.loads(table.read_text())["data"]) == 2
