@@ -25,7 +25,7 @@ from opsd_lightning.objectives import DivergenceObjective
 from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import RolloutEngine, Sampling
-from opsd_lightning.scoring import score
+from opsd_lightning.scoring import score, score_all
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.strategies import check_precision
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
@@ -415,3 +415,32 @@ def test_the_trainers_own_quantization_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"set model\.policy\.quantization"):
         check_precision(object.__new__(BitsandbytesPrecision))
+
+
+def test_a_callback_sees_what_a_step_is_made_of(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """In the first update on a batch, before its weights change, and never else; the teacher's states give its numbers."""
+    seen: list[int] = []
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            if (now := pl_module.current) is None:
+                return
+            seen.append(trainer.global_step)
+            (term,) = now.terms
+            flat = [token for row in now.rollouts.completions for token in row]
+            with torch.no_grad():
+                student = score_all(pl_module.model, now.students, now.rollouts.completions, 4096)
+                teacher = score_all(pl_module.model, term.teacher_prompts, now.rollouts.completions, 4096)
+            for states, name in ((student, "student_logprob"), (term.teacher, "teacher_logprob")):
+                own = states.head(states.hidden).log_softmax(-1)[range(len(flat)), flat]
+                torch.testing.assert_close(own, torch.cat(now.measured[name]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(teacher.hidden, term.teacher.hidden, atol=1e-4, rtol=1e-4)
+            assert [len(prompt) for prompt in now.students] < [len(prompt) for prompt in term.teacher_prompts]
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            assert pl_module.current is None
+
+    # A live teacher's states are those of the same weights before the update.
+    module, data = parts(make_policy(), teacher=LiveTeacher(), updates_per_batch=2)
+    trainer(tmp_path, Look(), max_steps=4).fit(module, data)
+    assert seen == [0, 2]
