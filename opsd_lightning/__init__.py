@@ -26,6 +26,7 @@ _ROOMS = {
     "export": ["merge_adapter", "write_adapter"],
     "grading": ["MathGrader"],
     "grpo": ["AnswerReward", "GRPOModule", "Reward"],
+    "guard": ["Ceiling", "CollapseGuard", "CollapseRule", "Drift"],
     "metrics": ["AccuracyAtK"],
     "module": ["OPSDModule"],
     "objectives": [

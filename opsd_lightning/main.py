@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import opsd_lightning.contexts
 import opsd_lightning.divergences
 import opsd_lightning.grpo
+import opsd_lightning.guard
 import opsd_lightning.objectives
 import opsd_lightning.off_policy
 import opsd_lightning.prompts

@@ -29,7 +29,7 @@ LAYERS = [
     {"training", "results"},
     {"module", "sft", "grpo"},
     {"off_policy"},
-    {"callbacks"},
+    {"callbacks", "guard"},
     {"main"},
     {"quickstart", "__main__"},
 ]

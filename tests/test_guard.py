@@ -1,0 +1,81 @@
+"""The guard against collapse, on real runs: one that goes astray, and one that does not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import parts, trainer
+
+from opsd_lightning.guard import Ceiling, CollapseGuard, Drift
+from opsd_lightning.policy import Policy
+from opsd_lightning.types import UserError
+
+
+def run(
+    policy: Policy, folder: Path, guard: CollapseGuard, lr: float, steps: int = 12, **start: str
+) -> tuple[int, list[str]]:
+    """Steps made, and what the guard said."""
+    module, data = parts(policy, optimizer=lambda p: torch.optim.SGD(p, lr=lr), max_grad_norm=None, lr_scheduler=None)
+    fit = trainer(folder, guard, max_steps=steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.fit(module, data, **start)
+    fit.save_checkpoint(folder / "last.ckpt")
+    return fit.global_step, [str(w.message) for w in caught if "CollapseGuard" in str(w.message)]
+
+
+def test_a_collapse_is_caught_with_its_evidence(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """A learning rate far too high: the divergence grows in place of falling."""
+    for action in ("warn", "stop"):
+        guard = CollapseGuard(action, [Drift("train/forward_kl", highest=1.05)], window=2)  # type: ignore[arg-type]
+        steps, said = run(make_policy(), tmp_path / action, guard, lr=5.0)
+        assert len(said) == 1 and "train/forward_kl" in said[0] and "below 1.05 times its start" in said[0]
+        assert "A completion of this step:" in said[0]
+        assert steps == 12 if action == "warn" else 4 <= steps < 12
+
+
+def test_a_run_that_stays_is_left_alone(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    assert run(
+        make_policy(), tmp_path, CollapseGuard("stop", [Drift("train/student_entropy", 0.5, 2.0)], window=3), lr=0.0
+    ) == (
+        12,
+        [],
+    )
+
+
+def test_the_start_survives_a_resume(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    first = CollapseGuard(rules=[Drift("train/forward_kl", highest=1e9)], window=3)
+    run(make_policy(), tmp_path, first, lr=0.01, steps=4)
+    second = CollapseGuard(rules=[Drift("train/forward_kl", highest=1e9)], window=3)
+    run(make_policy(), tmp_path, second, lr=0.01, steps=6, ckpt_path=str(tmp_path / "last.ckpt"))
+    state = second.state_dict()
+    assert state["start"] == first.state_dict()["start"] and len(state["latest"]["train/forward_kl"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "start", "now", "broken"),
+    [
+        (Drift("m", 0.5, 2.0), 10.0, 4.9, True),
+        (Drift("m", 0.5, 2.0), 10.0, 5.1, False),
+        (Drift("m", 0.5, 2.0), 10.0, 20.1, True),
+        (Drift("m", highest=2.0), 10.0, 0.0, False),
+        (Drift("m", 0.5), 0.0, 9.0, False),
+        (Ceiling("m", 0.5), 0.1, 0.6, True),
+        (Ceiling("m", 0.5), 0.7, 0.9, False),
+    ],
+)
+def test_rules(rule: Drift | Ceiling, start: float, now: float, broken: bool) -> None:
+    assert (rule.broken(start, now) is not None) == broken
+
+
+def test_settings_that_contradict_each_other() -> None:
+    with pytest.raises(UserError, match="not below highest"):
+        Drift("m", 2.0, 1.0)
+    with pytest.raises(UserError, match="has no bound"):
+        Drift("m")
+    with pytest.raises(UserError, match="choose warn or stop"):
+        CollapseGuard("halt")  # type: ignore[arg-type]
