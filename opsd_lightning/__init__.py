@@ -72,6 +72,7 @@ _ROOMS = {
         "Teacher",
         "TrustRegionTeacher",
     ],
+    "token_report": ["TokenReport", "read_tokens"],
     "training": ["PolicyModule"],
     "vllm_rollouts": ["VLLMEngine", "VLLMServerEngine"],
     "types": ["Example", "PromptBatch", "Rollouts", "TokenStates", "UserError"],

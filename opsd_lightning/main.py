@@ -24,6 +24,7 @@ import opsd_lightning.sft
 import opsd_lightning.shaping
 import opsd_lightning.sources
 import opsd_lightning.teachers
+import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.data import OPSDDataModule

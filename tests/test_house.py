@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
     {"types"},
-    {"tokens", "prompts", "grading"},
+    {"tokens", "prompts", "grading", "token_text"},
     {"divergences", "shaping"},
     {"objectives", "sources"},
     {"policy"},
@@ -27,9 +27,9 @@ LAYERS = [
     {"vllm_rollouts"},
     {"evaluation"},
     {"training", "results"},
-    {"module", "sft", "grpo"},
+    {"module", "sft", "grpo", "token_scores", "token_figure"},
     {"off_policy"},
-    {"callbacks", "guard"},
+    {"callbacks", "guard", "token_report"},
     {"main"},
     {"quickstart", "__main__"},
 ]

@@ -1,0 +1,102 @@
+"""A picture of some rollouts with shaded tokens, for loggers that show pictures and no pages. Needs matplotlib."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS, LINES, ROLLOUTS = 104, 14, 4  # letters in a line, lines of a rollout, rollouts
+_COLUMN, _LINE = 0.0836, 0.235  # inches that they take
+_INK, _SOFT, _HOT, _COLD = "#23201c", "#645d54", (0xEF, 0x8B, 0x2C), (0x55, 0xA6, 0xC8)
+_GRADES = {"correct": "correct", "wrong": "wrong", "none": "no answer", "ungraded": "no reference"}
+
+
+def draw(step: dict[str, Any]) -> Figure:
+    """The picture of one shown step.
+
+    Args:
+        step: As `TokenReport` writes it.
+    """
+    from matplotlib.figure import Figure
+
+    logging.getLogger("matplotlib.mathtext").setLevel(logging.ERROR)
+    rollouts = [rollout for rollout in step["rollouts"] if rollout["tokens"]][:ROLLOUTS]
+    name = next((n for n in ("forward_kl", "loss") if rollouts and n in rollouts[0]), "loss")
+    values = sorted(abs(v) for rollout in rollouts for v in rollout.get(name, ()) if v is not None)
+    top = (values[int((len(values) - 1) * 0.99)] or values[-1] or 1.0) if values else 1.0
+    lines: list[tuple[str, list[tuple[int, str, float]]]] = []  # a heading, or shaded pieces with their columns
+    for rollout in rollouts:
+        cut = ", truncated" if rollout["truncated"] else ""
+        heading = f"Rollout {rollout['row'] + 1}: {_GRADES[rollout['grade']]}{cut}, {rollout['length']} tokens. "
+        lines.append((_cut(heading + _plain(rollout["question"]), COLUMNS), []))
+        lines += [("", line) for line in _wrapped(_texts(step, rollout), rollout.get(name, []))]
+        lines.append(("", []))
+    title = f"Step {step['step']}: {name.replace('_kl', ' KL').replace('_', ' ')} of each token, darkest from {top:.3g} nats on"
+    return _figure(Figure, title, lines, top)
+
+
+def _figure(kind: type[Figure], title: str, lines: list[tuple[str, list[tuple[int, str, float]]]], top: float) -> Figure:
+    height = len(lines) + 2
+    figure = kind(figsize=(COLUMNS * _COLUMN + 0.5, height * _LINE + 0.3), dpi=110, facecolor="white")
+    axes = figure.add_axes((0.25 / figure.get_figwidth(), 0.0, 1 - 0.5 / figure.get_figwidth(), 1.0))
+    axes.set_xlim(0, COLUMNS)
+    axes.set_ylim(height + 0.6, -0.6)
+    axes.axis("off")
+    # Text is text: a dollar sign begins no formula.
+    common: dict[str, Any] = {"va": "center", "parse_math": False, "clip_on": True}
+    axes.text(0, 0, title, fontsize=11, color=_INK, weight="bold", **common)
+    for number, (heading, pieces) in enumerate(lines, start=2):
+        if heading:
+            axes.text(0, number, heading, fontsize=9.5, color=_SOFT, **common)
+        for column, text, value in pieces:
+            share = math.sqrt(min(1.0, abs(value) / top))
+            colour = tuple(1 - share * (1 - part / 255) for part in (_COLD if value < 0 else _HOT))
+            axes.fill_between([column, column + len(text)], number - 0.46, number + 0.46, color=colour, linewidth=0)
+            if text.strip():
+                # One letter at a time stays in its column whatever the font's width.
+                axes.text(column, number, text, fontsize=10, color=_INK, family="DejaVu Sans Mono", **common)
+    return figure
+
+
+def _texts(step: dict[str, Any], rollout: dict[str, Any]) -> list[str]:
+    found = []
+    for place, token in enumerate(rollout["tokens"]):
+        piece = step["pieces"][token]
+        text = rollout["joined"].get(place, piece if isinstance(piece, str) else piece[0])
+        found.append(text or "\u00b7")
+    return found
+
+
+def _wrapped(texts: list[str], values: list[float | None]) -> list[list[tuple[int, str, float]]]:
+    """Shaded pieces in lines of `COLUMNS` letters, no more than `LINES` of them."""
+    lines: list[list[tuple[int, str, float]]] = [[]]
+    column = 0
+    for text, value in zip(texts, values, strict=False):
+        for number, part in enumerate(text.split("\n")):
+            if number:  # behind a newline
+                lines.append([])
+                column = 0
+            part = _plain(part)
+            while part:
+                if column >= COLUMNS:
+                    lines.append([])
+                    column = 0
+                fits = part[: COLUMNS - column]
+                lines[-1].append((column, fits, value or 0.0))
+                column, part = column + len(fits), part[len(fits) :]
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], [(0, "\u2026", 0.0)]]
+    return lines
+
+
+def _plain(text: str) -> str:
+    """What the font surely has; anything else is a box."""
+    return "".join(letter if " " <= letter < "\u0250" and letter != "\u007f" or "\u0370" <= letter < "\u0400" or letter in "\u2026\u00b7\u2212\u2264\u2265\u221a" else " " if letter.isspace() else "\u25a1" for letter in text)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
