@@ -35,7 +35,9 @@ def draw(step: dict[str, Any]) -> Figure:
         lines.append((_cut(heading + _plain(rollout["question"]), COLUMNS), []))
         lines += [("", line) for line in _wrapped(_texts(step, rollout), rollout.get(name, []))]
         lines.append(("", []))
-    title = f"Step {step['step']}: {name.replace('_kl', ' KL').replace('_', ' ')} of each token, darkest from {top:.3g} nats on"
+    title = (
+        f"Step {step['step']}: {name.replace('_kl', ' KL').replace('_', ' ')} of each token, darkest from {top:.3g} nats on"
+    )
     return _figure(Figure, title, lines, top)
 
 
@@ -95,7 +97,16 @@ def _wrapped(texts: list[str], values: list[float | None]) -> list[list[tuple[in
 
 def _plain(text: str) -> str:
     """What the font surely has; anything else is a box."""
-    return "".join(letter if " " <= letter < "\u0250" and letter != "\u007f" or "\u0370" <= letter < "\u0400" or letter in "\u2026\u00b7\u2212\u2264\u2265\u221a" else " " if letter.isspace() else "\u25a1" for letter in text)
+    return "".join(
+        letter
+        if (" " <= letter < "\u0250" and letter != "\u007f")
+        or "\u0370" <= letter < "\u0400"
+        or letter in "\u2026\u00b7\u2212\u2264\u2265\u221a"
+        else " "
+        if letter.isspace()
+        else "\u25a1"
+        for letter in text
+    )
 
 
 def _cut(text: str, length: int) -> str:

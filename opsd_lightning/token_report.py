@@ -150,7 +150,9 @@ class TokenReport(Callback):
                     "trace": example.trace,
                     "reference": example.answer,
                     "student_prompt": module.tokenizer.decode(update.students[row]),
-                    "teacher_prompt": None if term.teacher_prompts is None else module.tokenizer.decode(term.teacher_prompts[row]),
+                    "teacher_prompt": None
+                    if term.teacher_prompts is None
+                    else module.tokenizer.decode(term.teacher_prompts[row]),
                     **self._grade(module, completion, example.answer),
                     "truncated": not rollouts.terminated[row],
                     "sampled": rollouts.sampled,

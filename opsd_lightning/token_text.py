@@ -92,7 +92,9 @@ def _of_bytes(data: bytes) -> Piece:
 
 def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
     """Where runs of True start and stop."""
-    edges = [place for place in range(len(flags) + 1) if (place > 0 and flags[place - 1]) != (place < len(flags) and flags[place])]
+    edges = [
+        place for place in range(len(flags) + 1) if (place > 0 and flags[place - 1]) != (place < len(flags) and flags[place])
+    ]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 

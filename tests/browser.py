@@ -27,7 +27,9 @@ def chromium() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-needs_browser = pytest.mark.skipif(chromium() is None, reason="needs Chromium: put it on the path, or name it in OPSD_CHROMIUM")
+needs_browser = pytest.mark.skipif(
+    chromium() is None, reason="needs Chromium: put it on the path, or name it in OPSD_CHROMIUM"
+)
 
 
 class Browser:
@@ -80,7 +82,17 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Press a key by its name, such as ArrowRight."""
-        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        codes = {
+            "Tab": 9,
+            "Enter": 13,
+            "Escape": 27,
+            "End": 35,
+            "Home": 36,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+        }
         for event in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=event, key=key, code=key, windowsVirtualKeyCode=codes[key])
 
@@ -154,7 +166,12 @@ def browser() -> Iterator[Browser]:
 
     with tempfile.TemporaryDirectory(prefix="browser", ignore_cleanup_errors=True) as folder:
         flags = ["--headless", "--remote-debugging-pipe", f"--user-data-dir={folder}", "--disable-gpu", "--no-first-run"]
-        flags += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars"]
+        flags += [
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-dev-shm-usage",
+            "--hide-scrollbars",
+        ]
         if os.geteuid() == 0:
             flags.append("--no-sandbox")
         process = subprocess.Popen(
