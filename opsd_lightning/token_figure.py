@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 COLUMNS, LINES, ROLLOUTS = 104, 14, 4  # letters in a line, lines of a rollout, rollouts
 _COLUMN, _LINE = 0.0836, 0.235  # inches that they take
 _INK, _SOFT, _HOT, _COLD = "#23201c", "#645d54", (0xEF, 0x8B, 0x2C), (0x55, 0xA6, 0xC8)
+_PLAIN = re.compile("[ -~\u00a1-\u00ac\u00ae-\u024f\u0370-\u03ff\u00b7\u00d7\u2026\u2212\u221a\u2260\u2264\u2265]")
 _GRADES = {"correct": "correct", "wrong": "wrong", "none": "no answer", "ungraded": "no reference"}
 
 
@@ -23,7 +24,6 @@ def draw(step: dict[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    logging.getLogger("matplotlib.mathtext").setLevel(logging.ERROR)
     rollouts = [rollout for rollout in step["rollouts"] if rollout["tokens"]][:ROLLOUTS]
     name = next((n for n in ("forward_kl", "loss") if rollouts and n in rollouts[0]), "loss")
     values = sorted(abs(v) for rollout in rollouts for v in rollout.get(name, ()) if v is not None)
@@ -96,17 +96,8 @@ def _wrapped(texts: list[str], values: list[float | None]) -> list[list[tuple[in
 
 
 def _plain(text: str) -> str:
-    """What the font surely has; anything else is a box."""
-    return "".join(
-        letter
-        if (" " <= letter < "\u0250" and letter != "\u007f")
-        or "\u0370" <= letter < "\u0400"
-        or letter in "\u2026\u00b7\u2212\u2264\u2265\u221a"
-        else " "
-        if letter.isspace()
-        else "\u25a1"
-        for letter in text
-    )
+    """Latin, Greek and a few signs, which the font has; anything else is a box."""
+    return "".join(letter if _PLAIN.match(letter) else " " if letter.isspace() else "\u25a1" for letter in text)
 
 
 def _cut(text: str, length: int) -> str:

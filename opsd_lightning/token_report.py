@@ -44,8 +44,8 @@ class TokenReport(Callback):
     those that take pages the page at the end of ``fit``.
 
     Args:
-        every_n_steps: Optimizer steps from one shown step to the next, at least 1. With ``updates_per_batch`` the first batch
-            that ends at a multiple or passes one is shown, by its first update.
+        every_n_steps: Optimizer steps from one shown step to the next, at least 1. With ``updates_per_batch`` a batch is
+            shown that ends at a multiple or passes one, by its first update.
         rows: Completions of a shown step, at least 1: of as many different questions as there are, of the first rank. They
             cost one more scoring pass of the student, in those steps only.
         keep: The page holds this many of the latest shown steps, at least 1.
@@ -142,6 +142,7 @@ class TokenReport(Callback):
         for row, (student, teacher) in zip(rows, scores, strict=True):
             completion, example = rollouts.completions[row], update.batch.examples[row // rollouts.n]
             shown, term = completion[: self.max_tokens], update.terms[0]
+            read = None if term.teacher_prompts is None else module.tokenizer.decode(term.teacher_prompts[row])
             measured = {name: update.measured[name][row][: len(shown)] for name in MEASURED if name in update.measured}
             found.append(
                 {
@@ -150,9 +151,7 @@ class TokenReport(Callback):
                     "trace": example.trace,
                     "reference": example.answer,
                     "student_prompt": module.tokenizer.decode(update.students[row]),
-                    "teacher_prompt": None
-                    if term.teacher_prompts is None
-                    else module.tokenizer.decode(term.teacher_prompts[row]),
+                    "teacher_prompt": read,
                     **self._grade(module, completion, example.answer),
                     "truncated": not rollouts.terminated[row],
                     "sampled": rollouts.sampled,

@@ -1,7 +1,7 @@
 """How single tokens are shown: their text where it is text, and their bytes where a character is split over several.
 
 A byte-level vocabulary (GPT-2, Llama 3, Qwen) has tokens that are parts of a character, whose own decoding is a replacement
-sign; sentencepiece vocabularies drop a token's leading space when it is decoded alone. So pieces are read off the vocabulary.
+sign; a sentencepiece vocabulary drops a token's leading space when it is decoded alone. So the vocabulary itself is read.
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ def _of_bytes(data: bytes) -> Piece:
 
 def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
     """Where runs of True start and stop."""
-    edges = [
-        place for place in range(len(flags) + 1) if (place > 0 and flags[place - 1]) != (place < len(flags) and flags[place])
-    ]
+    padded = [False, *flags, False]
+    edges = [place for place in range(len(flags) + 1) if padded[place] != padded[place + 1]]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 

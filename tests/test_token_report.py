@@ -234,8 +234,8 @@ def test_it_is_named_shortly_on_the_command_line(folders: dict[str, str], tmp_pa
     from opsd_lightning.main import main
 
     main(
-        ["fit", f"--model.policy.model={folders['llama']}", "--model.sampling.max_new_tokens=4", "--data.train.size=2",
-         "--data.batch_size=2", "--trainer.max_steps=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}",
+        ["fit", f"--model.policy.model={folders['llama']}", "--model.sampling.max_new_tokens=4", "--data.train.size=8",
+         "--data.batch_size=1", "--trainer.max_steps=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}",
          "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.callbacks+=TokenReport",
          "--trainer.callbacks.rows=1"]
     )  # fmt: skip
@@ -310,7 +310,7 @@ def test_a_picture_holds_the_text_and_its_shades() -> None:
     pytest.importorskip("matplotlib", reason="pip install 'opsd-lightning[plots]'")
     rollout = {
         "row": 0, "question": NASTY, "grade": "correct", "truncated": True, "length": 5, "tokens": [1, 2, 3, 4, 4],
-        "joined": {3: "", 4: "é"}, "forward_kl": [0.0, 1.0, None, 0.25, 0.0],
+        "joined": {3: "", 4: "é"}, "forward_kl": [0.0, 1.0, None, 0.25, 1.0],
     }  # fmt: skip
     figure = draw(
         {
@@ -380,7 +380,7 @@ def nasty_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     initializer_range=0.6)
     ).save_pretrained(folder / "model")  # fmt: skip
     tokenizer.save_pretrained(folder / "model")
-    rows = [{"problem": f"{number} {NASTY}", "solution": f"{NASTY} so 42", "answer": "42"} for number in range(4)]
+    rows = [{"problem": f"{number} {NASTY}", "solution": f"{NASTY} The answer is 42", "answer": "42"} for number in range(4)]
     source = FileSource(str(write_jsonl(folder / "train.jsonl", rows)), columns=Columns(answer="answer"))
     policy = Policy(str(folder / "model"), lora=LoRA(r=4, alpha=8, dropout=0.0), dtype="float32")
     data = OPSDDataModule(
@@ -435,7 +435,7 @@ def test_a_token_tells_what_both_roles_expected(nasty_page: Path, tab: Browser) 
 
     def percents(selector: str) -> list[float]:
         found = tab.js(f"[...document.querySelectorAll('#detail {selector}')].map(e => e.textContent)")
-        return [float(text.split("%")[0].strip().replace("−", "-")) / 100 for text in found]
+        return [float(text.split("%")[0].strip().replace("\u2212", "-")) / 100 for text in found]
 
     def check(place: int) -> None:
         assert f"Token {place + 1} of {shown['length']}" in panel()
@@ -460,7 +460,7 @@ def test_a_token_tells_what_both_roles_expected(nasty_page: Path, tab: Browser) 
             "Loss": "loss",
             "Student's entropy": "student_entropy",
         }.items():
-            assert float(numbers[label].replace("−", "-")) == pytest.approx(shown[name][place], rel=0.06, abs=6e-4)
+            assert float(numbers[label].replace("\u2212", "-")) == pytest.approx(shown[name][place], rel=0.06, abs=6e-4)
         assert numbers["Clip"] == "not clipped" if not shown["clipped"][place] else numbers["Clip"].endswith("nats cut off")
 
     assert "Point at a token" in panel()
