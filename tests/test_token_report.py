@@ -14,7 +14,7 @@ from browser import Browser, browser, needs_browser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
-from test_distributed import STRATEGIES, both, on_ranks, run
+from test_distributed import STRATEGIES, FirstHalfSilent, both, on_ranks, run
 from test_training import adapters, parts, trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -178,16 +178,19 @@ def test_training_does_not_notice(checkpointing: bool, make_policy: Callable[...
 
 @both
 def test_ranks_train_the_same_with_it(strategy: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    """Also where ranks have different numbers of passes to make; one page is written, of the first rank."""
-    policy = make_policy()
-    settings = {"teacher": EMATeacher(0.8), "token_budget": 60}
+    """The second has only empty completions, and fewer passes to make. Under sharding the head, which trains here, must not
+    stay gathered from the look at it to the next step. One page is written, of the first rank."""
+    policy = make_policy(lora=LoRA(r=4, alpha=8, dropout=0.3, target_modules=["q_proj", "lm_head"]))
+
+    def settings(rank: int) -> dict[str, Any]:
+        return {"teacher": EMATeacher(0.8), "token_budget": 60, "rollouts": FirstHalfSilent(1 - rank)}
 
     def work(rank: int) -> Any:
-        return run(policy, tmp_path / "plain", 2, STRATEGIES[strategy], **settings)
+        return run(policy, tmp_path / "plain", 2, STRATEGIES[strategy], **settings(rank))
 
     def watched(rank: int) -> Any:
         report = TokenReport(every_n_steps=2, rows=5)
-        return run(policy, tmp_path / "watched", 2, STRATEGIES[strategy], callbacks=[report], **settings)
+        return run(policy, tmp_path / "watched", 2, STRATEGIES[strategy], callbacks=[report], **settings(rank))
 
     for ours, theirs in zip(on_ranks(work, tmp_path), on_ranks(watched, tmp_path), strict=True):
         assert ours.losses == theirs.losses and ours.completions == theirs.completions
@@ -362,7 +365,7 @@ class Scripted(RolloutEngine):
             [*tokenizer.encode("So 6 * 7 = 42.\nThe answer is 42."), tokenizer.eos_token_id],
             [*tokenizer.encode(NASTY + " The answer is 7."), tokenizer.eos_token_id],
             tokenizer.encode("é 😀")[:-2],
-            tokenizer.encode("\\boxed{42} and more"),
+            tokenizer.encode("\\boxed{42} and" + 120 * "o"),
         ]
 
     def generate(self, model: Any, prompts: Any, sampling: Sampling, seed: int) -> Rollouts:
@@ -380,7 +383,10 @@ def nasty_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     initializer_range=0.6)
     ).save_pretrained(folder / "model")  # fmt: skip
     tokenizer.save_pretrained(folder / "model")
-    rows = [{"problem": f"{number} {NASTY}", "solution": f"{NASTY} The answer is 42", "answer": "42"} for number in range(4)]
+    rows = [
+        {"problem": f"{90 * 'w'}{number} {NASTY}", "solution": f"{NASTY} The answer is 42", "answer": "42"}
+        for number in range(4)
+    ]
     source = FileSource(str(write_jsonl(folder / "train.jsonl", rows)), columns=Columns(answer="answer"))
     policy = Policy(str(folder / "model"), lora=LoRA(r=4, alpha=8, dropout=0.0), dtype="float32")
     data = OPSDDataModule(
