@@ -22,8 +22,6 @@ def draw(step: dict[str, Any]) -> Figure:
     Args:
         step: As `TokenReport` writes it.
     """
-    from matplotlib.figure import Figure
-
     rollouts = [rollout for rollout in step["rollouts"] if rollout["tokens"]][:ROLLOUTS]
     name = next((n for n in ("forward_kl", "loss") if rollouts and n in rollouts[0]), "loss")
     values = sorted(abs(v) for rollout in rollouts for v in rollout.get(name, ()) if v is not None)
@@ -35,32 +33,37 @@ def draw(step: dict[str, Any]) -> Figure:
         lines.append((_cut(heading + _plain(rollout["question"]), COLUMNS), []))
         lines += [("", line) for line in _wrapped(_texts(step, rollout), rollout.get(name, []))]
         lines.append(("", []))
-    title = (
-        f"Step {step['step']}: {name.replace('_kl', ' KL').replace('_', ' ')} of each token, darkest from {top:.3g} nats on"
-    )
-    return _figure(Figure, title, lines, top)
+    title = f"Step {step['step']}: {name.replace('_kl', ' KL')} of each token, darkest from {top:.3g} nats on"
+    return _figure(title, lines, top)
 
 
-def _figure(kind: type[Figure], title: str, lines: list[tuple[str, list[tuple[int, str, float]]]], top: float) -> Figure:
+def _figure(title: str, lines: list[tuple[str, list[tuple[int, str, float]]]], top: float) -> Figure:
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+
     height = len(lines) + 2
-    figure = kind(figsize=(COLUMNS * _COLUMN + 0.5, height * _LINE + 0.3), dpi=110, facecolor="white")
+    figure = Figure(figsize=(COLUMNS * _COLUMN + 0.5, height * _LINE + 0.3), dpi=110, facecolor="white")
     axes = figure.add_axes((0.25 / figure.get_figwidth(), 0.0, 1 - 0.5 / figure.get_figwidth(), 1.0))
     axes.set_xlim(0, COLUMNS)
     axes.set_ylim(height + 0.6, -0.6)
     axes.axis("off")
-    # Text is text: a dollar sign begins no formula.
+    # Text is text: a dollar sign begins no formula. A line of a font of one width is drawn at once.
     common: dict[str, Any] = {"va": "center", "parse_math": False, "clip_on": True}
     axes.text(0, 0, title, fontsize=11, color=_INK, weight="bold", **common)
+    boxes: list[list[tuple[float, float]]] = []
+    colours: list[tuple[float, ...]] = []
     for number, (heading, pieces) in enumerate(lines, start=2):
         if heading:
             axes.text(0, number, heading, fontsize=9.5, color=_SOFT, **common)
         for column, text, value in pieces:
             share = math.sqrt(min(1.0, abs(value) / top))
-            colour = tuple(1 - share * (1 - part / 255) for part in (_COLD if value < 0 else _HOT))
-            axes.fill_between([column, column + len(text)], number - 0.46, number + 0.46, color=colour, linewidth=0)
-            if text.strip():
-                # One letter at a time stays in its column whatever the font's width.
-                axes.text(column, number, text, fontsize=10, color=_INK, family="DejaVu Sans Mono", **common)
+            colours.append(tuple(1 - share * (1 - part / 255) for part in (_COLD if value < 0 else _HOT)))
+            left, right, upper, lower = column, column + len(text), number - 0.46, number + 0.46
+            boxes.append([(left, upper), (right, upper), (right, lower), (left, lower)])
+        if pieces:
+            line = "".join(text for _, text, _ in pieces)
+            axes.text(0, number, line, fontsize=10, color=_INK, family="DejaVu Sans Mono", **common)
+    axes.add_collection(PolyCollection(boxes, facecolors=colours, linewidths=0))
     return figure
 
 
@@ -84,7 +87,7 @@ def _wrapped(texts: list[str], values: list[float | None]) -> list[list[tuple[in
                 column = 0
             part = _plain(part)
             while part:
-                if column >= COLUMNS:
+                if column >= COLUMNS or (column > 0 and column + len(part) > COLUMNS >= len(part)):
                     lines.append([])
                     column = 0
                 fits = part[: COLUMNS - column]

@@ -60,7 +60,7 @@ class Browser:
         # Transitions would leave colours half-way when they are read.
         self.call("Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}])
         self._loaded, self._address = False, path.resolve().as_uri()
-        self.call("Page.navigate", url=self._address)
+        assert "errorText" not in self.call("Page.navigate", url=self._address), f"cannot open {path}"
         deadline = time.monotonic() + SECONDS
         while not self._loaded:
             self._take(deadline)

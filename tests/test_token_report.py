@@ -324,11 +324,14 @@ def test_a_picture_holds_the_text_and_its_shades() -> None:
     )
     figure.canvas.draw()
     texts = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
-    assert {"$x_1^", " two", "lines", "<|end|>", "é"} <= set(texts)
-    assert texts[" two"][1] == texts["$x_1^"][1] < texts["lines"][1] == texts["<|end|>"][1]
-    assert texts["lines"][0] == 0 and texts["<|end|>"][0] == 5
-    colours = [tuple(shade.get_facecolor()[0][:3]) for shade in figure.axes[0].collections]
-    assert colours[0] == (1, 1, 1) == colours[3] and colours[1] == colours[2] and sum(colours[1]) < sum(colours[4]) < 3
+    one, two = (texts[text] for text in ("$x_1^ two", "lines<|end|>\u00b7é"))
+    assert one[0] == two[0] == 0 and two[1] == one[1] + 1
+    (shades,) = figure.axes[0].collections
+    boxes = [tuple(map(float, path.get_extents().extents)) for path in shades.get_paths()]
+    assert [box[0] for box in boxes] == [0, 5, 0, 5, 12, 13] and [box[2] for box in boxes] == [5, 9, 5, 12, 13, 14]
+    assert [box[1] < y < box[3] for box, y in zip(boxes, [one[1]] * 2 + [two[1]] * 4, strict=True)] == [True] * 6
+    colours = shades.get_facecolor()[:, :3].sum(1).round(4).tolist()
+    assert colours[0] == colours[3] == 3 > colours[4] > colours[1] == colours[2] == colours[5]
 
 
 def test_without_matplotlib_there_is_one_warning(
