@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS, LINES, ROLLOUTS = 104, 14, 4  # letters in a line, lines of a rollout, rollouts
-_COLUMN, _LINE = 0.0836, 0.235  # inches that they take
+# A letter of DejaVu Sans Mono is 0.60205 of its size wide: ten dots here, so that rounding moves none off its shade.
+_DPI, _COLUMN, _LINE, _SIZE = 120, 10 / 120, 0.235, 6 / 0.60205  # the last in points, the lengths in inches
 _INK, _SOFT, _HOT, _COLD = "#23201c", "#645d54", (0xEF, 0x8B, 0x2C), (0x55, 0xA6, 0xC8)
 _PLAIN = re.compile("[ -~\u00a1-\u00ac\u00ae-\u024f\u0370-\u03ff\u00b7\u00d7\u2026\u2212\u221a\u2260\u2264\u2265]")
 _GRADES = {"correct": "correct", "wrong": "wrong", "none": "no answer", "ungraded": "no reference"}
@@ -42,7 +43,7 @@ def _figure(title: str, lines: list[tuple[str, list[tuple[int, str, float]]]], t
     from matplotlib.figure import Figure
 
     height = len(lines) + 2
-    figure = Figure(figsize=(COLUMNS * _COLUMN + 0.5, height * _LINE + 0.3), dpi=110, facecolor="white")
+    figure = Figure(figsize=(COLUMNS * _COLUMN + 0.5, height * _LINE + 0.3), dpi=_DPI, facecolor="white")
     axes = figure.add_axes((0.25 / figure.get_figwidth(), 0.0, 1 - 0.5 / figure.get_figwidth(), 1.0))
     axes.set_xlim(0, COLUMNS)
     axes.set_ylim(height + 0.6, -0.6)
@@ -62,7 +63,7 @@ def _figure(title: str, lines: list[tuple[str, list[tuple[int, str, float]]]], t
             boxes.append([(left, upper), (right, upper), (right, lower), (left, lower)])
         if pieces:
             line = "".join(text for _, text, _ in pieces)
-            axes.text(0, number, line, fontsize=10, color=_INK, family="DejaVu Sans Mono", **common)
+            axes.text(0, number, line, fontsize=_SIZE, color=_INK, family="DejaVu Sans Mono", **common)
     axes.add_collection(PolyCollection(boxes, facecolors=colours, linewidths=0))
     return figure
 

@@ -334,6 +334,19 @@ def test_a_picture_holds_the_text_and_its_shades() -> None:
     assert colours[0] == colours[3] == 3 > colours[4] > colours[1] == colours[2] == colours[5]
 
 
+def test_letters_of_a_picture_stand_on_their_shades() -> None:
+    pytest.importorskip("matplotlib", reason="pip install 'opsd-lightning[plots]'")
+    rollout = {
+        "row": 0, "question": "", "grade": "none", "truncated": False, "length": 1, "tokens": [1], "joined": {}, "loss": [1.0]
+    }  # fmt: skip
+    figure = draw({"step": 1, "pieces": {1: 100 * "n"}, "rollouts": [rollout]})
+    figure.canvas.draw()
+    (line,) = (text for text in figure.axes[0].texts if text.get_text() == 100 * "n")
+    (box,) = figure.axes[0].collections[0].get_paths()
+    shade = figure.axes[0].transData.transform_path(box).get_extents()
+    assert line.get_window_extent().width == pytest.approx(shade.width, abs=3)
+
+
 def test_without_matplotlib_there_is_one_warning(
     make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
