@@ -68,8 +68,8 @@ class Record:
         self._info |= {"status": status, "reason": reason, "ended": now()}
         self._write()
 
-    def metrics(self, kind: str, step: int, seconds: float, tokens: int, values: dict[str, float], **more: Any) -> None:
-        line = {"kind": kind, "step": step, "seconds": seconds, "tokens": tokens} | more | {"metrics": values}
+    def metrics(self, kind: str, step: int, seconds: float, tokens: int, values: dict[str, float]) -> None:
+        line = {"kind": kind, "step": step, "seconds": seconds, "tokens": tokens, "metrics": values}
         self._append("metrics.jsonl", line)
 
     def samples(self, kind: str, step: int, records: list[dict[str, Any]]) -> None:

@@ -180,9 +180,10 @@ class RunReport(Callback):
         if self._record is None:
             return
         if values := self._fresh(metrics):
-            counted = {"questions": self._graded} if self._graded and trainer.world_size == 1 else {}
+            if self._graded and trainer.world_size == 1:  # of several processes, each knows its own questions alone
+                values["val/questions"] = self._graded
             tokens = int(getattr(module, "tokens_generated", 0))
-            self._record.metrics("val", trainer.global_step, self._record.seconds(), tokens, values, **counted)
+            self._record.metrics("val", trainer.global_step, self._record.seconds(), tokens, values)
         if self._samples:
             self._record.samples("val", trainer.global_step, self._samples)
         self._page(trainer)

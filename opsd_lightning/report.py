@@ -1,0 +1,446 @@
+"""``opsd report RUN ...``: one self-contained HTML page of one run, or of several side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from opsd_lightning import __version__
+from opsd_lightning.runs import (
+    RECORD,
+    Point,
+    Run,
+    differences,
+    mean_and_interval,
+    read_run,
+    wilson,
+    wilson_interval,
+)
+from opsd_lightning.types import UserError
+
+_MOST_POINTS = 1200  # of a curve; of more, neighbours are averaged
+
+# Each chart: title, what its axis is in, whether in percent, and its series: name and label; names from "+" on are left out
+# where several runs share the chart.
+_CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
+    ("Loss", "", False, (("train/loss", "loss"),)),
+    ("Reward", "mean of a step's completions", False, (("train/reward", "reward"),)),
+    ("Divergence", "nats a token, before any clip", False, (("train/forward_kl", "forward KL"), ("train/reverse_kl", "reverse KL"))),
+    ("Divergence of the first token", "nats, forward KL", False, (("train/first_token_forward_kl", "forward KL"),)),
+    ("Entropy", "nats a token", False, (("train/student_entropy", "student"), ("train/teacher_entropy", "teacher"))),
+    (
+        "Completion length",
+        "tokens",
+        False,
+        (
+            ("train/completion_tokens", "training, mean"),
+            ("val/completion_tokens", "validation, mean"),
+            ("+train/completion_tokens_min", "shortest"),
+            ("+train/completion_tokens_max", "longest"),
+        ),
+    ),
+    (
+        "Truncated completions",
+        "",
+        True,
+        (("train/truncated_fraction", "training"), ("val/truncated_fraction", "validation")),
+    ),
+    ("Gradient norm", "before clipping", False, (("train/grad_norm", "norm"),)),
+    ("Adapter norm", "", False, (("train/adapter_norm", "norm"),)),
+    ("Clipped tokens", "", True, (("train/clipped_fraction", "clipped"),)),
+    (
+        "Time of a step",
+        "seconds",
+        False,
+        (("time/rollout_seconds", "rollouts"), ("time/scoring_seconds", "scoring and update")),
+    ),
+)  # fmt: skip
+_SHOWN_ELSEWHERE = {"train/tokens_generated", "train/eos_rate", "val/questions", "epoch"}
+
+
+def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.html") -> Path:
+    """Write one HTML page that shows runs side by side. It needs no network and no other file.
+
+    Args:
+        runs: Folders of runs, or runs already read (`runs.read_run`).
+        output: The page. Replaced if it exists.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: A folder holds no run, or the page cannot be written there.
+    """
+    found = [run if isinstance(run, Run) else read_run(run) for run in runs]
+    if not found:
+        raise UserError("a report needs a run: give the folder of one")
+    output = Path(output)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: give the page's own name, such as {output / 'report.html'}")
+    html = render(found, output)
+    temporary = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, output)
+    except OSError as error:
+        raise UserError(f"the page cannot be written to {output}: {error}") from None
+    return output
+
+
+def main(argv: list[str] | None = None) -> None:
+    """``opsd report``."""
+    parser = argparse.ArgumentParser(prog="opsd report", description="One HTML page of one run, or of several side by side.")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder: its trainer.default_root_dir, or a CSV log's version folder"
+    )
+    parser.add_argument("--output", default="report.html", help="the page (default: %(default)s)")
+    options = parser.parse_args(argv)
+    try:
+        print(f"The report is in {write_report(options.runs, options.output)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def render(runs: Sequence[Run], output: Path) -> str:
+    """The page's HTML.
+
+    Args:
+        runs: What it shows.
+        output: Where it will lie: links to files beside a run are relative to it.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "count": _count, "duration": _duration, "shown": _shown, "when": _when}
+    template = environment.from_string((files("opsd_lightning") / "templates" / "report.html").read_text(encoding="utf-8"))
+    names = _names(runs)
+    pages = [_of_run(run, name, output) for run, name in zip(runs, names, strict=True)]
+    data = {"runs": [_curves(run, name) for run, name in zip(runs, names, strict=True)], "charts": _charts(runs)}
+    versions = [page["start"].get("versions", {}) for page in pages]
+    return template.render(
+        title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
+        runs=pages,
+        sections=list(dict.fromkeys(chart["section"] for chart in data["charts"])),
+        charts=data["charts"],
+        differing=list(differences(runs).items()) if len(runs) > 1 else [],
+        versions={name: [found.get(name) for found in versions] for name in dict.fromkeys(n for v in versions for n in v)},
+        data=_json(data),
+        made=datetime.now().astimezone().isoformat(timespec="minutes"),
+        version=__version__,
+    )
+
+
+def _json(data: Any) -> Any:
+    """JSON that may stand inside a script element."""
+    from markupsafe import Markup
+
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+# -- curves ------------------------------------------------------------------------------------------------------------
+
+
+def _curves(run: Run, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name}
+    for kind, points in (("train", run.train), ("val", run.validations)):
+        points = _thinned(points)
+        names = dict.fromkeys(name for point in points for name in point.values)
+        found[kind] = {
+            "step": [point.step for point in points],
+            "tokens": [point.tokens for point in points],
+            "seconds": [point.seconds for point in points],
+            "values": {name: [_number(point.values.get(name)) for point in points] for name in names},
+        }
+    if run.accuracy:  # under names that do not hold the number of completions, in which runs may differ
+        values, k = found["val"]["values"], run.accuracy.rpartition("@")[2]
+        for role in ("", "teacher_"):
+            for metric in ("avg", "pass", "maj"):
+                for error in ("", "_se"):
+                    logged = values.get(f"val/{role}{metric}@{k}{error}")
+                    if logged and (metric == "avg" or k != "1"):
+                        values[f"{role}{metric}{error}"] = logged
+        found["k"] = int(k)
+    return found
+
+
+def _thinned(points: list[Point]) -> list[Point]:
+    size = math.ceil(len(points) / _MOST_POINTS)
+    if size <= 1:
+        return points
+    found = []
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        names = dict.fromkeys(name for point in part for name in point.values)
+        lists = {name: [point.values[name] for point in part if name in point.values] for name in names}
+        found.append(part[-1]._replace(values={name: sum(values) / len(values) for name, values in lists.items()}))
+    return found
+
+
+def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What is drawn, in order; only charts that at least one run has something for."""
+    logged = dict.fromkeys(name for run in runs for point in (*run.train, *run.validations) for name in point.values)
+    charts: list[dict[str, Any]] = []
+
+    def add(section: str, title: str, unit: str, percent: bool, series: Sequence[tuple[str, str]], **more: Any) -> None:
+        charts.append(
+            {"section": section, "title": title, "unit": unit, "percent": percent}
+            | {"series": [{"name": name, "label": label} for name, label in series]}
+            | more
+        )
+
+    several = len(runs) > 1
+    if any(run.accuracy for run in runs):
+        ks = {run.accuracy.rpartition("@")[2] for run in runs if run.accuracy}
+        k = ks.pop() if len(ks) == 1 else "k"
+        roles = [("avg", "student")] + [("teacher_avg", "teacher, who reads the solution")] * any("/teacher_avg@" in n for n in logged)
+        add("Accuracy", f"Validation accuracy, avg@{k}", "band: ± one standard error", True, roles, main=True)
+        if k != "1":
+            pairs = [("pass", f"pass@{k}"), ("maj", f"maj@{k}"), ("avg", f"avg@{k}")]
+            add("Accuracy", f"One of {k} completions right, and the majority", "", True, pairs[:2] if several else pairs)
+    used: set[str] = set(_SHOWN_ELSEWHERE)
+    for title, unit, percent, series in _CHARTS:
+        used |= {name.removeprefix("+") for name, _ in series}
+        kept = [(name.removeprefix("+"), label) for name, label in series if not (several and name.startswith("+"))]
+        kept = [(name, label) for name, label in kept if name in logged]
+        if kept:
+            add("Training", title, unit, percent, kept)
+    for name in logged:
+        if name in used or "@" in name:
+            continue
+        section = "Health" if name.startswith("health/") else "All else that was logged"
+        percent = name.endswith(("_fraction", "_rate", "_share"))
+        add(section, name.removeprefix("health/").replace("_", " "), "", percent, [(name, name)])
+    return sorted(charts, key=lambda chart: ["Accuracy", "Training", "Health"].index(chart["section"]) if chart["section"] in ("Accuracy", "Training", "Health") else 3)  # fmt: skip
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.7g}")
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
+    starts = run.info.get("starts", [])
+    start: dict[str, Any] = starts[-1] if starts else {}
+    last = (run.train or run.validations or [Point(0, None, None, {})])[-1]
+    settings = run.settings
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for setting, value in settings.items():
+        top, _, rest = setting.partition(".")
+        groups.setdefault(top if rest else "run", []).append((setting, value))
+    command = starts[0].get("command") if starts else None
+    config = run.root / RECORD / "config.yaml"
+    # What a log of every step says: Lightning's loggers may have been asked for every tenth only.
+    whole = len(run.train) > 1 and all(b.step - a.step == run.train[0].step for a, b in zip(run.train, run.train[1:], strict=False))
+    spent = [value for point in run.train for key, value in point.values.items() if key.startswith("time/") and key.endswith("_seconds")]
+    seconds = max((p.seconds for p in (*run.train, *run.validations) if p.seconds is not None), default=None)
+    return {
+        "name": name,
+        "status": _status(run, last.step),
+        "accuracy": _accuracy(run),
+        "first_last": _first_last(run),
+        "steps": last.step,
+        "max_steps": settings.get("trainer.max_steps"),
+        "tokens": last.tokens,
+        "seconds": seconds if seconds is not None else (sum(spent) if whole and spent else None),
+        "clock": "since the start" if seconds is not None else "of rollouts and scoring",
+        "about": _about(settings, start),
+        "start": start,
+        "starts": starts,
+        "command": shlex.join(command) if command else None,
+        "by_python": bool(starts) and not command,
+        "config_command": f"opsd fit --config {shlex.quote(_relative(config, Path.cwd()))}" if command and config.is_file() else None,
+        "groups": groups,
+        "samples": _samples(run),
+        "held_out": _held_out(run),
+        "links": _links(run, output),
+    }  # fmt: skip
+
+
+def _status(run: Run, step: int) -> dict[str, str]:
+    if not run.info:
+        return {"kind": "", "text": "read from a CSV log"}
+    status, reason = run.info.get("status"), run.info.get("reason", "")
+    if status == "finished":
+        return {"kind": "good", "text": f"finished after {_count(step)} steps"}
+    if status == "failed":
+        return {"kind": "bad", "text": f"ended by an error after step {step}: {reason}"}
+    if status == "interrupted":
+        return {"kind": "warn", "text": f"interrupted by hand (Ctrl-C) after step {step}"}
+    return {"kind": "warn", "text": f"at step {step} when this page was made: still running, or killed since"}
+
+
+def _accuracy(run: Run) -> dict[str, Any] | None:
+    name = run.accuracy
+    points = [point for point in run.validations if name in point.values]
+    if name is None or not points:
+        return None
+
+    def shown(point: Point) -> dict[str, Any]:
+        value = point.values[name]
+        return {"value": value, "step": point.step, "interval": _interval(value, point.values.get(f"{name}_se"), point.values.get("val/questions"))}  # fmt: skip
+
+    best = max(points, key=lambda point: point.values[name])
+    before = points[0] if points[0].step == 0 else None
+    teacher = name.replace("val/", "val/teacher_")
+    return {
+        "name": name.removeprefix("val/"),
+        "before": before and shown(before),
+        "best": shown(best),
+        "last": shown(points[-1]),
+        "validations": len(points),
+        "questions": points[-1].values.get("val/questions"),
+        "teacher": points[-1].values.get(teacher),
+    }
+
+
+def _interval(share: float, error: float | None, questions: float | None) -> tuple[float, float] | None:
+    """95 % interval of an accuracy: Wilson's, as if of so many questions as its standard error over questions tells of."""
+    if error:
+        return wilson_interval(share, max(share * (1 - share) / error**2, 1.0))
+    return wilson_interval(share, questions) if questions else None
+
+
+def _first_last(run: Run) -> list[dict[str, Any]]:
+    """For a run without validation: what stands in the place of accuracy."""
+    names = [("train/reward", "reward"), ("train/reverse_kl", "reverse KL"), ("train/forward_kl", "forward KL"), ("train/loss", "loss")]
+    found = []
+    for name, label in names:
+        values = [point.values[name] for point in run.train if name in point.values]
+        if values:
+            found.append({"label": label, "first": values[0], "last": values[-1]})
+    return found[:2]  # fmt: skip
+
+
+def _about(settings: Mapping[str, Any], start: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The few facts that tell one run from another at a glance."""
+    def part(name: str, *inner: str) -> str:
+        found = [str(settings[name])] + [f"{i.rpartition('.')[2]} {settings[i]}" for i in inner if i in settings]
+        return ", ".join(found)
+
+    rows = [
+        ("Model", "model.policy.model"), ("Method", "model"), ("Teacher", "model.teacher"),
+        ("Divergence", "model.objective.divergence"), ("Clip", "model.objective.clip"), ("Context", "model.context"),
+        ("Reads", "data.context"), ("Data", "data.train"), ("Optimizer", "model.optimizer"),
+    ]
+    inner = {"Teacher": ("model.teacher.decay",), "Optimizer": ("model.optimizer.lr",), "Data": ("data.train.path",)}
+    found = [(label, part(name, *inner.get(label, ()))) for label, name in rows if name in settings]
+    return found + [(label.capitalize(), str(start[label])) for label in ("devices",) if start.get(label)]  # fmt: skip
+
+
+# -- completions -------------------------------------------------------------------------------------------------------
+
+
+def _samples(run: Run) -> dict[str, Any] | None:
+    """The first and the last completions of the same questions, those whose grade changed first."""
+    kind = "val" if any(line["kind"] == "val" for line in run.samples) else "train"
+    kept = {line["step"]: line for line in run.samples if line["kind"] == kind}
+    if not kept:
+        return None
+    first, last = kept[min(kept)], kept[max(kept)]
+    if first is last:
+        pairs = [(record, None) for record in first["records"]]
+    elif kind == "val":
+        after = {(record["index"], record["question"]): record for record in last["records"]}
+        pairs = [(record, after.get((record["index"], record["question"]))) for record in first["records"]]
+    else:  # other questions at every step
+        pairs = [(record, None) for record in first["records"]] + [(None, record) for record in last["records"]]
+    changed = {(False, True): 0, (True, False): 1}
+    if kind == "val":
+        pairs.sort(key=lambda p: changed.get((p[0]["correct"], p[1]["correct"]), 2) if p[1] else 3)
+    return {"kind": kind, "first": first["step"], "last": last["step"], "pairs": pairs}
+
+
+def _held_out(run: Run) -> dict[str, Any] | None:
+    """Accuracy on the held-out questions of the quick start's tests, and its change on the same questions."""
+    if not run.held_out:
+        return None
+    rows = []
+    scores: dict[str, dict[Any, float]] = {}
+    for name, records in run.held_out.items():
+        by_question: dict[Any, list[bool]] = {}
+        for record in records:
+            by_question.setdefault(record.get("index", record["question"]), []).append(bool(record["correct"]))
+        scores[name] = {key: sum(values) / len(values) for key, values in by_question.items()}
+        shares = list(scores[name].values())
+        mean, half = mean_and_interval(shares)
+        single = all(len(values) == 1 for values in by_question.values())
+        interval = wilson([share > 0 for share in shares]) if single else (max(mean - half, 0.0), min(mean + half, 1.0))
+        tokens = sum(record["completion_tokens"] for record in records) / len(records)
+        truncated = sum(bool(record["truncated"]) for record in records) / len(records)
+        silent = sum(record["answer"] is None for record in records) / len(records)
+        rows.append({"name": name, "questions": len(shares), "value": mean, "interval": interval, "silent": silent, "tokens": tokens, "truncated": truncated})  # fmt: skip
+    before, after = scores.get("before: student", {}), scores.get("after: student", {})
+    same = [key for key in before if key in after]
+    change = mean_and_interval([after[key] - before[key] for key in same]) if same else None
+    return {"rows": rows, "change": change}
+
+
+def _links(run: Run, output: Path) -> list[tuple[str, str]]:
+    beside = [
+        ("Token report", "tokens.html"), ("Adapter", "adapter"), ("Merged model", "merged"), ("Rollouts (CSV)", "rollouts.csv"),
+        ("Record", RECORD), ("Held-out completions before", "before/test.jsonl"), ("and after", "after/test.jsonl"),
+    ]  # fmt: skip
+    return [
+        (label, quote(_relative(run.root / name, output.resolve().parent)))
+        for label, name in beside
+        if (run.root / name).exists()
+    ]
+
+
+def _relative(path: Path, start: Path) -> str:
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError:  # another drive
+        return path.as_posix()
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Short names that differ: the folder's, with as much of the path before it as is needed."""
+    for depth in range(1, 6):
+        names = ["/".join((*run.root.parts[-depth:][:-1], run.name)) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.name} ({number})" for number, run in enumerate(runs, 1)]
+
+
+# -- how values are written --------------------------------------------------------------------------------------------
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{int(value):,}".replace(",", "\u202f")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _when(text: str | None) -> str:
+    return "–" if not text else text[:16].replace("T", " ")
