@@ -124,10 +124,10 @@ def launcher() -> list[str]:
 def devices(device: torch.device, count: int) -> str:
     """How many of which device."""
     if device.type == "cuda":
-        return f"{count} × {torch.cuda.get_device_name(device)}"
+        return f"{count} x {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{count} × {device.type} ({name}, {threads} thread{'s' * (threads > 1)})"
+    return f"{count} x {device.type} ({name}, {threads} thread{'s' * (threads > 1)})"
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Secrets kept out of what a run leaves behind: keys, tokens and passwords in settings, commands and messages.
 
-A secret is known by the name of its setting (``api_key``, ``password``, ``token`` ...), by its form (such as ``hf_...``, or a
-password in a URL), or because an environment variable with such a name holds it. In its place stands ``***``.
+A secret is known by the name of its setting (``api_key``, ``password``, ``token`` ...), by its form (``hf_...``, a password
+in a URL), or because an environment variable with such a name holds it. In its place stands ``***``.
 """
 
 from __future__ import annotations

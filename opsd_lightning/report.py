@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from opsd_lightning import __version__
+from opsd_lightning.curves import charts_of, curves_of
 from opsd_lightning.runs import (
     RECORD,
     Point,
@@ -27,45 +27,6 @@ from opsd_lightning.runs import (
     wilson_interval,
 )
 from opsd_lightning.types import UserError
-
-_MOST_POINTS = 1200  # of a curve; of more, neighbours are averaged
-
-# Each chart: title, what its axis is in, whether in percent, and its series: name and label; names from "+" on are left out
-# where several runs share the chart.
-_CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
-    ("Loss", "", False, (("train/loss", "loss"),)),
-    ("Reward", "mean of a step's completions", False, (("train/reward", "reward"),)),
-    ("Divergence", "nats a token, before any clip", False, (("train/forward_kl", "forward KL"), ("train/reverse_kl", "reverse KL"))),
-    ("Divergence of the first token", "nats, forward KL", False, (("train/first_token_forward_kl", "forward KL"),)),
-    ("Entropy", "nats a token", False, (("train/student_entropy", "student"), ("train/teacher_entropy", "teacher"))),
-    (
-        "Completion length",
-        "tokens",
-        False,
-        (
-            ("train/completion_tokens", "training, mean"),
-            ("val/completion_tokens", "validation, mean"),
-            ("+train/completion_tokens_min", "shortest"),
-            ("+train/completion_tokens_max", "longest"),
-        ),
-    ),
-    (
-        "Truncated completions",
-        "",
-        True,
-        (("train/truncated_fraction", "training"), ("val/truncated_fraction", "validation")),
-    ),
-    ("Gradient norm", "before clipping", False, (("train/grad_norm", "norm"),)),
-    ("Adapter norm", "", False, (("train/adapter_norm", "norm"),)),
-    ("Clipped tokens", "", True, (("train/clipped_fraction", "clipped"),)),
-    (
-        "Time of a step",
-        "seconds",
-        False,
-        (("time/rollout_seconds", "rollouts"), ("time/scoring_seconds", "scoring and update")),
-    ),
-)  # fmt: skip
-_SHOWN_ELSEWHERE = {"train/tokens_generated", "train/eos_rate", "val/questions", "epoch"}
 
 
 def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.html") -> Path:
@@ -127,7 +88,7 @@ def render(runs: Sequence[Run], output: Path) -> str:
     template = environment.from_string((files("opsd_lightning") / "templates" / "report.html").read_text(encoding="utf-8"))
     names = _names(runs)
     pages = [_of_run(run, name, output) for run, name in zip(runs, names, strict=True)]
-    data = {"runs": [_curves(run, name) for run, name in zip(runs, names, strict=True)], "charts": _charts(runs)}
+    data = {"runs": [curves_of(run, name) for run, name in zip(runs, names, strict=True)], "charts": charts_of(runs)}
     versions = [page["start"].get("versions", {}) for page in pages]
     return template.render(
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
@@ -150,86 +111,6 @@ def _json(data: Any) -> Any:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-# -- curves ------------------------------------------------------------------------------------------------------------
-
-
-def _curves(run: Run, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": name}
-    for kind, points in (("train", run.train), ("val", run.validations)):
-        points = _thinned(points)
-        names = dict.fromkeys(name for point in points for name in point.values)
-        found[kind] = {
-            "step": [point.step for point in points],
-            "tokens": [point.tokens for point in points],
-            "seconds": [point.seconds for point in points],
-            "values": {name: [_number(point.values.get(name)) for point in points] for name in names},
-        }
-    if run.accuracy:  # under names that do not hold the number of completions, in which runs may differ
-        values, k = found["val"]["values"], run.accuracy.rpartition("@")[2]
-        for role in ("", "teacher_"):
-            for metric in ("avg", "pass", "maj"):
-                for error in ("", "_se"):
-                    logged = values.get(f"val/{role}{metric}@{k}{error}")
-                    if logged and (metric == "avg" or k != "1"):
-                        values[f"{role}{metric}{error}"] = logged
-        found["k"] = int(k)
-    return found
-
-
-def _thinned(points: list[Point]) -> list[Point]:
-    size = math.ceil(len(points) / _MOST_POINTS)
-    if size <= 1:
-        return points
-    found = []
-    for start in range(0, len(points), size):
-        part = points[start : start + size]
-        names = dict.fromkeys(name for point in part for name in point.values)
-        lists = {name: [point.values[name] for point in part if name in point.values] for name in names}
-        found.append(part[-1]._replace(values={name: sum(values) / len(values) for name, values in lists.items()}))
-    return found
-
-
-def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What is drawn, in order; only charts that at least one run has something for."""
-    logged = dict.fromkeys(name for run in runs for point in (*run.train, *run.validations) for name in point.values)
-    charts: list[dict[str, Any]] = []
-
-    def add(section: str, title: str, unit: str, percent: bool, series: Sequence[tuple[str, str]], **more: Any) -> None:
-        charts.append(
-            {"section": section, "title": title, "unit": unit, "percent": percent}
-            | {"series": [{"name": name, "label": label} for name, label in series]}
-            | more
-        )
-
-    several = len(runs) > 1
-    if any(run.accuracy for run in runs):
-        ks = {run.accuracy.rpartition("@")[2] for run in runs if run.accuracy}
-        k = ks.pop() if len(ks) == 1 else "k"
-        roles = [("avg", "student")] + [("teacher_avg", "teacher, who reads the solution")] * any("/teacher_avg@" in n for n in logged)
-        add("Accuracy", f"Validation accuracy, avg@{k}", "band: ± one standard error", True, roles, main=True)
-        if k != "1":
-            pairs = [("pass", f"pass@{k}"), ("maj", f"maj@{k}"), ("avg", f"avg@{k}")]
-            add("Accuracy", f"One of {k} completions right, and the majority", "", True, pairs[:2] if several else pairs)
-    used: set[str] = set(_SHOWN_ELSEWHERE)
-    for title, unit, percent, series in _CHARTS:
-        used |= {name.removeprefix("+") for name, _ in series}
-        kept = [(name.removeprefix("+"), label) for name, label in series if not (several and name.startswith("+"))]
-        kept = [(name, label) for name, label in kept if name in logged]
-        if kept:
-            add("Training", title, unit, percent, kept)
-    for name in logged:
-        if name in used or "@" in name:
-            continue
-        section = "Health" if name.startswith("health/") else "All else that was logged"
-        percent = name.endswith(("_fraction", "_rate", "_share"))
-        add(section, name.removeprefix("health/").replace("_", " "), "", percent, [(name, name)])
-    return sorted(charts, key=lambda chart: ["Accuracy", "Training", "Health"].index(chart["section"]) if chart["section"] in ("Accuracy", "Training", "Health") else 3)  # fmt: skip
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.7g}")
-
-
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
@@ -245,8 +126,15 @@ def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
     command = starts[0].get("command") if starts else None
     config = run.root / RECORD / "config.yaml"
     # What a log of every step says: Lightning's loggers may have been asked for every tenth only.
-    whole = len(run.train) > 1 and all(b.step - a.step == run.train[0].step for a, b in zip(run.train, run.train[1:], strict=False))
-    spent = [value for point in run.train for key, value in point.values.items() if key.startswith("time/") and key.endswith("_seconds")]
+    whole = len(run.train) > 1 and all(
+        b.step - a.step == run.train[0].step for a, b in zip(run.train, run.train[1:], strict=False)
+    )
+    spent = [
+        value
+        for point in run.train
+        for key, value in point.values.items()
+        if key.startswith("time/") and key.endswith("_seconds")
+    ]
     seconds = max((p.seconds for p in (*run.train, *run.validations) if p.seconds is not None), default=None)
     return {
         "name": name,
@@ -317,7 +205,12 @@ def _interval(share: float, error: float | None, questions: float | None) -> tup
 
 def _first_last(run: Run) -> list[dict[str, Any]]:
     """For a run without validation: what stands in the place of accuracy."""
-    names = [("train/reward", "reward"), ("train/reverse_kl", "reverse KL"), ("train/forward_kl", "forward KL"), ("train/loss", "loss")]
+    names = [
+        ("train/reward", "reward"),
+        ("train/reverse_kl", "reverse KL"),
+        ("train/forward_kl", "forward KL"),
+        ("train/loss", "loss"),
+    ]
     found = []
     for name, label in names:
         values = [point.values[name] for point in run.train if name in point.values]
@@ -328,14 +221,21 @@ def _first_last(run: Run) -> list[dict[str, Any]]:
 
 def _about(settings: Mapping[str, Any], start: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The few facts that tell one run from another at a glance."""
+
     def part(name: str, *inner: str) -> str:
         found = [str(settings[name])] + [f"{i.rpartition('.')[2]} {settings[i]}" for i in inner if i in settings]
         return ", ".join(found)
 
     rows = [
-        ("Model", "model.policy.model"), ("Method", "model"), ("Teacher", "model.teacher"),
-        ("Divergence", "model.objective.divergence"), ("Clip", "model.objective.clip"), ("Context", "model.context"),
-        ("Reads", "data.context"), ("Data", "data.train"), ("Optimizer", "model.optimizer"),
+        ("Model", "model.policy.model"),
+        ("Method", "model"),
+        ("Teacher", "model.teacher"),
+        ("Divergence", "model.objective.divergence"),
+        ("Clip", "model.objective.clip"),
+        ("Context", "model.context"),
+        ("Reads", "data.context"),
+        ("Data", "data.train"),
+        ("Optimizer", "model.optimizer"),
     ]
     inner = {"Teacher": ("model.teacher.decay",), "Optimizer": ("model.optimizer.lr",), "Data": ("data.train.path",)}
     found = [(label, part(name, *inner.get(label, ()))) for label, name in rows if name in settings]

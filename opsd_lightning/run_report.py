@@ -50,7 +50,9 @@ class RunReport(Callback):
         #: The command line of the run, set by `main.OPSDCLI`; None for a run that Python started.
         self.arguments: list[str] | None = None
         self._record: Record | None = None
-        self._pending: tuple[int, float, int, dict[str, Tensor]] | None = None  # the last step: until later hooks have logged
+        self._pending: tuple[int, float, int, dict[str, Tensor]] | None = (
+            None  # the last step: until later hooks have logged
+        )
         self._seen: dict[str, Tensor] = {}  # held, so that the memory of a value is not used for another
         self._samples: list[dict[str, Any]] = []
         self._graded = 0
@@ -259,8 +261,19 @@ def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -
     if saved is not None:
         found = yaml.safe_load(saved.parser.dump(saved.config, skip_none=False))
     else:
-        parts = ("teacher", "objective", "context", "rollouts", "sampling", "max_grad_norm", "token_budget", "updates_per_batch")
-        model = {"policy": getattr(module, "policy", None)} | {name: getattr(module, name, None) for name in (*parts, "seed")}
+        parts = (
+            "teacher",
+            "objective",
+            "context",
+            "rollouts",
+            "sampling",
+            "max_grad_norm",
+            "token_budget",
+            "updates_per_batch",
+        )
+        model = {"policy": getattr(module, "policy", None)} | {
+            name: getattr(module, name, None) for name in (*parts, "seed")
+        }
         model |= {name: getattr(getattr(module, "evaluator", None), name, None) for name in ("grader",)}
         model["eval_sampling"] = getattr(getattr(module, "evaluator", None), "sampling", None)
         names = ("max_steps", "max_epochs", "precision", "num_nodes", "num_devices", "default_root_dir")
@@ -271,5 +284,3 @@ def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -
             | {"strategy": type(trainer.strategy).__name__, "callbacks": [type(c).__name__ for c in trainer.callbacks]},  # type: ignore[attr-defined]
         }
     return str(yaml.safe_dump(redact(found), sort_keys=False, allow_unicode=True))
-
-

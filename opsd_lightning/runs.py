@@ -1,6 +1,6 @@
 """A run on disk, and reading it back: its metrics by step, its settings, what it answered before and after.
 
-    ROOT/record/run.json        each start of the run: command, versions, devices; how it ended        (the RunReport callback)
+    ROOT/record/run.json        each start of the run: command, versions, devices; how it ended   (of the RunReport callback)
     ROOT/record/config.yaml     every setting
     ROOT/record/metrics.jsonl   one line a training step and a validation
     ROOT/record/samples.jsonl   completions of the same few questions at every validation, graded
@@ -90,7 +90,7 @@ def read_run(path: str | Path) -> Run:
     """
     given = Path(path)
     if not given.exists():
-        raise UserError(f"{given} does not exist: give a run's folder (its trainer.default_root_dir, or a CSV log's version)")
+        raise UserError(f"{given} does not exist: give a run's folder (trainer.default_root_dir, or a CSV log's version)")
     folder = given.resolve()
     if folder.is_file():
         if folder.name not in _FILES:
