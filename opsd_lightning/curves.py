@@ -16,7 +16,12 @@ _MOST_POINTS = 1200  # of a curve; of more, neighbours are averaged
 _CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "", False, (("train/loss", "loss"),)),
     ("Reward", "mean of a step's completions", False, (("train/reward", "reward"),)),
-    ("Divergence", "nats a token, before any clip", False, (("train/forward_kl", "forward KL"), ("train/reverse_kl", "reverse KL"))),
+    (
+        "Divergence",
+        "nats a token, before any clip",
+        False,
+        (("train/forward_kl", "forward KL"), ("train/reverse_kl", "reverse KL")),
+    ),
     ("Divergence of the first token", "nats, forward KL", False, (("train/first_token_forward_kl", "forward KL"),)),
     ("Entropy", "nats a token", False, (("train/student_entropy", "student"), ("train/teacher_entropy", "teacher"))),
     (
@@ -45,7 +50,7 @@ _CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
         False,
         (("time/rollout_seconds", "rollouts"), ("time/scoring_seconds", "scoring and update")),
     ),
-)  # fmt: skip
+)
 _SHOWN_ELSEWHERE = {"train/tokens_generated", "train/eos_rate", "val/questions", "epoch"}
 
 
@@ -102,9 +107,9 @@ def charts_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     if any(run.accuracy for run in runs):
         ks = {run.accuracy.rpartition("@")[2] for run in runs if run.accuracy}
         k = ks.pop() if len(ks) == 1 else "k"
-        roles = [("avg", "student")] + [("teacher_avg", "teacher, who reads the solution")] * any(
-            "/teacher_avg@" in n for n in logged
-        )
+        roles = [("avg", "student")]
+        if any("/teacher_avg@" in name for name in logged):
+            roles.append(("teacher_avg", "teacher, who reads the solution"))
         add("Accuracy", f"Validation accuracy, avg@{k}", "band: ± one standard error", True, roles, main=True)
         if k != "1":
             pairs = [("pass", f"pass@{k}"), ("maj", f"maj@{k}"), ("avg", f"avg@{k}")]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,6 +29,8 @@ from opsd_lightning.runs import (
     wilson_interval,
 )
 from opsd_lightning.types import UserError
+
+_NOTHING = "\N{EN DASH}"
 
 
 def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.html") -> Path:
@@ -126,15 +130,9 @@ def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
     command = starts[0].get("command") if starts else None
     config = run.root / RECORD / "config.yaml"
     # What a log of every step says: Lightning's loggers may have been asked for every tenth only.
-    whole = len(run.train) > 1 and all(
-        b.step - a.step == run.train[0].step for a, b in zip(run.train, run.train[1:], strict=False)
-    )
-    spent = [
-        value
-        for point in run.train
-        for key, value in point.values.items()
-        if key.startswith("time/") and key.endswith("_seconds")
-    ]
+    steps = [point.step for point in run.train]
+    whole = len(steps) > 1 and all(b - a == steps[0] for a, b in pairwise(steps))
+    spent = [value for point in run.train for key, value in point.values.items() if re.fullmatch(r"time/\w+_seconds", key)]
     seconds = max((p.seconds for p in (*run.train, *run.validations) if p.seconds is not None), default=None)
     return {
         "name": name,
@@ -151,12 +149,16 @@ def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
         "starts": starts,
         "command": shlex.join(command) if command else None,
         "by_python": bool(starts) and not command,
-        "config_command": f"opsd fit --config {shlex.quote(_relative(config, Path.cwd()))}" if command and config.is_file() else None,
+        "config_command": _from_config(config) if command and config.is_file() else None,
         "groups": groups,
         "samples": _samples(run),
         "held_out": _held_out(run),
         "links": _links(run, output),
-    }  # fmt: skip
+    }
+
+
+def _from_config(path: Path) -> str:
+    return f"opsd fit --config {shlex.quote(_relative(path, Path.cwd()))}"
 
 
 def _status(run: Run, step: int) -> dict[str, str]:
@@ -180,7 +182,8 @@ def _accuracy(run: Run) -> dict[str, Any] | None:
 
     def shown(point: Point) -> dict[str, Any]:
         value = point.values[name]
-        return {"value": value, "step": point.step, "interval": _interval(value, point.values.get(f"{name}_se"), point.values.get("val/questions"))}  # fmt: skip
+        error, questions = point.values.get(f"{name}_se"), point.values.get("val/questions")
+        return {"value": value, "step": point.step, "interval": _interval(value, error, questions)}
 
     best = max(points, key=lambda point: point.values[name])
     before = points[0] if points[0].step == 0 else None
@@ -205,18 +208,13 @@ def _interval(share: float, error: float | None, questions: float | None) -> tup
 
 def _first_last(run: Run) -> list[dict[str, Any]]:
     """For a run without validation: what stands in the place of accuracy."""
-    names = [
-        ("train/reward", "reward"),
-        ("train/reverse_kl", "reverse KL"),
-        ("train/forward_kl", "forward KL"),
-        ("train/loss", "loss"),
-    ]
     found = []
-    for name, label in names:
+    for name in ("reward", "reverse_kl", "forward_kl", "loss"):
+        label, name = name.replace("_kl", " KL"), f"train/{name}"
         values = [point.values[name] for point in run.train if name in point.values]
         if values:
             found.append({"label": label, "first": values[0], "last": values[-1]})
-    return found[:2]  # fmt: skip
+    return found[:2]
 
 
 def _about(settings: Mapping[str, Any], start: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -239,7 +237,7 @@ def _about(settings: Mapping[str, Any], start: Mapping[str, Any]) -> list[tuple[
     ]
     inner = {"Teacher": ("model.teacher.decay",), "Optimizer": ("model.optimizer.lr",), "Data": ("data.train.path",)}
     found = [(label, part(name, *inner.get(label, ()))) for label, name in rows if name in settings]
-    return found + [(label.capitalize(), str(start[label])) for label in ("devices",) if start.get(label)]  # fmt: skip
+    return found + [(label.capitalize(), str(start[label])) for label in ("devices",) if start.get(label)]
 
 
 # -- completions -------------------------------------------------------------------------------------------------------
@@ -283,7 +281,8 @@ def _held_out(run: Run) -> dict[str, Any] | None:
         tokens = sum(record["completion_tokens"] for record in records) / len(records)
         truncated = sum(bool(record["truncated"]) for record in records) / len(records)
         silent = sum(record["answer"] is None for record in records) / len(records)
-        rows.append({"name": name, "questions": len(shares), "value": mean, "interval": interval, "silent": silent, "tokens": tokens, "truncated": truncated})  # fmt: skip
+        row = {"name": name, "questions": len(shares), "value": mean, "interval": interval}
+        rows.append(row | {"silent": silent, "tokens": tokens, "truncated": truncated})
     before, after = scores.get("before: student", {}), scores.get("after: student", {})
     same = [key for key in before if key in after]
     change = mean_and_interval([after[key] - before[key] for key in same]) if same else None
@@ -292,9 +291,14 @@ def _held_out(run: Run) -> dict[str, Any] | None:
 
 def _links(run: Run, output: Path) -> list[tuple[str, str]]:
     beside = [
-        ("Token report", "tokens.html"), ("Adapter", "adapter"), ("Merged model", "merged"), ("Rollouts (CSV)", "rollouts.csv"),
-        ("Record", RECORD), ("Held-out completions before", "before/test.jsonl"), ("and after", "after/test.jsonl"),
-    ]  # fmt: skip
+        ("Token report", "tokens.html"),
+        ("Adapter", "adapter"),
+        ("Merged model", "merged"),
+        ("Rollouts (CSV)", "rollouts.csv"),
+        ("Record", RECORD),
+        ("Held-out completions before", "before/test.jsonl"),
+        ("and after", "after/test.jsonl"),
+    ]
     return [
         (label, quote(_relative(run.root / name, output.resolve().parent)))
         for label, name in beside
@@ -322,16 +326,16 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return _NOTHING if value is None else f"{100 * value:.{digits}f} %"
 
 
 def _count(value: float | None) -> str:
-    return "–" if value is None else f"{int(value):,}".replace(",", "\u202f")
+    return _NOTHING if value is None else f"{int(value):,}".replace(",", "\u202f")
 
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
-        return "–"
+        return _NOTHING
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -339,8 +343,8 @@ def _duration(seconds: float | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _NOTHING if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _when(text: str | None) -> str:
-    return "–" if not text else text[:16].replace("T", " ")
+    return _NOTHING if not text else text[:16].replace("T", " ")

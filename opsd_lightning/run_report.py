@@ -261,21 +261,10 @@ def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -
     if saved is not None:
         found = yaml.safe_load(saved.parser.dump(saved.config, skip_none=False))
     else:
-        parts = (
-            "teacher",
-            "objective",
-            "context",
-            "rollouts",
-            "sampling",
-            "max_grad_norm",
-            "token_budget",
-            "updates_per_batch",
-        )
-        model = {"policy": getattr(module, "policy", None)} | {
-            name: getattr(module, name, None) for name in (*parts, "seed")
-        }
-        model |= {name: getattr(getattr(module, "evaluator", None), name, None) for name in ("grader",)}
-        model["eval_sampling"] = getattr(getattr(module, "evaluator", None), "sampling", None)
+        parts = ("policy", "teacher", "objective", "context", "rollouts", "sampling", "max_grad_norm", "token_budget")
+        model = {name: getattr(module, name, None) for name in (*parts, "updates_per_batch", "seed")}
+        evaluator = getattr(module, "evaluator", None)
+        model |= {"eval_sampling": getattr(evaluator, "sampling", None), "grader": getattr(evaluator, "grader", None)}
         names = ("max_steps", "max_epochs", "precision", "num_nodes", "num_devices", "default_root_dir")
         found = {
             "model": {"class_path": path_of(module), "init_args": described(model)},
