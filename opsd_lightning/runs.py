@@ -233,8 +233,11 @@ def short_class(path: str) -> str:
 def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
     """The settings in which runs differ: the value of each run by the setting's name, None where it is not set."""
     all_settings = [run.settings for run in runs]
-    names = dict.fromkeys(name for settings in all_settings for name in settings)
-    values = {name: [settings.get(name) for settings in all_settings] for name in names}
+    order = ("model", "data", "trainer")
+    names = {name for settings in all_settings for name in settings}
+    tops = {name: name.partition(".")[0] for name in names}
+    ordered = sorted(names, key=lambda name: (order.index(tops[name]) if tops[name] in order else len(order), name))
+    values = {name: [settings.get(name) for settings in all_settings] for name in ordered}
     return {name: row for name, row in values.items() if any(value != row[0] for value in row[1:])}
 
 
