@@ -119,7 +119,8 @@ def _json(data: Any) -> Any:
 
 
 def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
-    starts = run.info.get("starts", [])
+    blank = dict.fromkeys(("command", "time", "step", "seed", "folder", "devices", "git"))
+    starts = [blank | start for start in run.info.get("starts", [])]
     start: dict[str, Any] = starts[-1] if starts else {}
     last = (run.train or run.validations or [Point(0, None, None, {})])[-1]
     settings = run.settings
