@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -85,16 +86,11 @@ def render(runs: Sequence[Run], output: Path) -> str:
         runs: What it shows.
         output: Where it will lie: links to files beside a run are relative to it.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "count": _count, "duration": _duration, "shown": _shown, "when": _when}
-    template = environment.from_string((files("opsd_lightning") / "templates" / "report.html").read_text(encoding="utf-8"))
     names = _names(runs)
     pages = [_of_run(run, name, output) for run, name in zip(runs, names, strict=True)]
     data = {"runs": [curves_of(run, name) for run, name in zip(runs, names, strict=True)], "charts": charts_of(runs)}
     versions = [page["start"].get("versions", {}) for page in pages]
-    return template.render(
+    return _template().render(
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
         runs=pages,
         sections=list(dict.fromkeys(chart["section"] for chart in data["charts"])),
@@ -105,6 +101,15 @@ def render(runs: Sequence[Run], output: Path) -> str:
         made=datetime.now().astimezone().isoformat(timespec="minutes"),
         version=__version__,
     )
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "count": _count, "duration": _duration, "shown": _shown, "when": _when}
+    return environment.from_string((files("opsd_lightning") / "templates" / "report.html").read_text(encoding="utf-8"))
 
 
 def _json(data: Any) -> Any:

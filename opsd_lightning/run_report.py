@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,9 +34,9 @@ class RunReport(Callback):
 
     The record is the folder ``record`` in the trainer's ``default_root_dir``: ``run.json``, ``config.yaml``,
     ``metrics.jsonl`` (every step and validation, whatever loggers there are) and ``samples.jsonl``. A resumed run goes on in
-    it; the record of another run that is there already is moved to ``record-1`` and so on. The page is made anew at
-    every validation and at the end, also of a run that failed or was interrupted. ``opsd report`` makes one of several runs.
-    Values of settings that look like secrets are left out.
+    it; the record of another run that is there already is moved to ``record-1`` and so on. The page is made at
+    the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
+    ``opsd report`` makes one of several runs. Values of settings that look like secrets are left out.
 
     Args:
         path: The page, relative to the trainer's ``default_root_dir``; W&B and MLflow get it as well at the end.
@@ -56,6 +57,7 @@ class RunReport(Callback):
         self._seen: dict[str, Tensor] = {}  # held, so that the memory of a value is not used for another
         self._samples: list[dict[str, Any]] = []
         self._graded = 0
+        self._next_page = 0.0
         self._first: tuple[int, PromptBatch, Rollouts] | None = None
         self._last: tuple[int, PromptBatch, Rollouts] | None = None
 
@@ -64,6 +66,7 @@ class RunReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record = self._pending = self._first = self._last = None
         self._seen, self._samples, self._graded = {}, [], 0
+        self._next_page = 0.0
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -188,7 +191,8 @@ class RunReport(Callback):
             self._record.metrics("val", trainer.global_step, self._record.seconds(), tokens, values)
         if self._samples:
             self._record.samples("val", trainer.global_step, self._samples)
-        self._page(trainer)
+        if time.monotonic() >= self._next_page:
+            self._page(trainer)
 
     def _end(self, trainer: Trainer, module: Any, status: str, reason: str) -> None:
         assert self._record is not None
@@ -234,8 +238,11 @@ class RunReport(Callback):
 
     def _page(self, trainer: Trainer) -> Path | None:
         assert self._record is not None
+        start = time.monotonic()
         try:
-            return write_report([self._record.folder], Path(trainer.default_root_dir) / self.path)
+            page = write_report([self._record.folder], Path(trainer.default_root_dir) / self.path)
+            self._next_page = start + 100 * (time.monotonic() - start)  # a hundredth of the run's time at most
+            return page
         except Exception as error:  # a full disk must not end a run
             warnings.warn(f"RunReport: the page could not be written ({error!r}); try `opsd report` later", stacklevel=2)
             return None
