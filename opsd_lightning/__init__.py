@@ -49,7 +49,10 @@ _ROOMS = {
         "TraceContext",
         "WrongContext",
     ],
+    "report": ["write_report"],
     "rollouts": ["ContinuousBatchingEngine", "RolloutEngine", "Sampling", "TransformersEngine"],
+    "run_report": ["RunReport"],
+    "runs": ["Point", "Run", "read_run"],
     "sft": ["SFTModule"],
     "shaping": [
         "Clip",

@@ -28,6 +28,7 @@ import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.run_report import RunReport
 from opsd_lightning.strategies import refusal
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import UserError
@@ -45,6 +46,10 @@ _NOT_THE_TRAINERS: dict[str, tuple[Any, str]] = {
 
 class OPSDCLI(LightningCLI):
     """Fits, validates, tests and predicts an `OPSDModule`, or another `PolicyModule`, on an `OPSDDataModule`."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.arguments = [str(argument) for argument in args] if isinstance(args, list) else sys.argv[1:]
+        super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Concrete defaults, so that an overlay may change one setting of a part without naming its class again, and a
@@ -107,6 +112,9 @@ class OPSDCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunReport):
+                    callback.arguments = self.arguments
         except (ValueError, TypeError) as error:  # a part's own check of its settings
             raise UserError(str(_reason(error))) from error
 

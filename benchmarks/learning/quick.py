@@ -15,7 +15,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.learning.task import runs_folder
-from opsd_lightning.quickstart import mean_and_interval, read_metrics, read_records, run, say, wilson
+from opsd_lightning.quickstart import run, say
+from opsd_lightning.runs import mean_and_interval, read_metrics, read_records, wilson
 
 NOTE = (
     "This is a toy: a model of 144,576 parameters, made weak on purpose on the very task, and a teacher whose reference "

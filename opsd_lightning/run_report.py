@@ -1,0 +1,282 @@
+"""The callback that keeps a run's record and makes a page of it: `RunReport`. Reading: `runs`. The page: `report`."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from torch import Tensor
+
+from opsd_lightning.contexts import read_attempts
+from opsd_lightning.evaluation import Records
+from opsd_lightning.loggers import log_page
+from opsd_lightning.record import Record, commit, described, devices, launcher, now, path_of, versions
+from opsd_lightning.redaction import redact, redact_arguments, redact_text
+from opsd_lightning.report import write_report
+from opsd_lightning.runs import RECORD, read_lines
+from opsd_lightning.training import PolicyModule
+from opsd_lightning.types import PromptBatch, Rollouts, UserError
+
+_LONGEST_TEXT = 20_000  # characters of a completion that are kept
+
+
+class RunReport(Callback):
+    """Keeps a record of the run and makes one HTML page of it: curves, accuracy against generated tokens, completions before
+    and after, settings, versions and the command to repeat it.
+
+    The record is the folder ``record`` in the trainer's ``default_root_dir``: ``run.json``, ``config.yaml``,
+    ``metrics.jsonl`` (every step and validation, whatever loggers there are) and ``samples.jsonl``. A resumed run goes on in
+    it; the record of another run that is there already is moved to ``record-1`` and so on. The page is made at
+    the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
+    ``opsd report`` makes one of several runs. Values of settings that look like secrets are left out.
+
+    Args:
+        path: The page, relative to the trainer's ``default_root_dir``; W&B and MLflow get it as well at the end.
+        questions: How many validation questions' completions are kept at every validation, at least 1: the first of the
+            validation set. Without validation, completions of the first and of the last training step.
+    """
+
+    def __init__(self, path: str = "report.html", questions: PositiveInt = 8) -> None:
+        if not path.endswith((".html", ".htm")):
+            raise UserError(f"RunReport: path is {path!r}, which is no page: let it end in .html")
+        self.path, self.questions = path, PositiveInt(questions)
+        #: The command line of the run, set by `main.OPSDCLI`; None for a run that Python started.
+        self.arguments: list[str] | None = None
+        self._record: Record | None = None
+        self._pending: tuple[int, float, int, dict[str, Tensor]] | None = (
+            None  # the last step: until later hooks have logged
+        )
+        self._seen: dict[str, Tensor] = {}  # held, so that the memory of a value is not used for another
+        self._samples: list[dict[str, Any]] = []
+        self._graded = 0
+        self._next_page = 0.0
+        self._first: tuple[int, PromptBatch, Rollouts] | None = None
+        self._last: tuple[int, PromptBatch, Rollouts] | None = None
+
+    # -- hooks: metrics are read on every rank, since reading may reduce them; only global zero writes ------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record = self._pending = self._first = self._last = None
+        self._seen, self._samples, self._graded = {}, [], 0
+        self._next_page = 0.0
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._flush(trainer.callback_metrics)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        metrics = dict(trainer.callback_metrics)
+        if self._record is None:
+            return
+        tokens = int(getattr(pl_module, "tokens_generated", 0))
+        self._pending = trainer.global_step, self._record.seconds(), tokens, metrics
+        rollouts = outputs["rollouts"] if isinstance(outputs, Mapping) and "rollouts" in outputs else None
+        if rollouts is not None and rollouts.sampled:
+            self._last = trainer.global_step, batch, rollouts
+            self._first = self._first or self._last
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._flush(trainer.callback_metrics)
+            self._samples, self._graded = [], 0
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._record is None or trainer.state.fn != "fit" or not isinstance(outputs, Mapping):
+            return
+        found = _of_questions(outputs)
+        self._graded += len(found)
+        self._samples += found[: self.questions - len(self._samples)]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validated(trainer, pl_module, dict(trainer.callback_metrics))
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Of some batches only, its metrics would not compare with later ones; its completions do.
+        whole = trainer.num_sanity_val_steps == float("inf")
+        metrics = dict(trainer.callback_metrics)
+        self._validated(trainer, pl_module, metrics if whole else {})
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The record never knows less than a checkpoint, from which the run may go on.
+        self._flush(trainer.callback_metrics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._flush(trainer.callback_metrics)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # After every on_fit_end: what other callbacks leave there can be linked.
+        if stage == "fit" and self._record is not None:
+            self._end(trainer, pl_module, "finished", "")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._record is None:
+            return
+        self._flush(None)
+        interrupted = isinstance(exception, KeyboardInterrupt)
+        reason = "" if interrupted else redact_text(f"{type(exception).__name__}: {exception}")[:600]
+        self._end(trainer, pl_module, "interrupted" if interrupted else "failed", reason)
+
+    # -- the record --------------------------------------------------------------------------------------------------------
+
+    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._record is not None or not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        self._record = Record(root / RECORD, trainer.global_step)
+        saved = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+        start = {
+            "command": None if self.arguments is None else launcher() + redact_arguments(self.arguments),
+            "time": now(),
+            "step": trainer.global_step,
+            "seed": getattr(module, "seed", None),
+            "folder": os.getcwd(),
+            "devices": devices(trainer.strategy.root_device, trainer.world_size),
+            "processes": trainer.world_size,
+            "versions": versions(),
+            "git": commit(),
+        }
+        logs = [str(Path(log.log_dir).resolve()) for log in trainer.loggers if log.log_dir]
+        self._record.start(start, logs, _settings(trainer, module, saved))
+
+    def _flush(self, metrics: Mapping[str, Tensor] | None) -> None:
+        """Write the last step, with what was logged of it until now; with what was known at its end where None."""
+        if self._record is None or self._pending is None:
+            return
+        (step, seconds, tokens, known), self._pending = self._pending, None
+        values = self._fresh(known if metrics is None else metrics)
+        values = {name: value for name, value in values.items() if not name.startswith("val/")}
+        self._record.metrics("train", step, seconds, tokens, values)
+
+    def _fresh(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        """What was logged since the last time: Lightning keeps the values of metrics that are logged now and then."""
+        new = {
+            name: value
+            for name, value in metrics.items()
+            if isinstance(value, Tensor)
+            and value.numel() == 1
+            and (name not in self._seen or self._seen[name].data_ptr() != value.data_ptr())
+        }
+        self._seen |= new
+        if not new:
+            return {}
+        # One wait for the device, not one a metric.
+        numbers = torch.stack([value.detach().double().reshape(()).cpu() for value in new.values()]).tolist()
+        return dict(zip(new, numbers, strict=True))
+
+    def _validated(self, trainer: Trainer, module: LightningModule, metrics: Mapping[str, Tensor]) -> None:
+        if self._record is None:
+            return
+        if values := self._fresh(metrics):
+            if self._graded and trainer.world_size == 1:  # of several processes, each knows its own questions alone
+                values["val/questions"] = self._graded
+            tokens = int(getattr(module, "tokens_generated", 0))
+            self._record.metrics("val", trainer.global_step, self._record.seconds(), tokens, values)
+        if self._samples:
+            self._record.samples("val", trainer.global_step, self._samples)
+        if time.monotonic() >= self._next_page:
+            self._page(trainer)
+
+    def _end(self, trainer: Trainer, module: Any, status: str, reason: str) -> None:
+        assert self._record is not None
+        try:
+            if not any(line["kind"] == "val" for line in read_lines(self._record.folder / "samples.jsonl")):
+                self._keep_training_samples(module)
+            self._record.end(status, reason)
+        except Exception as error:  # what ended the run is more important
+            warnings.warn(f"RunReport: the end of the run could not be recorded ({error!r})", stacklevel=2)
+        page = self._page(trainer)
+        if page is not None:
+            print(f"The report of the run is in {page}")
+            try:
+                log_page(trainer.loggers, "run_report", page, trainer.global_step)
+            except Exception as error:
+                warnings.warn(f"RunReport: a logger did not take {page} ({error!r})", stacklevel=2)
+        self._record = None
+
+    def _keep_training_samples(self, module: Any) -> None:
+        if not isinstance(module, PolicyModule) or self._first is None or self._last is None or self._record is None:
+            return
+        for step, batch, rollouts in [self._first] if self._first[0] == self._last[0] else [self._first, self._last]:
+            n, count = rollouts.n, self.questions
+            shown = rollouts._replace(
+                completions=rollouts.completions[: count * n], terminated=rollouts.terminated[: count * n]
+            )
+            attempts = read_attempts(module.tokenizer, module.evaluator.grader, batch, shown)
+            records = [
+                {
+                    "index": None,
+                    "sample": row % n,
+                    "question": batch.examples[row // n].question,
+                    "reference": batch.examples[row // n].answer,
+                    "completion": attempts.texts[row],
+                    "answer": attempts.answers[row],
+                    "correct": attempts.correct[row],
+                    "completion_tokens": len(completion),
+                    "truncated": not shown.terminated[row],
+                }
+                for row, completion in enumerate(shown.completions)
+            ]
+            self._record.samples("train", step, _of_questions({"student": records}))
+
+    def _page(self, trainer: Trainer) -> Path | None:
+        assert self._record is not None
+        start = time.monotonic()
+        try:
+            page = write_report([self._record.folder], Path(trainer.default_root_dir) / self.path)
+            self._next_page = start + 100 * (time.monotonic() - start)  # a hundredth of the run's time at most
+            return page
+        except Exception as error:  # a full disk must not end a run
+            warnings.warn(f"RunReport: the page could not be written ({error!r}); try `opsd report` later", stacklevel=2)
+            return None
+
+
+def _of_questions(records: Records | Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The student's first completion of each question, and how many of the question's are right."""
+    questions: list[dict[str, Any]] = []
+    for record in records.get("student", []):
+        if record["sample"] == 0:
+            kept = {key: value for key, value in record.items() if key not in ("sample", "vote")}
+            kept["completion"] = kept["completion"][:_LONGEST_TEXT]
+            questions.append(kept | {"samples": 0, "right": 0})
+        questions[-1]["samples"] += 1
+        questions[-1]["right"] += bool(record["correct"])
+    return questions
+
+
+def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -> str:
+    """The settings as YAML, without secrets: what the command line was parsed to; else what the parts say of themselves."""
+    import yaml
+
+    if saved is not None:
+        found = yaml.safe_load(saved.parser.dump(saved.config, skip_none=False))
+    else:
+        parts = ("policy", "teacher", "objective", "context", "rollouts", "sampling", "max_grad_norm", "token_budget")
+        model = {name: getattr(module, name, None) for name in (*parts, "updates_per_batch", "seed")}
+        evaluator = getattr(module, "evaluator", None)
+        model |= {"eval_sampling": getattr(evaluator, "sampling", None), "grader": getattr(evaluator, "grader", None)}
+        names = ("max_steps", "max_epochs", "precision", "num_nodes", "num_devices", "default_root_dir")
+        found = {
+            "model": {"class_path": path_of(module), "init_args": described(model)},
+            "data": described(getattr(trainer, "datamodule", None)),
+            "trainer": described({name: getattr(trainer, name, None) for name in names})
+            | {"strategy": type(trainer.strategy).__name__, "callbacks": [type(c).__name__ for c in trainer.callbacks]},  # type: ignore[attr-defined]
+        }
+    return str(yaml.safe_dump(redact(found), sort_keys=False, allow_unicode=True))
