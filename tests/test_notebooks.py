@@ -15,6 +15,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from safetensors.torch import load_file
 from traitlets.config import Config
 
 from conftest import make_model, make_tokenizer
@@ -137,5 +138,18 @@ def from_scratch(names: dict[str, Any], printed: str, folder: Path) -> None:
     assert all(bool(grad.any()) for _, grad in trained) and any("lora_A" in name for name, _ in trained)
 
 
+def qlora(names: dict[str, Any], printed: str, folder: Path) -> None:
+    run = folder / "runs" / "qlora"
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert any(bool(value.any()) for name, value in weights.items() if "lora_B" in name)  # it learned something
+    assert (run / "report.html").exists() and "trace contradicts the reference answer" in printed
+    assert names["data"].dropped["train"].total() == 1  # the row with the mistake, and no other
+    assert names["plain"].base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
+    assert names["apart"] == pytest.approx(0, abs=1e-4)  # in float32
+
+
 #: What is looked at beside a notebook's own assertions: its names, what it printed, its folder.
-CHECKS: dict[str, Callable[[dict[str, Any], str, Path], None]] = {"01_opsd_from_scratch": from_scratch}
+CHECKS: dict[str, Callable[[dict[str, Any], str, Path], None]] = {
+    "01_opsd_from_scratch": from_scratch,
+    "02_qlora_on_one_gpu": qlora,
+}
