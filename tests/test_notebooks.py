@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def settings(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a reader would set, made tiny, and an empty folder to work in."""
-    values = {"OPSD_MODEL": tiny, "OPSD_STEPS": "3", "OPSD_NEW_TOKENS": "16", "OMP_NUM_THREADS": "1"}
+    values = {"OPSD_MODEL": tiny, "OPSD_STEPS": "3", "OPSD_NEW_TOKENS": "16", "MPLBACKEND": "agg"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
@@ -69,6 +69,21 @@ def test_notebook(path: Path, settings: Path, monkeypatch: pytest.MonkeyPatch, c
             if name == path.stem or str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(settings)):
                 del sys.modules[name]
     CHECKS[path.stem](names, capsys.readouterr().out, settings)
+
+
+def test_reading_a_run_of_ones_own(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third notebook made a run; told of it, it reads it and trains nothing."""
+    path = FOLDER / "03_reading_a_run.ipynb"
+    first = run(path)
+    monkeypatch.setenv("OPSD_RUN", str(settings / "runs" / "reading"))
+    monkeypatch.setenv("OPSD_MODEL", "nowhere/no-model")
+    monkeypatch.chdir(settings / "runs")
+    second = run(path)
+    del sys.modules[path.stem]
+    assert [tuple(token) for token in second["tokens"]] == [tuple(token) for token in first["tokens"]]
+    assert second["run"].train == first["run"].train and second["trainer"].global_step == 0
 
 
 @pytest.mark.slow
@@ -148,8 +163,21 @@ def qlora(names: dict[str, Any], printed: str, folder: Path) -> None:
     assert names["apart"] == pytest.approx(0, abs=1e-4)  # in float32
 
 
+def reading(names: dict[str, Any], printed: str, folder: Path) -> None:
+    assert (folder / "runs" / "reading" / "report.html").exists()
+    assert [point.step for point in names["run"].validations] == [0, 3] and len(names["run"].train) == 3
+    assert {token.step for token in names["tokens"]} == {1, 2, 3}
+    # Of the page's steps each mean, not the last alone, is what was logged.
+    for point in names["run"].train:
+        shown = [token.kl for token in names["tokens"] if token.step == point.step]
+        assert sum(shown) / len(shown) == pytest.approx(point.values["train/forward_kl"], rel=2e-3)
+    assert len(names["verdicts"]) == 4 and len(names["figure"].axes) == 6
+    assert all(len(axis.lines[0].get_xdata()) == 3 for axis in names["figure"].axes)
+
+
 #: What is looked at beside a notebook's own assertions: its names, what it printed, its folder.
 CHECKS: dict[str, Callable[[dict[str, Any], str, Path], None]] = {
     "01_opsd_from_scratch": from_scratch,
     "02_qlora_on_one_gpu": qlora,
+    "03_reading_a_run": reading,
 }
