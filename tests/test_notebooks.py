@@ -60,6 +60,7 @@ def run(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path: Path, settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.syspath_prepend(settings)  # as Jupyter has the notebook's folder
     before = set(sys.modules)
     try:
@@ -68,7 +69,7 @@ def test_notebook(path: Path, settings: Path, monkeypatch: pytest.MonkeyPatch, c
         for name in set(sys.modules) - before:
             if name == path.stem or str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(settings)):
                 del sys.modules[name]
-    CHECKS[path.stem](names, capsys.readouterr().out, settings)
+    CHECKS[path.stem](names, "".join(capsys.readouterr()), settings)
 
 
 def test_reading_a_run_of_ones_own(
@@ -175,9 +176,24 @@ def reading(names: dict[str, Any], printed: str, folder: Path) -> None:
     assert all(len(axis.lines[0].get_xdata()) == 3 for axis in names["figure"].axes)
 
 
+def own_parts(names: dict[str, Any], printed: str, folder: Path) -> None:
+    assert "0.20122302 and 0.20122302" in printed  # by hand, in float64
+    assert "gradcheck: True" in printed and names["status"] == 2
+    assert {path.name for path in (folder / "runs" / "own").iterdir()} >= {
+        "divergence",
+        "sharp",
+        "context",
+        "callback",
+        "yaml",
+    }
+    assert "temperature" in printed[printed.rindex("error: ") :]  # what the mistake was
+    assert len(names["measured"](names["read_run"]("runs/own/yaml"), "concentration")) == 2
+
+
 #: What is looked at beside a notebook's own assertions: its names, what it printed, its folder.
 CHECKS: dict[str, Callable[[dict[str, Any], str, Path], None]] = {
     "01_opsd_from_scratch": from_scratch,
     "02_qlora_on_one_gpu": qlora,
     "03_reading_a_run": reading,
+    "04_your_own_parts": own_parts,
 }
