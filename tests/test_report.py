@@ -6,10 +6,8 @@ import csv
 import html
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from browser import browser, needs_browser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_cli import base  # noqa: F401 (a fixture)
@@ -552,27 +551,24 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 # -- in a browser --------------------------------------------------------------------------------------------------------
 
-MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
-  const frame = document.querySelector("iframe"), page = frame.contentDocument, svg = page.querySelector("figure.main > svg");
-  const box = svg.getBoundingClientRect();
+MEASURE = """(() => {
+  const svg = document.querySelector("figure.main > svg"), box = svg.getBoundingClientRect();
   svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 10, clientY: box.top + 20, bubbles: true}));
-  const tip = page.querySelector("figure.main .tip").textContent;
-  page.querySelector('[data-axis=step]').click();
-  document.title = JSON.stringify({
-    wide: page.documentElement.scrollWidth, charts: page.querySelectorAll("figure").length, tip,
-    drawn: [...page.querySelectorAll("figure > svg")].filter(s => s.querySelector("path")).length,
-    axis: svg.lastChild.previousSibling ? page.querySelector("figure.main > svg").textContent : "",
-    band: !!svg.querySelector('path[d$="Z"]'), lines: page.querySelectorAll("figure.main path[stroke-dasharray]").length,
-  });
-}, 500));</script>"""
+  const tip = document.querySelector("figure.main .tip").textContent;
+  document.querySelector('[data-axis=step]').click();
+  return {
+    wide: document.documentElement.scrollWidth, charts: document.querySelectorAll("figure").length, tip,
+    drawn: [...document.querySelectorAll("figure > svg")].filter(s => s.querySelector("path")).length,
+    axis: document.querySelector("figure.main > svg").textContent,
+    band: !!svg.querySelector('path[d$="Z"]'), lines: document.querySelectorAll("figure.main path[stroke-dasharray]").length,
+  };
+})()"""
 
 
 @pytest.mark.browser
+@needs_browser
 def test_in_a_browser(tmp_path: Path) -> None:
     """On a phone's width: every chart is drawn, nothing is wider than the screen, and the read-out tells the value."""
-    browser = os.environ.get("OPSD_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium")
     folders = []
     for name, gain in (("low", 0.1), ("high", 0.3)):
         metrics = [
@@ -580,14 +576,11 @@ def test_in_a_browser(tmp_path: Path) -> None:
         ]
         metrics += [line("val", s, **{"val/avg@1": 0.4 + gain * s / 20, "val/avg@1_se": 0.05}) for s in (0, 10, 20)]
         folders.append(written(tmp_path / name, metrics=metrics))
-    page = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    frame = f'<iframe style="width:390px;height:800px;border:0" srcdoc="{html.escape(page)}"></iframe>'
-    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{MEASURE}", encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
-    dom = subprocess.run([*command, f"file://{tmp_path}/frame.html"], capture_output=True, text=True, timeout=90).stdout
-    title = re.search(r"<title>(\{.*?\})</title>", dom)
-    assert title is not None, dom[-2000:]
-    found = json.loads(html.unescape(title[1]))
+    page = write_report(folders, tmp_path / "page.html")
+    with browser() as tab:
+        tab.open(page, width=390, height=800)
+        found = tab.js(MEASURE)
+        assert tab.errors == [] and tab.requests == []
     assert found["wide"] <= 390 and found["charts"] == found["drawn"] == 3
     assert found["band"] and found["lines"] == 2
     assert "step 20, 200 tokens" in found["tip"] and "50 % ± 5 %" in found["tip"] and "70 % ± 5 %" in found["tip"]
