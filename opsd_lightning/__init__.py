@@ -27,6 +27,16 @@ _ROOMS = {
     "grading": ["MathGrader"],
     "grpo": ["AnswerReward", "GRPOModule", "Reward"],
     "guard": ["Ceiling", "CollapseGuard", "CollapseRule", "Drift"],
+    "health": [
+        "ClassDivergence",
+        "CorrectnessGap",
+        "Distinct",
+        "MeanLength",
+        "PhraseRate",
+        "PositionDivergence",
+        "TraceOverlap",
+    ],
+    "health_log": ["Health"],
     "metrics": ["AccuracyAtK"],
     "module": ["OPSDModule"],
     "objectives": [

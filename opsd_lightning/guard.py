@@ -89,7 +89,8 @@ class CollapseGuard(Callback):
     Args:
         action: ``warn`` and go on, or ``stop`` after the step.
         rules: What must hold. Unless given: completions of half to twice their first length, at most half of them
-            truncated; the student's entropy between a quarter and three times its start; forward KL below three times.
+            truncated; the student's entropy between a quarter and three times its start; forward KL below three times;
+            and, with `Health`, at most a twentieth that leak, and hedging words above a quarter of their start.
         window: Steps that a mean is taken over, at least 1. No rule speaks before twice as many are made.
     """
 
@@ -107,6 +108,8 @@ class CollapseGuard(Callback):
             Ceiling("train/truncated_fraction", 0.5),
             Drift("train/student_entropy", 0.25, 3.0),
             Drift("train/forward_kl", highest=3.0),
+            Ceiling("health/leak_fraction", 0.05),
+            Drift("health/hedges_per_1k_tokens", lowest=0.25),
         ]
         self._start: dict[str, list[float]] = {}
         self._latest: dict[str, list[float]] = {}

@@ -16,6 +16,7 @@ import opsd_lightning.contexts
 import opsd_lightning.divergences
 import opsd_lightning.grpo
 import opsd_lightning.guard
+import opsd_lightning.health_log
 import opsd_lightning.objectives
 import opsd_lightning.off_policy
 import opsd_lightning.prompts

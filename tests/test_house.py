@@ -27,9 +27,9 @@ LAYERS = [
     {"vllm_rollouts"},
     {"evaluation"},
     {"training", "results"},
-    {"module", "sft", "grpo", "token_scores", "token_figure"},
+    {"module", "sft", "grpo", "token_scores", "token_figure", "health"},
     {"off_policy"},
-    {"callbacks", "guard", "token_report", "run_report"},
+    {"callbacks", "guard", "token_report", "run_report", "health_log"},
     {"main"},
     {"quickstart", "__main__"},
 ]

@@ -1,0 +1,146 @@
+"""The callback that logs the metrics of `health` as training goes: `Health`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from opsd_lightning.health import (
+    HEDGES,
+    LEAKS,
+    ClassDivergence,
+    CorrectnessGap,
+    Distinct,
+    MeanLength,
+    PhraseRate,
+    PositionDivergence,
+    TraceOverlap,
+    token_class,
+)  # fmt: skip
+from opsd_lightning.objectives import Update
+from opsd_lightning.token_text import Pieces
+from opsd_lightning.training import PolicyModule
+
+
+class Health(Callback):
+    """Logs, under ``health/``, what goes wrong in self-distillation before accuracy tells (docs/seeing.md has every name).
+
+    Of all completions of a step, on all ranks: forward KL of the first tokens, by quarter and by class of token; hedging
+    words and leak phrases; n-grams shared with the trace; diversity; lengths against the run's first; the completions'
+    accuracy, and by it the teacher's log-probability above the student's. What needs a teacher is left out where there is
+    none. The first step is always measured. Training does not change.
+
+    Args:
+        every_n_steps: Optimizer steps from one measurement to the next, at least 1. With ``updates_per_batch`` a batch is
+            measured that ends at a multiple or passes one, by its first update.
+        hedges: Words whose rate is logged. Those of ``health.HEDGES`` unless given.
+        leaks: Phrases that speak of what only the teacher read. Those of ``health.LEAKS`` unless given.
+        overlap_n: Words of the n-grams that are looked for in the trace, at least 1.
+        grade: Whether completions are graded, which takes some milliseconds each.
+        window: Measurements at the start of the run that lengths are compared with, at least 1.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: PositiveInt = 10,
+        hedges: Sequence[str] | None = None,
+        leaks: Sequence[str] | None = None,
+        overlap_n: PositiveInt = 4,
+        grade: bool = True,
+        window: PositiveInt = 3,
+    ) -> None:
+        self.every_n_steps, self.window = PositiveInt(every_n_steps), PositiveInt(window)
+        self.overlap_n = PositiveInt(overlap_n)
+        self.hedges = HEDGES if hedges is None else tuple(hedges)
+        self.leaks = LEAKS if leaks is None else tuple(leaks)
+        self.grade = grade
+        for phrases in (self.hedges, self.leaks):
+            PhraseRate(phrases)  # a mistake speaks before training
+        self._lengths: list[float] = []  # of the first measurements
+        self._pieces: Pieces | None = None
+        self._classes: dict[int, str] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        self._pieces, self._classes = Pieces(pl_module.tokenizer), {}
+        if not trainer.global_step:
+            self._lengths = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        before, after = trainer.global_step, trainer.global_step + pl_module.updates_per_batch
+        # By the step alone, since every rank takes part in the sums.
+        due = before == 0 or after // self.every_n_steps > before // self.every_n_steps
+        if due and pl_module.current is not None:
+            values = {f"health/{name}": value for name, value in self.measure(pl_module, pl_module.current).items()}
+            pl_module.log_dict(values, batch_size=1)
+
+    def measure(self, module: PolicyModule, update: Update) -> dict[str, Tensor | float]:
+        """Every value by its name, over all ranks. Every rank must call."""
+        batch, rollouts, measured = update.batch, update.rollouts, update.measured
+        texts = module.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
+        examples = [batch.examples[row // rollouts.n] for row in range(len(texts))]
+        lengths = [len(completion) for completion in rollouts.completions]
+        values: dict[str, Tensor | float] = {}
+
+        hedging, leaking = PhraseRate(self.hedges).to(module.device), PhraseRate(self.leaks).to(module.device)
+        hedging.update(texts, lengths)
+        leaking.update(texts, lengths)
+        values["hedges_per_1k_tokens"] = hedging.compute()["per_1k"]
+        values["leak_fraction"] = leaking.compute()["fraction"]
+
+        overlap = TraceOverlap(self.overlap_n).to(module.device)
+        overlap.update(texts, [e.trace or "" for e in examples], [e.question for e in examples])
+        values["trace_overlap"] = overlap.compute()
+
+        distinct = Distinct().to(module.device)
+        for start in range(0, len(texts), rollouts.n):
+            distinct.update(texts[start : start + rollouts.n])
+        values["distinct_3"] = distinct.compute()
+
+        length = MeanLength().to(module.device)
+        length.update(lengths, rollouts.terminated)
+        found = length.compute()
+        if len(self._lengths) < self.window:
+            self._lengths.append(float(found["all"]))
+        values["length_drift"] = found["all"] * len(self._lengths) / max(sum(self._lengths), 1e-9)
+        if "terminated" in found:
+            values["terminated_tokens"] = found["terminated"]
+
+        if "forward_kl" in measured:
+            position, classes = PositionDivergence().to(module.device), ClassDivergence().to(module.device)
+            position.update(measured["forward_kl"])
+            classes.update(measured["forward_kl"], [[self._class(t) for t in row] for row in rollouts.completions])
+            for metric in (position, classes):
+                values |= {f"forward_kl_{name}": value for name, value in metric.compute().items()}
+        if self.grade:
+            values |= self._graded(module, update, texts, [e.answer for e in examples])
+        return values
+
+    def _graded(self, module: PolicyModule, update: Update, texts: list[str], answers: list[str]) -> dict[str, Tensor]:
+        gaps = None
+        if "teacher_logprob" in update.measured:
+            pairs = zip(update.measured["teacher_logprob"], update.measured["student_logprob"], strict=True)
+            gaps = [teacher - student for teacher, student in pairs]
+        split = CorrectnessGap().to(module.device)
+        grader = module.evaluator.grader
+        split.update(gaps, [grader.grade(text, answer) for text, answer in zip(texts, answers, strict=True)])
+        found = split.compute()
+        names = {"accuracy": "accuracy", "correct": "teacher_gap_correct", "wrong": "teacher_gap_wrong"}
+        return {names[name]: value for name, value in found.items()}
+
+    def _class(self, token: int) -> str:
+        if token not in self._classes:
+            assert self._pieces is not None
+            self._classes[token] = token_class(self._pieces[token])
+        return self._classes[token]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lengths": self._lengths}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._lengths = list(state_dict["lengths"])
