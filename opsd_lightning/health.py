@@ -1,4 +1,4 @@
-"""What goes wrong in self-distillation, as metrics of completions: where the divergence lies, hedging, leaks, copying, diversity.
+"""What goes wrong in self-distillation, as metrics: where the divergence lies, hedging, leaks, copying, diversity.
 
 Every metric is a ratio of sums, or several, so that a value over several ranks is exactly that of all their completions. The
 callback that logs them is `opsd_lightning.health_log.Health`.
