@@ -24,7 +24,11 @@ TRACES = 2000
 # By how a reason for leaving a row out begins: which setting it hangs on, and what to do.
 _REMEDIES: tuple[tuple[str, str, str], ...] = (
     ("empty question", "data.{split}.init_args.columns.question", "name the column that holds the problem"),
-    ("empty trace", "data.{split}.init_args.columns.trace", "name the column that holds the worked solution, or mend the rows"),
+    (
+        "empty trace",
+        "data.{split}.init_args.columns.trace",
+        "name the column that holds the worked solution, or mend the rows",
+    ),
     (
         "neither trace nor answer",
         "data.{split}.init_args.columns.answer",
@@ -229,7 +233,7 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
         yield Finding("warning", "settings", text, "model.eval_sampling.max_new_tokens", "set it at least as high")
 
 
-def rate_findings(optimizer: Any, max_grad_norm: float | None) -> Iterator[Finding]:
+def rate_findings(optimizer: Any) -> Iterator[Finding]:
     """Of the optimizer as it was made."""
     rates = [group.get("initial_lr", group.get("lr", math.nan)) for group in optimizer.param_groups]
     rates = [float(rate) for rate in rates]

@@ -3,7 +3,7 @@
 A skeleton of the policy, its adapter included, is made on the meta device, where tensors have shapes and no numbers.
 
     weights      of the base, by their type; 4-bit and 8-bit ones with their scales
-    teacher      what a teacher keeps: a copy of the adapter, or a model of its own
+    teacher      what teachers keep: a copy of the adapter, or a model of its own
     trainable    adapter (or, in full fine-tuning, all weights), their gradients, and the optimizer's state: what the
                  configured optimizer keeps of a small tensor after one step
     rollout      keys and values of all completions at full length, and the copies that an engine makes of the weights
@@ -185,7 +185,7 @@ def memory(
     make_optimizer: Callable[..., Any],
     step: Step,
     *,
-    teacher_models: int = 0,
+    teacher: int = 0,
     teacher_states: int = 1,
     merged_copies: int = 0,
     shards: int = 1,
@@ -194,12 +194,12 @@ def memory(
     """Bytes on one device, by what takes them.
 
     Args:
-        model: A skeleton of the policy, with what its teachers keep in it.
+        model: A skeleton of the policy.
         policy: Its recipe.
         objective: The method's.
         make_optimizer: Makes its optimizer.
         step: The sizes of a step on this device.
-        teacher_models: Bytes of models beside the policy.
+        teacher: Bytes of what teachers keep.
         teacher_states: How many teachers score each completion.
         merged_copies: Copies of the base weights that the engine makes for a rollout.
         shards: Devices that weights, gradients and optimizer state are spread over.
@@ -208,7 +208,6 @@ def memory(
     base = base_of(model)
     config = base.config.get_text_config()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    adapters = [p for name, p in model.named_parameters() if is_adapter_key(name) and not p.requires_grad]
     weights = weight_bytes(model, policy.quantization)
     frozen = weights - (size_of(trainable) if policy.trains_all else 0)
     element = base.dtype.itemsize
@@ -225,7 +224,7 @@ def memory(
         cache = max(cache, rows * cache_bytes(base.config, step.prompt + step.eval_completion, element))
     found = {
         "base weights": frozen // shards,
-        "teacher": teacher_models // shards + size_of(adapters) // shards,
+        "teacher": teacher // shards,
         "trainable weights": size_of(trainable) // shards,
         "gradients": size_of(trainable) // shards,
         "optimizer state": optimizer_bytes(make_optimizer, trainable) // shards,

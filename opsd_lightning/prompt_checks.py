@@ -77,9 +77,7 @@ def template_findings(
         fix = "the tokenizer is another model's, or tokens were added to it: use the model's own"
         yield Finding("error", "template", text, "model.policy.model", fix)
     yield from _special_tokens(tokenizer, role)
-    rendered = [
-        _render(tokenizer, prompts.messages(content), True, role.kwargs) + role.prefix for content in role.contents
-    ]
+    rendered = [_render(tokenizer, prompts.messages(content), True, role.kwargs) + role.prefix for content in role.contents]
     if role.name == "student":  # the teacher's context is already part of its tokens
         for ids, text in zip(role.prompts, rendered, strict=True):
             decoded = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))  # type: ignore[call-arg]
@@ -105,7 +103,9 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, role: Role) -> Iterator[
     bos, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
     if bos is not None and any(list(ids[:2]) == [bos, bos] for ids in role.prompts):
         text = f"the {role.name}'s prompts begin with {tokenizer.bos_token!r} twice"
-        yield Finding("error", "template", text, _TEMPLATE, "write it once: neither in data.prompts nor twice in the template")
+        yield Finding(
+            "error", "template", text, _TEMPLATE, "write it once: neither in data.prompts nor twice in the template"
+        )
     strange = sum(list(ids).count(unknown) for ids in role.prompts) if unknown is not None and unknown != bos else 0
     if strange:
         tokens = sum(map(len, role.prompts))
@@ -153,7 +153,9 @@ def _answered(
         yield Finding("warning", "template", text, "data.train", fix)
 
 
-def token_findings(tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], end: int | None, vocabulary: int) -> Iterator[Finding]:
+def token_findings(
+    tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], end: int | None, vocabulary: int
+) -> Iterator[Finding]:
     """EOS and pad tokens.
 
     Args:
@@ -193,16 +195,16 @@ def injected_findings(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exa
 # -- thinking ----------------------------------------------------------------------------------------------------------
 
 
-def thinking_facts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, roles: Sequence[Role], traces: Sequence[str]) -> dict[str, Any]:
+def thinking_facts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, roles: Sequence[Role], traces: Sequence[str]
+) -> dict[str, Any]:
     """Whether the model thinks, how each role's prompt ends, and how many traces hold thinking."""
     messages = prompts.messages("1+1?")
     on, off = (_render(tokenizer, messages, True, {"enable_thinking": value}) for value in (True, False))
     return {
         "template_can_switch": on != off,
         "template_thinks": on != off or _OPEN in str(tokenizer.chat_template),
-        "prompts": {
-            role.name: _mode(_render(tokenizer, messages, True, role.kwargs) + role.prefix) for role in roles
-        },
+        "prompts": {role.name: _mode(_render(tokenizer, messages, True, role.kwargs) + role.prefix) for role in roles},
         "traces_with_thinking": sum(_OPEN in trace for trace in traces),
         "traces_with_empty_thinking": sum(bool(re.search(rf"{_OPEN}\s*{_CLOSE}", trace)) for trace in traces),
         "traces": len(traces),
@@ -267,7 +269,9 @@ def thinking_findings(
         fix = "set {enable_thinking: false}"
         yield Finding("warning", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
     elif having and not in_place:
-        text = f"{having} of {total} traces ({percent(having, total)}) hold {_OPEN}, which the teacher reads in a user's turn"
+        text = (
+            f"{having} of {total} traces ({percent(having, total)}) hold {_OPEN}, which the teacher reads in a user's turn"
+        )
         mode = "the student's thinking is off" if student == "closed" else "the model writes such blocks itself"
         fix = f"{mode}: take the tags out of the traces"
         yield Finding("warning", "thinking", text, "data.train", fix)
