@@ -44,7 +44,7 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
         "data.{split}.init_args.columns.answer",
         "check that it is the answer's column; wrong traces teach wrong steps, so let the rest go",
     ),
-    ("question is also in", "data.train", "nothing: they are left out of training"),
+    ("question is also in", "", ""),
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -200,10 +200,8 @@ class _Examination:
         """Every token that will end a completion, as `Policy.build` gathers them."""
         config = self.policy.load_config()
         sources: list[Any] = [tokenizer, config, config.get_text_config()]
-        try:
+        with suppress(OSError, ValueError):  # it may have none
             sources.append(GenerationConfig.from_pretrained(self.policy.model, revision=self.policy.revision or "main"))
-        except (OSError, ValueError):  # it has none
-            pass
         found = [getattr(source, "eos_token_id", None) for source in sources]
         return frozenset(t for value in found if value is not None for t in ([value] if isinstance(value, int) else value))
 
@@ -352,7 +350,11 @@ class _Examination:
             step_seconds(measured, sampled, teacher, completion, updates)
             for completion in (min(usual, step.completion), step.completion)
         )
-        found = {"measured": measured, "step_seconds": [sum(lowest.values()), sum(highest.values())], "phases": highest}
+        found: dict[str, Any] = {
+            "measured": measured,
+            "step_seconds": [sum(lowest.values()), sum(highest.values())],
+            "phases": highest,
+        }
         found["usual_completion"], found["longest_completion"] = min(usual, step.completion), step.completion
         batches = len(data.rows["train"].examples) // (data.batch_size * max(trainer.world_size, 1))
         steps = trainer.max_steps

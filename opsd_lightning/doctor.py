@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -226,7 +225,8 @@ def _show_lengths(console: Any, facts: Mapping[str, Any]) -> None:
             for low, high, count in bins:
                 bar = "\N{FULL BLOCK}" * round(50 * count / most) or ("\N{LEFT ONE EIGHTH BLOCK}" if count else "")
                 over = facts[key]["limit"] is not None and low > facts[key]["limit"]
-                console.print(f"  {low:>6}-{high - 1:<6} [{'red' if over else 'cyan'}]{bar}[/] {count}")
+                span = str(low) if high == low + 1 else f"{low}-{high - 1}"
+                console.print(f"  {span:>13} [{'red' if over else 'cyan'}]{bar}[/] {count}")
     console.print()
 
 
