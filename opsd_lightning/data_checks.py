@@ -37,7 +37,7 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         "trace has no final answer",
         "data.grader.answer_pattern",
-        "give a pattern that finds the answer as these traces write it, or end them with \\boxed{{}}",
+        "give a pattern that finds the answer as these traces write it, or end them with \\boxed{}",
     ),
     (
         "trace contradicts the reference answer",
@@ -82,9 +82,9 @@ def data_findings(data: OPSDDataModule, split: str, facts: dict[str, Any], refus
         overlap = reason.startswith("question is also in")
         level: Any = "note" if count <= total / 100 or overlap else "warning" if count <= total / 2 else "error"
         if refuses:
-            level, fix = "error", f"mend these rows ({fix.format()}), or set data.on_invalid to drop"
+            level, fix = "error", f"mend these rows ({fix}), or set data.on_invalid to drop"
         text = f"{count} of {total} rows of data.{split} ({percent(count, total)}) are left out: {reason}"
-        yield Finding(level, "data", text, setting.format(split=split), fix.format())
+        yield Finding(level, "data", text, setting.format(split=split), fix)
     repeats, kept = facts["repeated_questions"], facts["kept"]
     if repeats:
         text = f"{repeats} of {kept} rows of data.{split} ({percent(repeats, kept)}) repeat the question of another"
