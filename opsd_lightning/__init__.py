@@ -13,6 +13,7 @@ _ROOMS = {
     "callbacks": ["AdapterExport", "BaselineEvaluation", "ProgressLines", "RolloutTable", "RolloutWriter"],
     "contexts": ["FeedbackContext", "MajorityContext", "OnlineContext", "ReasonFirst", "ShortestCorrectContext"],
     "data": ["OPSDDataModule"],
+    "diagnosis": ["diagnose"],
     "divergences": [
         "Divergence",
         "ForwardKL",
@@ -24,6 +25,7 @@ _ROOMS = {
         "TopKWithTail",
     ],
     "export": ["merge_adapter", "write_adapter"],
+    "findings": ["Diagnosis", "Finding"],
     "grading": ["MathGrader"],
     "grpo": ["AnswerReward", "GRPOModule", "Reward"],
     "guard": ["Ceiling", "CollapseGuard", "CollapseRule", "Drift"],

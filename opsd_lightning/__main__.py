@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 
 #: Commands beside LightningCLI's, and the rooms whose ``main`` runs them.
-COMMANDS: dict[str, str] = {"report": "opsd_lightning.report"}
+COMMANDS: dict[str, str] = {"doctor": "opsd_lightning.doctor", "report": "opsd_lightning.report"}
 
 
 def entry() -> None:

@@ -76,6 +76,9 @@ class OPSDDataModule(LightningDataModule):
         self.seed = seed
         self.rows: dict[str, PromptBatch] = {}
         self.dropped: dict[str, Counter[str]] = {}
+        #: Tokens of the student's and the teacher's prompt of every row that was valid, whether or not it fit.
+        self.lengths: dict[str, list[tuple[int, int]]] = {}
+        self.traces_cut: dict[str, int] = {}
 
     def setup(self, stage: str) -> None:
         """Read, verify and tokenize what a stage needs.
@@ -126,6 +129,7 @@ class OPSDDataModule(LightningDataModule):
         traces: list[list[int]] = []
         batch = PromptBatch([], [], [], [], traces=traces)
         cut = 0
+        self.lengths[split] = []
         for index, example in enumerate(valid):
             student, teacher = self.prompts.student(tokenizer, example), Prompt()
             if for_teacher:
@@ -137,6 +141,7 @@ class OPSDDataModule(LightningDataModule):
                         "(columns.trace), or give a data.context that needs none, such as AnswerContext"
                     )
                 teacher = self.prompts.teacher(tokenizer, example, context)
+            self.lengths[split].append((len(student), len(teacher)))
             longest = max(len(student), len(teacher))
             trace = self.prompts.trace(tokenizer, example, eos) if in_place else []
             if limit is not None and longest + self.max_new_tokens > limit:
@@ -157,7 +162,7 @@ class OPSDDataModule(LightningDataModule):
             batch.counted.append(True)
             if in_place:
                 traces.append(trace)
-        self.dropped[split] = dropped
+        self.dropped[split], self.traces_cut[split] = dropped, cut
         reasons = "; ".join(f"{count} left out: {reason}" for reason, count in dropped.items())
         cuts = f"; {cut} traces cut to data.prompts.max_trace_tokens" if cut else ""
         counts = f"{len(batch.examples)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"

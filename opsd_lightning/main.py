@@ -133,6 +133,17 @@ def _longest(*samplings: Any) -> int:
     return max(setting["max_new_tokens"] for setting in settings)
 
 
+def cli_settings() -> dict[str, Any]:
+    """What makes an `OPSDCLI` of Lightning's, beside its arguments and classes."""
+    return {
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "subclass_mode_model": True,
+        "save_config_kwargs": {"overwrite": True},
+        "parser_kwargs": {"version": opsd_lightning.__version__},
+    }
+
+
 def main(args: ArgsType = None) -> OPSDCLI:
     """Run the command line.
 
@@ -146,16 +157,7 @@ def main(args: ArgsType = None) -> OPSDCLI:
         SystemExit: With status 2, after one message, for a user's mistake.
     """
     try:
-        return OPSDCLI(
-            PolicyModule,
-            OPSDDataModule,
-            args=args,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            subclass_mode_model=True,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"version": opsd_lightning.__version__},
-        )
+        return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
     except (UserError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

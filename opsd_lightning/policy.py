@@ -232,7 +232,7 @@ class Policy:
                 "away what small learning rates change: set model.policy.dtype to float32 and trainer.precision to "
                 "bf16-mixed, or the dtype by its name to have it all the same"
             )
-        model = self._adapt(base)
+        model = self.adapt(base)
         if not self.trains_all and (bias := getattr(model.peft_config[STUDENT], "bias", "none")) != "none":
             raise UserError(
                 f"the LoRA adapter trains biases of the base model (bias: {bias}), which a fixed teacher cannot switch "
@@ -244,7 +244,12 @@ class Policy:
         model.train()
         return model
 
-    def _adapt(self, base: PreTrainedModel) -> PeftModel:
+    def adapt(self, base: PreTrainedModel) -> PeftModel:
+        """Put the trainable adapter on a base model; where all weights train, the base as it is.
+
+        Raises:
+            UserError: The adapter does not fit it.
+        """
         if self.trains_all:
             return base  # type: ignore[return-value]  # see `base_of`
         if self.adapter is None:

@@ -228,14 +228,16 @@ class Prompts:
         """The trace as a completion of the student's prompt: its tokens and the one that ends it."""
         return [*tokenizer.encode(example.trace, add_special_tokens=False), eos]
 
+    def messages(self, content: str) -> list[dict[str, str]]:
+        """The turns that a prompt is rendered from."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": content}]
+
     def _render(self, tokenizer: PreTrainedTokenizerBase, content: str, kwargs: dict[str, Any]) -> Prompt:
-        messages = [{"role": "user", "content": content}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
         # The template's own tokenization adds no special tokens: what it renders already holds the BOS, once.
         try:
             ids: Any = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs
+                self.messages(content), add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs
             )
         except TemplateError as error:
             raise UserError(

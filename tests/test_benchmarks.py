@@ -18,6 +18,7 @@ SMALL = {
     "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12 --continuous",
     "scaling": "--model {llama} --tokens 8",
     "memory": "--models Qwen3-1.7B --lengths 1024 2048",
+    "callbacks": "--model {llama} --batch 2 --new-tokens 6 --steps 3",
     "attempts": "--model {llama} --vocabulary 300",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
@@ -71,6 +72,13 @@ def test_rollout(run: Any) -> None:
 def test_scaling(run: Any) -> None:
     result = run("scaling")
     assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
+
+
+def test_callbacks(run: Any) -> None:
+    *each, together = run("callbacks")["in the hooks"]
+    parts = [row["share of a step, %"] for row in each]
+    assert len(parts) == 5 and all(share > 0 for share in parts)
+    assert together["share of a step, %"] == pytest.approx(sum(parts))
 
 
 @pytest.mark.slow  # weighs alternatives that were not built

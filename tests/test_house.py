@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
     {"types"},
-    {"tokens", "prompts", "grading", "redaction", "token_text"},
+    {"tokens", "prompts", "grading", "redaction", "token_text", "findings"},
     {"divergences", "shaping", "runs"},
     {"objectives", "sources", "record", "curves"},
     {"policy", "report"},
@@ -28,10 +28,12 @@ LAYERS = [
     {"evaluation"},
     {"training", "results"},
     {"module", "sft", "grpo", "token_scores", "token_figure", "health"},
-    {"off_policy"},
+    {"off_policy", "data_checks", "prompt_checks", "estimates"},
+    {"probe"},
+    {"diagnosis"},
     {"callbacks", "guard", "token_report", "run_report", "health_log"},
     {"main"},
-    {"quickstart", "__main__"},
+    {"quickstart", "doctor", "__main__"},
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

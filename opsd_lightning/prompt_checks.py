@@ -1,0 +1,294 @@
+"""Whether the chat template, its special tokens and both roles' thinking modes go together. Needs the tokenizer alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from opsd_lightning.findings import Finding, percent
+from opsd_lightning.prompts import Prompts, fill
+from opsd_lightning.types import Example
+
+_TEMPLATE = "model.policy.chat_template"
+_OPEN, _CLOSE = "<think>", "</think>"
+_PROBE = "A reply 7."
+
+#: How a prompt ends: inside a thinking block, behind a closed one, or without.
+Thinking = Literal["open", "closed", "none"]
+
+
+class Role(NamedTuple):
+    """A role's prompts.
+
+    Args:
+        name: ``student`` or ``teacher``.
+        prompts: Token ids, one prompt an example.
+        contents: The user turns that they were rendered from, up to the point to which they can be told.
+        kwargs: The chat template's further arguments.
+        prefix: Text behind the generation prompt.
+    """
+
+    name: str
+    prompts: Sequence[Sequence[int]]
+    contents: Sequence[str]
+    kwargs: dict[str, Any]
+    prefix: str = ""
+
+    @property
+    def setting(self) -> str:
+        return f"data.prompts.{self.name}_chat_template_kwargs"
+
+
+def roles_of(prompts: Prompts, examples: Sequence[Example], students: Any, teachers: Any) -> list[Role]:
+    """The student's role, and the teacher's where it has prompts of its own."""
+    contents = [fill(prompts.student_template, question=example.question) for example in examples]
+    found = [Role("student", students, contents, prompts.student_chat_template_kwargs)]
+    if teachers and all(teachers):
+        settings = prompts.teacher_chat_template_kwargs, prompts.teacher_response_prefix
+        found.append(Role("teacher", teachers, contents, *settings))
+    return found
+
+
+def template_findings(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    role: Role,
+    eos: frozenset[int],
+    vocabulary: int,
+    traces: Sequence[str],
+) -> Iterator[Finding]:
+    """What is wrong with a role's prompts.
+
+    Args:
+        tokenizer: The policy's.
+        prompts: The wording.
+        role: Whose prompts.
+        eos: Every token that ends a completion.
+        vocabulary: Number of the model's logits.
+        traces: Traces that stand in the place of completions; none where none do.
+    """
+    unknown = [token for ids in role.prompts for token in ids if token >= vocabulary]
+    if unknown:
+        text = f"the {role.name}'s prompts hold token {unknown[0]}, and the model knows {vocabulary} tokens"
+        fix = "the tokenizer is another model's, or tokens were added to it: use the model's own"
+        yield Finding("error", "template", text, "model.policy.model", fix)
+    yield from _special_tokens(tokenizer, role)
+    rendered = [_render(tokenizer, prompts.messages(content), True, role.kwargs) + role.prefix for content in role.contents]
+    if role.name == "student":  # the teacher's context is already part of its tokens
+        for ids, text in zip(role.prompts, rendered, strict=True):
+            decoded = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))  # type: ignore[call-arg]
+            if decoded != text:
+                place = next((i for i, (a, b) in enumerate(zip(decoded, text, strict=False)) if a != b), len(text))
+                shown = decoded[max(place - 15, 0) : place + 15], text[max(place - 15, 0) : place + 15]
+                message = f"the student's prompt does not decode to what the template wrote: {shown[0]!r} for {shown[1]!r}"
+                fix = "characters that the tokenizer does not know or changes: take another model, or clean the data"
+                yield Finding("warning", "template", message, "model.policy.model", fix)
+                break
+    messages = prompts.messages(role.contents[0])
+    bare = _render(tokenizer, messages, False, role.kwargs)
+    opened = _render(tokenizer, messages, True, role.kwargs)
+    if not opened.startswith(bare) or opened == bare:
+        text = f"the {role.name}'s prompt has no generation prompt: the template ignores add_generation_prompt"
+        fix = "give a template that opens the assistant's turn there"
+        yield Finding("error", "template", text, _TEMPLATE, fix)
+    elif role.name == "student":
+        yield from _answered(tokenizer, messages, opened, role, eos, traces)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, role: Role) -> Iterator[Finding]:
+    bos, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
+    if bos is not None and any(list(ids[:2]) == [bos, bos] for ids in role.prompts):
+        text = f"the {role.name}'s prompts begin with {tokenizer.bos_token!r} twice"
+        yield Finding(
+            "error", "template", text, _TEMPLATE, "write it once: neither in data.prompts nor twice in the template"
+        )
+    strange = sum(list(ids).count(unknown) for ids in role.prompts) if unknown is not None and unknown != bos else 0
+    if strange:
+        tokens = sum(map(len, role.prompts))
+        text = f"{strange} of {tokens} tokens of the {role.name}'s prompts ({percent(strange, tokens)}) are unknown ones"
+        level: Any = "error" if strange > tokens / 10 else "warning"
+        yield Finding(level, "template", text, "model.policy.model", "its tokenizer does not know these characters")
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    opened: str,
+    role: Role,
+    eos: frozenset[int],
+    traces: Sequence[str],
+) -> Iterator[Finding]:
+    """What the template makes of an answer: does it stand where a completion begins, and end where one ends?"""
+    try:
+        whole = _render(tokenizer, [*messages, {"role": "assistant", "content": _PROBE}], False, role.kwargs)
+    except TemplateError:
+        return
+    if not whole.startswith(opened + _PROBE):
+        shown = _after(whole, opened)
+        text = f"in an answered conversation the template writes {shown!r} where completions begin to be trained"
+        fix = "sampling and training agree all the same; a chat of several turns will look different to the model"
+        yield Finding("note", "template", text, _TEMPLATE, fix)
+    ending = whole[whole.rindex(_PROBE) + len(_PROBE) :] if _PROBE in whole else ""
+    ids = tokenizer.encode(ending, add_special_tokens=False)
+    if ids and not eos & set(ids):
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(eos)) or "none"
+        text = (
+            f"the template ends an answer with {ending.strip()!r}, which holds no token that ends a completion ({names}): "
+            "completions run on to the length limit"
+        )
+        fix = "add the token to eos_token_id in the model's generation_config.json, or take the chat model's own template"
+        yield Finding("error", "template", text, "model.policy.model", fix)
+    start = tokenizer.encode(opened, add_special_tokens=False)
+    merged = 0
+    for trace in traces:
+        together = tokenizer.encode(opened + trace, add_special_tokens=False)
+        merged += together != [*start, *tokenizer.encode(trace, add_special_tokens=False)]
+    if merged:
+        text = f"{merged} of {len(traces)} traces are tokenized otherwise behind the prompt than on their own"
+        fix = "begin traces with a word, not with a space or a line break"
+        yield Finding("warning", "template", text, "data.train", fix)
+
+
+def token_findings(
+    tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], end: int | None, vocabulary: int
+) -> Iterator[Finding]:
+    """EOS and pad tokens.
+
+    Args:
+        tokenizer: The policy's.
+        eos: Every token that ends a completion.
+        end: The one that ends a trace that is trained on; None where none is.
+        vocabulary: Number of the model's logits.
+    """
+    if not eos:
+        text = "neither the tokenizer nor the model's configuration names an EOS token: every completion is truncated"
+        yield Finding("error", "template", text, "model.policy.model", "set eos_token in its tokenizer_config.json")
+    for name, token in (("pad", tokenizer.pad_token_id), *(("EOS", token) for token in sorted(eos))):
+        if isinstance(token, int) and token >= vocabulary:
+            text = f"the {name} token is {token}, and the model knows {vocabulary} tokens"
+            yield Finding("error", "template", text, "model.policy.pad_token", "choose one that it knows, such as its EOS")
+    if tokenizer.pad_token_id in eos:
+        text = "the pad token is also an EOS token. That is fine: what is padding is told by lengths, never by the token"
+        yield Finding("note", "template", text, "model.policy.pad_token")
+    if end is not None and end not in eos:
+        text = f"traces are trained to end with token {end}, which ends no completion"
+        yield Finding("error", "template", text, "model.policy.model", "set eos_token in its tokenizer_config.json")
+
+
+def injected_findings(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Finding]:
+    """Special tokens written out in the data, which would become the real ones."""
+    special = [t for t in tokenizer.all_special_tokens if len(t) > 2 and t not in (_OPEN, _CLOSE)]
+    if not special:
+        return
+    pattern = re.compile("|".join(map(re.escape, special)))
+    rows = [found for e in examples if (found := pattern.search(e.question) or pattern.search(e.trace))]
+    if rows:
+        text = f"{len(rows)} rows ({percent(len(rows), len(examples))}) write out a special token, such as {rows[0][0]!r}"
+        fix = "take it out of questions and traces: it becomes the real token, and may end a turn"
+        yield Finding("warning", "template", text, "data.train", fix)
+
+
+# -- thinking ----------------------------------------------------------------------------------------------------------
+
+
+def thinking_facts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, roles: Sequence[Role], traces: Sequence[str]
+) -> dict[str, Any]:
+    """Whether the model thinks, how each role's prompt ends, and how many traces hold thinking."""
+    messages = prompts.messages("1+1?")
+    on, off = (_render(tokenizer, messages, True, {"enable_thinking": value}) for value in (True, False))
+    return {
+        "template_can_switch": on != off,
+        "template_thinks": on != off or _OPEN in str(tokenizer.chat_template),
+        "prompts": {role.name: _mode(_render(tokenizer, messages, True, role.kwargs) + role.prefix) for role in roles},
+        "traces_with_thinking": sum(_OPEN in trace for trace in traces),
+        "traces_with_empty_thinking": sum(bool(re.search(rf"{_OPEN}\s*{_CLOSE}", trace)) for trace in traces),
+        "traces": len(traces),
+    }
+
+
+def thinking_findings(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    roles: Sequence[Role],
+    facts: dict[str, Any],
+    skipped: int,
+    in_place: bool,
+) -> Iterator[Finding]:
+    """Modes that do not go together.
+
+    Args:
+        tokenizer: The policy's.
+        prompts: The wording.
+        roles: The student's, and the teacher's where there is one.
+        facts: Of `thinking_facts`.
+        skipped: ``skip_first_tokens`` of the objective.
+        in_place: Whether traces stand in the place of completions.
+    """
+    messages = prompts.messages("1+1?")
+    for role in roles:
+        given = role.kwargs.get("enable_thinking")
+        if given is not None and not facts["template_can_switch"]:
+            text = f"enable_thinking: {str(given).lower()} has no effect: the chat template knows no such argument"
+            yield Finding("warning", "thinking", text, role.setting, "leave it out")
+        rendered = _render(tokenizer, messages, True, role.kwargs) + role.prefix
+        if len(re.findall(rf"{_OPEN}\s*{_CLOSE}", rendered)) > 1:
+            text = f"the {role.name}'s prompt ends with an empty thinking block twice"
+            fix = "leave it out: the chat template writes one already"
+            yield Finding("error", "thinking", text, "data.prompts.teacher_response_prefix", fix)
+    modes = facts["prompts"]
+    student = modes["student"]
+    teacher = modes.get("teacher", student)
+    if facts["template_thinks"] and student != teacher:
+        ends: dict[str, str] = {"open": "inside a thinking block", "closed": "behind a closed one", "none": "before any"}
+        text = f"the student's prompt ends {ends[student]} and the teacher's {ends[teacher]}"
+        if student == "closed":
+            text += ": the teacher expects <think> where the student answers, and the first token's divergence is huge"
+        fix = (
+            "give both roles the same enable_thinking, or close the teacher's block with "
+            "data.prompts.teacher_response_prefix, or set model.objective.init_args.skip_first_tokens to 1"
+        )
+        if skipped:
+            text, fix = f"{text}; skip_first_tokens leaves {skipped} out", ""
+        yield Finding("note" if skipped else "warning", "thinking", text, "data.prompts.teacher_chat_template_kwargs", fix)
+    having, empty, total = facts["traces_with_thinking"], facts["traces_with_empty_thinking"], facts["traces"]
+    if empty:
+        text = f"{empty} of {total} traces ({percent(empty, total)}) hold an empty thinking block"
+        yield Finding("warning", "thinking", text, "data.train", "take the blocks out of the traces")
+    if in_place and having and student != "none":
+        where = "a thinking block that is already open" if student == "open" else "a thinking block that is already closed"
+        text = f"{having} of {total} traces ({percent(having, total)}) begin to think behind {where}"
+        fix = "take the block out of the traces, or leave enable_thinking at true"
+        yield Finding("error", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
+    elif in_place and facts["template_can_switch"] and student == "none" and having < total:
+        text = f"{total - having} of {total} traces do not think, and the student's prompt asks for it"
+        fix = "set {enable_thinking: false}"
+        yield Finding("warning", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
+    elif having and not in_place:
+        text = (
+            f"{having} of {total} traces ({percent(having, total)}) hold {_OPEN}, which the teacher reads in a user's turn"
+        )
+        mode = "the student's thinking is off" if student == "closed" else "the model writes such blocks itself"
+        fix = f"{mode}: take the tags out of the traces"
+        yield Finding("warning", "thinking", text, "data.train", fix)
+
+
+def _mode(rendered: str) -> Thinking:
+    opened, closed = rendered.rfind(_OPEN), rendered.rfind(_CLOSE)
+    return "none" if opened < 0 else "open" if closed < opened else "closed"
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool, kwargs: dict[str, Any]
+) -> str:
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=generation, tokenize=False, **kwargs))
+
+
+def _after(whole: str, opened: str) -> str:
+    """What stands where a prompt ends, up to the answer."""
+    place = next((i for i, (a, b) in enumerate(zip(whole, opened, strict=False)) if a != b), len(opened))
+    return whole[place : place + 30]
