@@ -4,7 +4,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: quickstart learn test test-vllm check wheel clean
+.PHONY: quickstart learn docs test test-vllm check wheel clean
 
 quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
 	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
@@ -14,6 +14,9 @@ learn: $(VENV)/.plots ## Make a tiny base model, train it on its own rollouts an
 
 test: $(VENV)/.dev ## The whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow and not vllm" $(ARGS)
+
+docs: $(VENV)/.dev ## The documentation site, in docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 
 test-vllm: $(VENV)/.dev $(VLLM_VENV)/.vllm ## The tests against vLLM itself, on a CPU, with an environment of its own
 	OPSD_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm $(ARGS)

@@ -1,0 +1,73 @@
+"""The documentation site: ``make docs``. API pages are made of the package's list of public names: none is missing."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import opsd_lightning  # noqa: E402
+
+project, author = "opsd-lightning", "the opsd-lightning authors"
+version = release = opsd_lightning.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+html_theme, html_title = "furo", f"opsd-lightning {release}"
+exclude_patterns = ["_build"]
+default_role = "code"  # as docstrings use single backticks
+autodoc_member_order, autodoc_typehints = "bysource", "description"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+# Lightning's and PyTorch's own docstrings are inherited otherwise, whose markup is theirs.
+autodoc_inherit_docstrings = False
+# A type named in a signature may be in two public places.
+suppress_warnings = ["ref.python"]
+
+GROUPS = {
+    "Module and data": ("module", "training", "sft", "grpo", "off_policy", "data", "sources", "prompts", "policy", "types"),
+    "The loss": ("objectives", "divergences", "shaping", "anchors", "importance"),
+    "Teachers and contexts": ("teachers", "contexts"),
+    "Rollouts and evaluation": ("rollouts", "vllm_rollouts", "vllm_servers", "grading", "metrics", "evaluation"),
+    "Seeing what it learns": ("token_report", "run_report", "report", "runs", "health", "health_log", "guard", "loggers"),
+    "Before training": ("diagnosis", "findings", "doctor"),
+}
+
+
+def write_api() -> None:
+    """One page a group; what is in no group goes to the last."""
+    folder = HERE / "api"
+    folder.mkdir(exist_ok=True)
+    rooms = opsd_lightning._ROOMS
+    grouped = {room for group in GROUPS.values() for room in group}
+    groups = GROUPS | {"Callbacks, strategies and the rest": tuple(room for room in rooms if room not in grouped)}
+    pages = []
+    for title, members in groups.items():
+        page = re.sub(r"\W+", "-", title.lower()).strip("-")
+        pages.append(page)
+        lines = [title, "=" * len(title), ""]
+        for room in members:
+            for name in rooms.get(room, []):
+                found = getattr(opsd_lightning, name)
+                kind = "class" if isinstance(found, type) else "function" if callable(found) else "data"
+                lines += [name, "-" * len(name), "", f".. auto{kind}:: opsd_lightning.{room}.{name}", ""]
+        _write(folder / f"{page}.rst", "\n".join(lines))
+    lines = ["API", "===", "", ".. toctree::", "   :maxdepth: 2", ""] + [f"   {page}" for page in pages]
+    _write(folder / "index.rst", "\n".join(lines) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def outside(app: object, name: str, source: list[str]) -> None:
+    """Links to files of the repository that are no page of the site become their names."""
+    source[0] = re.sub(r"\[([^\]]*)\]\(\.\./([^)#]*)[^)]*\)", lambda m: f"`{m[2]}`", source[0])
+
+
+def setup(app: object) -> None:
+    write_api()
+    app.connect("source-read", outside)  # type: ignore[attr-defined]
