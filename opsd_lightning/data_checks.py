@@ -19,7 +19,7 @@ from opsd_lightning.strategies import replica
 from opsd_lightning.types import Example
 
 #: How many traces are tokenized at most, for an estimate of completions.
-TRACES = 2000
+TRACES = 1000
 
 # By how a reason for leaving a row out begins: which setting it hangs on, and what to do.
 _REMEDIES: tuple[tuple[str, str, str], ...] = (
