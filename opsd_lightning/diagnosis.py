@@ -248,6 +248,7 @@ class _Examination:
             model, policy, module.objective, module.make_optimizer, step, teacher=kept, teacher_states=states,
             merged_copies=copies if step.rows_at_once else 0, shards=self.trainer.world_size if sharded else 1,
             gathers=sharded and getattr(module.rollouts, "gather_weights", False),
+            frees=self.device.type == "cuda",
         )  # fmt: skip
         has = memory_of(self.device)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"

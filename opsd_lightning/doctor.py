@@ -263,8 +263,8 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
     table.add_row("[bold]at most at one time[/]", f"[bold]{facts['bytes']['total'] / 2**20:,.1f}[/]")
     console.print(table)
     console.print(
-        f"{facts['device']} has {facts['device_bytes'] / GIB:.1f} GiB. Completions at full length; libraries, the CUDA "
-        "context and the allocator's reserve come on top (about 1 GiB)\n"
+        f"{facts['device']} has {facts['device_bytes'] / GIB:.1f} GiB. With all completions at full length; libraries, a "
+        "CUDA context and its allocator's reserve come on top (about 1 GiB)\n"
     )
 
 

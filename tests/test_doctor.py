@@ -558,6 +558,8 @@ def test_memory_of_logits_and_of_the_whole(make_policy: Callable[..., Policy]) -
     total = found.pop("total")
     phases = {name: sum(v for k, v in found.items() if k.startswith(name)) for name in ("rollout", "scoring")}
     assert total == sum(v for k, v in found.items() if ":" not in k) + max(phases.values())
+    on_a_cpu = memory(model, policy, objective, torch.optim.AdamW, step, frees=False)["total"]
+    assert on_a_cpu == total + min(phases.values())
     adapter = size_of(p for p in model.parameters() if p.requires_grad)
     assert found["gradients"] == found["trainable weights"] == adapter
     assert (
