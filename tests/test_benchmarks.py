@@ -18,6 +18,7 @@ SMALL = {
     "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12 --continuous",
     "scaling": "--model {llama} --tokens 8",
     "memory": "--models Qwen3-1.7B --lengths 1024 2048",
+    "clip_inversion": "--positions 50 --vocabulary 100 --taus 0.05 --raise-nats 2",
     "callbacks": "--model {llama} --batch 2 --new-tokens 6 --steps 3",
     "attempts": "--model {llama} --vocabulary 300",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
@@ -72,6 +73,17 @@ def test_rollout(run: Any) -> None:
 def test_scaling(run: Any) -> None:
     result = run("scaling")
     assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
+
+
+def test_clip_inversion(run: Any) -> None:
+    """Only the pointwise clip turns the gradient round; rescaling keeps its direction exactly."""
+    for row in run("clip_inversion")["direction of the gradient"]:
+        if row["clip"] == "PointwiseClip" and row["divergence"] == "ForwardKL":
+            assert row["inverted, %"] > 50
+        elif row["clip"] != "PointwiseClip":
+            assert row["inverted, %"] == 0
+        if row["clip"] == "RescaleClip":
+            assert row["mean cosine"] == pytest.approx(1.0)
 
 
 def test_callbacks(run: Any) -> None:
