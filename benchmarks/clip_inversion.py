@@ -3,9 +3,9 @@
     python benchmarks/clip_inversion.py
     python benchmarks/clip_inversion.py --taus 0.01 0.05 0.2 --raise-nats 1 2 4
 
-Student logits are normal numbers; the teacher's are the same but for one of the student's ten likeliest tokens, which it likes
-more by ``--raise-nats``. Without a clip, gradient descent raises that token. Told for every clip: the share of positions where
-it lowers the token (inverted) or leaves it (a gradient of nothing), and the cosine with the gradient of no clip.
+Student logits are normal numbers; the teacher's are the same but for one of the student's ten likeliest tokens, which it
+likes more by ``--raise-nats``. Without a clip, gradient descent raises that token. Told for every clip: the share of
+positions where it lowers the token (inverted) or leaves it (no gradient), and the cosine with the gradient of no clip.
 """
 
 from __future__ import annotations
