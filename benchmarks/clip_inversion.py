@@ -1,4 +1,4 @@
-"""Whether a clipped divergence still pulls the student to the teacher: the direction of its gradient at the student's logits.
+"""Does a clipped divergence still pull the student to the teacher? The direction of its gradient at the student's logits.
 
     python benchmarks/clip_inversion.py
     python benchmarks/clip_inversion.py --taus 0.01 0.05 0.2 --raise-nats 1 2 4
