@@ -160,21 +160,25 @@ def time_facts(
     facts: dict[str, Any] = {"rows": rows, "engine": type(module.rollouts).__name__}
     completions: list[list[int]] = []
     if samples_here(module.rollouts):
-        times = []
-        for length in (_SHORT, _SHORT, _LONG):  # the first is warm-up
+        # The quicker of two each: the first warms up, and other processes may come in between.
+        times: dict[int, tuple[float, int]] = {}
+        for length in (_SHORT, _LONG, _SHORT, _LONG):
             sampling = Sampling(max_new_tokens=length, temperature=0.0)
             with _Stopwatch() as watch:
                 completions = module.rollouts.generate(module.model, found.students, sampling, 0).completions
-            times.append((watch.seconds, max(map(len, completions))))
-        _, (short, few), (long, many) = times
-        each = max(long - short, 0.0) / (many - few) if many > few else long / max(many, 1)
+            took = watch.seconds, max(map(len, completions))
+            times[length] = min(times.get(length, took), took)
+        (short, few), (long, many) = times[_SHORT], times[_LONG]
+        each = (long - short) / (many - few) if many > few and long > short else long / max(many, 1)
         facts |= {"decoding_step_seconds": each, "prompt_seconds": max(short - few * each, 0.0)}
     facts["student_tokens"] = sum(map(len, found.students)) + sum(map(len, found.completions))
     with precision():
+        passes = []
         for _ in range(2):
             with _Stopwatch() as watch:
                 _forward_backward(module, found)
-        facts["student_seconds"] = watch.seconds
+            passes.append(watch.seconds)
+        facts["student_seconds"] = min(passes)
         if teacher is not None:
             with _Stopwatch() as watch:
                 teacher.score(module.model, found.teachers, found.completions, module.token_budget)
