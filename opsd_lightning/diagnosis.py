@@ -28,7 +28,7 @@ from opsd_lightning.data_checks import (
     setting_findings,
     trace_lengths,
 )
-from opsd_lightning.estimates import GIB, Step, memory, memory_of, size_of, skeleton, weight_bytes
+from opsd_lightning.estimates import Step, memory, memory_findings, memory_of, size_of, skeleton, weight_bytes
 from opsd_lightning.findings import Diagnosis, Finding, at_share
 from opsd_lightning.policy import Policy, eos_ids
 from opsd_lightning.probe import (
@@ -36,11 +36,10 @@ from opsd_lightning.probe import (
     Examples,
     agreement,
     agreement_findings,
-    decoding_seconds,
     divergence_facts,
     divergence_findings,
+    run_facts,
     samples_here,
-    step_seconds,
     time_facts,
 )
 from opsd_lightning.prompt_checks import (
@@ -253,14 +252,8 @@ class _Examination:
         has = memory_of(self.device)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
         self.found.facts["memory"] = {"bytes": bytes_by_part, "device": name, "device_bytes": has, "step": step._asdict()}
-        total, loaded = bytes_by_part["total"], bytes_by_part["base weights"] + bytes_by_part["teacher"]
-        if total > 0.9 * has:
-            phases = {key: value for key, value in bytes_by_part.items() if key != "total"}
-            text = f"about {total / GIB:.2g} GiB are needed, mostly for {max(phases, key=phases.__getitem__)}; "
-            text += f"{name} has {has / GIB:.2g}"
-            worst = max(phases, key=phases.__getitem__)
-            self.found.add([Finding("error" if total > has else "warning", "memory", text, *_LESS_MEMORY[worst])])
-        return loaded < 0.9 * has
+        self.found.add(memory_findings(bytes_by_part, has, name))
+        return bytes_by_part["base weights"] + bytes_by_part["teacher"] < 0.9 * has
 
     def _without_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """What the skeleton tells of that which `configure_model` and the start of `fit` would refuse."""
@@ -317,7 +310,8 @@ class _Examination:
             agreed, total = agreement(module, found.students, completions)
             self.found.facts["agreement"] = {"tokens": total, "agreed": agreed}
             self.found.add(agreement_findings(agreed, total))
-        self.found.facts["time"] = self._time(timing)
+        sampled = self._step() if self.samples else self._step()._replace(rows_at_once=0)
+        self.found.facts["time"] = run_facts(module, self.data, trainer, sampled, timing, self.traces)
 
     def _examples(self, rows: PromptBatch) -> tuple[Examples, Teacher | None]:
         """A few prompts and the first tokens of their traces, and the teacher that scores them."""
@@ -336,54 +330,6 @@ class _Examination:
             self.found.add([Finding("note", "divergence", text, "model.context")])
             teacher = teacher if reads else None
         return Examples(students, [rows.teacher[i] for i in picked] if reads else students, completions), teacher
-
-    # -- time --------------------------------------------------------------------------------------------------------------
-
-    def _time(self, measured: dict[str, Any]) -> dict[str, Any]:
-        """Seconds of a step and of the run, from what was measured."""
-        module, data, trainer, step = self.module, self.data, self.trainer, self._step()
-        lengths = data.lengths["train"]
-        teacher = sum(teacher for _, teacher in lengths) / len(lengths)
-        usual = sum(self.traces) / len(self.traces) if self.traces else step.completion
-        updates = module.updates_per_batch
-        sampled = step if self.samples else step._replace(rows_at_once=0)
-        lowest, highest = (
-            step_seconds(measured, sampled, teacher, completion, updates)
-            for completion in (min(usual, step.completion), step.completion)
-        )
-        found: dict[str, Any] = {
-            "measured": measured,
-            "step_seconds": [sum(lowest.values()), sum(highest.values())],
-            "phases": highest,
-        }
-        found["usual_completion"], found["longest_completion"] = min(usual, step.completion), step.completion
-        batches = len(data.rows["train"].examples) // (data.batch_size * max(trainer.world_size, 1))
-        steps = trainer.max_steps
-        if steps < 0 and trainer.max_epochs is not None and 0 <= trainer.max_epochs < 1000:
-            steps = trainer.max_epochs * batches * updates
-        if steps >= 0:
-            found["steps"] = steps
-            found["run_seconds"] = [seconds * steps / updates for seconds in found["step_seconds"]]
-        if step.eval_rows and "decoding_step_seconds" in measured and "val" in data.rows:
-            total = -(-len(data.rows["val"].examples) // max(trainer.world_size, 1)) * module.evaluator.sampling.n
-            roles = 2 if module.evaluator.teacher is not None else 1
-            at_once = min(step.rows_at_once, step.eval_rows)
-            found["validation_seconds"] = roles * decoding_seconds(measured, total, at_once, step.eval_completion)
-        return found
-
-
-_LESS_MEMORY: dict[str, tuple[str, str]] = {
-    "base weights": ("model.policy.quantization", "quantize to 4 bits (see configs/qwen3_*_qlora.yaml), or shard: fsdp2"),
-    "teacher": ("model.teacher", "take FixedTeacher with an adapter, which keeps no weights of its own"),
-    "trainable weights": ("model.policy.lora", "train an adapter (LoRA), or lower model.policy.lora.r"),
-    "gradients": ("model.policy.lora", "train an adapter (LoRA), or lower model.policy.lora.r"),
-    "optimizer state": ("model.optimizer", "take bitsandbytes.optim.AdamW8bit, train an adapter, or shard: fsdp2"),
-    "rollout: keys and values": ("model.rollouts.init_args.max_rows", "bound it: completions wait for their turn"),
-    "rollout: copies of weights": ("model.rollouts.init_args.merge_adapter", "set it to false"),
-    "scoring: activations": ("model.token_budget", "lower it, and set model.policy.gradient_checkpointing to true"),
-    "scoring: states of teachers": ("data.batch_size", "lower it, or model.sampling.max_new_tokens"),
-    "scoring: logits": ("model.objective.init_args.logits_memory_mib", "lower it"),
-}
 
 
 def refusal_finding(part: str, message: str) -> Finding:

@@ -19,7 +19,7 @@ memory-efficient. The quick start's first steps on a CPU took 3.6 GiB beside the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PretrainedConfig
 
+from opsd_lightning.findings import Finding
 from opsd_lightning.objectives import Objective
 from opsd_lightning.policy import Policy, base_of, is_adapter_key
 from opsd_lightning.scoring import hidden_states
@@ -253,3 +254,32 @@ def memory_of(device: torch.device) -> int:
         except (OSError, ValueError):  # no such limit
             continue
     return min(limits)
+
+
+_LESS_MEMORY: dict[str, tuple[str, str]] = {
+    "base weights": ("model.policy.quantization", "quantize to 4 bits (see configs/qwen3_*_qlora.yaml), or shard: fsdp2"),
+    "teacher": ("model.teacher", "take FixedTeacher with an adapter, which keeps no weights of its own"),
+    "trainable weights": ("model.policy.lora", "train an adapter (LoRA), or lower model.policy.lora.r"),
+    "gradients": ("model.policy.lora", "train an adapter (LoRA), or lower model.policy.lora.r"),
+    "optimizer state": ("model.optimizer", "take bitsandbytes.optim.AdamW8bit, train an adapter, or shard: fsdp2"),
+    "rollout: keys and values": ("model.rollouts.init_args.max_rows", "bound it: completions wait for their turn"),
+    "rollout: copies of weights": ("model.rollouts.init_args.merge_adapter", "set it to false"),
+    "scoring: activations": ("model.token_budget", "lower it, and set model.policy.gradient_checkpointing to true"),
+    "scoring: states of teachers": ("data.batch_size", "lower it, or model.sampling.max_new_tokens"),
+    "scoring: logits": ("model.objective.init_args.logits_memory_mib", "lower it"),
+}
+
+
+def memory_findings(found: dict[str, int], has: int, device: str) -> Iterator[Finding]:
+    """Whether it fits.
+
+    Args:
+        found: Of `memory`.
+        has: Bytes of the device.
+        device: Its name.
+    """
+    total = found["total"]
+    if total > 0.9 * has:
+        worst = max((part for part in found if part != "total"), key=found.__getitem__)
+        text = f"about {total / GIB:.2g} GiB are needed, most of it for {worst}; {device} has {has / GIB:.2g}"
+        yield Finding("error" if total > has else "warning", "memory", text, *_LESS_MEMORY[worst])

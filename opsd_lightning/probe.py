@@ -11,12 +11,15 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
 
+from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.estimates import Step
 from opsd_lightning.findings import Finding
 from opsd_lightning.policy import device_of
 from opsd_lightning.rollouts import ContinuousBatchingEngine, RolloutEngine, Sampling, TransformersEngine
 from opsd_lightning.scoring import score, score_all
+from opsd_lightning.strategies import replica
 from opsd_lightning.teachers import Teacher
 from opsd_lightning.types import TokenStates
 
@@ -157,21 +160,25 @@ def time_facts(
     facts: dict[str, Any] = {"rows": rows, "engine": type(module.rollouts).__name__}
     completions: list[list[int]] = []
     if samples_here(module.rollouts):
-        times = []
-        for length in (_SHORT, _SHORT, _LONG):  # the first is warm-up
+        # The quicker of two each: the first warms up, and other processes may come in between.
+        times: dict[int, tuple[float, int]] = {}
+        for length in (_SHORT, _LONG, _SHORT, _LONG):
             sampling = Sampling(max_new_tokens=length, temperature=0.0)
             with _Stopwatch() as watch:
                 completions = module.rollouts.generate(module.model, found.students, sampling, 0).completions
-            times.append((watch.seconds, max(map(len, completions))))
-        _, (short, few), (long, many) = times
-        each = max(long - short, 0.0) / (many - few) if many > few else long / max(many, 1)
+            took = watch.seconds, max(map(len, completions))
+            times[length] = min(times.get(length, took), took)
+        (short, few), (long, many) = times[_SHORT], times[_LONG]
+        each = (long - short) / (many - few) if many > few and long > short else long / max(many, 1)
         facts |= {"decoding_step_seconds": each, "prompt_seconds": max(short - few * each, 0.0)}
     facts["student_tokens"] = sum(map(len, found.students)) + sum(map(len, found.completions))
     with precision():
+        passes = []
         for _ in range(2):
             with _Stopwatch() as watch:
                 _forward_backward(module, found)
-        facts["student_seconds"] = watch.seconds
+            passes.append(watch.seconds)
+        facts["student_seconds"] = min(passes)
         if teacher is not None:
             with _Stopwatch() as watch:
                 teacher.score(module.model, found.teachers, found.completions, module.token_budget)
@@ -200,6 +207,43 @@ def step_seconds(
     if "teacher_seconds" in facts:
         tokens = step.rows * (teacher_prompt + completion)
         found["teacher"] = facts["teacher_seconds"] * tokens / facts["teacher_tokens"]
+    return found
+
+
+def run_facts(
+    module: Any, data: OPSDDataModule, trainer: Trainer, step: Step, measured: dict[str, Any], traces: Sequence[int]
+) -> dict[str, Any]:
+    """Seconds of a step, of all steps and of a validation, from what was measured.
+
+    Args:
+        module: A `PolicyModule`.
+        data: Set up.
+        trainer: As configured.
+        step: Sizes of a step.
+        measured: Of `time_facts`.
+        traces: Their tokens, as an estimate of completions.
+    """
+    lengths, updates = data.lengths["train"], module.updates_per_batch
+    teacher = sum(teacher for _, teacher in lengths) / len(lengths)
+    usual = min(sum(traces) / len(traces) if traces else step.completion, step.completion)
+    lowest, highest = (step_seconds(measured, step, teacher, length, updates) for length in (usual, step.completion))
+    found: dict[str, Any] = {
+        "measured": measured,
+        "step_seconds": [sum(lowest.values()), sum(highest.values())],
+        "phases": highest,
+        "usual_completion": usual,
+        "longest_completion": step.completion,
+    }
+    steps = trainer.max_steps
+    if steps < 0 and trainer.max_epochs is not None and 0 <= trainer.max_epochs < 1000:
+        steps = trainer.max_epochs * (len(data.rows["train"].examples) // (data.batch_size * replica(trainer)[1])) * updates
+    if steps >= 0:
+        found |= {"steps": steps, "run_seconds": [seconds * steps / updates for seconds in found["step_seconds"]]}
+    if step.eval_rows and "decoding_step_seconds" in measured and "val" in data.rows:
+        rows = -(-len(data.rows["val"].examples) // replica(trainer)[1]) * module.evaluator.sampling.n
+        roles = 2 if module.evaluator.teacher is not None else 1
+        at_once = min(step.rows_at_once or step.eval_rows, step.eval_rows)
+        found["validation_seconds"] = roles * decoding_seconds(measured, rows, at_once, step.eval_completion)
     return found
 
 

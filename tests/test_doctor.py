@@ -577,7 +577,7 @@ def test_too_little_memory(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(diagnosis, "memory_of", lambda device: 2**16)
     found = doctor()
     (line,) = lines(found, "error")
-    assert re.match(r"error memory: about .* GiB are needed, mostly for .*\[model\.\w+", line), line
+    assert re.match(r"error memory: about .* GiB are needed, most of it for .*\[model\.\w+", line), line
     assert "time" not in found["facts"], "a model that does not fit is not loaded"
 
 
