@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from opsd_lightning.evaluation import Records
 from opsd_lightning.export import merge_adapter, write_adapter
@@ -62,6 +63,34 @@ class AdapterExport(Callback):
         elif self.merged_folder is not None:
             merged = merge_adapter(pl_module.policy, folder, root / self.merged_folder)
             print(f"The merged model is in {merged}")
+
+
+def due(trainer: Trainer, module: PolicyModule, every_n_steps: int) -> bool:
+    """Before a batch's first update: whether its updates end at a multiple of so many optimizer steps or pass one.
+
+    True for the first batch. By the step alone, so that every rank comes to the same.
+    """
+    before, after = trainer.global_step, trainer.global_step + module.updates_per_batch
+    after = min(after, trainer.max_steps) if trainer.max_steps >= 0 else after
+    return before == 0 or after // every_n_steps > before // every_n_steps
+
+
+def newly_logged(metrics: Mapping[str, Any], seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scalars that were logged since the last time: Lightning keeps the values of those that are logged now and then.
+
+    Args:
+        metrics: The trainer's ``callback_metrics``.
+        seen: What was there the last time; held, so that the memory of a value is not used for another. Brought up to date.
+    """
+    new = {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, Tensor)
+        and value.numel() == 1
+        and (name not in seen or seen[name].data_ptr() != value.data_ptr())
+    }
+    seen |= new
+    return new
 
 
 class RolloutTable(Callback):

@@ -9,7 +9,6 @@ import argparse
 import io
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,8 +24,10 @@ from opsd_lightning import __version__
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.diagnosis import diagnose, refusal_finding
 from opsd_lightning.estimates import GIB
+from opsd_lightning.files import replace
 from opsd_lightning.findings import Diagnosis, Finding
 from opsd_lightning.main import OPSDCLI, cli_settings
+from opsd_lightning.report import duration
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import UserError
 
@@ -158,10 +159,7 @@ def write_json(found: Diagnosis, path: Path) -> None:
         "findings": [finding._asdict() for finding in found.findings],
         "facts": asdict(found)["facts"],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -305,11 +303,3 @@ def _show_findings(console: Any, found: Diagnosis) -> None:
 def _between(low: float, high: float) -> str:
     one, other = duration(low), duration(high)
     return f"about {one}" if one == other else f"{one} to {other}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

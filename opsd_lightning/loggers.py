@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from opsd_lightning.files import replace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
         if isinstance(logger, CSVLogger):
             path = Path(logger.log_dir) / name / f"step-{step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, png)
+            replace(path, png)
             continue
         from PIL import Image
 
@@ -122,9 +123,3 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     lines = [list(columns), ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from opsd_lightning import __version__
+from opsd_lightning.files import replace
 from opsd_lightning.runs import read_lines
 
 
@@ -44,9 +45,9 @@ class Record:
         kept = [line for line in lines if line["step"] <= step] if self.resumed else []
         self._before = max((line["seconds"] for line in kept), default=0.0)
         if self.resumed:  # steps after the checkpoint are made again
-            _replace(folder / "metrics.jsonl", "".join(_line(line) for line in kept))
+            replace(folder / "metrics.jsonl", "".join(_line(line) for line in kept))
             samples = [line for line in read_lines(folder / "samples.jsonl") if line["step"] <= step]
-            _replace(folder / "samples.jsonl", "".join(_line(line) for line in samples))
+            replace(folder / "samples.jsonl", "".join(_line(line) for line in samples))
 
     def seconds(self) -> float:
         """Since the first start, without pauses."""
@@ -61,7 +62,7 @@ class Record:
             "reason": "",
             "ended": None,
         }
-        _replace(self.folder / "config.yaml", config)
+        replace(self.folder / "config.yaml", config)
         self._write()
 
     def end(self, status: str, reason: str) -> None:
@@ -84,7 +85,7 @@ class Record:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def _write(self) -> None:
-        _replace(self.folder / "run.json", json.dumps(self._info, indent=2, ensure_ascii=False))
+        replace(self.folder / "run.json", json.dumps(self._info, indent=2, ensure_ascii=False))
 
 
 def described(value: Any, depth: int = 0) -> Any:
@@ -161,9 +162,3 @@ def now() -> str:
 
 def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 from opsd_lightning import __version__
 from opsd_lightning.curves import charts_of, curves_of
+from opsd_lightning.files import replace, script_json
 from opsd_lightning.runs import (
     RECORD,
     Point,
@@ -54,11 +55,8 @@ def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.
     if output.is_dir():
         raise UserError(f"{output} is a folder: give the page's own name, such as {output / 'report.html'}")
     html = render(found, output)
-    temporary = output.with_name(f".{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, output)
+        replace(output, html)
     except OSError as error:
         raise UserError(f"the page cannot be written to {output}: {error}") from None
     return output
@@ -86,6 +84,8 @@ def render(runs: Sequence[Run], output: Path) -> str:
         runs: What it shows.
         output: Where it will lie: links to files beside a run are relative to it.
     """
+    from markupsafe import Markup
+
     names = _names(runs)
     pages = [_of_run(run, name, output) for run, name in zip(runs, names, strict=True)]
     data = {"runs": [curves_of(run, name) for run, name in zip(runs, names, strict=True)], "charts": charts_of(runs)}
@@ -97,7 +97,7 @@ def render(runs: Sequence[Run], output: Path) -> str:
         charts=data["charts"],
         differing=list(differences(runs).items()) if len(runs) > 1 else [],
         versions={name: [found.get(name) for found in versions] for name in dict.fromkeys(n for v in versions for n in v)},
-        data=_json(data),
+        data=Markup(script_json(data)),
         made=datetime.now().astimezone().isoformat(timespec="minutes"),
         version=__version__,
     )
@@ -108,16 +108,8 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "count": _count, "duration": _duration, "shown": _shown, "when": _when}
+    environment.filters |= {"percent": _percent, "count": _count, "duration": duration, "shown": _shown, "when": _when}
     return environment.from_string((files("opsd_lightning") / "templates" / "report.html").read_text(encoding="utf-8"))
-
-
-def _json(data: Any) -> Any:
-    """JSON that may stand inside a script element."""
-    from markupsafe import Markup
-
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
@@ -339,11 +331,12 @@ def _count(value: float | None) -> str:
     return _NOTHING if value is None else f"{int(value):,}".replace(",", "\u202f")
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
     if seconds is None:
         return _NOTHING
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from opsd_lightning import __version__
 from opsd_lightning.evaluation import Evaluator, Records
+from opsd_lightning.files import replace
 from opsd_lightning.policy import base_of, device_of, eos_ids
 from opsd_lightning.rollouts import RolloutEngine
 from opsd_lightning.serving import of_every_rank
@@ -121,7 +122,7 @@ class Results:
         if not resume and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / _SETTINGS, json.dumps(self.settings, indent=2))
+        replace(self.folder / _SETTINGS, json.dumps(self.settings, indent=2), lasting=True)
         told = []
         for other in sorted(self.folder.parent.glob(f"{self.stage}-*/{_SETTINGS}")):
             if other.parent != self.folder and not (other.parent / _JOINED).exists():
@@ -188,11 +189,11 @@ class Results:
         all have ended."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for records in self.read().values() for record in records]
         old = [path for path in self._files() if path.name != _JOINED]
-        _write(self.folder / _JOINED, "".join(lines))
+        replace(self.folder / _JOINED, "".join(lines), lasting=True)
         for path in old:
             path.unlink()
         if metrics is not None:
-            _write(self.folder / _METRICS, json.dumps(metrics, indent=2))
+            replace(self.folder / _METRICS, json.dumps(metrics, indent=2), lasting=True)
         newest = self.root / f"{self.stage}.jsonl"
         temporary = newest.with_name(f".{newest.name}.partial")
         temporary.unlink(missing_ok=True)
@@ -205,12 +206,3 @@ class Results:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.jsonl"))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

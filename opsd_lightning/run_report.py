@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
+from opsd_lightning.callbacks import newly_logged
 from opsd_lightning.contexts import read_attempts
 from opsd_lightning.evaluation import Records
 from opsd_lightning.loggers import log_page
@@ -54,7 +55,7 @@ class RunReport(Callback):
         self._pending: tuple[int, float, int, dict[str, Tensor]] | None = (
             None  # the last step: until later hooks have logged
         )
-        self._seen: dict[str, Tensor] = {}  # held, so that the memory of a value is not used for another
+        self._seen: dict[str, Tensor] = {}
         self._samples: list[dict[str, Any]] = []
         self._graded = 0
         self._next_page = 0.0
@@ -166,15 +167,8 @@ class RunReport(Callback):
         self._record.metrics("train", step, seconds, tokens, values)
 
     def _fresh(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
-        """What was logged since the last time: Lightning keeps the values of metrics that are logged now and then."""
-        new = {
-            name: value
-            for name, value in metrics.items()
-            if isinstance(value, Tensor)
-            and value.numel() == 1
-            and (name not in self._seen or self._seen[name].data_ptr() != value.data_ptr())
-        }
-        self._seen |= new
+        """What was logged since the last time."""
+        new = newly_logged(metrics, self._seen)
         if not new:
             return {}
         # One wait for the device, not one a metric.

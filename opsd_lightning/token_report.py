@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -22,6 +21,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 import opsd_lightning
+from opsd_lightning.callbacks import due
+from opsd_lightning.files import replace, script_json
 from opsd_lightning.loggers import log_figure, log_page, takes_pictures
 from opsd_lightning.objectives import Update
 from opsd_lightning.token_scores import Predictions, score_tokens
@@ -83,7 +84,8 @@ class TokenReport(Callback):
         if trainer.global_step and page.exists():
             try:
                 earlier = read_tokens(page)["steps"]
-                self._steps = [(s["step"], _json(s)) for s in earlier if s["step"] <= trainer.global_step][-self.keep :]
+                kept = [step for step in earlier if step["step"] <= trainer.global_step][-self.keep :]
+                self._steps = [(step["step"], script_json(step)) for step in kept]
             except (UserError, KeyError, TypeError):
                 rank_zero_warn(f"{page} holds no token report that could go on: it is begun anew")
         if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is None:
@@ -95,7 +97,7 @@ class TokenReport(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module, PolicyModule)
         # By the step alone: every rank must come to the same, because under sharding the pass needs them all.
-        if pl_module.current is not None and self._due(trainer, pl_module):
+        if pl_module.current is not None and due(trainer, pl_module, self.every_n_steps):
             self._shown = self._look(trainer, pl_module, pl_module.current)
 
     def on_train_batch_end(
@@ -111,7 +113,7 @@ class TokenReport(Callback):
             "pieces": self._pieces_of(rollouts),
             "rollouts": rollouts,
         }
-        self._steps = [*self._steps, (trainer.global_step, _json(step))][-self.keep :]
+        self._steps = [*self._steps, (trainer.global_step, script_json(step))][-self.keep :]
         self._write(self._page(trainer), pl_module)
         if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is not None:
             from opsd_lightning.token_figure import draw
@@ -123,11 +125,6 @@ class TokenReport(Callback):
             log_page(trainer.loggers, "tokens", self._page(trainer), trainer.global_step)
 
     # -- what is shown -----------------------------------------------------------------------------------------------
-
-    def _due(self, trainer: Trainer, module: PolicyModule) -> bool:
-        before, after = trainer.global_step, trainer.global_step + module.updates_per_batch
-        after = min(after, trainer.max_steps) if trainer.max_steps >= 0 else after
-        return before == 0 or after // self.every_n_steps > before // self.every_n_steps
 
     def _look(self, trainer: Trainer, module: PolicyModule, update: Update) -> list[dict[str, Any]]:
         """The rollouts of this step that are shown; nothing on ranks that only take part in the pass."""
@@ -203,15 +200,12 @@ class TokenReport(Callback):
         }
         for part in ("divergence", "clip"):
             run[part] = type(getattr(module.objective, part)).__name__ if hasattr(module.objective, part) else None
-        data = f'{{"run":{_json(run)},"steps":[{",".join(text for _, text in self._steps)}]}}'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(render(data), encoding="utf-8")
-        os.replace(temporary, path)
+        data = f'{{"run":{script_json(run)},"steps":[{",".join(text for _, text in self._steps)}]}}'
+        replace(path, render(data))
 
 
 def render(data: str) -> str:
-    """The page with its data, which is JSON as of `_json`."""
+    """The page with its data, which is JSON as of `script_json`."""
     template = (files("opsd_lightning") / "templates" / "token_report.html").read_text(encoding="utf-8")
     before, after = template.split("{{data}}")
     return before + data + after
@@ -253,9 +247,3 @@ def _predictions(found: Predictions) -> dict[str, Any]:
 def _numbers(values: torch.Tensor) -> list[float | None]:
     """Four significant digits of each, which is what a page needs; None for what is no number."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
-
-
-def _json(value: Any) -> str:
-    """JSON in ASCII without anything that could end a script element or begin a comment in it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -15,7 +15,7 @@ import opsd_lightning
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
-    {"types"},
+    {"types", "files"},
     {"tokens", "prompts", "grading", "redaction", "token_text", "findings"},
     {"divergences", "shaping", "runs"},
     {"objectives", "sources", "record", "curves"},
@@ -31,7 +31,8 @@ LAYERS = [
     {"off_policy", "data_checks", "prompt_checks", "estimates"},
     {"probe"},
     {"diagnosis"},
-    {"callbacks", "guard", "token_report", "run_report", "health_log"},
+    {"callbacks"},
+    {"guard", "token_report", "run_report", "health_log"},
     {"main"},
     {"quickstart", "doctor", "__main__"},
 ]

@@ -622,7 +622,7 @@ def test_a_full_page_stays_quick(nasty_page: Path, tab: Browser, tmp_path: Path)
     long["answer"] = "\ud800 lone"
     data["steps"] = [data["steps"][0] | {"step": step, "rollouts": [long] * 4} for step in range(20)]
     path = tmp_path / "full.html"
-    path.write_text(token_report.render(token_report._json(data)), encoding="utf-8")
+    path.write_text(token_report.render(token_report.script_json(data)), encoding="utf-8")
     assert path.stat().st_size < 12 * 2**20
     tab.open(path)
     seconds = tab.js(
