@@ -13,7 +13,9 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
+from opsd_lightning.callbacks import newly_logged
 from opsd_lightning.types import UserError
 
 
@@ -21,7 +23,7 @@ class CollapseRule(ABC):
     """What must hold of one logged metric.
 
     Args:
-        metric: Its name, as it is logged at every training step.
+        metric: Its name, as training steps log it.
     """
 
     def __init__(self, metric: str) -> None:
@@ -41,7 +43,7 @@ class Drift(CollapseRule):
     """The metric stays within a range around its start.
 
     Args:
-        metric: Its name, as it is logged at every training step.
+        metric: Its name, as training steps log it.
         lowest: Least share of the start, 0 or more. No lower bound at 0.
         highest: Largest multiple of the start, above 0. No upper bound unless given.
     """
@@ -68,7 +70,7 @@ class Ceiling(CollapseRule):
     """The metric stays below a limit, unless it began above it.
 
     Args:
-        metric: Its name, as it is logged at every training step.
+        metric: Its name, as training steps log it.
         limit: The most it may be.
     """
 
@@ -91,7 +93,8 @@ class CollapseGuard(Callback):
         rules: What must hold. Unless given: completions of half to twice their first length, at most half of them
             truncated; the student's entropy between a quarter and three times its start; forward KL below three times;
             and, with `Health`, at most a twentieth that leak, and hedging words above a quarter of their start.
-        window: Steps that a mean is taken over, at least 1. No rule speaks before twice as many are made.
+        window: Values that a mean is taken over, at least 1: of a metric that every step logs, so many steps. No rule speaks
+            before twice as many are there.
     """
 
     def __init__(
@@ -114,13 +117,15 @@ class CollapseGuard(Callback):
         self._start: dict[str, list[float]] = {}
         self._latest: dict[str, list[float]] = {}
         self._spoken: list[str] = []
+        self._seen: dict[str, Tensor] = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for metric in {rule.metric for rule in self.rules} & trainer.callback_metrics.keys():  # SFT has no divergence
+        new = newly_logged(trainer.callback_metrics, self._seen)
+        for metric in {rule.metric for rule in self.rules} & new.keys():  # SFT has no divergence
             first, latest = self._start.setdefault(metric, []), self._latest.setdefault(metric, [])
-            (first if len(first) < self.window else latest).append(float(trainer.callback_metrics[metric]))
+            (first if len(first) < self.window else latest).append(float(new[metric]))
             del latest[: -self.window]
         for rule in self.rules:
             if len(latest := self._latest.get(rule.metric, [])) == self.window:
@@ -138,7 +143,7 @@ class CollapseGuard(Callback):
         example = str(module.tokenizer.decode(outputs["rollouts"].completions[0]))[:300]
         ending = "Training stops here" if self.action == "stop" else "Training goes on"
         rank_zero_warn(
-            f"CollapseGuard at step {trainer.global_step}: {rule.metric} is {now:.4g} over the last {len(latest)} steps "
+            f"CollapseGuard at step {trainer.global_step}: {rule.metric} is {now:.4g} over its last {len(latest)} values "
             f"({numbers}), and was {start:.4g} over the first {len(first)}: {reason}. {ending}: look at the completions "
             "(RolloutTable), go back to an earlier checkpoint, lower the learning rate or clip the divergence "
             f"(model.objective.init_args.clip). A completion of this step: {example!r}"

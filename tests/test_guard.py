@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from test_training import parts, trainer
 
 from opsd_lightning.guard import Ceiling, CollapseGuard, Drift
@@ -79,3 +80,18 @@ def test_settings_that_contradict_each_other() -> None:
         Drift("m")
     with pytest.raises(UserError, match="choose warn or stop"):
         CollapseGuard("halt")  # type: ignore[arg-type]
+
+
+def test_a_metric_that_is_logged_now_and_then_counts_once(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Lightning keeps the last value of a metric: one measurement must not fill a window by standing there."""
+
+    class Rare(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
+            if trainer.global_step % 3 == 0:
+                pl_module.log("rare", float(trainer.global_step))
+
+    module, data = parts(make_policy())
+    guard = CollapseGuard(rules=[Ceiling("rare", 1e9), Ceiling("train/loss", 1e9)], window=2)
+    trainer(tmp_path, Rare(), guard, max_steps=6).fit(module, data)
+    assert guard.state_dict()["start"]["rare"] == [0.0, 3.0] and guard.state_dict()["latest"]["rare"] == []
+    assert len(guard.state_dict()["latest"]["train/loss"]) == 2
