@@ -94,11 +94,14 @@ class PositionDivergence(GroupedMean):
         Args:
             divergence: Of each completion's tokens, shape [C] each.
         """
-        for values in divergence:
-            place = torch.arange(len(values))
+        values, groups = [torch.zeros(0)], [torch.zeros(0, dtype=torch.long)]
+        for row in divergence:
             for index, k in enumerate(self.FIRST):
-                self.add(values[:k], torch.full((min(k, len(values)),), index))
-            self.add(values, len(self.FIRST) + 4 * place // max(len(values), 1))
+                values.append(row[:k])
+                groups.append(torch.full((len(row[:k]),), index))
+            values.append(row)
+            groups.append(len(self.FIRST) + 4 * torch.arange(len(row)) // max(len(row), 1))
+        self.add(torch.cat(values), torch.cat(groups))
 
 
 class ClassDivergence(GroupedMean):
@@ -119,8 +122,8 @@ class ClassDivergence(GroupedMean):
             divergence: Of each completion's tokens, shape [C] each.
             classes: The class of each token.
         """
-        for values, names in zip(divergence, classes, strict=True):
-            self.add(values, torch.tensor([CLASSES.index(name) for name in names], dtype=torch.long))
+        groups = [CLASSES.index(name) for names in classes for name in names]
+        self.add(torch.cat([torch.zeros(0), *divergence]), torch.tensor(groups, dtype=torch.long))
 
     def compute(self) -> dict[str, Tensor]:
         """By class, see above."""
@@ -150,8 +153,25 @@ class CorrectnessGap(GroupedMean):
         """
         self.add(torch.tensor([float(right) for right in correct]), torch.full((len(correct),), 2))
         if gap is not None:
-            for values, right in zip(gap, correct, strict=True):
-                self.add(values, torch.full((len(values),), int(right)))
+            groups = [int(right) for values, right in zip(gap, correct, strict=True) for _ in range(len(values))]
+            self.add(torch.cat([torch.zeros(0), *gap]), torch.tensor(groups, dtype=torch.long))
+
+
+class Share(Metric):
+    """A sum over another; 0 where there is nothing."""
+
+    full_state_update = False
+    top: Tensor
+    bottom: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("top", "bottom"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """The quotient."""
+        return self.top / self.bottom.clamp(min=1)
 
 
 class PhraseRate(Metric):
@@ -196,7 +216,7 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-class TraceOverlap(Metric):
+class TraceOverlap(Share):
     """The share of the completions' n-grams that stand in the trace, those of the question left out on both sides.
 
     A student that recites traces nears 1; what it may know, the question, counts neither for nor against it.
@@ -205,15 +225,9 @@ class TraceOverlap(Metric):
         n: Words and marks of an n-gram, at least 1.
     """
 
-    full_state_update = False
-    shared: Tensor
-    count: Tensor
-
     def __init__(self, n: PositiveInt = 4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.n = PositiveInt(n)
-        for name in ("shared", "count"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], traces: Sequence[str], questions: Sequence[str]) -> None:
         """Add completions with the trace and the question of each."""
@@ -221,15 +235,11 @@ class TraceOverlap(Metric):
             known = set(ngrams(question, self.n))
             own = [gram for gram in ngrams(text, self.n) if gram not in known]
             told = set(ngrams(trace, self.n))
-            self.shared += sum(gram in told for gram in own)
-            self.count += len(own)
-
-    def compute(self) -> Tensor:
-        """The share; 0 where there is no n-gram."""
-        return self.shared / self.count.clamp(min=1)
+            self.top += sum(gram in told for gram in own)
+            self.bottom += len(own)
 
 
-class Distinct(Metric):
+class Distinct(Share):
     """Diversity: the mean over questions of (different n-grams / n-grams) of all its completions together.
 
     1: nothing is repeated, within a completion or between those of one question. Falls with loops, and, with several
@@ -239,26 +249,16 @@ class Distinct(Metric):
         n: Words and marks of an n-gram, at least 1.
     """
 
-    full_state_update = False
-    total: Tensor
-    questions: Tensor
-
     def __init__(self, n: PositiveInt = 3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.n = PositiveInt(n)
-        for name in ("total", "questions"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str]) -> None:
         """Add one question's completions; without any n-gram nothing."""
         grams = [gram for text in texts for gram in ngrams(text, self.n)]
         if grams:
-            self.total += len(set(grams)) / len(grams)
-            self.questions += 1
-
-    def compute(self) -> Tensor:
-        """The mean; 0 without any question."""
-        return self.total / self.questions.clamp(min=1)
+            self.top += len(set(grams)) / len(grams)
+            self.bottom += 1
 
 
 class MeanLength(GroupedMean):

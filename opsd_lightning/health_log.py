@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from opsd_lightning.callbacks import due
 from opsd_lightning.health import (
     HEDGES,
     LEAKS,
@@ -72,10 +73,8 @@ class Health(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module, PolicyModule)
-        before, after = trainer.global_step, trainer.global_step + pl_module.updates_per_batch
         # By the step alone, since every rank takes part in the sums.
-        due = before == 0 or after // self.every_n_steps > before // self.every_n_steps
-        if due and pl_module.current is not None:
+        if pl_module.current is not None and due(trainer, pl_module, self.every_n_steps):
             values = {f"health/{name}": value for name, value in self.measure(pl_module, pl_module.current).items()}
             pl_module.log_dict(values, batch_size=1)
 
@@ -122,16 +121,15 @@ class Health(Callback):
         return values
 
     def _graded(self, module: PolicyModule, update: Update, texts: list[str], answers: list[str]) -> dict[str, Tensor]:
+        grader, measured = module.evaluator.grader, update.measured
+        rows = [row for row, answer in enumerate(answers) if answer]  # some contexts need no reference answer
         gaps = None
-        if "teacher_logprob" in update.measured:
-            pairs = zip(update.measured["teacher_logprob"], update.measured["student_logprob"], strict=True)
-            gaps = [teacher - student for teacher, student in pairs]
+        if "teacher_logprob" in measured:
+            gaps = [measured["teacher_logprob"][row] - measured["student_logprob"][row] for row in rows]
         split = CorrectnessGap().to(module.device)
-        grader = module.evaluator.grader
-        split.update(gaps, [grader.grade(text, answer) for text, answer in zip(texts, answers, strict=True)])
-        found = split.compute()
+        split.update(gaps, [grader.grade(texts[row], answers[row]) for row in rows])
         names = {"accuracy": "accuracy", "correct": "teacher_gap_correct", "wrong": "teacher_gap_wrong"}
-        return {names[name]: value for name, value in found.items()}
+        return {names[name]: value for name, value in split.compute().items()}
 
     def _class(self, token: int) -> str:
         if token not in self._classes:
