@@ -64,7 +64,7 @@ def timed(callback: Callback, seconds: dict[str, float], device: str) -> Callbac
 
 
 class Clock(Callback):
-    """Seconds of the steps; the first callback, so that its end of a step lies before and its start after the others'."""
+    """Seconds from the first step's start to the end of training."""
 
     def on_train_batch_start(self, *args: Any) -> None:
         if not hasattr(self, "began"):

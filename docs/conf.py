@@ -13,8 +13,7 @@ import opsd_lightning  # noqa: E402
 
 project, author = "opsd-lightning", "the opsd-lightning authors"
 version = release = opsd_lightning.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 html_theme, html_title = "furo", f"opsd-lightning {release}"
 exclude_patterns = ["_build"]
@@ -28,11 +27,11 @@ suppress_warnings = ["ref.python"]
 
 GROUPS = {
     "Module and data": ("module", "training", "sft", "grpo", "off_policy", "data", "sources", "prompts", "policy", "types"),
-    "The loss": ("objectives", "divergences", "shaping", "anchors", "importance"),
+    "The loss": ("objectives", "divergences", "shaping", "anchors"),
     "Teachers and contexts": ("teachers", "contexts"),
-    "Rollouts and evaluation": ("rollouts", "vllm_rollouts", "vllm_servers", "grading", "metrics", "evaluation"),
-    "Seeing what it learns": ("token_report", "run_report", "report", "runs", "health", "health_log", "guard", "loggers"),
-    "Before training": ("diagnosis", "findings", "doctor"),
+    "Rollouts and evaluation": ("rollouts", "vllm_rollouts", "grading", "metrics"),
+    "Seeing what it learns": ("token_report", "run_report", "report", "runs", "health", "health_log", "guard"),
+    "Before training": ("diagnosis", "findings"),
 }
 
 
