@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: quickstart learn docs test test-vllm check wheel clean
@@ -12,8 +13,8 @@ quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a 
 learn: $(VENV)/.plots ## Make a tiny base model, train it on its own rollouts and draw its accuracy, in three minutes
 	$(BIN)/python -m benchmarks.learning.quick $(ARGS)
 
-test: $(VENV)/.dev ## The whole test suite
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow and not vllm" $(ARGS)
+test: $(VENV)/.dev ## The whole test suite, on two cores at once (WORKERS=0: on one, in order)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not slow and not vllm" $(ARGS)
 
 docs: $(VENV)/.dev ## The documentation site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html

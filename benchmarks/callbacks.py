@@ -11,7 +11,6 @@ the sharper number, since two fits differ by more than a few percent on a shared
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 import time
 import warnings
@@ -103,7 +102,6 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=25, help="of one fit: the longest default period is 25")
     args = options.parse_args()
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     policy = Policy(model_folder(args.model), dtype="float32", lora=LoRA(r=16, alpha=32))
     fits: dict[bool, list[float]] = {False: [], True: []}
     shares: dict[str, list[float]] = defaultdict(list)

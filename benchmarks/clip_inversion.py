@@ -1,23 +1,48 @@
 """Does a clipped divergence still pull the student to the teacher? The direction of its gradient at the student's logits.
 
-    python benchmarks/clip_inversion.py
-    python benchmarks/clip_inversion.py --taus 0.01 0.05 0.2 --raise-nats 1 2 4
+    python benchmarks/clip_inversion.py --made-up                       logits that are made up: the mechanism alone
+    python benchmarks/clip_inversion.py --made-up --raise-nats 1 2 4
+    python benchmarks/clip_inversion.py                                 SmolLM2-135M-Instruct's own rollouts on word problems
 
-Student logits are normal numbers; the teacher's are the same but for one of the student's ten likeliest tokens, which it
-likes more by ``--raise-nats``. Without a clip, gradient descent raises that token. Told for every clip: the share of
-positions where it lowers the token (inverted) or leaves it (no gradient), and the cosine with the gradient of no clip.
+Made up: student logits are normal numbers; the teacher's are the same but for one of the student's ten likeliest tokens,
+which it likes more by ``--raise-nats``. Without a clip, gradient descent raises that token. On a model: both roles' logits
+at every token of its own completions, before any training; the token looked at is the one that the teacher most wants
+raised, that of the largest p_T (log p_T - log p_S). Told for every clip: the share of positions where a step down the
+gradient lowers the token (inverted), where the whole gradient points away from that of no clip (turned), where there is
+none, and the mean cosine with the gradient of no clip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 
 import torch
-from common import machine, parser, report
+from common import machine, model_folder, parser, report
 from torch import Tensor
 
-from opsd_lightning import DivergenceObjective, ForwardKL, NoClip, PointwiseClip, RescaleClip, ReverseKL, TokenClip
+from opsd_lightning import (
+    DivergenceObjective,
+    FixedTeacher,
+    ForwardKL,
+    NoClip,
+    OPSDDataModule,
+    PointwiseClip,
+    Policy,
+    RescaleClip,
+    ReverseKL,
+    Sampling,
+    TokenClip,
+    TransformersEngine,
+    WordProblems,
+)
+from opsd_lightning.scoring import score_all
 from opsd_lightning.shaping import Clip
+
+CLIPS: dict[str, Callable[[float], Clip]] = {
+    "PointwiseClip": PointwiseClip, "TokenClip": TokenClip, "RescaleClip": RescaleClip,
+}  # fmt: skip
+ROWS = 64  # positions at one time, which bounds the memory
 
 
 def gradient(objective: DivergenceObjective, student: Tensor, teacher: Tensor) -> Tensor:
@@ -29,40 +54,84 @@ def gradient(objective: DivergenceObjective, student: Tensor, teacher: Tensor) -
     return found
 
 
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--positions", type=int, default=2000)
-    options.add_argument("--vocabulary", type=int, default=1000)
-    options.add_argument("--spread", type=float, default=3.0, help="standard deviation of the student's logits")
-    options.add_argument("--taus", type=float, nargs="+", default=[0.01, 0.05, 0.2])
-    options.add_argument("--raise-nats", type=float, nargs="+", default=[1.0, 2.0, 4.0])
-    args = options.parse_args()
+def directions(
+    objective: DivergenceObjective, plain: DivergenceObjective, positions: Iterator[tuple[Tensor, Tensor, Tensor]]
+) -> dict[str, float]:
+    """Of an objective's gradient against the same without a clip, over all positions: logits of both roles, [N, V] each, and
+    the token that is looked at, [N, 1]."""
+    parts = []
+    for student, teacher, wanted in positions:
+        found, whole = gradient(objective, student, teacher), gradient(plain, student, teacher)
+        gone = found.norm(dim=1) < 1e-12
+        cosine = torch.cosine_similarity(found, whole, dim=1)
+        parts.append(torch.stack([found.gather(1, wanted).squeeze(1) > 0, cosine < 0, gone, cosine]).double())
+    lowered, turned, gone, cosine = torch.cat(parts, dim=1)
+    here = gone == 0
+    return {
+        "inverted, %": 100 * float((lowered * here).mean()),
+        "turned, %": 100 * float((turned * here).mean()),
+        "no gradient, %": 100 * float(gone.mean()),
+        "mean cosine": float(cosine[here].mean()) if here.any() else 0.0,
+    }
+
+
+def made_up(args: argparse.Namespace, nats: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Both roles' logits, and the token that the teacher likes more."""
     generator = torch.Generator().manual_seed(0)
     student = args.spread * torch.randn(args.positions, args.vocabulary, generator=generator, dtype=torch.float64)
     places = torch.randint(10, (args.positions, 1), generator=generator)
     wanted = student.topk(10).indices.gather(1, places)
-    clips: dict[str, Callable[[float], Clip]] = {
-        "PointwiseClip": PointwiseClip, "TokenClip": TokenClip, "RescaleClip": RescaleClip,
-    }  # fmt: skip
-    rows = []
-    for divergence in (ForwardKL(), ReverseKL()):
-        for nats in args.raise_nats:
-            teacher = student.scatter_add(1, wanted, torch.full_like(student[:, :1], nats))
-            plain = gradient(DivergenceObjective(divergence=divergence, clip=NoClip()), student, teacher)
+    return student, student.scatter_add(1, wanted, torch.full_like(student[:, :1], nats)), wanted
+
+
+@torch.no_grad()
+def of_a_model(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Both roles' logits at the tokens of a model's own completions, and the token that the teacher most wants raised."""
+    policy = Policy(model_folder(args.model), dtype="float32")
+    data = OPSDDataModule(
+        policy, train=WordProblems(size=args.questions, seed=1), max_new_tokens=args.new_tokens, batch_size=1
+    )
+    data.setup("fit")
+    rows, model = data.rows["train"], policy.build()
+    sampling = Sampling(max_new_tokens=args.new_tokens)
+    completions = TransformersEngine().generate(model, rows.student, sampling, seed=0).completions
+    students = score_all(model, rows.student, completions, 2048)
+    teachers = FixedTeacher().score(model, rows.teacher, completions, 2048)
+    student, teacher = students.head(students.hidden).float(), teachers.head(teachers.hidden).float()
+    ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
+    return student, teacher, (theirs.exp() * (theirs - ours)).argmax(1, keepdim=True)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--made-up", action="store_true", help="logits that are made up, in place of a model's")
+    options.add_argument("--taus", type=float, nargs="+", default=[1e-6, 0.05, 0.2])
+    options.add_argument("--model", default=None)
+    options.add_argument("--questions", type=int, default=32, help="of which the model writes one completion each")
+    options.add_argument("--new-tokens", type=int, default=40, help="the most tokens of a completion")
+    options.add_argument("--positions", type=int, default=2000, help="made-up ones")
+    options.add_argument("--vocabulary", type=int, default=1000)
+    options.add_argument("--spread", type=float, default=3.0, help="standard deviation of the student's logits")
+    options.add_argument("--raise-nats", type=float, nargs="+", default=[2.0])
+    args = options.parse_args()
+    worlds = {}
+    if args.made_up:
+        worlds = {f"made up, raised by {nats:g} nats": made_up(args, nats) for nats in args.raise_nats}
+    else:
+        worlds = {"a model's own completions": of_a_model(args)}
+    tables = {}
+    for name, world in worlds.items():
+        rows = []
+        for divergence in (ForwardKL(), ReverseKL()):
+            plain = DivergenceObjective(divergence=divergence, clip=NoClip())
             for tau in args.taus:
-                for name, clip in clips.items():
-                    found = gradient(DivergenceObjective(divergence=divergence, clip=clip(tau)), student, teacher)
-                    at = found.gather(1, wanted)
-                    gone = found.norm(dim=1) < 1e-12
-                    cosine = torch.cosine_similarity(found, plain, dim=1)
-                    rows.append({
-                        "divergence": type(divergence).__name__, "teacher likes it more by, nats": nats, "tau": tau,
-                        "clip": name,
-                        "inverted, %": 100 * float(((at > 0).squeeze(1) & ~gone).double().mean()),
-                        "no gradient, %": 100 * float(gone.double().mean()),
-                        "mean cosine": float(cosine[~gone].mean()) if not gone.all() else 0.0,
-                    })  # fmt: skip
-    report("clip_inversion", machine("cpu"), {"direction of the gradient": rows}, args.json)
+                for clip, kind in CLIPS.items():
+                    objective = DivergenceObjective(divergence=divergence, clip=kind(tau))
+                    chunks = zip(*(part.split(ROWS) for part in world), strict=True)
+                    found = directions(objective, plain, chunks)
+                    rows.append({"divergence": type(divergence).__name__, "tau": tau, "clip": clip} | found)
+        tables[f"direction of the gradient, {name}, {len(world[0])} positions"] = rows
+    report("clip_inversion", machine("cpu"), tables, args.json)
 
 
 if __name__ == "__main__":

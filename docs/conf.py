@@ -6,6 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -14,7 +17,8 @@ import opsd_lightning  # noqa: E402
 project, author = "opsd-lightning", "the opsd-lightning authors"
 version = release = opsd_lightning.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_heading_anchors = 3
+myst_heading_anchors, myst_enable_extensions = 3, ["dollarmath"]
+html_math_renderer = "mathml"  # browsers draw it without a script and without a network
 html_theme, html_title = "furo", f"opsd-lightning {release}"
 exclude_patterns = ["_build"]
 default_role = "code"  # as docstrings use single backticks
@@ -67,6 +71,18 @@ def outside(app: object, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\[([^\]]*)\]\(\.\./([^)#]*)[^)]*\)", lambda m: f"`{m[2]}`", source[0])
 
 
+def inline_math(translator: object, node: object) -> None:
+    translator.body.append(convert(node.astext()))  # type: ignore[attr-defined]
+    raise SkipNode
+
+
+def block_math(translator: object, node: object) -> None:
+    shown = convert(node.astext(), display="block")
+    translator.body.append(f'<div class="math" style="padding: 0.4em 0">{shown}</div>')  # type: ignore[attr-defined]
+    raise SkipNode
+
+
 def setup(app: object) -> None:
     write_api()
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))  # type: ignore[attr-defined]
     app.connect("source-read", outside)  # type: ignore[attr-defined]

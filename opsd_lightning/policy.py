@@ -213,6 +213,11 @@ class Policy:
             # The weights are plain floats now; left in place, this mark makes transformers refuse to save them.
             del base.config.quantization_config
             base.hf_quantizer = None  # type: ignore[assignment]
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # On CPUs with that, bitsandbytes' layers repack their weights in the first pass without gradient, such as a
+                # rollout's, and stay so: their scales are rounded, and no gradient comes through them any more.
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (untyped)
         tokenizer = self.load_tokenizer()
         # The checkpoint's own sampling defaults (a top_k, a repetition penalty) would leak into every rollout that
         # leaves them unset. Only its EOS ids are wanted, all of them: a chat model may have more than its tokenizer's.

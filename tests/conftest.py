@@ -8,10 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import logging
 import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 (sets its loggers up)
 import pytest
 import torch
 from peft import PeftModel
@@ -67,8 +69,8 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     vocabulary = len(SPECIAL) + len(string.printable)
     common = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": EOS}
     rotary = common | {
-        "hidden_size": 32,
-        "intermediate_size": 48,
+        "hidden_size": 64,  # bitsandbytes quantizes in blocks of 64, and on some CPUs wrongly where a row holds no whole ones
+        "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -78,9 +80,9 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     if architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(**rotary))
     elif architecture == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**rotary, head_dim=8, tie_word_embeddings=True))
+        model = Qwen3ForCausalLM(Qwen3Config(**rotary, head_dim=16, tie_word_embeddings=True))
     elif architecture == "mistral":  # every layer sees the last six tokens only
-        model = MistralForCausalLM(MistralConfig(**rotary, head_dim=8, sliding_window=6))
+        model = MistralForCausalLM(MistralConfig(**rotary, head_dim=16, sliding_window=6))
     else:
         model = GPT2LMHeadModel(
             GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
@@ -88,7 +90,7 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.3 * (32 / parameter.shape[-1]) ** 0.5)
     # Sampling defaults of a checkpoint, which must not leak into rollouts, and a second EOS id, which must.
     model.generation_config = GenerationConfig(
         eos_token_id=[EOS, SECOND_EOS], pad_token_id=EOS, do_sample=True, top_k=1, repetition_penalty=3.0
@@ -97,11 +99,24 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
 
 
 @pytest.fixture(autouse=True)
-def processes_can_be_forked() -> Iterator[None]:
-    """Later tests fork: threads of a process group or of OpenMP would be missed there, and waited for, for ever."""
+def leaves_nothing_behind() -> Iterator[None]:
+    """Later tests fork: threads of a process group or of OpenMP would be missed there, and waited for, for ever. And they
+    read what Lightning logs."""
+    loggers = [logging.getLogger(name) for name in ("", "lightning", "lightning.pytorch", "lightning.fabric")]
+    before = [(logger.level, logger.disabled, logger.propagate) for logger in loggers]
     yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # of a command line; later ranks would seed themselves with it
+        os.environ.pop(name, None)
+    assert [(logger.level, logger.disabled, logger.propagate) for logger in loggers] == before, "this test mutes a logger"
     assert not torch.distributed.is_initialized(), "this test leaves a process group: run it with on_ranks"
     assert torch.get_num_threads() == 1, "this test leaves several threads: run it with on_ranks"
+
+
+@pytest.fixture
+def plain_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers alone loads in 4 bits is computed with as this package does: not repacked in bfloat16, as
+    bitsandbytes does on some CPUs."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +127,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         make_model(architecture).save_pretrained(root / architecture)
         make_tokenizer().save_pretrained(root / architecture)
     return {architecture: str(root / architecture) for architecture in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with room for the package's own prompts, which are long where a token is a character."""
+    folder = tmp_path_factory.mktemp("roomy")
+    model = make_model("llama")
+    model.config.max_position_embeddings = 2048
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ FAMILY = {"quickstart": "llama", "learn": "llama"}
 
 
 @pytest.fixture
-def shrunk(folders: dict[str, str], tmp_path: Path) -> Callable[[Path], list[str]]:
+def shrunk(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
     """A recipe's own settings on a tiny model, few short rows and one step."""
+    monkeypatch.chdir(tmp_path)  # its logger has a folder of its own
 
     def arguments(recipe: Path) -> list[str]:
         rows = [{"problem": f"{n}+1?", "solution": rf"\boxed{{{n + 1}}}"} for n in range(8)]

@@ -216,7 +216,8 @@ def assert_same(ours: Seen, theirs: Seen, tolerance: float = 1e-5) -> None:
     for mine, other in zip(ours.weights, theirs.weights, strict=True):
         assert mine.keys() == other.keys() and mine
         for name, weight in mine.items():
-            torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            # A hundredth of a step of 0.01: Adam divides rounding by a gradient that is next to nothing.
+            torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def joined(policy: Policy, folder: Path, **settings: Any) -> Seen:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import re
 import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from lightning.pytorch import Trainer
 
 import opsd_lightning
+import opsd_lightning.main  # every class that YAML may name
 from opsd_lightning.__main__ import COMMANDS
+from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.training import PolicyModule
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,5 +114,66 @@ def test_links(page: Path) -> None:
 
 
 def test_every_page_is_in_the_site() -> None:
-    listed = re.findall(r"^([\w/]+)$", (ROOT / "docs" / "index.md").read_text().split("{toctree}")[1], re.MULTILINE)
+    trees = re.findall(r"```{toctree}\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
+    listed = [page for tree in trees for page in re.findall(r"^([\w/]+)$", tree, re.MULTILINE)]
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} == set(listed) - {"api/index"}
+
+
+def classes_of(hint: Any) -> list[type]:
+    """The classes that a setting of this type may name, with all that derive from them; none for numbers and the like."""
+    if isinstance(hint, type):
+        own = [hint] if hint.__module__.startswith("opsd_lightning.") else []
+        return own + [each for sub in hint.__subclasses__() if own for each in classes_of(sub)]
+    return [each for argument in get_args(hint) for each in classes_of(argument)]
+
+
+def is_setting(name: str) -> bool:
+    """Whether a dotted name leads from the module, the data module or the trainer to a setting of some class."""
+    root, *parts = name.split(".")
+    found: list[type] = {"model": classes_of(PolicyModule), "data": [OPSDDataModule], "trainer": [Trainer]}[root]
+    for part in parts:
+        if part in ("class_path", "init_args"):
+            continue
+        kinds = [get_type_hints(kind.__init__)[part] for kind in found if part in inspect.signature(kind).parameters]
+        if not kinds:
+            return False
+        found = [each for kind in kinds for each in classes_of(kind)]
+        if not found and part != parts[-1]:  # somebody else's class, such as an optimizer, or a mapping
+            return True
+    return True
+
+
+SHORT = {"objective.": "model.objective.init_args.", "rollouts.": "model.rollouts.init_args."}  # of docs/coming_from.md
+
+
+def named(page: Path) -> set[str]:
+    """Every setting that a page names, in full."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    short = "|".join(map(re.escape, SHORT)) if page.name == "coming_from.md" else "(?!)"
+    found = re.findall(rf"`(?:--)?((?:model\.|data\.|trainer\.|{short})[a-z_.]+[a-z])(?=[`:\s\[])", text)
+    return {next((SHORT[s] + name.removeprefix(s) for s in SHORT if name.startswith(s)), name) for name in found}
+
+
+@pages
+def test_settings_exist(page: Path) -> None:
+    assert [name for name in sorted(named(page)) if not is_setting(name)] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["model.nothing", "model.teacher.init_args.nothing", "data.context.init_args.decay", "trainer.x"]
+)
+def test_a_wrong_setting_is_found(name: str) -> None:
+    assert (
+        not is_setting(name) and is_setting("model.teacher.init_args.decay") and is_setting("model.optimizer.init_args.lr")
+    )
+
+
+def test_the_names_of_trl_are_trls() -> None:
+    """Every name in the left column of docs/coming_from.md is a setting of TRL's trainer, with the default that is told of."""
+    sdft = pytest.importorskip("trl.experimental.sdft", reason="TRL is one of the extra dev")
+    text = (ROOT / "docs" / "coming_from.md").read_text().split("## From")[1]
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    names = {name for cell in cells if "(of the trainer)" not in cell for name in re.findall(r"`(\w+)`", cell)}
+    assert len(names) > 35 and names <= set(sdft.SDFTConfig.__dataclass_fields__)
+    assert "peft_config" in inspect.signature(sdft.SDFTTrainer.__init__).parameters
+    assert sdft.SDFTConfig.__dataclass_fields__["teacher_update_rate"].default == 0.05

@@ -39,6 +39,13 @@ LAYERS = [
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 
 
+def test_contributors_are_told_of_every_room() -> None:
+    """In the order of the layers."""
+    rows = re.findall(r"^\| (`\w+`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    told = [room for row in rows for room in re.findall(r"`(\w+)`", row)]
+    assert sorted(told) == sorted(ROOMS) and [LAYER[room] for room in told] == sorted(LAYER.values())
+
+
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = tree.body if top_level_only else list(ast.walk(tree))

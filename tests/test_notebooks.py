@@ -18,27 +18,14 @@ from nbclient.exceptions import CellExecutionError
 from safetensors.torch import load_file
 from traitlets.config import Config
 
-from conftest import make_model, make_tokenizer
-
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny model with room for the package's own prompts, which are long where a token is a character."""
-    folder = tmp_path_factory.mktemp("tiny")
-    model = make_model("llama")
-    model.config.max_position_embeddings = 2048
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def settings(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def settings(roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a reader would set, made tiny, and an empty folder to work in."""
-    values = {"OPSD_MODEL": tiny, "OPSD_STEPS": "3", "OPSD_NEW_TOKENS": "16", "MPLBACKEND": "agg"}
+    values = {"OPSD_MODEL": roomy, "OPSD_STEPS": "3", "OPSD_NEW_TOKENS": "16", "MPLBACKEND": "agg"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
@@ -58,6 +45,7 @@ def run(path: Path) -> dict[str, Any]:
     return vars(module)
 
 
+@pytest.mark.usefixtures("plain_four_bits")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path: Path, settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["pytest"])

@@ -242,7 +242,7 @@ def test_refusals(folders: dict[str, str], make_policy: Callable[..., Policy], t
     other = write_adapter(make_policy("gpt2").build(), tmp_path / "gpt2")
     refused("was made for another model", make_policy("llama", adapter=str(other)))
     wider = make_model("llama")
-    wider.config.intermediate_size = 64
+    wider.config.intermediate_size = 96
     type(wider)(wider.config).save_pretrained(tmp_path / "wider")
     make_tokenizer().save_pretrained(tmp_path / "wider")
     wide = write_adapter(Policy(str(tmp_path / "wider"), lora=LoRA(r=4, alpha=8)).build(), tmp_path / "wide")

@@ -52,6 +52,7 @@ def bases(module: OPSDModule) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.model.named_parameters() if not p.requires_grad}
 
 
+@pytest.mark.usefixtures("plain_four_bits")
 @pytest.mark.parametrize("teacher", [FixedTeacher, lambda: EMATeacher(0.8)], ids=["fixed", "ema"])
 def test_the_whole_cycle(teacher: Callable[[], Teacher], make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Roll out, train, checkpoint, resume bit for bit, export, load with plain peft, merge."""
@@ -101,7 +102,12 @@ def test_only_four_bits_are_dequantized(make_policy: Callable[..., Policy], tmp_
         merge_adapter(make_policy(), tmp_path, tmp_path / "merged", dequantize=True)
 
 
-def test_the_base_stays_as_it_was_quantized(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+@pytest.mark.parametrize("repacks", [False, True], ids=["", "CPU with AVX512-BF16"])
+def test_the_base_stays_as_it_was_quantized(
+    repacks: bool, make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where bitsandbytes would repack it in the first rollout, for good, after which no gradient passes any more."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: repacks)
     policy = make_policy(quantization=NF4)
     untouched = OPSDModule(policy)
     untouched.configure_model()
