@@ -164,11 +164,15 @@ class PeakMemory:
             self.extra_bytes = self.peak_bytes - self._before
 
 
+#: What the machine is measured with: the size of the matrices, and how many numbers are read; on a CPU, and elsewhere.
+MEASURED_ON_CPU, MEASURED_ELSEWHERE = (2048, 2**26), (8192, 2**29)
+
+
 def machine(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What the machine can do at most, measured now: matrix products in FLOP/s and reads from memory in bytes/s."""
-    size = 2048 if device == "cpu" else 8192
+    size, count = MEASURED_ON_CPU if device == "cpu" else MEASURED_ELSEWHERE
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    numbers = torch.ones(2**26 if device == "cpu" else 2**29, device=device)
+    numbers = torch.ones(count, device=device)
     sides = {"matmul": lambda: a @ b, "read": numbers.sum}
     seconds = in_turn(sides, 3, device)
     return {

@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import json
 import logging
 import string
@@ -96,6 +97,12 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
         eos_token_id=[EOS, SECOND_EOS], pad_token_id=EOS, do_sample=True, top_k=1, repetition_penalty=3.0
     )
     return model
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collecting garbage, as every Trainer and benchmark does, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
@@ -41,6 +42,7 @@ def run(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         script = BENCHMARKS / f"{name}.py"
         monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--repeats", "1", "--json", str(out), *options])
         monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr(importlib.import_module("common"), "MEASURED_ON_CPU", (256, 2**20))
         runpy.run_path(str(script), run_name="__main__")
         return json.loads(out.read_text())
 
@@ -70,7 +72,6 @@ def test_rollout(run: Any) -> None:
     assert greedy == {"greedy completions equal to plain generate's": "6 of 6"}
 
 
-@pytest.mark.slow  # tables by length, rows and vocabulary, of what other benchmarks measure at one size
 def test_scaling(run: Any) -> None:
     result = run("scaling")
     assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
