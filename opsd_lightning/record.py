@@ -60,13 +60,14 @@ class Record:
             "logs": sorted({*old.get("logs", []), *logs}),
             "status": "running",
             "reason": "",
+            "warnings": [],
             "ended": None,
         }
         replace(self.folder / "config.yaml", config)
         self._write()
 
-    def end(self, status: str, reason: str) -> None:
-        self._info |= {"status": status, "reason": reason, "ended": now()}
+    def end(self, status: str, reason: str, warnings: list[str]) -> None:
+        self._info |= {"status": status, "reason": reason, "warnings": warnings, "ended": now()}
         self._write()
 
     def metrics(self, kind: str, step: int, seconds: float, tokens: int, values: dict[str, float]) -> None:

@@ -135,6 +135,7 @@ def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
     return {
         "name": name,
         "status": _status(run, last.step),
+        "warnings": run.info.get("warnings", []),
         "accuracy": _accuracy(run),
         "first_last": _first_last(run),
         "steps": last.step,
@@ -165,6 +166,8 @@ def _status(run: Run, step: int) -> dict[str, str]:
     status, reason = run.info.get("status"), run.info.get("reason", "")
     if status == "finished":
         return {"kind": "good", "text": f"finished after {_count(step)} steps"}
+    if status == "stopped":
+        return {"kind": "warn", "text": f"stopped by CollapseGuard after {_count(step)} steps"}
     if status == "failed":
         return {"kind": "bad", "text": f"ended by an error after step {step}: {reason}"}
     if status == "interrupted":
@@ -288,11 +291,14 @@ def _held_out(run: Run) -> dict[str, Any] | None:
 
 
 def _links(run: Run, output: Path) -> list[tuple[str, str]]:
+    def of(setting: str, default: str) -> str:
+        return str(run.settings.get(f"trainer.callbacks.{setting}") or default)
+
     beside = [
-        ("Token report", "tokens.html"),
-        ("Adapter", "adapter"),
-        ("Merged model", "merged"),
-        ("Rollouts (CSV)", "rollouts.csv"),
+        ("Token report", of("TokenReport.path", "tokens.html")),
+        ("Adapter", of("AdapterExport.folder", "adapter")),
+        ("Merged model", of("AdapterExport.merged_folder", "merged")),
+        ("Rollouts (CSV)", of("RolloutTable.path", "rollouts.csv")),
         ("Record", RECORD),
         ("Held-out completions before", "before/test.jsonl"),
         ("and after", "after/test.jsonl"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from opsd_lightning.callbacks import newly_logged
 from opsd_lightning.contexts import read_attempts
 from opsd_lightning.evaluation import Records
+from opsd_lightning.guard import CollapseGuard
 from opsd_lightning.loggers import log_page
 from opsd_lightning.record import Record, commit, described, devices, launcher, now, path_of, versions
 from opsd_lightning.redaction import redact, redact_arguments, redact_text
@@ -125,7 +126,8 @@ class RunReport(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # After every on_fit_end: what other callbacks leave there can be linked.
         if stage == "fit" and self._record is not None:
-            self._end(trainer, pl_module, "finished", "")
+            stopped = any(isinstance(callback, CollapseGuard) and callback.stopped for callback in _callbacks(trainer))
+            self._end(trainer, pl_module, "stopped" if stopped else "finished", "")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._record is None:
@@ -142,7 +144,7 @@ class RunReport(Callback):
             return
         root = Path(trainer.default_root_dir)
         self._record = Record(root / RECORD, trainer.global_step)
-        saved = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+        saved = next((c for c in _callbacks(trainer) if isinstance(c, SaveConfigCallback)), None)
         start = {
             "command": None if self.arguments is None else launcher() + redact_arguments(self.arguments),
             "time": now(),
@@ -193,7 +195,8 @@ class RunReport(Callback):
         try:
             if not any(line["kind"] == "val" for line in read_lines(self._record.folder / "samples.jsonl")):
                 self._keep_training_samples(module)
-            self._record.end(status, reason)
+            guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
+            self._record.end(status, reason, [redact_text(text) for guard in guards for text in guard.said])
         except Exception as error:  # what ended the run is more important
             warnings.warn(f"RunReport: the end of the run could not be recorded ({error!r})", stacklevel=2)
         page = self._page(trainer)
@@ -242,6 +245,10 @@ class RunReport(Callback):
             return None
 
 
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+
+
 def _of_questions(records: Records | Mapping[str, Any]) -> list[dict[str, Any]]:
     """The student's first completion of each question, and how many of the question's are right."""
     questions: list[dict[str, Any]] = []
@@ -271,6 +278,6 @@ def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -
             "model": {"class_path": path_of(module), "init_args": described(model)},
             "data": described(getattr(trainer, "datamodule", None)),
             "trainer": described({name: getattr(trainer, name, None) for name in names})
-            | {"strategy": type(trainer.strategy).__name__, "callbacks": [type(c).__name__ for c in trainer.callbacks]},  # type: ignore[attr-defined]
+            | {"strategy": type(trainer.strategy).__name__, "callbacks": [type(c).__name__ for c in _callbacks(trainer)]},
         }
     return str(yaml.safe_dump(redact(found), sort_keys=False, allow_unicode=True))

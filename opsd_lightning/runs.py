@@ -153,6 +153,7 @@ def _from_log(path: Path, folder: Path) -> Run:
     run = Run(folder, folder.name, config=_config(path.parent / "config.yaml"))
     updates = int(run.settings.get("model.updates_per_batch") or 1)  # the log counts batches
     last = int(run.settings.get("trainer.max_steps") or -1)
+    baseline = not run.config or "BaselineEvaluation" in json.dumps(run.config, default=str)
     tokens = 0.0
     for row in _rows(path):
         step = (int(row["step"]) + 1) * updates
@@ -161,7 +162,8 @@ def _from_log(path: Path, folder: Path) -> Run:
             tokens = row.get("train/tokens_generated", tokens)
             run.train.append(Point(step, tokens, None, _metrics(row)))
         elif any(name.startswith("val/") for name in row):
-            step = run.train[-1].step if run.train else 0
+            if baseline and not row["step"] and not run.train and not run.validations:
+                step = 0  # the callback's, from before the first step
             run.validations.append(Point(step, tokens, None, _metrics(row)))
     return run
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from test_training import parts, trainer
 
+from conftest import EOS, make_tokenizer
 from opsd_lightning.guard import Ceiling, CollapseGuard, Drift
+from opsd_lightning.health_log import Health
 from opsd_lightning.policy import Policy
-from opsd_lightning.types import UserError
+from opsd_lightning.rollouts import RolloutEngine, Sampling
+from opsd_lightning.run_report import RunReport
+from opsd_lightning.runs import read_run
+from opsd_lightning.types import Rollouts, UserError
 
 
 def run(
@@ -39,6 +45,65 @@ def test_a_collapse_is_caught_with_its_evidence(make_policy: Callable[..., Polic
         assert steps == 12 if action == "warn" else 4 <= steps < 12
 
 
+class Writes(RolloutEngine):
+    """The same text at every step, and another from some step on."""
+
+    def __init__(self, first: str, then: str, change: int) -> None:
+        self.texts, self.change, self.calls = (first, then), change, 0
+
+    def generate(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
+        self.calls += 1
+        ids = make_tokenizer().encode(self.texts[self.calls > self.change], add_special_tokens=False)
+        rows = len(prompts) * sampling.n
+        return Rollouts([[*ids, EOS]] * rows, [True] * rows, sampling.n)
+
+
+LEAK, PLAIN, HEDGED = "the reference solution", "we add the two numbers", "wait, hmm, maybe wait:"
+
+
+@pytest.mark.parametrize(
+    ("engine", "metric", "by"),
+    [
+        (Writes(PLAIN, LEAK, 1), "health/leak_fraction", 50),  # after the first step
+        (Writes(PLAIN, LEAK, 55), "health/leak_fraction", 60),
+        (Writes(HEDGED, PLAIN, 25), "health/hedges_per_1k_tokens", 50),
+    ],
+    ids=["leaks at once", "leaks later", "no more hedging"],
+)
+def test_the_rules_that_stand_by_themselves_speak_in_time(
+    engine: Writes, metric: str, by: int, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """With Health as it is unless told otherwise: in a run of the paper's hundred steps."""
+    module, data = parts(make_policy(), rollouts=engine, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    guard = CollapseGuard("stop")
+    fit = trainer(tmp_path, Health(), guard, RunReport(), max_steps=100, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=f"CollapseGuard at step {by}: {metric} is"):
+        fit.fit(module, data)
+    assert fit.global_step == by and guard.stopped
+    (said,) = read_run(tmp_path).info["warnings"]
+    assert metric in said and read_run(tmp_path).info["status"] == "stopped"
+    page = (tmp_path / "report.html").read_text()
+    assert f"stopped by CollapseGuard after {by} steps" in page and f"{metric} is" in page
+
+
+def test_a_rule_on_nothing_and_a_run_that_is_too_short(
+    make_policy: Callable[..., Policy], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = CollapseGuard(rules=[Ceiling("train/forwardkl", 1.0), Ceiling("train/forward_kl", 1e9)])
+    with caplog.at_level("INFO"):
+        steps, said = run(make_policy(), tmp_path, guard, lr=0.0, steps=3)
+    assert steps == 3 and len(said) == 1
+    assert "did not log train/forwardkl" in said[0] and "train/forward_kl" in said[0]
+    assert "it needs 20 values" in caplog.text and "CollapseGuard.window" in caplog.text
+
+
+def test_another_run_begins_anew(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    guard = CollapseGuard(rules=[Drift("train/forward_kl", highest=1.05)], window=2)
+    for folder in ("first", "second"):
+        _, said = run(make_policy(), tmp_path / folder, guard, lr=5.0)
+        assert len(said) == 1 and guard.said == said
+
+
 def test_a_run_that_stays_is_left_alone(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     assert run(
         make_policy(), tmp_path, CollapseGuard("stop", [Drift("train/student_entropy", 0.5, 2.0)], window=3), lr=0.0
@@ -54,7 +119,7 @@ def test_the_start_survives_a_resume(make_policy: Callable[..., Policy], tmp_pat
     second = CollapseGuard(rules=[Drift("train/forward_kl", highest=1e9)], window=3)
     run(make_policy(), tmp_path, second, lr=0.01, steps=6, ckpt_path=str(tmp_path / "last.ckpt"))
     state = second.state_dict()
-    assert state["start"] == first.state_dict()["start"] and len(state["latest"]["train/forward_kl"]) == 3
+    assert state["start"] == first.state_dict()["start"] and len(state["latest"][0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -67,6 +132,8 @@ def test_the_start_survives_a_resume(make_policy: Callable[..., Policy], tmp_pat
         (Drift("m", 0.5), 0.0, 9.0, False),
         (Ceiling("m", 0.5), 0.1, 0.6, True),
         (Ceiling("m", 0.5), 0.7, 0.9, False),
+        (Ceiling("m", 0.5, from_start=True), 0.7, 0.9, True),
+        (Ceiling("m", 0.5, from_start=True), 0.7, 0.4, False),
     ],
 )
 def test_rules(rule: Drift | Ceiling, start: float, now: float, broken: bool) -> None:
@@ -93,5 +160,5 @@ def test_a_metric_that_is_logged_now_and_then_counts_once(make_policy: Callable[
     module, data = parts(make_policy())
     guard = CollapseGuard(rules=[Ceiling("rare", 1e9), Ceiling("train/loss", 1e9)], window=2)
     trainer(tmp_path, Rare(), guard, max_steps=6).fit(module, data)
-    assert guard.state_dict()["start"]["rare"] == [0.0, 3.0] and guard.state_dict()["latest"]["rare"] == []
-    assert len(guard.state_dict()["latest"]["train/loss"]) == 2
+    assert guard.state_dict()["start"][0] == [0.0, 3.0] and guard.state_dict()["latest"][0] == []
+    assert len(guard.state_dict()["latest"][1]) == 2

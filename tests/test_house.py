@@ -32,7 +32,8 @@ LAYERS = [
     {"probe"},
     {"diagnosis"},
     {"callbacks"},
-    {"guard", "token_report", "run_report", "health_log"},
+    {"guard"},
+    {"token_report", "run_report", "health_log"},
     {"main"},
     {"quickstart", "doctor", "__main__"},
 ]

@@ -20,11 +20,13 @@ import yaml
 from browser import browser, needs_browser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from test_cli import base  # noqa: F401 (a fixture)
 from test_distributed import ddp, on_ranks
 from test_training import Recorder, adapters, parts, trainer
 
 from opsd_lightning import __main__
+from opsd_lightning.callbacks import BaselineEvaluation
 from opsd_lightning.grpo import AnswerReward, GRPOModule
 from opsd_lightning.main import main
 from opsd_lightning.policy import Policy
@@ -370,6 +372,29 @@ def test_a_run_without_a_record(base: list[str], tmp_path: Path) -> None:  # noq
         assert run.settings["model.teacher"] == "FixedTeacher" and run.accuracy == "val/avg@1"
     text = Page(write_report([tmp_path], tmp_path / "old.html")).text
     assert "read from a CSV log" in text and "no record of its command" in text and "of rollouts and scoring" in text
+
+
+@pytest.mark.parametrize("baseline", [[], [BaselineEvaluation()]], ids=["", "baseline"])
+def test_a_sparse_log_has_the_records_steps(
+    baseline: list[Callback], make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Lightning's loggers are asked for every fiftieth step unless told otherwise; validations lie between."""
+    module, data = parts(make_policy())
+    Trainer(
+        accelerator="cpu", callbacks=[RunReport(), *baseline], default_root_dir=tmp_path, logger=CSVLogger(tmp_path, "log"),
+        max_steps=8, log_every_n_steps=4, val_check_interval=3, check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1 if baseline else 0, enable_progress_bar=False, enable_checkpointing=False,
+    ).fit(module, data)  # fmt: skip
+    (log,) = tmp_path.rglob("metrics.csv")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(log, tmp_path / "elsewhere")
+    recorded, logged = read_run(tmp_path), read_run(tmp_path / "elsewhere")
+    assert [p.step for p in recorded.train] == list(range(1, 9)) and [p.step for p in logged.train] == [4, 8]
+    steps = [0, 3, 6] if baseline else [3, 6]
+    assert [p.step for p in recorded.validations] == [p.step for p in logged.validations] == steps
+    assert [p.values["val/avg@2"] for p in recorded.validations] == pytest.approx(
+        [p.values["val/avg@2"] for p in logged.validations]
+    )
 
 
 def written(folder: Path, **changes: Any) -> Path:
