@@ -111,12 +111,15 @@ class OPSDDataModule(LightningDataModule):
         found = source.examples()
         dropped: Counter[str] = Counter()
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        needs_trace = split == "train" and getattr(module, "needs_traces", True)
+        reads_context = split == "train" and getattr(module, "needs_traces", True)
         needs_answer = split != "train" or getattr(module, "needs_answers", True)
         in_place = split == "train" and getattr(module, "trains_on_traces", False)
         lengths = [(each, each.context_length() or limit) for each in getattr(module, "teachers", ()) if split == "train"]
         limits = [(each, length) for each, length in lengths if length is not None]
-        for_teacher = needs_trace or self._teacher_is_graded()
+        for_teacher = reads_context or self._teacher_is_graded()
+        # Contexts made at each step, and training on the traces themselves, look at them whatever data.context does.
+        online = getattr(module, "context", None) is not None
+        needs_trace = in_place or (reads_context and (online or self.context.needs_traces))
         held_out = {e.question for other in ("val", "test") for e in self._questions(other)} if split == "train" else set()
         valid: list[Example] = []
         for number, example in enumerate(found):
@@ -134,6 +137,9 @@ class OPSDDataModule(LightningDataModule):
             student, teacher = self.prompts.student(tokenizer, example), Prompt()
             if for_teacher:
                 context = self.context.text(index, valid)
+                if context == "" and split == "train":
+                    self._drop(split, index, "data.context gives the teacher an empty text", dropped)
+                    continue
                 if context == "":
                     raise UserError(
                         f"model.evaluate_teacher is on, but {sum(not e.trace for e in valid)} of {len(valid)} questions of "

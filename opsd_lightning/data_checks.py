@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.evaluation import monitor_problem
 from opsd_lightning.findings import Finding, at_share, histogram, percent
 from opsd_lightning.objectives import Objective
 from opsd_lightning.rollouts import Sampling
@@ -28,6 +28,11 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
         "empty trace",
         "data.{split}.init_args.columns.trace",
         "name the column that holds the worked solution, or mend the rows",
+    ),
+    (
+        "data.context gives",
+        "data.context",
+        "name a column that is filled, or leave these rows out",
     ),
     (
         "neither trace nor answer",
@@ -211,17 +216,8 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
         fix = "set it to null, so that the interval counts over epochs"
         yield Finding("error", "settings", text, "trainer.check_val_every_n_epoch", fix)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        monitor = getattr(callback, "monitor", None)
-        if not isinstance(monitor, str) or not monitor.startswith("val/"):
-            continue
-        name, found = type(callback).__name__, re.fullmatch(r"val/(teacher_)?(avg|pass|maj)@(\d+)", monitor)
-        if not validates:
-            text, fix = f"{name} monitors {monitor}, and there is no validation", "give it a source"
-            yield Finding("error", "settings", text, "data.val", fix)
-        elif found and int(found[3]) != evaluation.n:
-            text = f"{name} monitors {monitor}, and validation samples {evaluation.n} completions of a question"
-            fix = f"set it to {found[3]}, or monitor val/{found[2]}@{evaluation.n}"
-            yield Finding("error", "settings", text, "model.eval_sampling.n", fix)
+        if (problem := monitor_problem(callback, module.evaluator, validates)) is not None:
+            yield Finding("error", "settings", *problem)
     if module.sampling.temperature == 0 and module.sampling.n > 1:
         text = f"the {module.sampling.n} completions of a question are all the same at temperature 0"
         yield Finding("error", "settings", text, "model.sampling.temperature", "set it to 1, say, or model.sampling.n to 1")

@@ -27,6 +27,7 @@ from opsd_lightning.estimates import GIB
 from opsd_lightning.files import replace
 from opsd_lightning.findings import Diagnosis, Finding
 from opsd_lightning.main import OPSDCLI, cli_settings
+from opsd_lightning.probe import LOOKED_AT
 from opsd_lightning.report import duration
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import UserError
@@ -237,15 +238,14 @@ def _show_template(console: Any, facts: Mapping[str, Any]) -> None:
     console.print(table)
     if "agreement" in facts:
         agreed, total = facts["agreement"]["agreed"], facts["agreement"]["tokens"]
-        console.print(f"{agreed} of {total} greedily sampled tokens are the likeliest when scored, too\n")
+        console.print(f"Scoring agrees with sampling: {agreed} of {total} greedily sampled tokens are its likeliest, too\n")
 
 
 def _show_divergence(console: Any, facts: list[dict[str, Any]]) -> None:
     from rich.markup import escape
 
-    table = _table(
-        "Divergence on examples (forward KL, nats)", "", "first token", "next", "student begins", "teacher begins"
-    )
+    title = f"Divergence on the first {LOOKED_AT} tokens of traces (forward KL, nats)"
+    table = _table(title, "", "first token", "mean of the next", "student would begin", "teacher would begin")
     for number, line in enumerate(facts, 1):
         rest = "-" if line["next_forward_kl"] is None else f"{line['next_forward_kl']:.3f}"
         begins = [f"{escape(repr(line[f'{r}_first']))} {line[f'{r}_probability']:.0%}" for r in ("student", "teacher")]
@@ -279,7 +279,8 @@ def _show_time(console: Any, facts: Mapping[str, Any]) -> None:
         text += f"; a validation up to {duration(facts['validation_seconds'])}"
     console.print(
         f"{text}. From {facts['measured']['rows']} examples measured here, for completions of "
-        f"{facts['usual_completion']:.0f} (the traces' mean) to {facts['longest_completion']} tokens\n"
+        f"{facts['usual_completion']:.0f} (the traces' mean) to {facts['longest_completion']} tokens. "
+        "How rollouts grow with their number is taken from a CPU: on a GPU they may take less\n"
     )
 
 
@@ -289,8 +290,8 @@ def _show_findings(console: Any, found: Diagnosis) -> None:
     for level in ("note", "warning", "error"):
         for finding in found.of(level):  # type: ignore[arg-type]
             console.print(f"{_MARKS[level]} [bold]{finding.part}[/]: {escape(finding.text)}", soft_wrap=True)
-            if finding.fix or finding.setting:
-                where = f"{finding.setting}: " if finding.fix and finding.setting else finding.setting
+            if finding.fix:
+                where = f"{finding.setting}: " if finding.setting else ""
                 console.print(f"     -> {escape(where + finding.fix)}", soft_wrap=True)
     fixes, looks = len(found.of("error")), len(found.of("warning"))
     warned = f"{looks} warning{'s' * (looks != 1)}"

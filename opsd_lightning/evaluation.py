@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.importance import check_difference, log_ratios
-from opsd_lightning.metrics import AccuracyAtK
+from opsd_lightning.metrics import AccuracyAtK, pass_sizes
 from opsd_lightning.policy import Policy
 from opsd_lightning.rollouts import RolloutEngine, Sampling, seed_for
 from opsd_lightning.strategies import replica, replicas
@@ -148,6 +149,32 @@ class Evaluator(nn.Module):
                 values |= {f"{prefix}{name}": value for name, value in metric.compute().items()}  # type: ignore[operator]
                 metric.reset()  # type: ignore[operator]
         return values
+
+
+def monitor_problem(callback: object, evaluator: Evaluator, validates: bool) -> tuple[str, str, str] | None:
+    """What is wrong with the validation metric that a callback monitors, the setting, and the fix; None where it is there.
+
+    Args:
+        callback: Any of the trainer's.
+        evaluator: What validates.
+        validates: Whether there is anything to validate on.
+    """
+    monitor = getattr(callback, "monitor", None)
+    if not isinstance(monitor, str) or not monitor.startswith("val/"):
+        return None
+    name, n = type(callback).__name__, evaluator.sampling.n
+    found = re.fullmatch(r"val/(teacher_)?(avg|pass|maj)@(\d+)(_se)?", monitor)
+    if not validates:
+        return f"{name} monitors {monitor}, and there is no validation", "data.val", "give it a source"
+    if not found:
+        return None
+    sizes = pass_sizes(n) if found[2] == "pass" else [n]
+    if int(found[3]) not in sizes:
+        text = f"{name} monitors {monitor}, and validation samples {n} completions of a question"
+        return text, "model.eval_sampling.n", f"set it to {found[3]}, or monitor val/{found[1] or ''}{found[2]}@{n}"
+    if found[1] and evaluator.teacher is None:
+        return f"{name} monitors {monitor}, and the teacher is not graded", "model.evaluate_teacher", "set it to true"
+    return None
 
 
 class EvaluatedModule(LightningModule):

@@ -155,7 +155,7 @@ class CollapseGuard(Callback):
         for rule, first, latest in zip(self.rules, self._start, self._latest, strict=True):
             if rule.metric not in new:  # SFT has no divergence
                 continue
-            window = rule.window or self.window
+            window = self._window(rule)
             (first if len(first) < window else latest).append(float(new[rule.metric]))
             del latest[:-window]
             if len(latest) == window:
@@ -163,24 +163,25 @@ class CollapseGuard(Callback):
 
     def _look_for_names(self, trainer: Trainer) -> None:
         """A rule of one's own on a metric that the first step does not log is likely a slip of the pen."""
-        missing = [
-            r.metric for r in self.rules if r.metric not in trainer.callback_metrics and not r.metric.startswith("val/")
-        ]
+        there = trainer.callback_metrics
+        missing = [rule.metric for rule in self.rules if rule.metric not in there and not rule.metric.startswith("val/")]
         if missing:
-            there = ", ".join(sorted(name for name in trainer.callback_metrics if not name.startswith("time/")))
+            names = ", ".join(sorted(name for name in there if not name.startswith("time/")))
             rank_zero_warn(
-                f"CollapseGuard.rules: the first step did not log {', '.join(missing)}. It logged {there}. (health/... needs "
-                "the callback Health before CollapseGuard)"
+                f"CollapseGuard.rules: the first step did not log {', '.join(missing)}. It logged {names}. (health/... "
+                "needs the callback Health, named before CollapseGuard.)"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._seen and not any(
-            len(v) == (r.window or self.window) for r, v in zip(self.rules, self._latest, strict=True)
-        ):
+        spoke = any(len(values) == self._window(rule) for rule, values in zip(self.rules, self._latest, strict=True))
+        if self._seen and not spoke:
             rank_zero_info(
-                f"CollapseGuard compared nothing: it needs {2 * self.window} values of a metric, its first {self.window} and "
-                "its latest, and the run was shorter. Set CollapseGuard.window lower"
+                f"CollapseGuard compared nothing: it needs {2 * self.window} values of a metric, its first {self.window} "
+                "and its latest, and the run was shorter. Set CollapseGuard.window lower"
             )
+
+    def _window(self, rule: CollapseRule) -> int:
+        return rule.window or self.window
 
     def _judge(
         self, rule: CollapseRule, first: list[float], latest: list[float], trainer: Trainer, module: Any, outputs: Any

@@ -36,9 +36,10 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def token_class(piece: Piece, style: Sequence[str] = STYLE) -> str:
-    """The class of one token: ``special`` (EOS and the like), ``math`` (a digit, an operator, a LaTeX command), ``style`` (a
-    whole word of ``style``), ``mark`` (punctuation and white space alone) or ``word`` (the rest, parts of words too)."""
-    text = piece.text.strip()
+    """The class of one token: ``special`` (EOS and the like), ``math`` (a digit, an operator, the backslash of a LaTeX
+    command), ``style`` (a whole word of ``style``), ``mark`` (punctuation, white space and Markdown's ``**`` alone) or
+    ``word`` (the rest, parts of words too)."""
+    text = re.sub(r"\*{2,}", "", piece.text).strip()
     if piece.kind == "special":
         return "special"
     if re.search(r"[\d+*/=<>^\\\u00d7\u00f7\u2212\u2264\u2265]", text) or text == "-":

@@ -25,6 +25,7 @@ from opsd_lightning.health import (
 from opsd_lightning.objectives import Update
 from opsd_lightning.token_text import Pieces
 from opsd_lightning.training import PolicyModule
+from opsd_lightning.types import UserError
 
 
 class Health(Callback):
@@ -33,7 +34,8 @@ class Health(Callback):
     Of all completions of a step, on all ranks: forward KL of the first tokens, by quarter and by class of token; hedging
     words and leak phrases; n-grams shared with the trace; diversity; lengths against the run's first; the completions'
     accuracy, and by it the teacher's log-probability above the student's. What needs a teacher is left out where there is
-    none. The first step is always measured. Training does not change.
+    none. The first step is always measured; a step on the data's traces (`SFTModule`, some of `MixedOPSDModule`'s) is not,
+    since the student wrote nothing there. Training does not change.
 
     Args:
         every_n_steps: Optimizer steps from one measurement to the next, at least 1. With ``updates_per_batch`` a batch is
@@ -59,8 +61,11 @@ class Health(Callback):
         self.hedges = HEDGES if hedges is None else tuple(hedges)
         self.leaks = LEAKS if leaks is None else tuple(leaks)
         self.grade = grade
-        for phrases in (self.hedges, self.leaks):
-            PhraseRate(phrases)  # a mistake speaks before training
+        for name, phrases in (("hedges", self.hedges), ("leaks", self.leaks)):
+            try:
+                PhraseRate(phrases)
+            except UserError as error:
+                raise UserError(f"Health.{name}: {error}") from None
         self._lengths: list[float] = []  # of the first measurements
         self._pieces: Pieces | None = None
         self._classes: dict[int, str] = {}
@@ -73,9 +78,10 @@ class Health(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module, PolicyModule)
-        # By the step alone, since every rank takes part in the sums.
-        if pl_module.current is not None and due(trainer, pl_module, self.every_n_steps):
-            values = {f"health/{name}": value for name, value in self.measure(pl_module, pl_module.current).items()}
+        # By what is the same on every rank, since all take part in the sums.
+        update = pl_module.current
+        if update is not None and update.rollouts.sampled and due(trainer, pl_module, self.every_n_steps):
+            values = {f"health/{name}": value for name, value in self.measure(pl_module, update).items()}
             pl_module.log_dict(values, batch_size=1)
 
     def measure(self, module: PolicyModule, update: Update) -> dict[str, Tensor | float]:

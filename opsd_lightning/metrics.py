@@ -73,7 +73,7 @@ class AccuracyAtK(Metric):
         ways = torch.tensor([math.comb(k, n) for n in range(k + 1)], dtype=torch.float64)
         chances = ways * (c[:, None] / k) ** c * (1 - c[:, None] / k) ** (k - c)  # [c, c*], of Binomial(k, c / k)
         scores, variances = {f"avg@{k}": right / k}, {f"avg@{k}": c * (k - c) / k**2 / max(k - 1, 1)}
-        for j in sorted({j for j in (1, 2, 4, 8) if j < k} | {k}):
+        for j in pass_sizes(k):
             passed = torch.tensor([_pass_at(j, k, n) for n in range(k + 1)], dtype=torch.float64)
             scores[f"pass@{j}"] = passed[right]
             variances[f"pass@{j}"] = (chances @ passed**2 - (chances @ passed) ** 2) * k / max(k - 1, 1)
@@ -87,6 +87,11 @@ class AccuracyAtK(Metric):
             if k > 1:
                 found[f"{name}_se_samples"] = spread[name].clamp(min=0).sum().sqrt() / len(score)
         return {name: value.float().to(self.device) for name, value in found.items()}
+
+
+def pass_sizes(k: int) -> list[int]:
+    """The j of every pass@j of k completions."""
+    return sorted({j for j in (1, 2, 4, 8) if j < k} | {k})
 
 
 def _pass_at(j: int, k: int, correct: int) -> float:

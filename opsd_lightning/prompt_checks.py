@@ -244,7 +244,11 @@ def thinking_findings(
     student = modes["student"]
     teacher = modes.get("teacher", student)
     if facts["template_thinks"] and student != teacher:
-        ends: dict[str, str] = {"open": "inside a thinking block", "closed": "behind a closed one", "none": "before any"}
+        ends: dict[str, str] = {
+            "open": "inside a thinking block",
+            "closed": "behind a closed thinking block",
+            "none": "before any thinking block",
+        }
         text = f"the student's prompt ends {ends[student]} and the teacher's {ends[teacher]}"
         if student == "closed":
             text += ": the teacher expects <think> where the student answers, and the first token's divergence is huge"

@@ -42,7 +42,13 @@ Please reason step by step, and put your final answer within \\boxed{}."""
 
 
 class PrivilegedContext(ABC):
-    """What the teacher gets to read beside the question."""
+    """What the teacher gets to read beside the question.
+
+    Attributes:
+        needs_traces: Whether it is made of traces: if not, training questions need none.
+    """
+
+    needs_traces: bool = True
 
     @abstractmethod
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
@@ -62,6 +68,8 @@ class TraceContext(PrivilegedContext):
 
 class AnswerContext(PrivilegedContext):
     """The reference answer alone."""
+
+    needs_traces = False
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         return f"The final answer is {examples[index].answer}."
@@ -99,6 +107,8 @@ class OtherProblemContext(PrivilegedContext):
 class NoContext(PrivilegedContext):
     """Nothing: the teacher sees the student's prompt. The null control: a fixed teacher then teaches nothing."""
 
+    needs_traces = False
+
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         return None
 
@@ -129,6 +139,8 @@ class ColumnContext(PrivilegedContext):
     Args:
         column: Its name in the source's rows.
     """
+
+    needs_traces = False
 
     def __init__(self, column: str) -> None:
         self.column = column

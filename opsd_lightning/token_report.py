@@ -221,7 +221,7 @@ def read_tokens(path: str | Path) -> dict[str, Any]:
         ``run`` (model, method, objective) and ``steps``; a step has ``rollouts``, and a rollout the question, prompts, grade
         and, one a token, what was measured, by the objective's names in nats, and each role's ``logprob`` (nats), ``rank``,
         ``top`` (token ids) and ``top_millinats`` (their log-probabilities, in thousandths of a nat). ``pieces`` of a step is
-        the text of every token id.
+        by token id, a string, its text, or a list of text and kind for one that is no text (see `token_text.Piece`).
 
     Raises:
         UserError: The file is no such page.

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from opsd_lightning.evaluation import EvaluatedModule, Evaluator
+from opsd_lightning.evaluation import EvaluatedModule, Evaluator, monitor_problem
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.objectives import Objective, Term, Update
@@ -171,6 +171,11 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def on_fit_start(self) -> None:
         check_head(self.model)
+        validates = "val" in getattr(getattr(self.trainer, "datamodule", None), "rows", {"val": None})
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if (problem := monitor_problem(callback, self.evaluator, validates)) is not None:
+                text, setting, fix = problem
+                raise UserError(f"{text} ({setting}): {fix}")
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])

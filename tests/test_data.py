@@ -18,7 +18,15 @@ from conftest import write_jsonl
 from opsd_lightning.data import EvalLoader, OPSDDataModule, TrainLoader
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import AnswerContext, OtherProblemContext, Prompts
+from opsd_lightning.prompts import (
+    AnswerContext,
+    ColumnContext,
+    HintContext,
+    NoContext,
+    OtherProblemContext,
+    PrivilegedContext,
+    Prompts,
+)
 from opsd_lightning.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource, WordProblems
 from opsd_lightning.types import Example, PromptBatch, UserError
 
@@ -172,6 +180,26 @@ def test_no_usable_row_and_too_few_rows(data: Callable[..., OPSDDataModule]) -> 
 
 
 UNTRACED = Example("3+3?", "", "6")
+
+
+@pytest.mark.parametrize("context", [AnswerContext(), NoContext(), ColumnContext("note")], ids=lambda c: type(c).__name__)
+def test_contexts_that_are_not_made_of_traces_need_none(
+    context: PrivilegedContext, data: Callable[..., OPSDDataModule]
+) -> None:
+    given = {"note": "Add them."}
+    module = data(UNTRACED._replace(columns=given), GOOD._replace(columns=given), context=context)
+    module.setup("fit")
+    assert len(module.rows["train"].examples) == 2 and all(module.rows["train"].teacher)
+    with pytest.raises(UserError, match=r"no usable row of 1.*empty trace"):
+        data(UNTRACED, context=HintContext()).setup("fit")
+
+
+def test_a_context_without_text_is_left_out(data: Callable[..., OPSDDataModule]) -> None:
+    filled, empty = (GOOD._replace(question=q, columns={"note": note}) for q, note in (("a", "Add."), ("b", "")))
+    module = data(filled, empty, context=ColumnContext("note"))
+    module.setup("fit")
+    assert [e.question for e in module.rows["train"].examples] == ["a"]
+    assert module.dropped["train"] == {"data.context gives the teacher an empty text": 1}
 
 
 def test_held_out_questions_need_no_trace(data: Callable[..., OPSDDataModule], caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -28,12 +29,22 @@ from conftest import write_jsonl
 from opsd_lightning.__main__ import entry
 
 CONFIG, QWEN = "configs/quickstart.yaml", "configs/qwen3_1.7b_qlora.yaml"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def _prose(notebook: Path) -> str:
+    cells = json.loads(_text(notebook))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def everywhere(*starts: str, least: int = 3) -> list[str]:
     """Every command of all pages that begins so, once; not those that are only named (``opsd report``) or cut short."""
-    found = dict.fromkeys(command for page in PAGES for command in commands(page.read_text(encoding="utf-8")))
+    found = dict.fromkeys(command for text in (*map(_text, PAGES), *map(_prose, NOTEBOOKS)) for command in commands(text))
     return [c for c in found if c.startswith(starts) and len(c.split()) >= least and not c.endswith((" ...", "--config"))]
 
 
@@ -41,7 +52,7 @@ def snippets(language: str) -> dict[str, str]:
     """Every block of a language, under its page and number."""
     found = {}
     for page in PAGES:
-        for number, block in enumerate(blocks(page.read_text(encoding="utf-8"), {language})):
+        for number, block in enumerate(blocks(_text(page), {language})):
             found[f"{page.stem}-{number}"] = "\n".join(
                 line.removeprefix("  ") if block.startswith("  ") else line for line in block.splitlines()
             )
@@ -127,13 +138,18 @@ def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch
     """A folder as a reader has it: the checkout's files, rows of one's own, parts of one's own, and runs."""
     for name in ("configs", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("quickstart", "a", "b", "grpo", "sft", "mine", "reading", "qlora"):
+    for name in ("quickstart", "a", "b", "grpo", "sft", "reading", "qlora"):
         shutil.copytree(trained(CONFIG), tmp_path / "runs" / name)
+    shutil.copytree(trained(QWEN), tmp_path / "runs" / "mine")  # as docs/start.md makes it
     (tmp_path / "runs" / "models").mkdir()
     (tmp_path / "runs" / "models" / "SmolLM2-135M-Instruct").symlink_to(roomy)
     rows = [{"problem": f"{n}+1?", "solution": rf"\boxed{{{n + 1}}}", "gold": str(n + 1)} for n in range(132)]
     write_jsonl(tmp_path / "questions.jsonl", rows)
     (tmp_path / "my_parts.py").write_text("\n\n".join(PARTS.values()), encoding="utf-8")
+    for notebook in NOTEBOOKS:
+        for source in ("".join(cell["source"]) for cell in json.loads(_text(notebook))["cells"]):
+            if named := re.match(r"%%writefile (\S+\.py)\n", source):
+                (tmp_path / named[1]).write_text(source.partition("\n")[2], encoding="utf-8")
     for block in YAML.values():
         if named := re.match(r"# (\S+\.yaml)\n", block):
             (tmp_path / named[1]).write_text(block, encoding="utf-8")
@@ -160,15 +176,20 @@ def test_command(
         line = re.sub(rf"(?<![\w/]){re.escape(placeholder)}(?![\w/])", meant, line)
     line, _, target = line.partition(" > ")
     words = shlex.split(line)[1 if line.startswith("opsd") else 2 :]
-    trains = words[0] != "report" and not any("help" in word or word == "--print_config" for word in words)
-    if "--trainer.max_steps" not in command and trains:
+    trains = not any("help" in word or word == "--print_config" for word in words)
+    if trains and words[0] != "report":
         words += small(line)
         if "ckpt_path" in line and words[0] == "fit":
             words.append("--trainer.max_steps=2")
-    printed = io.StringIO()
+    printed, before = io.StringIO(), set(desk.rglob("*"))
     with redirect_stdout(printed):
         opsd(*words)
-    assert printed.getvalue() or list(desk.glob("runs/**/*"))
+    made = {path.name for path in set(desk.rglob("*")) - before}
+    left = {"fit": ".ckpt", "test": "test.jsonl", "predict": "predict.jsonl", "report": ".html"}
+    if trains and words[0] in left:
+        assert any(name.endswith(left[words[0]]) for name in made), made
+    else:
+        assert len(printed.getvalue()) > 100
     if target:
         (desk / target).write_text(printed.getvalue(), encoding="utf-8")
         opsd("fit", "--config", target, *small(target), "--trainer.default_root_dir=printed")
@@ -234,9 +255,15 @@ def test_metrics_are_logged(trained: Callable[[str], Path]) -> None:
     (log,) = trained(CONFIG).rglob("metrics.csv")
     logged = set(log.read_text(encoding="utf-8").splitlines()[0].split(","))
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "opsd_lightning").glob("*.py"))
-    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    pages = "".join(map(_text, PAGES))
     named = set(re.findall(r"`((?:train|val|health|time)/[\w@]+)`", pages))
     assert len(named) > 20
     logged |= {"val/avg1", "health/forward_kl_style_over_math"}  # MLflow's name; a character is no word of style
-    others = {name for name in named if any(f'"{each}"' in source for each in (name, name.partition("/")[2]))}
-    assert named - logged - others == set()
+    # Of other methods, of callbacks that were not there, and of evaluations by other names.
+    logged |= {
+        "train/" + name for name in ("context_missing_fraction", "importance_ratio", "update_ratio", "clipped_fraction")
+    }
+    logged |= {"train/rollout_logprob_difference", "val/avg@k"}
+    # Of completions that ended and of correct ones, of which there may be none: test_health.py has them.
+    logged |= {"health/terminated_tokens", "health/teacher_gap_correct"}
+    assert named - logged == set() and all(f'"{name.partition("/")[2]}' in source for name in named if "ratio" in name)

@@ -347,7 +347,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "one thinks": (
         lambda p: [STUDENT + OFF],
         [
-            r"warning thinking: the student's prompt ends behind a closed one and the teacher's before any: .*"
+            r"warning thinking: the student's prompt ends behind a closed thinking block and the teacher's before any thinking block: .*"
             r"\[data\.prompts\.teacher_chat_template_kwargs\] .*teacher_response_prefix.*skip_first_tokens"
         ],
     ),

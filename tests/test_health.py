@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from test_distributed import ddp, on_ranks
 from test_training import Recorder, adapters, parts, trainer
 
@@ -24,6 +24,7 @@ from opsd_lightning.health import (
     token_class,
 )
 from opsd_lightning.health_log import Health
+from opsd_lightning.off_policy import MixedOPSDModule
 from opsd_lightning.policy import Policy
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.sft import SFTModule
@@ -62,6 +63,10 @@ def test_divergence_by_position() -> None:
         (Piece(" apples"), "word"),
         (Piece(" -ly"), "word"),
         (Piece(".\n"), "mark"),
+        (Piece(" **"), "mark"),
+        (Piece("**Step"), "word"),
+        (Piece(" **5"), "math"),
+        (Piece(" *"), "math"),
         (Piece("  "), "mark"),
         (Piece("<|im_end|>", "special"), "special"),
         (Piece("", "bytes", b"\xe2\x9c"), "word"),
@@ -184,7 +189,8 @@ def test_methods_without_a_teacher(method: str, make_policy: Callable[..., Polic
     seen = Seen()
     trainer(tmp_path, Health(every_n_steps=1), seen, max_steps=2).fit(module, data)
     last = seen.values[max(seen.values)]
-    assert "health/accuracy" in last and not any("forward_kl" in name or "gap" in name for name in last)
+    assert not any("forward_kl" in name or "gap" in name for name in last)
+    assert ("health/accuracy" in last) == (method == "grpo")  # the data's traces say nothing of the student
 
 
 def test_a_resumed_run_compares_with_its_own_start(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -223,7 +229,24 @@ def test_two_ranks_log_the_values_of_all_completions(make_policy: Callable[..., 
     assert ranks[0]["fed"][0][0].tolist() != ranks[1]["fed"][0][0].tolist()
 
 
-@pytest.mark.parametrize("settings", [{"hedges": []}, {"leaks": ["  "]}])
-def test_mistakes(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="the phrases to count"):
+def test_steps_on_traces_are_not_the_students(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = make_policy()
+    _, data = parts(policy)
+    settings: dict[str, Any] = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.0), "sampling": Sampling(max_new_tokens=8)}
+    module = MixedOPSDModule(policy, trace_share=0.5, **settings)
+    sampled: list[bool] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            sampled.append(outputs["rollouts"].sampled)
+
+    health, seen = Health(every_n_steps=1, window=100), Seen()
+    trainer(tmp_path, health, seen, Watch(), max_steps=8).fit(module, data)
+    assert 0 < sum(sampled) < 8 and len(health.state_dict()["lengths"]) == sum(sampled)
+    assert all(values.get("health/trace_overlap", 0.0) < 1 for values in seen.values.values())
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"hedges": []}, "hedges"), ({"leaks": ["  "]}, "leaks")])
+def test_mistakes(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match=f"Health.{name}: the phrases to count"):
         Health(**settings)
