@@ -259,6 +259,14 @@ MISTAKES: dict[str, Mistake] = {
     "adapter and other settings": (
         lambda p, f: [f"--model.policy.adapter={foreign_adapter(p, f)}"], r"brings r = 2 and alpha = 2; model\.policy\.lora says 4",
     ),
+    "monitor of another k": (
+        lambda p, f: ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/avg@4"],
+        r"ModelCheckpoint monitors val/avg@4, and validation samples 1 .* \(model\.eval_sampling\.n\): set it to 4, or",
+    ),
+    "monitor of a teacher that is not graded": (
+        lambda p, f: ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/teacher_avg@1"],
+        r"the teacher is not graded \(model\.evaluate_teacher\): set it to true",
+    ),
     "missing adapter": (lambda p, f: ["--model.policy.adapter=./nowhere"], "is not a LoRA adapter's folder or id"),
     "no chat template": (lambda p, f: [f"--model.policy.model={folder(p, chat_template=None)}"], "has no chat template"),
     "no pad token": (lambda p, f: [f"--model.policy.model={folder(p, pad_token=None)}"], r"set model\.policy\.pad_token"),

@@ -163,6 +163,21 @@ def test_settings_exist(page: Path) -> None:
     assert [name for name in sorted(named(page)) if not is_setting(name)] == []
 
 
+#: Where a class that a page names may be, if it is none of the package's public ones.
+ELSEWHERE = ("lightning.pytorch", "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies",
+             "lightning.pytorch.plugins", "transformers", "peft", "trl", "trl.experimental.sdft", "torch.optim",
+             "torch.optim.lr_scheduler", "bitsandbytes.optim", "opsd_lightning.training", "opsd_lightning.prompts")  # fmt: skip
+
+
+@pages
+def test_classes_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    names = set(re.findall(r"`(?:[a-z_.]+: )?([A-Z][a-z]+(?:[A-Z]+[a-z]*)+)(?:\([^`]*\))?`", text))
+    assert page.stem != "choosing" or len(names) > 15  # they are found
+    unknown = {name for name in names if not hasattr(opsd_lightning, name)}
+    assert {name for name in unknown if not any(hasattr(importlib.import_module(m), name) for m in ELSEWHERE)} == set()
+
+
 @pytest.mark.parametrize(
     "name", ["model.nothing", "model.teacher.init_args.nothing", "data.context.init_args.decay", "trainer.x"]
 )

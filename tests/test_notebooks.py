@@ -160,7 +160,12 @@ def reading(names: dict[str, Any], printed: str, folder: Path) -> None:
     for point in names["run"].train:
         shown = [token.kl for token in names["tokens"] if token.step == point.step]
         assert sum(shown) / len(shown) == pytest.approx(point.values["train/forward_kl"], rel=2e-3)
-    assert len(names["verdicts"]) == 4 and len(names["figure"].axes) == 6
+    assert (
+        len(names["verdicts"]) == 6
+        and len(names["health"]) == 3
+        and "trace_overlap" in printed
+        and len(names["figure"].axes) == 6
+    )
     assert all(len(axis.lines[0].get_xdata()) == 3 for axis in names["figure"].axes)
 
 
