@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
     "objective": "--vocabulary 300 --hidden 16 --tokens 50 --divergences all",
     "scoring": "--model {llama} --rows 6 --prompt 4 --shortest 2 --longest 9 --token-budget 40 --teacher-prompt 20 --completion 5",
-    "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12 --continuous",
+    "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12",
     "scaling": "--model {llama} --tokens 8",
     "memory": "--models Qwen3-1.7B --lengths 1024 2048",
     "clip_inversion": "--made-up --positions 50 --vocabulary 100 --taus 0.05",
@@ -66,10 +66,16 @@ def test_scoring(run: Any) -> None:
 
 
 def test_rollout(run: Any) -> None:
-    *engines, greedy, plain, continuous = rows(run("rollout"))
+    *engines, greedy = rows(run("rollout"))
     assert [row["engine"].strip() for row in engines] == ["plain generate", "TransformersEngine", "adapter not merged"]
-    assert (plain["engine"], continuous["engine"]) == ("TransformersEngine", "ContinuousBatchingEngine")
     assert greedy == {"greedy completions equal to plain generate's": "6 of 6"}
+
+
+@pytest.mark.slow  # continuous batching takes long to start on a CPU; test_rollouts.py runs it
+def test_rollout_with_continuous_batching(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SMALL, "rollout", SMALL["rollout"] + " --continuous")
+    *_, plain, continuous = rows(run("rollout"))
+    assert (plain["engine"], continuous["engine"]) == ("TransformersEngine", "ContinuousBatchingEngine")
 
 
 def test_scaling(run: Any) -> None:
