@@ -143,6 +143,7 @@ class CollapseGuard(Callback):
         self.stopped = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stopped = False  # of an earlier part of the run
         if not trainer.global_step:
             self._begin()
 

@@ -153,7 +153,7 @@ def _from_log(path: Path, folder: Path) -> Run:
     run = Run(folder, folder.name, config=_config(path.parent / "config.yaml"))
     updates = int(run.settings.get("model.updates_per_batch") or 1)  # the log counts batches
     last = int(run.settings.get("trainer.max_steps") or -1)
-    baseline = not run.config or "BaselineEvaluation" in json.dumps(run.config, default=str)
+    baseline = not run.config or "BaselineEvaluation" in str(run.config)
     tokens = 0.0
     for row in _rows(path):
         step = (int(row["step"]) + 1) * updates

@@ -170,12 +170,12 @@ class PolicyModule(EvaluatedModule, ABC):
             self._trainer.strategy.shard(self.model)
 
     def on_fit_start(self) -> None:
-        check_head(self.model)
         validates = "val" in getattr(getattr(self.trainer, "datamodule", None), "rows", {"val": None})
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if (problem := monitor_problem(callback, self.evaluator, validates)) is not None:
                 text, setting, fix = problem
                 raise UserError(f"{text} ({setting}): {fix}")
+        check_head(self.model)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])

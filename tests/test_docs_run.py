@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from test_configs import parsed
 from test_docs import PAGES, ROOT, blocks, commands
 
 from conftest import write_jsonl
@@ -208,7 +209,15 @@ def test_parts_of_ones_own_stand_alone(name: str) -> None:
     exec(compile(PARTS[name], "my_parts.py", "exec"), names)
 
 
-@pytest.mark.parametrize("name", [name for name, block in YAML.items() if "VLLM" not in block])  # those: test_vllm.py
+@pytest.mark.parametrize("name", [name for name, block in YAML.items() if "VLLM" in block])
+def test_yaml_of_servers(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is parsed: a step of its own needs vLLM (test_vllm.py)."""
+    (desk / "snippet.yaml").write_text(YAML[name], encoding="utf-8")
+    config = parsed(["fit", f"--config={CONFIG}", "--config=snippet.yaml"], monkeypatch)
+    assert "VLLM" in config["model"]["rollouts"]["class_path"]
+
+
+@pytest.mark.parametrize("name", [name for name, block in YAML.items() if "VLLM" not in block])
 def test_yaml(name: str, desk: Path, small: Callable[[str], list[str]]) -> None:
     """Laid over the quick start, it trains a step."""
     (desk / "snippet.yaml").write_text(YAML[name], encoding="utf-8")

@@ -104,6 +104,15 @@ def test_another_run_begins_anew(make_policy: Callable[..., Policy], tmp_path: P
         assert len(said) == 1 and guard.said == said
 
 
+def test_a_run_that_goes_on_after_a_stop_is_not_stopped(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """What was said stays, and is not said again."""
+    guard = CollapseGuard("stop", [Drift("train/forward_kl", highest=1.05)], window=2)
+    steps, said = run(make_policy(), tmp_path, guard, lr=5.0)
+    assert guard.stopped and len(said) == 1
+    after, more = run(make_policy(), tmp_path, guard, lr=5.0, steps=steps + 2, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert after == steps + 2 and not guard.stopped and more == [] and guard.said == said
+
+
 def test_a_run_that_stays_is_left_alone(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     assert run(
         make_policy(), tmp_path, CollapseGuard("stop", [Drift("train/student_entropy", 0.5, 2.0)], window=3), lr=0.0
