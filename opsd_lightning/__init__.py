@@ -90,7 +90,7 @@ _ROOMS = {
     "token_report": ["TokenReport", "read_tokens"],
     "training": ["PolicyModule"],
     "vllm_rollouts": ["VLLMEngine", "VLLMServerEngine"],
-    "types": ["Example", "PromptBatch", "Rollouts", "TokenStates", "UserError"],
+    "types": ["ConfigError", "Example", "PromptBatch", "Rollouts", "TokenStates", "UserError"],
 }
 _WHERE = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = ["__version__", *_WHERE]

@@ -99,3 +99,24 @@ class TokenStates(NamedTuple):
 
 class UserError(ValueError):
     """A user's mistake: the message names the problem, the setting and the remedy, and needs no traceback."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot work, refused before training with one message: ``setting: problem. Fix.``
+
+    Args:
+        problem: What is wrong, with its values, as a clause without a final period.
+        setting: Name of the setting as the command line takes it, such as ``trainer.precision``.
+        fix: What to do, as an imperative sentence without a final period.
+
+    Example::
+
+        raise ConfigError("bf16-true rounds LoRA weights to bfloat16", "trainer.precision", "Set it to bf16-mixed")
+    """
+
+    def __init__(self, problem: str, setting: str, fix: str) -> None:
+        super().__init__(problem, setting, fix)
+        self.problem, self.setting, self.fix = problem, setting, fix
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.problem}. {self.fix}"

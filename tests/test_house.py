@@ -88,11 +88,6 @@ def test_public_names_exist_and_are_documented() -> None:
         assert name == "__version__" or (part.__doc__ and not part.__doc__.startswith(f"{name}(")), name
 
 
-def test_files_stay_small() -> None:
-    for path in ROOMS.values():
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
-
-
 def test_safe_by_default() -> None:
     for path in ROOMS.values():
         text = path.read_text(encoding="utf-8")
@@ -100,7 +95,7 @@ def test_safe_by_default() -> None:
 
 
 def test_the_docs_name_tests_that_exist() -> None:
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         for name in re.findall(r"\b(test_\w+)(?:\[[^\]]*\])?`", path.read_text(encoding="utf-8")):
-            assert f"def {name}(" in tests or (ROOT / "tests" / f"{name}.py").exists(), (path, name)
+            assert f"def {name}(" in tests or any((ROOT / "tests").rglob(f"{name}.py")), (path, name)
