@@ -28,6 +28,7 @@ import opsd_lightning.teachers
 import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
+from opsd_lightning.cli_parser import Parser, remembering
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.run_report import RunReport
 from opsd_lightning.strategies import refusal
@@ -50,7 +51,8 @@ class OPSDCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.arguments = [str(argument) for argument in args] if isinstance(args, list) else sys.argv[1:]
-        super().parse_arguments(parser, args)
+        with remembering(args if isinstance(args, list) else None):
+            super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Concrete defaults, so that an overlay may change one setting of a part without naming its class again, and a
@@ -140,6 +142,7 @@ def cli_settings() -> dict[str, Any]:
         "auto_configure_optimizers": False,
         "subclass_mode_model": True,
         "save_config_kwargs": {"overwrite": True},
+        "parser_class": Parser,
         "parser_kwargs": {"version": opsd_lightning.__version__},
     }
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"objectives", "sources", "record", "curves"},
     {"policy", "report"},
     {"tensor_parallel"},
-    {"scoring", "inference", "strategies", "vllm_servers", "loggers"},
+    {"scoring", "inference", "strategies", "vllm_servers", "loggers", "cli_parser"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
     {"serving", "contexts", "anchors"},
     {"vllm_rollouts"},

@@ -1,0 +1,83 @@
+"""Values of the command line below a class reach it as they were typed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.main import OPSDCLI, cli_settings
+from opsd_lightning.training import PolicyModule
+
+BASE = ["fit", "--model.policy.model", "x", "--data.train", "FileSource", "--data.train.init_args.path", "d.jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def without_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning warns where the process has arguments of its own."""
+    monkeypatch.setattr("sys.argv", ["opsd"])
+
+
+class ParseOnly(OPSDCLI):
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def parsed(*arguments: str) -> Any:
+    return ParseOnly(PolicyModule, OPSDDataModule, args=[*BASE, *arguments], **cli_settings()).config.fit
+
+
+def at(config: Any, path: str) -> Any:
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+POLICY = "model.init_args.policy"
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "path", "value"),
+    [
+        ("model.policy.lora", "null", f"{POLICY}.lora", None),
+        ("model.policy.attn_implementation", "null", f"{POLICY}.attn_implementation", None),
+        ("model.init_args.policy.adapter", "null", f"{POLICY}.adapter", None),
+        ("model.teacher", "null", "model.init_args.teacher", None),
+        ("model.objective.init_args.position_weight", "null", "model.init_args.objective.init_args.position_weight", None),
+        ("data.train.init_args.columns.trace", "null", "data.train.init_args.columns.trace", None),
+        ("data.prompts.max_trace_tokens", "null", "data.prompts.max_trace_tokens", None),
+        ("model.policy.revision", "None", f"{POLICY}.revision", "None"),
+        ("model.policy.revision", "007", f"{POLICY}.revision", "007"),
+        ("model.policy.revision", "1234e56", f"{POLICY}.revision", "1234e56"),
+        ("model.policy.pad_token", "no", f"{POLICY}.pad_token", "no"),
+        ("data.train.init_args.path", "0x10", "data.train.init_args.path", "0x10"),
+        ("data.train.init_args.columns.answer", "12:30", "data.train.init_args.columns.answer", "12:30"),
+        ("model.policy.lora.r", "8", f"{POLICY}.lora.r", 8),
+        ("model.policy.lora.dropout", "1e-2", f"{POLICY}.lora.dropout", 0.01),
+        ("model.policy.trust_remote_code", "true", f"{POLICY}.trust_remote_code", True),
+        ("model.policy.lora.options", "{a: null, b: true}", f"{POLICY}.lora.options", {"a": None, "b": True}),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_value_below_a_class(option: str, text: str, path: str, value: object, joined: bool) -> None:
+    found = at(parsed(*([f"--{option}={text}"] if joined else [f"--{option}", text])), path)
+    assert found == value and isinstance(found, type(value))
+
+
+def test_values_of_the_same_name_do_not_mix() -> None:
+    found = parsed(
+        "--data.train.init_args.path=7", "--data.val=FileSource", "--data.val.init_args.path=007",
+        "--model.policy.revision=null", "--data.test=HubSource", "--data.test.init_args.path=x",
+        "--data.test.init_args.revision=None",
+    )  # fmt: skip
+    assert (at(found, "data.train.init_args.path"), at(found, "data.val.init_args.path")) == ("7", "007")
+    assert at(found, f"{POLICY}.revision") is None
+
+
+def test_null_in_a_list_of_classes() -> None:
+    found = parsed("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=null")
+    assert found.trainer.callbacks[0].init_args.monitor is None
