@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +18,7 @@ from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import PrivilegedContext, Prompt, Prompts, TraceContext
 from opsd_lightning.sources import ExampleSource
 from opsd_lightning.strategies import replica
-from opsd_lightning.types import Example, PromptBatch, UserError
+from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
 
 
 class OPSDDataModule(LightningDataModule):
@@ -88,7 +89,8 @@ class OPSDDataModule(LightningDataModule):
         """
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
-            raise UserError(f"data.{splits[-1]} is not set, and `{stage}` needs it: give it a source, such as HubSource")
+            problem = f"it is not set, and `{TrainerFn(stage).value}` needs it"  # Lightning passes a TrainerFn
+            raise ConfigError(problem, f"data.{splits[-1]}", "Give it a source, such as HubSource")
         splits = [split for split in splits if self.sources[split] is not None and not self._ready(split)]
         if not splits:
             return

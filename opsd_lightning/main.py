@@ -30,10 +30,11 @@ import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.cli_parser import Parser, remembering
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.run_checks import check_folders, check_last, open_loggers
 from opsd_lightning.run_report import RunReport
-from opsd_lightning.strategies import refusal
+from opsd_lightning.strategies import check_name, refusal
 from opsd_lightning.training import PolicyModule
-from opsd_lightning.types import UserError
+from opsd_lightning.types import ConfigError, UserError
 
 # Settings of the Trainer that Lightning refuses under manual optimization, and what takes their place here.
 _NOT_THE_TRAINERS: dict[str, tuple[Any, str]] = {
@@ -51,8 +52,11 @@ class OPSDCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.arguments = [str(argument) for argument in args] if isinstance(args, list) else sys.argv[1:]
-        with remembering(args if isinstance(args, list) else None):
-            super().parse_arguments(parser, args)
+        try:
+            with remembering(args if isinstance(args, list) else None):
+                super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the file is not UTF-8 ({error})", "config", "Save it as UTF-8") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Concrete defaults, so that an overlay may change one setting of a part without naming its class again, and a
@@ -106,6 +110,8 @@ class OPSDCLI(LightningCLI):
                 f"ckpt_path: {path} is a folder of shards, which only trainer.strategy fsdp2 reads (on one device or "
                 "many). A single file (save_distributed_checkpoint: false) is read by every strategy"
             )
+        if isinstance(trainer.strategy, str):
+            check_name(trainer.strategy)
         if isinstance(strategy, str) and (reason := refusal(strategy)) is not None:
             raise UserError(reason)
         for name, (default, instead) in _NOT_THE_TRAINERS.items():
@@ -118,8 +124,25 @@ class OPSDCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunReport):
                     callback.arguments = self.arguments
-        except (ValueError, TypeError) as error:  # a part's own check of its settings
+        except (ValueError, TypeError, ImportError) as error:  # a part's own check of its settings
             raise UserError(str(_reason(error))) from error
+
+    def before_fit(self) -> None:
+        check_folders(self.trainer)
+        open_loggers(self.trainer)
+
+    def before_validate(self) -> None:
+        self._before_evaluation()
+
+    def before_test(self) -> None:
+        self._before_evaluation()
+
+    def before_predict(self) -> None:
+        self._before_evaluation()
+
+    def _before_evaluation(self) -> None:
+        check_last(self.trainer, self.config[self.subcommand].get("ckpt_path"))
+        self.before_fit()
 
 
 def _reason(error: BaseException) -> BaseException:

@@ -7,6 +7,7 @@ of this pass through its hooks. FSDP1 and DeepSpeed do not (see `check_strategy`
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opsd_lightning.policy import base_of, is_adapter_key
 from opsd_lightning.tensor_parallel import plan_of, split
-from opsd_lightning.types import UserError
+from opsd_lightning.types import ConfigError, UserError
 
 _META = "meta.pt"  # beside the shards of a sharded checkpoint, as in Lightning
 
@@ -250,8 +251,21 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: base and adapters sharded over all devices")
 
 
+def check_name(strategy: str) -> None:
+    """Refuse a name that no strategy has.
+
+    Raises:
+        ConfigError: With the nearest names that are supported.
+    """
+    names = StrategyRegistry.available_strategies()
+    if strategy not in ("auto", *names):
+        supported = ["auto", *(name for name in names if refusal(name) is None)]
+        near = difflib.get_close_matches(strategy, supported, n=3) or ["ddp", "fsdp2"]
+        raise ConfigError(f"there is no strategy {strategy}", "trainer.strategy", f"Choose {' or '.join(near)}")
+
+
 def refusal(strategy: str) -> str | None:
-    """Why a strategy, by its name in ``trainer.strategy`` or its class, is not supported; None where it is."""
+    """The reason why a strategy, by its registered name or its class, is not supported; None where it is."""
     name = strategy.rpartition(".")[2].lower()
     if name.startswith(("fsdp2", "ddp", "single", "auto")):
         return None

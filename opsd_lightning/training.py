@@ -24,6 +24,7 @@ from opsd_lightning.evaluation import EvaluatedModule, Evaluator, monitor_proble
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.objectives import Objective, Term, Update
+from opsd_lightning.optimization import make_optimizer, make_scheduler
 from opsd_lightning.policy import Policy, is_adapter_key
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
 from opsd_lightning.scoring import check_head, score, split_rows
@@ -178,7 +179,7 @@ class PolicyModule(EvaluatedModule, ABC):
         check_head(self.model)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        optimizer = make_optimizer(self.make_optimizer, [p for p in self.model.parameters() if p.requires_grad])
         if isinstance(self.trainer.strategy, FSDP2Strategy) and type(optimizer).__module__.startswith("bitsandbytes"):
             raise UserError(
                 f"model.optimizer is bitsandbytes' {type(optimizer).__name__}, which cannot update weights that "
@@ -186,15 +187,7 @@ class PolicyModule(EvaluatedModule, ABC):
             )
         if self.make_scheduler is None:
             return optimizer
-        scheduler = self.make_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise UserError("model.lr_scheduler: ReduceLROnPlateau needs a metric, and a step here has none: choose another")
-        last, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
-        if last is not None and not 0 <= steps <= last:
-            raise UserError(
-                f"model.lr_scheduler ends after total_steps = {last}, before trainer.max_steps = "
-                f"{steps if steps >= 0 else 'unlimited'}: make them equal"
-            )
+        scheduler = make_scheduler(self.make_scheduler, optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
