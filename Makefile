@@ -1,7 +1,9 @@
 # Everything a newcomer types. Each target makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
-VLLM_VENV ?= .venv-vllm
+# vLLM cannot live in a folder whose name has a space.
+NOTHING :=
+VLLM_VENV ?= $(if $(findstring $(NOTHING) ,$(CURDIR)),$(HOME)/.cache/opsd-lightning/venv-vllm,.venv-vllm)
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
@@ -20,7 +22,7 @@ docs: $(VENV)/.dev ## The documentation site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 
 test-vllm: $(VENV)/.dev $(VLLM_VENV)/.vllm ## The tests against vLLM itself, on a CPU, with an environment of its own
-	OPSD_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm $(ARGS)
+	OPSD_VLLM_PYTHON="$$(cd $(VLLM_VENV) && pwd)/bin/python" HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm $(ARGS)
 
 check: $(VENV)/.dev ## Lint, format and types
 	$(BIN)/ruff check .

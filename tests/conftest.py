@@ -8,8 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
+import itertools
 import json
 import logging
+import socket
 import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -176,6 +178,22 @@ def perturb(model: PeftModel, scale: float = 0.1, seed: int = 1) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+_ports = itertools.count()
+
+
+def free_port() -> int:
+    """A port of this machine that no other test asks for and that the system gives to no outgoing connection."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 20000 + 1000 * (worker % 10) + (os.getpid() + next(_ports)) % 1000
+        with socket.socket() as found:
+            try:
+                found.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> Path:

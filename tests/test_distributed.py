@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -26,7 +25,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig
 
-from conftest import EOS
+from conftest import EOS, free_port
 from opsd_lightning.anchors import Anchor
 from opsd_lightning.callbacks import AdapterExport, RolloutWriter
 from opsd_lightning.contexts import FeedbackContext
@@ -62,12 +61,6 @@ STRATEGIES = {"ddp": ddp, "fsdp2": fsdp2}
 both = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def _worker(rank: int, work: Callable[[int], Any], world: int, port: int, folder: Path) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
@@ -90,7 +83,7 @@ def on_ranks(work: Callable[[int], Any], tmp_path: Path, world: int = 2) -> list
     """What ``work(rank)`` returns on each of some processes, forked from this one: imports cost nothing again."""
     folder = Path(tempfile.mkdtemp(prefix="ranks", dir=tmp_path))
     context = torch.multiprocessing.start_processes(
-        _worker, (work, world, _free_port(), folder), nprocs=world, join=False, start_method="fork"
+        _worker, (work, world, free_port(), folder), nprocs=world, join=False, start_method="fork"
     )
     deadline = time.monotonic() + DEADLOCK_SECONDS
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import write_jsonl
+from conftest import free_port, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,14 +52,8 @@ def rows(tmp_path: Path) -> Path:
     )
 
 
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 def test_torchrun_on_two_nodes(folders: dict[str, str], tmp_path: Path, rows: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     nodes(
         ["bash", "configs/launch/torchrun.sh", *arguments(folders["llama"], tmp_path, rows), "--trainer.strategy=fsdp2"],
         [{"NNODES": "2", "NODE_RANK": str(rank), "GPUS": "1", "MASTER_PORT": port} for rank in range(2)],
@@ -72,13 +66,13 @@ def test_torchrun_on_two_nodes(folders: dict[str, str], tmp_path: Path, rows: Pa
 def test_slurm_on_two_nodes(folders: dict[str, str], tmp_path: Path, rows: Path) -> None:
     """As srun sets its tasks' environment; the batch file's own command line, without srun."""
     line = (ROOT / "configs" / "launch" / "slurm.sbatch").read_text().splitlines()[-1].removeprefix("srun ")
-    port = free_port()
+    port = str(free_port())
     slurm = {
         "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2",
         "SLURM_JOB_NAME": "opsd", "SLURM_JOB_ID": "7", "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
-    command = ["bash", "-c", line.replace("opsd fit", f"{sys.executable} cli.py fit"), "slurm"]
+    command = ["bash", "-c", line.replace("opsd fit", f"{shlex.quote(sys.executable)} cli.py fit"), "slurm"]
     nodes(
         [*command, *arguments(folders["llama"], tmp_path, rows), "--trainer.strategy=ddp"],
         [slurm | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)],

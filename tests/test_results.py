@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from test_distributed import ddp, on_ranks, parts
 
@@ -32,6 +33,8 @@ class Counting(TransformersEngine):
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         self._calls += 1
         if self._calls == self._stop_at:
+            if dist.is_initialized():
+                dist.barrier()  # the first rank to end ends the others: each reaches its own stop before
             raise RuntimeError("power cut")
         return super().generate(model, prompts, sampling, seed)
 
