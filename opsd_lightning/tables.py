@@ -45,6 +45,8 @@ class Table(NamedTuple):
             problem = f"{split!r} is no slice of a file's rows ({first_line(error)})"
             raise ConfigError(problem, "split", "Write train for all rows, or such as train[:90%] or train[100:]") from None
         indices = [index for each in slices for index in range(each.from_, each.to)]
+        if self.rows and not indices:
+            raise ConfigError(f"{split!r} holds none of the {len(self.rows)} rows", "split", "Widen it")
         return Table([self.rows[index] for index in indices], [self.places[index] for index in indices])
 
 
@@ -76,8 +78,9 @@ def typed_rows(dataset: Any) -> list[dict[str, Any]]:
     for row in dataset.with_format(None):
         for name, names in labels.items():
             row[name] = names[row[name]] if row[name] is not None and row[name] >= 0 else None
-        for name, of_its_type in narrow.items():
-            row[name] = None if row[name] is None else Written(str(of_its_type(row[name])))
+        for name, narrowed in narrow.items():
+            if row[name] is not None and not (row[name].is_integer() and abs(row[name]) < 2**24):
+                row[name] = float(str(narrowed(row[name])))  # 0.1, not 0.10000000149011612
         rows.append(row)
     return rows
 
