@@ -227,7 +227,7 @@ MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
     "latin-1 in json": ("jsonl", (GOOD + '{"ask": "\xe9"}').encode("latin-1"), "line 2"),
     "utf-16": ("jsonl", GOOD.encode("utf-16"), "line 1"),
     "cut inside a character": ("jsonl", GOOD.encode() + '{"ask": "é'.encode()[:-1], "line 2"),
-    "a list that does not end": ("json", json.dumps([row(), row()], indent=1)[:-1], "line 11"),
+    "a list that does not end": ("json", json.dumps([row(), row()], indent=1)[:-2], "line 11"),
     "a list with something else": ("json", json.dumps([row(), ["1?"]]), "row 2 of 2"),
     "an object over several lines": ("json", json.dumps({"data": [row()]}, indent=1), "line 2"),
 }
