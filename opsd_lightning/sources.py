@@ -30,7 +30,7 @@ class ExampleSource(ABC):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the data holds what.
+    """Which column of the data holds what: text, numbers, dates or truth values, but no lists or objects.
 
     Args:
         question: The problem.
@@ -80,11 +80,15 @@ def _text(value: Any, holder: str, setting: str) -> str:
     try:
         return (text_of(value) or "").strip()
     except NotTextError as error:
-        raise ConfigError(f"{holder} holds {error}", setting, "Give one that holds text or numbers") from None
+        raise ConfigError(f"{holder} holds {error}", setting, "Name one that holds text or numbers") from None
 
 
 class HubSource(ExampleSource):
     """A Hugging Face dataset, by id or as a folder that ``Dataset.save_to_disk`` wrote.
+
+    Numbers, dates and truth values are written as text, class labels as their names. CSV and JSON files on the hub get
+    their types from ``datasets``, which reads ``007`` as 7 and ``NA`` as null: where that matters, download them and take
+    `FileSource`.
 
     Args:
         path: The dataset's id, or the folder.
@@ -146,7 +150,7 @@ class FileSource(ExampleSource):
     """A JSON Lines, JSON, Parquet or CSV file, told apart by its ending.
 
     The file is read anew each time. Values keep the text that they are written as: numbers their digits, cells of CSV
-    everything (``007``, ``NA``). Text is UTF-8; JSON is a list of objects, or one object a line. A malformed row, and a
+    everything (``007``, ``NA``). Text is UTF-8; JSON is a list of objects, or one object per line. A malformed row, and a
     list or an object in one of the columns, is refused with its line.
 
     Args:

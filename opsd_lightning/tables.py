@@ -145,7 +145,7 @@ def _csv_table(path: Path, file: TextIO) -> Table:
 
 
 def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str]]]:
-    """All records, each with the line at which it begins."""
+    """Yield all records, each with the line at which it begins."""
     reader = csv.reader(file, strict=True)
     line = 1
     while True:
@@ -183,7 +183,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse
 
 
 def _read_json(path: Path) -> Table:
-    """One object a line, or one list of objects."""
+    """Read one object per line, or one list of objects."""
     table = Table([], [])
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -202,7 +202,7 @@ def _read_json(path: Path) -> Table:
 
 
 def _decode(path: Path, text: str, line: int) -> Any:
-    fix = "Write one whole object a line, or the file as one list of objects"
+    fix = "Write one whole object per line, or the file as one list of objects"
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:

@@ -17,12 +17,12 @@ class NotTextError(ValueError):
 class Written(float):
     """A number that keeps the digits it was written with: ``str(Written("0.10"))`` is ``0.10``."""
 
+    text: str
+
     def __new__(cls, text: str) -> Written:
         number = super().__new__(cls, text)
         number.text = text
         return number
-
-    text: str
 
     def __str__(self) -> str:
         return self.text
