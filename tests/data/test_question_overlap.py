@@ -12,7 +12,7 @@ from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.data_checks import data_facts, overlap_findings
 from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import Prompts
-from opsd_lightning.sources import ExampleSource
+from opsd_lightning.sources import ExampleSource, FileSource
 from opsd_lightning.types import Example
 
 TEXT = "\u00c5sa has 2 pens,\nand  gets 3.\tHow many?"
@@ -71,3 +71,5 @@ def test_the_doctor_counts_alike(prepared: Callable[..., OPSDDataModule]) -> Non
     data = prepared(["another one?"], val=Asked(*asked), test=Asked(TEXT))
     (finding,) = overlap_findings(data)
     assert finding.text.startswith(f"{len(SAME)} of {len(asked)} ")
+    data.sources["test"] = FileSource("nowhere.jsonl")
+    assert list(overlap_findings(data)) == []
