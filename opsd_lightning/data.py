@@ -18,6 +18,7 @@ from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import PrivilegedContext, Prompt, Prompts, TraceContext
 from opsd_lightning.sources import ExampleSource
 from opsd_lightning.strategies import replica
+from opsd_lightning.texts import folded
 from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
 
 
@@ -26,8 +27,8 @@ class OPSDDataModule(LightningDataModule):
 
     Verified means checked here: the trace's own final answer must equal the reference answer. Rows that are empty, fail
     this check, do not fit the model's context (in training also a teacher's) or (in training) also stand among the
-    held-out questions are left out with a count, or refused. Held-out questions need no trace where they have an answer,
-    unless the teacher is graded on them.
+    held-out questions, be it with other spaces or line ends, are left out with a count, or refused. Held-out questions
+    need no trace where they have an answer, unless the teacher is graded on them.
 
     Args:
         policy: The model, for its tokenizer and context length. On the command line taken from ``model.policy``.
@@ -110,7 +111,7 @@ class OPSDDataModule(LightningDataModule):
     def _prepare(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> PromptBatch:
         source = self.sources[split]
         assert source is not None
-        found = source.examples()
+        found = self._read(split)
         dropped: Counter[str] = Counter()
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         reads_context = split == "train" and getattr(module, "needs_traces", True)
@@ -122,7 +123,8 @@ class OPSDDataModule(LightningDataModule):
         # Contexts made at each step, and training on the traces themselves, look at them whatever data.context does.
         online = getattr(module, "context", None) is not None
         needs_trace = in_place or (reads_context and (online or self.context.needs_traces))
-        held_out = {e.question for other in ("val", "test") for e in self._questions(other)} if split == "train" else set()
+        others = ("val", "test") if split == "train" else ()
+        held_out = {folded(example.question) for other in others for example in self._questions(other)}
         valid: list[Example] = []
         for number, example in enumerate(found):
             checked, reason = self._verify(example, held_out, needs_trace, needs_answer)
@@ -180,10 +182,23 @@ class OPSDDataModule(LightningDataModule):
         return batch
 
     def _questions(self, split: str) -> list[Example]:
-        if split in self.rows:
-            return self.rows[split].examples
+        return self.rows[split].examples if split in self.rows else self._read(split)
+
+    def _read(self, split: str) -> list[Example]:
+        """Examples of a split's source. Its refusals name the setting as the command line takes it."""
         source = self.sources[split]
-        return [] if source is None else source.examples()
+        try:
+            found = [] if source is None else source.examples()
+        except ConfigError as error:
+            if error.setting.startswith("data."):
+                raise
+            raise ConfigError(error.problem, f"data.{split}.init_args.{error.setting}", error.fix) from error
+        for number, example in enumerate(found):
+            for name, value in zip(("question", "trace", "answer"), example[:3], strict=True):
+                if not isinstance(value, str):
+                    problem = f"the {name} of example {number} of {type(source).__name__} is of type {type(value).__name__}"
+                    raise ConfigError(problem, f"data.{split}", "Make it a str in the source")
+        return found
 
     def _teacher_is_graded(self) -> bool:
         """Whether evaluation samples the privileged teacher too, and so needs its prompts."""
@@ -198,7 +213,7 @@ class OPSDDataModule(LightningDataModule):
             return example, "empty trace"
         if not example.trace and not example.answer and needs_answer:
             return example, "neither trace nor answer"
-        if example.question in held_out:
+        if folded(example.question) in held_out:
             return example, "question is also in data.val or data.test"
         if not example.trace:
             return example, ""

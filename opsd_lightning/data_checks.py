@@ -16,7 +16,8 @@ from opsd_lightning.findings import Finding, at_share, histogram, percent
 from opsd_lightning.objectives import Objective
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.strategies import replica
-from opsd_lightning.types import Example
+from opsd_lightning.texts import folded
+from opsd_lightning.types import Example, UserError
 
 #: How many traces are tokenized at most, for an estimate of completions.
 TRACES = 1000
@@ -55,7 +56,7 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
 
 def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
     """Rows of a split: how many there are, are kept, and were left out by reason."""
-    kept = [e.question for e in data.rows[split].examples] if split in data.rows else []
+    kept = [folded(e.question) for e in data.rows[split].examples] if split in data.rows else []
     dropped = data.dropped.get(split, Counter())
     repeats = sum(count - 1 for count in Counter(kept).values())
     return {
@@ -106,8 +107,11 @@ def overlap_findings(data: OPSDDataModule) -> Iterator[Finding]:
     """Validation questions that stand in the test set too."""
     if data.sources["val"] is None or data.sources["test"] is None or "val" not in data.rows:
         return
-    tested = {example.question for example in data.sources["test"].examples()}
-    shared = sum(example.question in tested for example in data.rows["val"].examples)
+    try:
+        tested = {folded(example.question) for example in data.sources["test"].examples()}
+    except UserError:  # already found where the training questions were compared with them
+        return
+    shared = sum(folded(example.question) in tested for example in data.rows["val"].examples)
     if shared:
         total = len(data.rows["val"].examples)
         text = f"{shared} of {total} questions of data.val ({percent(shared, total)}) are also in data.test"

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
-from opsd_lightning.types import Example, UserError
+from opsd_lightning.texts import NotTextError, text_of
+from opsd_lightning.types import ConfigError, Example, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,8 +152,11 @@ class ColumnContext(PrivilegedContext):
             raise UserError(
                 f"data.context.column: the data have no column {self.column!r}; they have {', '.join(map(str, columns))}"
             )
-        value = columns[self.column]
-        return None if value is None else str(value)
+        try:
+            return text_of(columns[self.column])
+        except NotTextError as error:
+            problem = f"the column {self.column!r} holds {error} at the question {examples[index].question[:60]!r}"
+            raise ConfigError(problem, "data.context.column", "Name a column of text or numbers") from None
 
 
 def _another(index: int, examples: Sequence[Example], seed: int, field_name: str) -> Example:

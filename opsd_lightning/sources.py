@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
-from opsd_lightning.types import Example, UserError
+from opsd_lightning.tables import FORMATS, Table, first_line, read_table, typed_rows
+from opsd_lightning.texts import NotTextError, text_of
+from opsd_lightning.types import ConfigError, Example, UserError
 
 
 class ExampleSource(ABC):
@@ -28,7 +30,7 @@ class ExampleSource(ABC):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the data holds what.
+    """Which column of the data holds what: text, numbers, dates or truth values, but no lists or objects.
 
     Args:
         question: The problem.
@@ -40,40 +42,53 @@ class Columns:
     trace: str | None = "solution"
     answer: str | None = None
 
-    def read(self, rows: Iterable[Mapping[str, Any]], origin: str) -> list[Example]:
+    def read(self, rows: Iterable[Mapping[str, Any]], origin: str, places: Iterable[str] | None = None) -> list[Example]:
         """Make examples of rows.
 
+        Args:
+            rows: Values by column. A key that some rows lack is an error where it is one of the three columns.
+            origin: Name of the data in messages.
+            places: Where each row stands, such as ``line 12``, for messages. Defaults to the numbers of the rows from 1.
+
         Raises:
-            UserError: A column is missing, or there is no row.
+            ConfigError: A column is missing or holds something else than text and numbers, or there is no row.
         """
+        rows = list(rows)
+        if not rows:
+            raise ConfigError(f"{origin} holds no rows", "path", "Check the source's path and split")
+        places = (f"row {number} of {len(rows)}" for number in range(1, len(rows) + 1)) if places is None else places
+        names = {setting: getattr(self, setting) for setting in ("question", "trace", "answer")}
+        names = {setting: name for setting, name in names.items() if name is not None}
+        for setting, name in names.items():
+            if not any(name in row for row in rows):
+                there = ", ".join(map(str, dict.fromkeys(key for row in rows for key in row)))
+                problem = f"{origin} has no column {name!r} (columns.{setting}); it has {there or 'none'}"
+                raise ConfigError(problem, f"columns.{setting}", "Set it to one of them")
         examples = []
-        for row in rows:
-            for setting in ("question", "trace", "answer"):
-                name = getattr(self, setting)
-                if name is not None and name not in row:
-                    raise UserError(
-                        f"{origin} has no column {name!r} (columns.{setting}); it has {', '.join(map(str, row))}. Set "
-                        f"columns.{setting} to one of them"
-                    )
-            examples.append(
-                Example(
-                    _text(row[self.question]),
-                    _text(row[self.trace]) if self.trace is not None else "",
-                    _text(row[self.answer]) if self.answer is not None else "",
-                    row,
-                )
-            )
-        if not examples:
-            raise UserError(f"{origin} holds no rows: check the source's path and split")
+        for row, place in zip(rows, places, strict=True):
+            texts = {"trace": "", "answer": ""}
+            for setting, name in names.items():
+                if name not in row:
+                    problem = f"{origin}, {place}: no column {name!r}, which other rows have"
+                    raise ConfigError(problem, f"columns.{setting}", "Write null where a row has nothing")
+                texts[setting] = _text(row[name], f"{origin}, {place}: the column {name!r}", f"columns.{setting}")
+            examples.append(Example(**texts, columns=row))
         return examples
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+def _text(value: Any, holder: str, setting: str) -> str:
+    try:
+        return (text_of(value) or "").strip()
+    except NotTextError as error:
+        raise ConfigError(f"{holder} holds {error}", setting, "Name one that holds text or numbers") from None
 
 
 class HubSource(ExampleSource):
     """A Hugging Face dataset, by id or as a folder that ``Dataset.save_to_disk`` wrote.
+
+    Numbers, dates and truth values are written as text, class labels as their names. CSV and JSON files on the hub get
+    their types from ``datasets``, which reads ``007`` as 7 and ``NA`` as null: where that matters, download them and take
+    `FileSource`.
 
     Args:
         path: The dataset's id, or the folder.
@@ -95,32 +110,48 @@ class HubSource(ExampleSource):
         self.columns = columns
 
     def examples(self) -> list[Example]:
-        from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+        from datasets import load_dataset
 
+        folder = Path(self.path).expanduser()
+        if folder.is_file():
+            raise ConfigError(f"{self.path} is a file", "path", "Take FileSource to read it")
         try:
-            if Path(self.path).exists():
-                loaded = load_from_disk(self.path)
-                if isinstance(loaded, DatasetDict):
-                    if self.split not in loaded:
-                        raise UserError(f"{self.path} has no split {self.split!r}; it has {', '.join(map(str, loaded))}")
-                    loaded = loaded[self.split]
-                elif self.split != "train":
-                    raise UserError(f"{self.path} holds one dataset without splits: leave split out, not {self.split!r}")
+            if folder.exists():
+                loaded = self._from_disk(folder)
             else:
                 loaded = load_dataset(self.path, self.name, split=self.split, revision=self.revision)
+            rows = typed_rows(loaded)
         except UserError:
             raise
         except Exception as error:  # datasets raises of many kinds: from the hub, from the disk, from its parsers
-            raise UserError(
-                f"cannot load the dataset {self.path!r}, split {self.split!r} ({_first_line(error)}); give a Hugging Face "
-                "id or a folder written by save_to_disk as the source's path"
-            ) from error
-        assert isinstance(loaded, Dataset)
-        return self.columns.read(loaded, f"the dataset {self.path}")
+            problem = f"cannot load the dataset {self.path!r}, split {self.split!r} ({first_line(error)})"
+            raise ConfigError(problem, "path", "Give a Hugging Face id or a folder written by save_to_disk") from error
+        return self.columns.read(rows, f"the dataset {self.path}")
+
+    def _from_disk(self, folder: Path) -> Any:
+        from datasets import DatasetDict, load_from_disk
+
+        if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            problem = f"the folder {self.path} holds no dataset that Dataset.save_to_disk wrote"
+            raise ConfigError(problem, "path", "Give such a folder, a Hugging Face id, or take FileSource for a file in it")
+        loaded = load_from_disk(str(folder))
+        if isinstance(loaded, DatasetDict):
+            if self.split not in loaded:
+                problem = f"{self.path} has no split {self.split!r}; it has {', '.join(map(str, loaded))}"
+                raise ConfigError(problem, "split", "Set it to one of them")
+            return loaded[self.split]
+        if self.split != "train":
+            problem = f"{self.path} holds one dataset without splits, and the split is {self.split!r}"
+            raise ConfigError(problem, "split", "Leave it out")
+        return loaded
 
 
 class FileSource(ExampleSource):
     """A JSON Lines, JSON, Parquet or CSV file, told apart by its ending.
+
+    The file is read anew each time. Values keep the text that they are written as: numbers their digits, cells of CSV
+    everything (``007``, ``NA``). Text is UTF-8; JSON is a list of objects, or one object per line. A malformed row, and a
+    list or an object in one of the columns, is refused with its line.
 
     Args:
         path: The file: ``.jsonl``, ``.json``, ``.parquet`` or ``.csv``.
@@ -128,26 +159,28 @@ class FileSource(ExampleSource):
         columns: Which column holds what.
     """
 
-    _BUILDERS: ClassVar = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
     def __init__(self, path: str, split: str = "train", columns: Columns = Columns()) -> None:
         self.path, self.split = path, split
         self.columns = columns
 
     def examples(self) -> list[Example]:
-        from datasets import Dataset, load_dataset
+        table = self._table().part(self.split)
+        return self.columns.read(table.rows, str(self.path), table.places)
 
-        path = Path(self.path).expanduser()
-        if path.suffix not in self._BUILDERS:
-            raise UserError(f"the source's path {self.path} does not end in one of {', '.join(self._BUILDERS)}")
-        if not path.is_file():
-            raise UserError(f"the source's path {self.path} does not exist")
+    def _table(self) -> Table:
         try:
-            loaded = load_dataset(self._BUILDERS[path.suffix], data_files=str(path), split=self.split)
-        except Exception as error:  # datasets raises of many kinds
-            raise UserError(f"cannot read {self.path}, split {self.split!r} ({_first_line(error)})") from error
-        assert isinstance(loaded, Dataset)
-        return self.columns.read(loaded, str(self.path))
+            path = Path(self.path).expanduser()
+            if path.is_dir():
+                fix = "Name a file in it, or take HubSource for a folder that Dataset.save_to_disk wrote"
+                raise ConfigError(f"{self.path} is a folder", "path", fix)
+            if path.suffix not in FORMATS:
+                problem = f"{self.path} does not end in one of {', '.join(FORMATS)}"
+                raise ConfigError(problem, "path", "Name such a file, with its ending")
+            if not path.is_file():
+                raise ConfigError(f"{self.path} does not exist", "path", "Name a file that does")
+            return read_table(path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no such user's home
+            raise ConfigError(f"{self.path} cannot be read ({first_line(error)})", "path", "Name a readable file") from None
 
 
 class ReasoningGymSource(ExampleSource):
@@ -181,23 +214,22 @@ class ReasoningGymSource(ExampleSource):
             dataset = reasoning_gym.create_dataset(self.task, size=self.size, seed=self.seed, **self.options)
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(
-                f"the source's task {self.task!r} cannot be made by reasoning-gym ({_first_line(error)})"
+                f"the source's task {self.task!r} cannot be made by reasoning-gym ({first_line(error)})"
             ) from error
         found = []
-        for item in dataset:
+        for number, item in enumerate(dataset):
             if self.trace_key not in item["metadata"]:
                 keys = ", ".join(sorted(item["metadata"]))
                 raise UserError(
                     f"the task {self.task!r} has no trace {self.trace_key!r} in its metadata ({keys}): set the source's "
                     "trace_key, or choose a task with worked solutions, such as gsm_symbolic"
                 )
-            trace = _text(item["metadata"][self.trace_key])
-            found.append(Example(_text(item["question"]), trace, _text(item["answer"]), item["metadata"]))
+            holder = f"question {number} of the task {self.task!r}"
+            question = _text(item["question"], f"{holder}: its question", "task")
+            trace = _text(item["metadata"][self.trace_key], f"{holder}: {self.trace_key!r} of its metadata", "trace_key")
+            answer = _text(item["answer"], f"{holder}: its answer", "task")
+            found.append(Example(question, trace, answer, item["metadata"]))
         return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class WordProblems(ExampleSource):

@@ -226,9 +226,9 @@ MISTAKES: dict[str, Mistake] = {
     "prompt too long": (lambda p, f: strict(rows(p, row("q" * 600))), "do not fit the model's context of 512 tokens"),
     "completion too long": (lambda p, f: ["--model.sampling.max_new_tokens=600"], "no usable row of 4 .*do not fit"),
     "shards for one device": (lambda p, f: [f"--ckpt_path={p}"], "folder of shards, which only trainer.strategy fsdp2 reads"),
-    "missing data file": (lambda p, f: ["--data.train.path=nowhere.jsonl"], "path nowhere.jsonl does not exist"),
+    "missing data file": (lambda p, f: ["--data.train.path=nowhere.jsonl"], "path: nowhere.jsonl does not exist"),
     "unknown file type": (lambda p, f: ["--data.train.path=rows.txt"], "does not end in one of .jsonl"),
-    "unreadable data": (lambda p, f: [f"--data.train.path={(p / 'x.json').write_text('{') and p / 'x.json'}"], "cannot read"),
+    "unreadable data": (lambda p, f: [f"--data.train.path={(p / 'x.json').write_text('{') and p / 'x.json'}"], "x.json, line 1: no JSON"),
     "no training data": (lambda p, f: ["--data.train=null"], r"data\.train: .* not set"),
     "batch over the data": (lambda p, f: ["--data.batch_size=9"], "fewer than the 9 questions"),
     "context without its column": (

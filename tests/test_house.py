@@ -15,9 +15,9 @@ import opsd_lightning
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
-    {"types", "files"},
+    {"types", "files", "texts"},
     {"tokens", "prompts", "grading", "redaction", "token_text", "findings"},
-    {"divergences", "shaping", "runs"},
+    {"divergences", "shaping", "runs", "tables"},
     {"objectives", "sources", "record", "curves"},
     {"policy", "report"},
     {"tensor_parallel", "optimization"},
