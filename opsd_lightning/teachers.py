@@ -168,7 +168,9 @@ class TrustRegionTeacher(FixedTeacher):
         width = fixed.hidden.shape[-1]
 
         def head(hidden: Tensor) -> Tensor:
-            return torch.lerp(fixed.head(hidden[:, :width]), live.head(hidden[:, width:]), self.weight)
+            start, now = (_full(states.head(part)) for states, part in ((fixed, hidden[:, :width]), (live, hidden[:, width:])))
+            with torch.autocast(hidden.device.type, enabled=False):
+                return torch.lerp(start, now, self.weight)
 
         return TokenStates(torch.cat([fixed.hidden, live.hidden], dim=-1), head)
 
@@ -269,6 +271,11 @@ def _require_adapter(model: PeftModel, setting: str) -> None:
             "model.policy.lora is null (full fine-tuning), so that there is no adapter to switch off or to copy: take "
             f"ModelTeacher as {setting}, which keeps a frozen copy{', or LiveTeacher' * (setting == Teacher.setting)}"
         )
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits in at least float32: half precision would round a mixture of two a second time."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _vocabulary(model: PeftModel) -> int:
