@@ -29,8 +29,10 @@ import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.precision import precision_problem
 from opsd_lightning.run_report import RunReport
 from opsd_lightning.strategies import refusal
+from opsd_lightning.trainer_checks import check_trainer
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import UserError
 
@@ -106,9 +108,15 @@ class OPSDCLI(LightningCLI):
             )
         if isinstance(strategy, str) and (reason := refusal(strategy)) is not None:
             raise UserError(reason)
+        if (problem := precision_problem(trainer.precision)) is not None:
+            raise problem
         for name, (default, instead) in _NOT_THE_TRAINERS.items():
             if trainer[name] != default:
                 raise UserError(f"trainer.{name} is {trainer[name]}, which has no meaning here: {instead}")
+
+    def before_fit(self) -> None:
+        """Called by Lightning before the data are read and the model is loaded."""
+        check_trainer(self.trainer, self.model, self.datamodule)
 
     def instantiate_classes(self) -> None:
         try:
