@@ -265,9 +265,7 @@ class TrainLoader:
             consists of, in the data's own order. Defaults to 0, all batches in a new order each epoch.
     """
 
-    def __init__(
-        self, rows: PromptBatch, batch_size: int, seed: int, rank: int, world: int, overfit: float = 0
-    ) -> None:
+    def __init__(self, rows: PromptBatch, batch_size: int, seed: int, rank: int, world: int, overfit: float = 0) -> None:
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
         # As Lightning counts them, which stops an epoch there.
         batches = overfit if isinstance(overfit, int) else int(overfit * len(self))

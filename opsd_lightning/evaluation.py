@@ -184,7 +184,7 @@ class EvaluatedModule(LightningModule):
     seed: int
 
     def logged_names(self) -> set[str]:
-        """Names of all metrics that a fit logs. A subclass that logs more may add its own, so that callbacks can be checked."""
+        """Names of all metrics that a fit logs, for the check of callbacks. A subclass that logs more adds its own."""
         return self.evaluator.names("val")
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> Records:

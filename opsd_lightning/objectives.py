@@ -297,7 +297,7 @@ def token_logprobs(states: TokenStates, targets: Tensor, logits_memory_mib: int 
 class _LogSoftmax(torch.autograd.Function):
     """Log-softmax over the last dimension without -inf, whose differences and products are NaN.
 
-    An entry masked with -inf, or with a number that a temperature below 1 makes -inf, has a probability of exactly 0 as before.
+    An entry masked with -inf, or with a number that a temperature below 1 makes -inf, keeps a probability of exactly 0.
     """
 
     @staticmethod

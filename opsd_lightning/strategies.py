@@ -293,7 +293,9 @@ def check_precision(plugin: Precision) -> None:
     """
     if isinstance(plugin, BitsandbytesPrecision):
         raise ConfigError(
-            "BitsandbytesPrecision would quantize the adapter too", "trainer.plugins", "Set model.policy.quantization instead"
+            "BitsandbytesPrecision would quantize the adapter too",
+            "trainer.plugins",
+            "Set model.policy.quantization instead",
         )
     name = "16-mixed" if getattr(plugin, "scaler", None) is not None else str(getattr(plugin, "precision", ""))
     if (problem := precision_problem(name)) is not None:

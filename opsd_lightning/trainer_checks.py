@@ -35,7 +35,16 @@ from opsd_lightning.strategies import replica
 from opsd_lightning.types import ConfigError
 
 # Packages whose modules and callbacks log nothing but what is known here.
-_KNOWN_PACKAGES = {"opsd_lightning", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "builtins", "abc", "typing"}
+_KNOWN_PACKAGES = {
+    "opsd_lightning",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "torch",
+    "builtins",
+    "abc",
+    "typing",
+}
 
 _UNFIT: dict[type[Any], tuple[str, str]] = {
     StochasticWeightAveraging: (
