@@ -174,9 +174,7 @@ class TrustRegionTeacher(FixedTeacher):
         width = fixed.hidden.shape[-1]
 
         def head(hidden: Tensor) -> Tensor:
-            start, now = (
-                _full(states.head(part)) for states, part in ((fixed, hidden[:, :width]), (live, hidden[:, width:]))
-            )
+            start, now = _full(fixed.head(hidden[:, :width])), _full(live.head(hidden[:, width:]))
             with torch.autocast(hidden.device.type, enabled=False):
                 return torch.lerp(start, now, self.weight)
 

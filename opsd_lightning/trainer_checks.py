@@ -1,8 +1,8 @@
 """Refusals, before training, of the trainer's settings and callbacks that would not do here what they are called.
 
 Optimization is manual, data loaders are this package's own, and an optimizer step is a whole batch: some of Lightning's
-settings and callbacks then have no effect, or another one. A callback that chooses by a metric is checked for its name and for
-the direction in which it is better.
+settings and callbacks then have no effect, or another one. A callback that chooses by a metric is checked for its name and
+for the direction in which it is better.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _KNOWN_PACKAGES = {
 
 _UNFIT: dict[type[Any], tuple[str, str]] = {
     StochasticWeightAveraging: (
-        "sets the learning rate by the epoch and adds a last epoch without backward passes, which optimization here overrules",
+        "sets the rate by the epoch and adds a last epoch without backward passes, which manual optimization overrules",
         "Leave it out. EMATeacher averages the adapter, and AdapterExport writes the best of the checkpoints",
     ),
     WeightAveraging: (
@@ -109,9 +109,10 @@ def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> It
             yield ConfigError(text, "trainer.barebones", "Set it to false, or leave the callback out")
         if isinstance(callback, ModelCheckpoint):
             yield from _checkpoint_problems(callback, trainer, module)
-        if (found := monitor_problem(callback, trainer, module, validates)) is not None:
-            yield found
-        elif _is_of_validation(callback) and (found := _timing_problem(callback, trainer, module, data)) is not None:
+        found = monitor_problem(callback, trainer, module, validates)
+        if found is None and _is_of_validation(callback):
+            found = _timing_problem(callback, trainer, module, data)
+        if found is not None:
             yield found
 
 
@@ -149,7 +150,7 @@ def monitor_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, va
     if mode in ("min", "max") and direction is not None and mode != direction:
         worse = "keeps and exports the worst" if isinstance(callback, ModelCheckpoint) else "takes the worst for the best"
         more = "more" if direction == "max" else "less"
-        text = f"{name} monitors {monitor}, of which {more} is better, with mode {mode} (min is Lightning's default): it {worse}"
+        text = f"{name} monitors {monitor}, of which {more} is better, with mode {mode} (the default is min): it {worse}"
         return ConfigError(text, "trainer.callbacks.mode", f"Set it to {direction}")
     return None
 
@@ -208,16 +209,16 @@ def _checkpoint_problems(callback: ModelCheckpoint, trainer: Trainer, module: Ev
         return
     if every:
         yield ConfigError(
-            f"ModelCheckpoint monitors {callback.monitor} and saves every {every} steps, before the validation of that step: it "
-            "would rate weights by the validation before",
+            f"ModelCheckpoint monitors {callback.monitor} and saves every {every} steps, before that step's validation: "
+            "it would rate weights by the validation before",
             "trainer.callbacks.every_n_train_steps",
             "Leave it out: without it a checkpoint is saved after each validation (trainer.val_check_interval)",
         )
     at_epochs = trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
     if callback._save_on_train_epoch_end and not at_epochs:
         yield ConfigError(
-            f"ModelCheckpoint monitors {callback.monitor} and saves at the end of each epoch, where there may be no validation: "
-            "it would rate weights by an earlier one",
+            f"ModelCheckpoint monitors {callback.monitor} and saves at the end of each epoch, where there may be no "
+            "validation: it would rate weights by an earlier one",
             "trainer.callbacks.save_on_train_epoch_end",
             "Leave it out",
         )
@@ -230,8 +231,8 @@ def _timing_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, da
     name, interval, every = type(callback).__name__, trainer.val_check_interval, trainer.check_val_every_n_epoch
     if isinstance(interval, int) and not isinstance(interval, bool) and interval == 1 and every == 1:
         return ConfigError(
-            f"{name} takes the validation after every batch (val_check_interval: 1) for one at the end of an epoch, and would "
-            "see that one alone",
+            f"{name} takes the validation after every batch (val_check_interval: 1) for one at the end of an epoch, and "
+            "would see that one alone",
             "trainer.check_val_every_n_epoch",
             "Set it to null",
         )
@@ -247,8 +248,8 @@ def _timing_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, da
     made = -(-steps // updates)
     if first is not None and made < first:
         return ConfigError(
-            f"{name} monitors {callback.monitor}, and the first validation would come after {first} batches, where the run has "
-            f"only {made} (trainer.max_steps {steps})",
+            f"{name} monitors {callback.monitor}, and the first validation would come after {first} batches, where the run "
+            f"has only {made} (trainer.max_steps {steps})",
             "trainer.val_check_interval",
             f"Set it to {made} or less, and trainer.check_val_every_n_epoch to null",
         )

@@ -337,7 +337,8 @@ class PolicyModule(EvaluatedModule, ABC):
     def _without_weight(self, longest: int, all_truncated: bool) -> str:
         objective = self.objective
         if all_truncated and not objective.include_truncated:
-            return "every completion was truncated (model.sampling.max_new_tokens), and the objective's include_truncated is false"
+            text = "every completion was truncated (model.sampling.max_new_tokens)"
+            return f"{text}, and the objective leaves those out (include_truncated)"
         if longest <= objective.skip_first_tokens:
             return (
                 f"no completion is longer than {longest} tokens, and the objective's skip_first_tokens is "

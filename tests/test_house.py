@@ -15,17 +15,18 @@ import opsd_lightning
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
-    {"types", "files"},
+    {"types", "files", "metric_directions", "idle"},
     {"tokens", "prompts", "grading", "redaction", "token_text", "findings"},
     {"divergences", "shaping", "runs"},
     {"objectives", "sources", "record", "curves"},
     {"policy", "report"},
-    {"tensor_parallel"},
+    {"tensor_parallel", "precision"},
     {"scoring", "inference", "strategies", "vllm_servers", "loggers"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
     {"serving", "contexts", "anchors"},
     {"vllm_rollouts"},
     {"evaluation"},
+    {"trainer_checks"},
     {"training", "results"},
     {"module", "sft", "grpo", "token_scores", "token_figure", "health"},
     {"off_policy", "data_checks", "prompt_checks", "estimates"},
