@@ -218,8 +218,10 @@ class OPSDDataModule(LightningDataModule):
         return EvalLoader(self.rows[split], self.eval_batch_size, *replica(self.trainer))
 
     def train_dataloader(self) -> TrainLoader:
-        overfit = self.trainer.overfit_batches if self.trainer is not None else 0
-        return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), overfit)
+        limit, same = (
+            (1.0, False) if self.trainer is None else (self.trainer.limit_train_batches, self.trainer.overfit_batches > 0)
+        )
+        return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), limit, not same)
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         return self._loader("val") if "val" in self.rows else []
@@ -261,25 +263,30 @@ class TrainLoader:
         seed: Seed for the order.
         rank: Place of this rank among those that hold different data.
         world: Number of those ranks.
-        overfit: The trainer's ``overfit_batches``: a number of batches (int), or a share of them (float), that every epoch
-            consists of, in the data's own order. Defaults to 0, all batches in a new order each epoch.
+        limit: Batches of an epoch (int), or their share of all (float): the trainer's ``limit_train_batches``, which it also
+            takes from ``overfit_batches``. The epoch ends there for this loader, too. Defaults to 1.0, all.
+        shuffle: Give each epoch an order of its own, instead of the data's. Defaults to true.
     """
 
-    def __init__(self, rows: PromptBatch, batch_size: int, seed: int, rank: int, world: int, overfit: float = 0) -> None:
+    def __init__(
+        self,
+        rows: PromptBatch,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        limit: float = 1.0,
+        shuffle: bool = True,
+    ) -> None:
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
-        # As Lightning counts them, which stops an epoch there.
-        batches = overfit if isinstance(overfit, int) else int(overfit * len(self))
-        self.repeated = min(batches, len(self))
+        self.shuffle = shuffle
         self.epoch = 0
         self.done = 0  # batches of this epoch that were handed out
+        # As Lightning counts them, which stops asking there.
+        self._end = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
 
     def __len__(self) -> int:
         return len(self.rows.examples) // (self.batch_size * self.world)
-
-    @property
-    def _end(self) -> int:
-        """Batches of an epoch, after which another order begins, or the same batches again."""
-        return self.repeated or len(self)
 
     def __iter__(self) -> Iterator[PromptBatch]:
         if self.done >= self._end:  # restored at the exact end of an epoch
@@ -300,7 +307,7 @@ class TrainLoader:
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.rows.examples)))
-        if not self.repeated:
+        if self.shuffle:
             random.Random(f"{self.seed} {epoch}").shuffle(order)
         return order
 

@@ -26,7 +26,7 @@ from opsd_lightning.grading import MathGrader
 from opsd_lightning.idle import IdleSteps
 from opsd_lightning.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.objectives import Objective, Term, Update
-from opsd_lightning.policy import Policy, eos_ids, is_adapter_key
+from opsd_lightning.policy import Policy, base_of, eos_ids, is_adapter_key
 from opsd_lightning.precision import check_dtypes
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
 from opsd_lightning.scoring import check_head, score, split_rows
@@ -45,6 +45,8 @@ from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
 # Divergence of two roles, in nats, up to which they agree in float32: what is left of the gradient is rounding, which an
 # optimizer such as Adam scales up to full steps.
 _ROUNDING = 1e-6
+# As much, on average over tokens, in bfloat16.
+_HALF_ROUNDING = 1e-3
 # A loss above it is one of infinitely unlike distributions (see `objectives.log_softmax`).
 _INFINITE = 1e20
 
@@ -324,6 +326,7 @@ class PolicyModule(EvaluatedModule, ABC):
         weighted = sum(int((weight != 0).sum()) for weight in terms[0].weights)
         counts = self.over_ranks([sum(written), weighted, rollouts.terminated.count(True)], "sum")
         longest = int(self.over_ranks([max(map(len, rollouts.completions), default=0)], "max")[0])
+        self._warn_of_rounding()
         reason = None
         if not counts[0]:
             reason = "every completion is empty, an EOS at once; look at the end of the student's prompts (opsd doctor)"
@@ -333,6 +336,20 @@ class PolicyModule(EvaluatedModule, ABC):
             reason = self.idle_reason
         if self.idle.add(reason):
             rank_zero_warn(f"step {self.global_step}: {self.idle.problem}")
+
+    def _warn_of_rounding(self) -> None:
+        """Warn at the first step where both roles agree as far as half precision tells. Every rank must call."""
+        if self.idle.steps or "forward_kl" not in self.measured or self.current is None:
+            return
+        half = str(self.trainer.precision).startswith("bf16") or base_of(self.model).dtype == torch.bfloat16
+        divergence = torch.cat([torch.zeros(0), *self.current.measured.get("forward_kl", [])])
+        total, count = self.over_ranks([float(divergence.sum()), divergence.numel()], "sum")
+        if half and count and 0 < total / count < _HALF_ROUNDING:
+            rank_zero_warn(
+                f"the teacher and the student differ by {total / count:.1e} nats a token at the first step, which may be rounding "
+                "of bfloat16 alone, and an optimizer such as Adam makes full steps of it. For a control whose teacher reads "
+                "what the student reads (NoContext), set trainer.precision to 32-true and model.policy.dtype to float32"
+            )
 
     def _without_weight(self, longest: int, all_truncated: bool) -> str:
         objective = self.objective
