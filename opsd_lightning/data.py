@@ -218,9 +218,9 @@ class OPSDDataModule(LightningDataModule):
         return EvalLoader(self.rows[split], self.eval_batch_size, *replica(self.trainer))
 
     def train_dataloader(self) -> TrainLoader:
-        limit, same = (
-            (1.0, False) if self.trainer is None else (self.trainer.limit_train_batches, self.trainer.overfit_batches > 0)
-        )
+        limit, same = 1.0, False
+        if self.trainer is not None:
+            limit, same = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0
         return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), limit, not same)
 
     def val_dataloader(self) -> EvalLoader | list[Any]:

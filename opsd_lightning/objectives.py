@@ -147,7 +147,10 @@ class Objective(ABC):
                 gradients[0][rows] = parts[0]
                 for collected, more in zip(gradients[1:], parts[1:], strict=True):
                     collected += more
-            chunk, block = self._sizes(student_logits, teacher_logits)
+            chunk, block = self._sizes(student_logits)
+            if train and teacher_logits is not None and gradient is not teacher_logits:  # a third tensor of logits
+                own, other = student_logits.element_size(), teacher_logits.element_size()
+                chunk = max(chunk * 2 * own // (2 * own + other), block)
             del logits, into, student_logits, teacher_logits, gradient  # before the next chunk's are made
             start = stop
         zero = torch.zeros((), dtype=torch.float32, device=student.hidden.device)
@@ -171,20 +174,17 @@ class Objective(ABC):
         own = {"loss": token_loss.detach(), "clipped": (clipped_mass != 0).to(student.dtype), "clipped_mass": clipped_mass}
         return own | _measure(student.detach(), teacher, targets)
 
-    def _sizes(self, logits: Tensor, teacher_logits: Tensor | None) -> tuple[int, int]:
+    def _sizes(self, logits: Tensor) -> tuple[int, int]:
         """Rows of a chunk and of a block, from the memory that may be used."""
         budget, vocabulary = self.logits_memory_mib * 2**20, logits.shape[-1]
         # A block's log-probabilities and all that is made of them are about 12 tensors in full precision; a chunk's
-        # logits of both roles are two as the head makes them, and the gradient a third where their dtypes differ.
-        chunk_row = 2 * vocabulary * logits.element_size()
-        if teacher_logits is not None and teacher_logits.dtype != logits.dtype:
-            chunk_row += vocabulary * teacher_logits.element_size()
+        # logits of both roles are two as the head makes them.
         block_row = 12 * vocabulary * max(4, logits.element_size())
         block = budget // 2 // block_row
         if logits.device.type == "cpu":
             block = min(block, _CACHED_NUMBERS // vocabulary)
         block = max(block, 1)
-        chunk = (budget - block * block_row) // chunk_row
+        chunk = (budget - block * block_row) // (2 * vocabulary * logits.element_size())
         return max(chunk, block), block
 
     def _logprobs(self, logits: Tensor) -> Tensor:
