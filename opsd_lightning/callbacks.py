@@ -235,9 +235,6 @@ def print_metrics(values: Mapping[str, float]) -> None:
 class ProgressLines(ProgressBar):
     """A progress bar in lines: one for each training step and each batch of an evaluation. For slow steps and for logs."""
 
-    #: Whether it has no use without logged metrics.
-    reads_metrics = True
-
     def __init__(self) -> None:
         super().__init__()
         self.is_enabled = True
@@ -296,9 +293,6 @@ class BaselineEvaluation(Callback):
     Lightning's sanity check already validates before training and then throws the numbers away; with
     ``num_sanity_val_steps: -1`` it sees the whole validation set, and this callback keeps what it found.
     """
-
-    #: Whether it has no use without logged metrics.
-    reads_metrics = True
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = trainer.val_dataloaders

@@ -168,6 +168,7 @@ class Objective(ABC):
         with torch.set_grad_enabled(into is not None):
             leaf = student_logits.requires_grad_(into is not None)
             student = self._logprobs(leaf)
+            teacher = None if teacher is None else teacher.to(student.dtype)
             token_loss, clipped_mass = self.per_token(student, teacher, targets)
             if into is not None:
                 into.copy_(torch.autograd.grad(_weighted(token_loss, weights), leaf)[0])

@@ -346,9 +346,10 @@ class PolicyModule(EvaluatedModule, ABC):
         total, count = self.over_ranks([float(divergence.sum()), divergence.numel()], "sum")
         if half and count and 0 < total / count < _HALF_ROUNDING:
             rank_zero_warn(
-                f"the teacher and the student differ by {total / count:.1e} nats a token at the first step, which may be "
-                "rounding of bfloat16 alone, and an optimizer such as Adam makes full steps of it. For a control whose teacher "
-                "reads what the student reads (NoContext), set trainer.precision to 32-true and model.policy.dtype to float32"
+                f"the teacher and the student differ by {total / count:.1e} nats a token at the first step. In bfloat16 "
+                "that may be rounding alone, of which an optimizer such as Adam makes full steps. For a control whose "
+                "teacher reads what the student reads (NoContext), set trainer.precision to 32-true and "
+                "model.policy.dtype to float32"
             )
 
     def _without_weight(self, longest: int, all_truncated: bool) -> str:
