@@ -235,7 +235,10 @@ class OPSDDataModule(LightningDataModule):
         return EvalLoader(self.rows[split], self.eval_batch_size, *replica(self.trainer))
 
     def train_dataloader(self) -> TrainLoader:
-        return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer))
+        limit, same = 1.0, False
+        if self.trainer is not None:
+            limit, same = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0
+        return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), limit, not same)
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         return self._loader("val") if "val" in self.rows else []
@@ -270,21 +273,43 @@ class TrainLoader:
 
     Lightning saves and restores its state, because it has ``state_dict`` and ``load_state_dict``. A last, smaller batch
     is left out, so that every optimizer step has the same number of questions.
+
+    Args:
+        rows: All training questions.
+        batch_size: Questions of a batch on each rank.
+        seed: Seed for the order.
+        rank: Place of this rank among those that hold different data.
+        world: Number of those ranks.
+        limit: Batches of an epoch (int), or their share of all (float): the trainer's ``limit_train_batches``, which it also
+            takes from ``overfit_batches``. The epoch ends there for this loader, too. Defaults to 1.0, all.
+        shuffle: Give each epoch an order of its own, instead of the data's. Defaults to true.
     """
 
-    def __init__(self, rows: PromptBatch, batch_size: int, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        rows: PromptBatch,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        limit: float = 1.0,
+        shuffle: bool = True,
+    ) -> None:
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
+        self.shuffle = shuffle
         self.epoch = 0
         self.done = 0  # batches of this epoch that were handed out
+        # As Lightning counts them, which stops asking there.
+        self._end = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
 
     def __len__(self) -> int:
         return len(self.rows.examples) // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        if self.done >= len(self):  # restored at the exact end of an epoch
+        if self.done >= self._end:  # restored at the exact end of an epoch
             self.epoch, self.done = self.epoch + 1, 0
         order = self._order(self.epoch)
-        while self.done < len(self):
+        while self.done < self._end:
             part = self._part(order, self.done)
             self.done += 1
             yield _pick(self.rows, part, [True] * len(part))._replace(upcoming=self._upcoming(order))
@@ -293,13 +318,14 @@ class TrainLoader:
     def _upcoming(self, order: list[int]) -> list[list[int]]:
         """The student's prompts of the batch after the one just handed out."""
         place = self.done
-        if place >= len(self):
+        if place >= self._end:
             order, place = self._order(self.epoch + 1), 0
         return [self.rows.student[i] for i in self._part(order, place)]
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.rows.examples)))
-        random.Random(f"{self.seed} {epoch}").shuffle(order)
+        if self.shuffle:
+            random.Random(f"{self.seed} {epoch}").shuffle(order)
         return order
 
     def _part(self, order: list[int], place: int) -> list[int]:

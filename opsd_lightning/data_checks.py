@@ -11,12 +11,12 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.evaluation import monitor_problem
 from opsd_lightning.findings import Finding, at_share, histogram, percent
 from opsd_lightning.objectives import Objective
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.strategies import replica
 from opsd_lightning.texts import folded
+from opsd_lightning.trainer_checks import trainer_problems
 from opsd_lightning.types import Example, UserError
 
 #: How many traces are tokenized at most, for an estimate of completions.
@@ -219,9 +219,8 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
         text = f"trainer.val_check_interval is {interval}, and an epoch has {batches} batches: Lightning refuses that"
         fix = "set it to null, so that the interval counts over epochs"
         yield Finding("error", "settings", text, "trainer.check_val_every_n_epoch", fix)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if (problem := monitor_problem(callback, module.evaluator, validates)) is not None:
-            yield Finding("error", "settings", *problem)
+    for problem in trainer_problems(trainer, module, data):
+        yield Finding("error", "settings", problem.problem, problem.setting, problem.fix[:1].lower() + problem.fix[1:])
     if module.sampling.temperature == 0 and module.sampling.n > 1:
         text = f"the {module.sampling.n} completions of a question are all the same at temperature 0"
         yield Finding("error", "settings", text, "model.sampling.temperature", "set it to 1, say, or model.sampling.n to 1")

@@ -31,6 +31,7 @@ from opsd_lightning.data_checks import (
 from opsd_lightning.estimates import Step, memory, memory_findings, memory_of, size_of, skeleton, weight_bytes
 from opsd_lightning.findings import Diagnosis, Finding, at_share
 from opsd_lightning.policy import Policy, eos_ids
+from opsd_lightning.precision import check_dtypes
 from opsd_lightning.probe import (
     LOOKED_AT,
     Examples,
@@ -105,6 +106,8 @@ class _Examination:
         module.trainer = self.data.trainer = trainer
         with self._refusals("settings"):
             check_precision(trainer.precision_plugin)
+        with self._refusals("settings"):
+            check_dtypes(self.policy, str(trainer.precision))
         with self._refusals("settings"):
             check_strategy(trainer.strategy)
         tokenizer: PreTrainedTokenizerBase | None = None

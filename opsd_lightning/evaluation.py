@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -140,6 +139,16 @@ class Evaluator(nn.Module):
                     self.lengths[role]["completion_tokens"].update(record["completion_tokens"])  # type: ignore[index]
                     self.lengths[role]["truncated_fraction"].update(float(record["truncated"]))  # type: ignore[index]
 
+    def names(self, stage: str) -> set[str]:
+        """Names of all that `compute` gives."""
+        n, found = self.sampling.n, set()
+        for role in self.roles:
+            prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
+            for score in (f"avg@{n}", f"maj@{n}", *(f"pass@{j}" for j in pass_sizes(n))):
+                found |= {f"{prefix}{score}{ending}" for ending in ("", "_se", *(["_se_samples"] if n > 1 else []))}
+            found |= {f"{prefix}{name}" for name in self.lengths[role]}  # type: ignore[union-attr]
+        return found
+
     def compute(self, stage: str) -> dict[str, Tensor]:
         """Every metric of the epoch, over all ranks, by the name it is logged under; then starts anew."""
         values: dict[str, Tensor] = {}
@@ -149,32 +158,6 @@ class Evaluator(nn.Module):
                 values |= {f"{prefix}{name}": value for name, value in metric.compute().items()}  # type: ignore[operator]
                 metric.reset()  # type: ignore[operator]
         return values
-
-
-def monitor_problem(callback: object, evaluator: Evaluator, validates: bool) -> tuple[str, str, str] | None:
-    """What is wrong with the validation metric that a callback monitors, the setting, and the fix; None where it is there.
-
-    Args:
-        callback: Any of the trainer's.
-        evaluator: What validates.
-        validates: Whether there is anything to validate on.
-    """
-    monitor = getattr(callback, "monitor", None)
-    if not isinstance(monitor, str) or not monitor.startswith("val/"):
-        return None
-    name, n = type(callback).__name__, evaluator.sampling.n
-    found = re.fullmatch(r"val/(teacher_)?(avg|pass|maj)@(\d+)(_se)?", monitor)
-    if not validates:
-        return f"{name} monitors {monitor}, and there is no validation", "data.val", "give it a source"
-    if not found:
-        return None
-    sizes = pass_sizes(n) if found[2] == "pass" else [n]
-    if int(found[3]) not in sizes:
-        text = f"{name} monitors {monitor}, and validation samples {n} completions of a question"
-        return text, "model.eval_sampling.n", f"set it to {found[3]}, or monitor val/{found[1] or ''}{found[2]}@{n}"
-    if found[1] and evaluator.teacher is None:
-        return f"{name} monitors {monitor}, and the teacher is not graded", "model.evaluate_teacher", "set it to true"
-    return None
 
 
 class EvaluatedModule(LightningModule):
@@ -199,6 +182,10 @@ class EvaluatedModule(LightningModule):
     objective: Any
     token_budget: int
     seed: int
+
+    def logged_names(self) -> set[str]:
+        """Names of all metrics that a fit logs, for the check of callbacks. A subclass that logs more adds its own."""
+        return self.evaluator.names("val")
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> Records:
         return self._graded(batch, batch_idx)

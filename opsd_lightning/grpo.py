@@ -63,6 +63,9 @@ class GRPOModule(PolicyModule):
     """
 
     needs_traces = False
+    # Hard questions, few of them a step: some steps in a row without a right answer among wrong ones are no sign yet.
+    idle_limit = 50
+    idle_reason = "the completions of each question have the same reward (train/groups_without_signal is 1)"
 
     def __init__(
         self,
@@ -103,6 +106,9 @@ class GRPOModule(PolicyModule):
     def teachers(self) -> list[Teacher]:
         """All that score the completions."""
         return [] if self.anchor is None else [self.anchor.teacher]
+
+    def logged_names(self) -> set[str]:
+        return super().logged_names() | {"train/reward", "train/groups_without_signal", "train/clipped_fraction"}
 
     def attach(self) -> None:
         if self.anchor is not None:

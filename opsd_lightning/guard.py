@@ -98,7 +98,8 @@ class CollapseGuard(Callback):
 
     The mean of a metric's latest values is compared with that of the run's first. A rule speaks once. What the run began
     with is kept in checkpoints. When it stops, the last checkpoint and the end of ``fit`` are as in any run. `RunReport`
-    shows what was said.
+    shows what was said. Whatever the rules, it also speaks of steps in a row that taught nothing: all completions empty, all
+    tokens left out of the loss, or no gradient (10 steps; 50 of GRPO).
 
     Args:
         action: ``warn`` and go on, or ``stop`` after the step.
@@ -109,6 +110,9 @@ class CollapseGuard(Callback):
         window: Values that a mean is taken over, at least 1: of a metric that every step logs, so many steps. No rule speaks
             before twice as many are there.
     """
+
+    #: Whether it has no use without logged metrics.
+    reads_metrics = True
 
     def __init__(
         self,
@@ -152,6 +156,9 @@ class CollapseGuard(Callback):
     ) -> None:
         if self._own and not self._seen:
             self._look_for_names(trainer)
+        idle = getattr(pl_module, "idle", None)
+        if idle is not None and idle.streak == idle.limit:
+            self._say(trainer, f"CollapseGuard at step {trainer.global_step}: {idle.problem}. {self._ending}.")
         new = newly_logged(trainer.callback_metrics, self._seen)
         for rule, first, latest in zip(self.rules, self._start, self._latest, strict=True):
             if rule.metric not in new:  # SFT has no divergence
@@ -194,13 +201,19 @@ class CollapseGuard(Callback):
         self._spoken.append(key)
         numbers = ", ".join(f"{value:.4g}" for value in latest)
         example = str(module.tokenizer.decode(outputs["rollouts"].completions[0]))[:300]
-        ending = "Training stops here" if self.action == "stop" else "Training goes on"
         text = (
             f"CollapseGuard at step {trainer.global_step}: {rule.metric} is {now:.4g} over its last {len(latest)} values "
-            f"({numbers}), and was {start:.4g} over the first {len(first)}: {reason}. {ending}: look at the completions "
-            "(RolloutTable), go back to an earlier checkpoint, lower the learning rate or clip the divergence "
+            f"({numbers}), and was {start:.4g} over the first {len(first)}: {reason}. {self._ending}: look at the "
+            "completions (RolloutTable), go back to an earlier checkpoint, lower the learning rate or clip the divergence "
             f"(model.objective.init_args.clip). A completion of this step: {example!r}"
         )
+        self._say(trainer, text)
+
+    @property
+    def _ending(self) -> str:
+        return "Training stops here" if self.action == "stop" else "Training goes on"
+
+    def _say(self, trainer: Trainer, text: str) -> None:
         self.said.append(text)
         rank_zero_warn(text)
         if self.action == "stop":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opsd_lightning.callbacks import due
 from opsd_lightning.health import (
+    CLASSES,
     HEDGES,
     LEAKS,
     ClassDivergence,
@@ -46,6 +47,9 @@ class Health(Callback):
         grade: Whether completions are graded, which takes some milliseconds each.
         window: Measurements at the start of the run that lengths are compared with, at least 1.
     """
+
+    #: Whether it has no use without logged metrics.
+    reads_metrics = True
 
     def __init__(
         self,
@@ -83,6 +87,18 @@ class Health(Callback):
         if update is not None and update.rollouts.sampled and due(trainer, pl_module, self.every_n_steps):
             values = {f"health/{name}": value for name, value in self.measure(pl_module, update).items()}
             pl_module.log_dict(values, batch_size=1)
+
+    def logged_names(self, module: PolicyModule) -> set[str]:
+        """Names of all that `measure` may give of this method."""
+        names = {"hedges_per_1k_tokens", "leak_fraction", "trace_overlap", "distinct_3", "length_drift", "terminated_tokens"}
+        divergence = "forward_kl" in module.measured
+        if divergence:
+            names |= {f"forward_kl_{name}" for name in PositionDivergence().groups}
+            names |= {f"forward_kl_{name}{ending}" for name in CLASSES for ending in ("", "_share")}
+            names.add("forward_kl_style_over_math")
+        if self.grade:
+            names |= {"accuracy"} | ({"teacher_gap_correct", "teacher_gap_wrong"} if divergence else set())
+        return {f"health/{name}" for name in names}
 
     def measure(self, module: PolicyModule, update: Update) -> dict[str, Tensor | float]:
         """Every value by its name, over all ranks. Every rank must call."""

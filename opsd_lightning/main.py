@@ -30,9 +30,11 @@ import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.cli_parser import Parser, remembering
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.precision import precision_problem
 from opsd_lightning.run_checks import check_folders, check_last, open_loggers
 from opsd_lightning.run_report import RunReport
 from opsd_lightning.strategies import check_name, refusal
+from opsd_lightning.trainer_checks import check_trainer
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import ConfigError, UserError
 
@@ -114,6 +116,8 @@ class OPSDCLI(LightningCLI):
             check_name(trainer.strategy)
         if isinstance(strategy, str) and (reason := refusal(strategy)) is not None:
             raise UserError(reason)
+        if (problem := precision_problem(trainer.precision)) is not None:
+            raise problem
         for name, (default, instead) in _NOT_THE_TRAINERS.items():
             if trainer[name] != default:
                 raise UserError(f"trainer.{name} is {trainer[name]}, which has no meaning here: {instead}")
@@ -128,8 +132,8 @@ class OPSDCLI(LightningCLI):
             raise UserError(str(_reason(error))) from error
 
     def before_fit(self) -> None:
-        check_folders(self.trainer)
-        open_loggers(self.trainer)
+        check_trainer(self.trainer, self.model, self.datamodule)
+        self._check_surroundings()
 
     def before_validate(self) -> None:
         self._before_evaluation()
@@ -142,7 +146,11 @@ class OPSDCLI(LightningCLI):
 
     def _before_evaluation(self) -> None:
         check_last(self.trainer, self.config[self.subcommand].get("ckpt_path"))
-        self.before_fit()
+        self._check_surroundings()
+
+    def _check_surroundings(self) -> None:
+        check_folders(self.trainer)
+        open_loggers(self.trainer)
 
 
 def _reason(error: BaseException) -> BaseException:

@@ -72,6 +72,10 @@ class OPSDModule(PolicyModule):
         "student_entropy",
         "teacher_entropy",
     )
+    idle_reason: ClassVar[str] = (
+        "the teacher gives every token the student's own probability: it reads no more than the student (NoContext), no "
+        "context was found, or it is the student itself"
+    )
     #: Whether a training question without trace and answer is left out.
     needs_answers: bool = True
 
@@ -110,6 +114,7 @@ class OPSDModule(PolicyModule):
             seed,
         )
         self.teacher = teacher or FixedTeacher()
+        self.teacher.keeps_head = updates_per_batch > 1
         self._objective = objective or DivergenceObjective()
         self.context, self.prompts, self.anchor = context, prompts, anchor
         if not self._objective.uses_teacher:
@@ -148,6 +153,12 @@ class OPSDModule(PolicyModule):
     def teachers(self) -> list[Teacher]:
         """All that score the completions."""
         return [self.teacher] if self.anchor is None else [self.teacher, self.anchor.teacher]
+
+    def logged_names(self) -> set[str]:
+        found = super().logged_names()
+        if self.updates_per_batch > 1:
+            found |= {"train/update_ratio", "train/update_ratio_max", "train/update_ratio_clipped"}
+        return found if self.context is None else found | {"train/context_missing_fraction"}
 
     def attach(self) -> None:
         limit = self.policy.context_length()

@@ -24,6 +24,9 @@ from opsd_lightning.types import PromptBatch, Rollouts, TokenStates
 
 # Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (4 MiB each in float32).
 _CACHED_NUMBERS = 2**20
+# Stands for the logarithm of 0. Products with probabilities stay finite, unless only one role rules a token out: their
+# divergence is then beyond any that training goes on with (`training.PolicyModule`).
+_LOWEST = -1e30
 
 
 class Objective(ABC):
@@ -86,11 +89,11 @@ class Objective(ABC):
         """
         weights = []
         for completion, terminated in zip(rollouts.completions, rollouts.terminated, strict=True):
-            weight = torch.zeros(len(completion))
+            weight = torch.zeros(len(completion), dtype=torch.float32)  # whatever the default dtype is
             if terminated or self.include_truncated:
                 weight[self.skip_first_tokens :] = 1.0
                 if self.position_weight is not None:
-                    weight *= self.position_weight.weights(len(completion))
+                    weight *= self.position_weight.weights(len(completion)).to(weight.dtype)
                 if self.reduction == "sequence_mean":
                     weight /= weight.sum().clamp(min=1e-12)
             weights.append(weight)
@@ -124,45 +127,51 @@ class Objective(ABC):
             with torch.set_grad_enabled(train):
                 student_logits = student.head(hidden)
             with torch.no_grad():
-                # What stands here is overwritten by the gradient at the student's logits.
-                teacher_logits = torch.empty_like(student_logits) if teacher is None else teacher.head(teacher.hidden[rows])
-                if teacher is not None and _share_memory(teacher_logits, teacher.hidden):
-                    teacher_logits = teacher_logits.clone()  # a head that does nothing
+                teacher_logits = None if teacher is None else teacher.head(teacher.hidden[rows])
+                gradient = _gradient_buffer(student_logits, teacher_logits, teacher) if train else None
             stop = start + len(hidden)
             for first in range(start, stop, block):
                 part = slice(first, min(first + block, stop))
                 here = slice(part.start - start, part.stop - start)
-                logits = student_logits.detach()[here], teacher_logits[here]
-                for name, values in self._block(*logits, targets[part], weights[part], train, teacher is None).items():
+                logits = student_logits.detach()[here], None if teacher_logits is None else teacher_logits[here]
+                into = None if gradient is None else gradient[here]
+                with torch.autocast(targets.device.type, enabled=False):  # which would round products to half precision
+                    found = self._block(*logits, targets[part], weights[part], into)
+                for name, values in found.items():
                     if name not in measured:
                         # Kept in one tensor for all tokens: small ones between the large would leave holes in the heap.
                         measured[name] = values.new_empty(targets.shape)
                     measured[name][part] = values
             if train:
-                found = torch.autograd.grad(student_logits, [hidden, *inputs[1:]], teacher_logits)
-                gradients[0][rows] = found[0]
-                for collected, more in zip(gradients[1:], found[1:], strict=True):
+                parts = torch.autograd.grad(student_logits, [hidden, *inputs[1:]], gradient)
+                gradients[0][rows] = parts[0]
+                for collected, more in zip(gradients[1:], parts[1:], strict=True):
                     collected += more
             chunk, block = self._sizes(student_logits)
-            del logits, student_logits, teacher_logits  # before the next chunk's are made
+            if train and teacher_logits is not None and gradient is not teacher_logits:  # a third tensor of logits
+                own, other = student_logits.element_size(), teacher_logits.element_size()
+                chunk = max(chunk * 2 * own // (2 * own + other), block)
+            del logits, into, student_logits, teacher_logits, gradient  # before the next chunk's are made
             start = stop
-        total = _weighted(measured["loss"], weights) if measured else torch.zeros((), device=student.hidden.device)
+        zero = torch.zeros((), dtype=torch.float32, device=student.hidden.device)
+        total = _weighted(measured["loss"], weights) if measured else zero
         if train:
             total = _HandOver.apply(total, len(inputs), *inputs, *gradients)
         return total, measured
 
     def _block(
-        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, weights: Tensor, train: bool, alone: bool
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, weights: Tensor, into: Tensor | None
     ) -> dict[str, Tensor]:
-        """Measurements of a few rows. In training, the gradient at the student's logits then stands where the teacher's
-        logits were, which nothing needs any more."""
-        teacher = None if alone else self._logprobs(teacher_logits)
-        with torch.set_grad_enabled(train):
-            leaf = student_logits.requires_grad_(train)
+        """Measurements of a few rows. In training, the gradient at the student's logits is written into ``into``, which may
+        be ``teacher_logits``: nothing reads those any more."""
+        teacher = None if teacher_logits is None else self._logprobs(teacher_logits)
+        with torch.set_grad_enabled(into is not None):
+            leaf = student_logits.requires_grad_(into is not None)
             student = self._logprobs(leaf)
+            teacher = None if teacher is None else teacher.to(student.dtype)
             token_loss, clipped_mass = self.per_token(student, teacher, targets)
-            if train:
-                teacher_logits.copy_(torch.autograd.grad(_weighted(token_loss, weights), leaf)[0])
+            if into is not None:
+                into.copy_(torch.autograd.grad(_weighted(token_loss, weights), leaf)[0])
         own = {"loss": token_loss.detach(), "clipped": (clipped_mass != 0).to(student.dtype), "clipped_mass": clipped_mass}
         return own | _measure(student.detach(), teacher, targets)
 
@@ -181,7 +190,7 @@ class Objective(ABC):
 
     def _logprobs(self, logits: Tensor) -> Tensor:
         full = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.log_softmax(full if self.temperature == 1 else full / self.temperature, dim=-1)
+        return log_softmax(full if self.temperature == 1 else full / self.temperature)
 
 
 class DivergenceObjective(Objective):
@@ -286,6 +295,37 @@ def token_logprobs(states: TokenStates, targets: Tensor, logits_memory_mib: int 
     return found
 
 
+class _LogSoftmax(torch.autograd.Function):
+    """Log-softmax over the last dimension without -inf, whose differences and products are NaN.
+
+    An entry masked with -inf, or with a number that a temperature below 1 makes -inf, keeps a probability of exactly 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        logprobs = torch.log_softmax(logits, dim=-1).clamp_(min=_LOWEST)
+        ctx.save_for_backward(logprobs)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (logprobs,) = ctx.saved_tensors
+        return torch._log_softmax_backward_data(grad_outputs[0], logprobs, -1, logprobs.dtype)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities over the last dimension, all finite."""
+    return _LogSoftmax.apply(logits)
+
+
+def _gradient_buffer(student_logits: Tensor, teacher_logits: Tensor | None, teacher: TokenStates | None) -> Tensor:
+    """Memory for the gradient at the student's logits: the teacher's logits, where they are of the same dtype, since each
+    block's are read before its gradient is written."""
+    if teacher is None or teacher_logits is None or teacher_logits.dtype != student_logits.dtype:
+        return torch.empty_like(student_logits)
+    return teacher_logits.clone() if _share_memory(teacher_logits, teacher.hidden) else teacher_logits  # an identity head
+
+
 def _of_targets(logprobs: Tensor | None, targets: Tensor) -> Tensor:
     assert logprobs is not None
     return logprobs.gather(-1, targets[:, None])[:, 0]
@@ -304,7 +344,7 @@ def _measure(student: Tensor, teacher: Tensor | None, targets: Tensor) -> dict[s
     """What is logged of each token whatever the loss is: from log-probabilities over the full vocabulary, [rows, V]."""
     p_student = student.exp()
     own = {
-        "student_entropy": -torch.linalg.vecdot(p_student, student),
+        "student_entropy": -torch.linalg.vecdot(p_student, student),  # of full precision where autocast is off
         "student_logprob": _of_targets(student, targets),
     }
     if teacher is None:

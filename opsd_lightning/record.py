@@ -39,7 +39,7 @@ class Record:
         aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
         if folder.exists() and not self.resumed:
             os.replace(folder, aside)
-        elif self.resumed and self._read().get("status") == "finished":
+        elif self.resumed and self._read().get("status") in ("finished", "idle"):
             shutil.copytree(folder, aside)  # a branch off a finished run, whose own end is not thrown away
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in lines if line["step"] <= step] if self.resumed else []

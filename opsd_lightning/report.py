@@ -168,6 +168,8 @@ def _status(run: Run, step: int) -> dict[str, str]:
         return {"kind": "good", "text": f"finished after {_count(step)} steps"}
     if status == "stopped":
         return {"kind": "warn", "text": f"stopped by CollapseGuard after {_count(step)} steps"}
+    if status == "idle":
+        return {"kind": "bad", "text": f"made {_count(step)} steps, but {reason}"}
     if status == "failed":
         return {"kind": "bad", "text": f"ended by an error after step {step}: {reason}"}
     if status == "interrupted":

@@ -46,6 +46,9 @@ class RunReport(Callback):
             validation set. Without validation, completions of the first and of the last training step.
     """
 
+    #: Whether it has no use without logged metrics.
+    reads_metrics = True
+
     def __init__(self, path: str = "report.html", questions: PositiveInt = 8) -> None:
         if not path.endswith((".html", ".htm")):
             raise UserError(f"RunReport: path is {path!r}, which is no page: let it end in .html")
@@ -127,7 +130,8 @@ class RunReport(Callback):
         # After every on_fit_end: what other callbacks leave there can be linked.
         if stage == "fit" and self._record is not None:
             stopped = any(isinstance(callback, CollapseGuard) and callback.stopped for callback in _callbacks(trainer))
-            self._end(trainer, pl_module, "stopped" if stopped else "finished", "")
+            idle = pl_module.idle.verdict if isinstance(pl_module, PolicyModule) else None
+            self._end(trainer, pl_module, "stopped" if stopped else "idle" if idle else "finished", idle or "")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._record is None:

@@ -8,13 +8,15 @@ several completions follow is run once, and its cache serves them all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
@@ -171,8 +173,13 @@ def states_of(model: PeftModel, hidden: Tensor) -> TokenStates:
     return TokenStates(hidden, head_of(model), tuple(base_of(model).get_output_embeddings().parameters()))
 
 
-def head_of(model: PeftModel) -> Callable[[Tensor], Tensor]:
-    """The map from hidden states [rows, D] to logits [rows, V], with the model's own scale and soft cap."""
+def head_of(model: PeftModel, kept: Mapping[str, Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """The map from hidden states [rows, D] to logits [rows, V], with the model's own scale and soft cap.
+
+    Args:
+        model: The policy.
+        kept: Weights that stand in the place of the head's own, as `moving_weights` gave them.
+    """
     base = base_of(model)
     config = base.config.get_text_config()
     head = base.get_output_embeddings()
@@ -180,11 +187,21 @@ def head_of(model: PeftModel) -> Callable[[Tensor], Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)
 
     def logits(hidden: Tensor) -> Tensor:
-        out = head(hidden)
+        out = functional_call(head, dict(kept), (hidden,)) if kept else head(hidden)
         out = out if scale == 1.0 else out * scale
         return out if cap is None else cap * torch.tanh(out / cap)
 
     return logits
+
+
+def moving_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of those of the head's weights that optimizer steps change: its adapters', or all in full fine-tuning.
+
+    Every rank must call: sharded weights are gathered.
+    """
+    named = base_of(model).get_output_embeddings().named_parameters()
+    moving = {name: p.detach() for name, p in named if p.requires_grad or is_adapter_key(name)}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in moving.items()}
 
 
 def has_adapted_head(model: PeftModel) -> bool:

@@ -85,7 +85,7 @@ class DecayingPositions(PositionWeight):
         self.half_life_tokens = PositiveFloat(half_life_tokens)
 
     def weights(self, length: int) -> Tensor:
-        return torch.exp2(-torch.arange(length) / self.half_life_tokens)
+        return torch.exp2(-torch.arange(length, dtype=torch.float32) / self.half_life_tokens)
 
 
 class FirstPositions(PositionWeight):
@@ -100,4 +100,6 @@ class FirstPositions(PositionWeight):
         self.tokens, self.rest = PositiveInt(tokens), NonNegativeFloat(rest)
 
     def weights(self, length: int) -> Tensor:
-        return torch.where(torch.arange(length) < self.tokens, 1.0, self.rest)
+        weights = torch.full((length,), float(self.rest), dtype=torch.float32)
+        weights[: self.tokens] = 1.0
+        return weights

@@ -39,6 +39,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opsd_lightning.policy import base_of, is_adapter_key
+from opsd_lightning.precision import precision_problem
 from opsd_lightning.tensor_parallel import plan_of, split
 from opsd_lightning.types import ConfigError, UserError
 
@@ -299,17 +300,20 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_precision(plugin: Precision) -> None:
-    """Refuse precisions that the training step is not right in.
+    """Refuse precisions that a training step is not right in.
 
     Raises:
-        UserError: With what to set instead.
+        ConfigError: With the precision to take instead.
     """
-    if getattr(plugin, "scaler", None) is not None:
-        raise UserError("trainer.precision is 16-mixed, whose loss scaling does not go with OPSD: use bf16-mixed or 32-true")
     if isinstance(plugin, BitsandbytesPrecision):
-        raise UserError(
-            "trainer.plugins has BitsandbytesPrecision, which would quantize the adapter too: set model.policy.quantization"
+        raise ConfigError(
+            "BitsandbytesPrecision would quantize the adapter too",
+            "trainer.plugins",
+            "Set model.policy.quantization instead",
         )
+    name = "16-mixed" if getattr(plugin, "scaler", None) is not None else str(getattr(plugin, "precision", ""))
+    if (problem := precision_problem(name)) is not None:
+        raise problem
 
 
 def replica(trainer: Trainer | None) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from opsd_lightning.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
-from opsd_lightning.scoring import has_adapted_head, score_all
+from opsd_lightning.scoring import has_adapted_head, head_of, moving_weights, score_all
 from opsd_lightning.types import TokenStates, UserError
 
 
@@ -32,11 +32,13 @@ class Teacher(ABC):
         privileged: Whether it reads the privileged context, or the student's own prompt.
         writes: Whether it can sample: `weights` are then all that it computes with.
         setting: Where it stands in the configuration, for messages.
+        keeps_head: Keep the head's weights of the time of scoring, for several optimizer steps on the same states.
     """
 
     privileged: bool = True
     writes: bool = True
     setting: str = "model.teacher"
+    keeps_head: bool = False
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `UserError` where it does not go with the policy's tokenizer. Called before `attach`."""
@@ -67,12 +69,14 @@ class Teacher(ABC):
         """The teacher's states at the student's completion tokens; dropout off, no gradient. See `scoring.score_all`."""
         with self.weights(model):
             states = score_all(model, prompts, completions, token_budget, agree)
+        kept = moving_weights(model) if self.keeps_head else None
+        own = head_of(model, kept) if kept else states.head
         if not has_adapted_head(model):
-            return states
+            return TokenStates(states.hidden, own)
 
         def head(hidden: Tensor) -> Tensor:
             with evaluating(model), self.weights(model):
-                return states.head(hidden)
+                return own(hidden)
 
         return TokenStates(states.hidden, head)
 
@@ -164,11 +168,15 @@ class TrustRegionTeacher(FixedTeacher):
         agree: Callable[[int], int] = lambda passes: passes,
     ) -> TokenStates:
         fixed = super().score(model, prompts, completions, token_budget, agree)
-        live = LiveTeacher().score(model, prompts, completions, token_budget, agree)
+        student = LiveTeacher()
+        student.keeps_head = self.keeps_head
+        live = student.score(model, prompts, completions, token_budget, agree)
         width = fixed.hidden.shape[-1]
 
         def head(hidden: Tensor) -> Tensor:
-            return torch.lerp(fixed.head(hidden[:, :width]), live.head(hidden[:, width:]), self.weight)
+            start, now = _full(fixed.head(hidden[:, :width])), _full(live.head(hidden[:, width:]))
+            with torch.autocast(hidden.device.type, enabled=False):
+                return torch.lerp(start, now, self.weight)
 
         return TokenStates(torch.cat([fixed.hidden, live.hidden], dim=-1), head)
 
@@ -269,6 +277,11 @@ def _require_adapter(model: PeftModel, setting: str) -> None:
             "model.policy.lora is null (full fine-tuning), so that there is no adapter to switch off or to copy: take "
             f"ModelTeacher as {setting}, which keeps a frozen copy{', or LiveTeacher' * (setting == Teacher.setting)}"
         )
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits in at least float32: half precision would round a mixture of two a second time."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _vocabulary(model: PeftModel) -> int:

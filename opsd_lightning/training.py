@@ -12,20 +12,23 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from opsd_lightning.evaluation import EvaluatedModule, Evaluator, monitor_problem
+from opsd_lightning.evaluation import EvaluatedModule, Evaluator
 from opsd_lightning.grading import MathGrader
+from opsd_lightning.idle import IdleSteps
 from opsd_lightning.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.objectives import Objective, Term, Update
 from opsd_lightning.optimization import make_optimizer, make_scheduler
-from opsd_lightning.policy import Policy, is_adapter_key
+from opsd_lightning.policy import Policy, base_of, eos_ids, is_adapter_key
+from opsd_lightning.precision import check_dtypes
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
 from opsd_lightning.scoring import check_head, score, split_rows
 from opsd_lightning.strategies import (
@@ -37,7 +40,16 @@ from opsd_lightning.strategies import (
     unsynchronized,
     whole,
 )
+from opsd_lightning.trainer_checks import check_trainer
 from opsd_lightning.types import PromptBatch, Rollouts, TokenStates, UserError
+
+# Divergence of two roles, in nats, up to which they agree in float32: what is left of the gradient is rounding, which an
+# optimizer such as Adam scales up to full steps.
+_ROUNDING = 1e-6
+# As much, on average over tokens, in bfloat16.
+_HALF_ROUNDING = 1e-3
+# A loss above it is one of infinitely unlike distributions (see `objectives.log_softmax`).
+_INFINITE = 1e20
 
 
 class PolicyModule(EvaluatedModule, ABC):
@@ -65,6 +77,10 @@ class PolicyModule(EvaluatedModule, ABC):
     needs_traces: bool = True
     #: Whether traces stand in the place of completions, and must fit the context behind the student's prompt.
     trains_on_traces: ClassVar[bool] = False
+    #: Steps in a row without anything to learn from which a run counts as idle.
+    idle_limit: ClassVar[int] = 10
+    #: Why a step has no gradient though its tokens have weights.
+    idle_reason: ClassVar[str] = "the gradient is 0"
     #: What the first optimizer step on a batch is made of, for callbacks in ``on_before_optimizer_step``; else None.
     current: Update | None = None
 
@@ -99,6 +115,8 @@ class PolicyModule(EvaluatedModule, ABC):
         self.updates_per_batch = PositiveInt(updates_per_batch)
         self.seed = seed
         self.tokens_generated = 0
+        self.idle = IdleSteps(self.idle_limit)
+        self._diverged: RuntimeError | None = None
         self.evaluator = Evaluator(eval_sampling or sampling, grader or MathGrader())
 
     # -- the method --------------------------------------------------------------------------------------------------
@@ -153,6 +171,8 @@ class PolicyModule(EvaluatedModule, ABC):
         if self._trainer is not None:
             check_precision(self._trainer.precision_plugin)
             check_strategy(self._trainer.strategy)
+            check_dtypes(self.policy, str(self._trainer.precision))
+            self._check_trainer()
             if replica(self._trainer)[1] < self._trainer.world_size and not self.rollouts.splits_layers:
                 raise UserError(
                     f"trainer.strategy.tensor_parallel_size does not go with model.rollouts {type(self.rollouts).__name__}: "
@@ -166,17 +186,35 @@ class PolicyModule(EvaluatedModule, ABC):
         except ValueError as error:
             raise UserError(f"model.{error}") from None
         self.model = self.policy.build(self._trainer.strategy.root_device if self._trainer is not None else None)
+        if self._trainer is not None:
+            check_dtypes(self.policy, str(self._trainer.precision), self.model)
         self.attach()
         if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2Strategy):
             self._trainer.strategy.shard(self.model)
 
     def on_fit_start(self) -> None:
-        validates = "val" in getattr(getattr(self.trainer, "datamodule", None), "rows", {"val": None})
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if (problem := monitor_problem(callback, self.evaluator, validates)) is not None:
-                text, setting, fix = problem
-                raise UserError(f"{text} ({setting}): {fix}")
+        self._check_trainer()  # also of a module that another trainer built
+        self.idle, self._diverged = IdleSteps(self.idle_limit), None
         check_head(self.model)
+
+    def _check_trainer(self) -> None:
+        if self.trainer.state.fn == "fit":
+            check_trainer(self.trainer, self)
+
+    def logged_names(self) -> set[str]:
+        names = {"clipped_fraction" if name == "clipped" else name for name in self.measured} | {
+            "loss", "grad_norm", "adapter_norm", "completion_tokens", "completion_tokens_min", "completion_tokens_max",
+            "truncated_fraction", "eos_rate", "tokens_generated",
+        }  # fmt: skip
+        if "forward_kl" in names:
+            names.add("first_token_forward_kl")
+        if self.rollouts.max_importance_ratio is not None:
+            names |= {"importance_ratio", "importance_ratio_max", "importance_ratio_clipped"}
+        own = type(self.rollouts).__module__.startswith("opsd_lightning.")  # another may bring log-probabilities unasked
+        if not own or (self.rollouts.logprob_tolerance, self.rollouts.max_importance_ratio) != (None, None):
+            names |= {"rollout_logprob_difference", "rollout_logprob_difference_max"}
+        phases = {f"time/{phase}_{what}" for phase in ("rollout", "scoring") for what in ("seconds", "tokens_per_second")}
+        return super().logged_names() | {f"train/{name}" for name in names} | phases
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.make_optimizer, [p for p in self.model.parameters() if p.requires_grad])
@@ -229,26 +267,95 @@ class PolicyModule(EvaluatedModule, ABC):
                 found = self._backward(students, rollouts, terms)
             if first is None:
                 first, self.current = found, Update(batch, students, rollouts, terms, found[1])
-            self._update(optimizer, found[0])
+            grad_norm = self._update(optimizer, found, len(terms))
+            if self.current is not None:
+                self._watch(rollouts, terms, grad_norm)
             self.current = None
         assert first is not None
         self._log_step(rollouts, first[1], first[0], seconds)
         return {"loss": torch.tensor(first[0]), "rollouts": rollouts, "measured": first[1]}
 
-    def _update(self, optimizer: LightningOptimizer, loss: float) -> None:
+    def _update(self, optimizer: LightningOptimizer, found: tuple[float, dict[str, list[Tensor]]], terms: int) -> float:
+        """Make an optimizer step from what `_backward` found, and return the gradient's norm."""
+        loss, measured = found
+        if not abs(loss) < _INFINITE:
+            self._stop(f"the loss is {loss} at step {self.global_step}")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if terms == 1 and self._agree_to_rounding(measured):
+            optimizer.zero_grad(set_to_none=False)
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
         if not math.isfinite(grad_norm):
-            raise RuntimeError(
-                f"the gradient's norm is {grad_norm} at step {self.global_step}, loss {loss}: lower the learning rate, clip "
-                "(model.objective.init_args.clip), or compute in bfloat16 or float32; the last checkpoint is still good"
-            )
+            self._stop(f"the gradient's norm is {grad_norm} at step {self.global_step}, loss {loss}")
         optimizer.step()
+        adapter_norm = float(whole(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
+        if not math.isfinite(adapter_norm):  # before a teacher follows, or a checkpoint is written
+            self._stop(f"the norm of the trained weights is {adapter_norm} after step {self.global_step}, loss {loss}")
         if (scheduler := self.lr_schedulers()) is not None:
             scheduler.step()  # type: ignore[union-attr, call-arg]
         self.after_update()
-        adapter_norm = float(whole(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
         self.log_dict({"train/grad_norm": grad_norm, "train/adapter_norm": adapter_norm}, batch_size=1)
+
+        return grad_norm
+
+    def _stop(self, problem: str) -> NoReturn:
+        """End the run. No checkpoint is written from now on, also not by a callback that saves on exceptions."""
+        self._diverged = RuntimeError(
+            f"{problem}: lower the learning rate, clip (model.objective.init_args.clip), or compute in bfloat16 or float32; "
+            "the last checkpoint is still good"
+        )
+        raise self._diverged
+
+    def _agree_to_rounding(self, measured: dict[str, list[Tensor]]) -> bool:
+        """Whether both roles give every token of all ranks the same distribution, but for rounding. Every rank must call."""
+        if "forward_kl" not in self.measured:
+            return False
+        columns = [row for name in ("forward_kl", "reverse_kl") for row in measured.get(name, [])]
+        return self.over_ranks([float(torch.cat([torch.zeros(1), *columns]).abs().max())], "max")[0] <= _ROUNDING
+
+    def _watch(self, rollouts: Rollouts, terms: list[Term], grad_norm: float) -> None:
+        """Warn of steps in a row that teach nothing. Every rank must call; all come to the same."""
+        ends = eos_ids(self.model)
+        written = [sum(token not in ends for token in completion) for completion in rollouts.completions]
+        weighted = sum(int((weight != 0).sum()) for weight in terms[0].weights)
+        counts = self.over_ranks([sum(written), weighted, rollouts.terminated.count(True)], "sum")
+        longest = int(self.over_ranks([max(map(len, rollouts.completions), default=0)], "max")[0])
+        self._warn_of_rounding()
+        reason = None
+        if not counts[0]:
+            reason = "every completion is empty, an EOS at once; look at the end of the student's prompts (opsd doctor)"
+        elif not counts[1]:
+            reason = self._without_weight(longest, not counts[2])
+        elif grad_norm == 0:
+            reason = self.idle_reason
+        if self.idle.add(reason):
+            rank_zero_warn(f"step {self.global_step}: {self.idle.problem}")
+
+    def _warn_of_rounding(self) -> None:
+        """Warn at the first step where both roles agree as far as half precision tells. Every rank must call."""
+        if self.idle.steps or "forward_kl" not in self.measured or self.current is None:
+            return
+        half = str(self.trainer.precision).startswith("bf16") or base_of(self.model).dtype == torch.bfloat16
+        divergence = torch.cat([torch.zeros(0), *self.current.measured.get("forward_kl", [])])
+        total, count = self.over_ranks([float(divergence.sum()), divergence.numel()], "sum")
+        if half and count and 0 < total / count < _HALF_ROUNDING:
+            rank_zero_warn(
+                f"the teacher and the student differ by {total / count:.1e} nats a token at the first step. In bfloat16 "
+                "that may be rounding alone, of which an optimizer such as Adam makes full steps. For a control whose "
+                "teacher reads what the student reads (NoContext), set trainer.precision to 32-true and "
+                "model.policy.dtype to float32"
+            )
+
+    def _without_weight(self, longest: int, all_truncated: bool) -> str:
+        objective = self.objective
+        if all_truncated and not objective.include_truncated:
+            text = "every completion was truncated (model.sampling.max_new_tokens)"
+            return f"{text}, and the objective leaves those out (include_truncated)"
+        if longest <= objective.skip_first_tokens:
+            return (
+                f"no completion is longer than {longest} tokens, and the objective's skip_first_tokens is "
+                f"{objective.skip_first_tokens}"
+            )
+        return self.idle_reason
 
     def _correction(self, students: list[list[int]], rollouts: Rollouts) -> list[Tensor] | None:
         """Log how far the sampler was from the student, stop where it is too far, and weigh tokens where that is asked."""
@@ -364,6 +471,8 @@ class PolicyModule(EvaluatedModule, ABC):
         return {key: value for key, value in state.items() if self.policy.trains_all or is_adapter_key(key)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._diverged is not None:
+            raise self._diverged
         checkpoint["opsd_tokens_generated"] = self.tokens_generated
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -261,11 +261,11 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "monitor of another k": (
         lambda p, f: ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/avg@4"],
-        r"ModelCheckpoint monitors val/avg@4, and validation samples 1 .* \(model\.eval_sampling\.n\): set it to 4, or",
+        r"model\.eval_sampling\.n: ModelCheckpoint monitors val/avg@4, and validation samples 1 .*\. Set it to 4, or",
     ),
     "monitor of a teacher that is not graded": (
         lambda p, f: ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/teacher_avg@1"],
-        r"the teacher is not graded \(model\.evaluate_teacher\): set it to true",
+        r"model\.evaluate_teacher: .*the teacher is not graded\. Set it to true",
     ),
     "missing adapter": (lambda p, f: ["--model.policy.adapter=./nowhere"], "is not a LoRA adapter's folder or id"),
     "no chat template": (lambda p, f: [f"--model.policy.model={folder(p, chat_template=None)}"], "has no chat template"),

@@ -15,17 +15,18 @@ import opsd_lightning
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
-    {"types", "files", "texts"},
+    {"types", "files", "texts", "metric_directions", "idle"},
     {"tokens", "prompts", "grading", "redaction", "token_text", "findings"},
     {"divergences", "shaping", "runs", "tables"},
     {"objectives", "sources", "record", "curves"},
     {"policy", "report"},
-    {"tensor_parallel", "optimization"},
+    {"tensor_parallel", "optimization", "precision"},
     {"scoring", "inference", "strategies", "vllm_servers", "loggers", "cli_parser", "run_checks"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
     {"serving", "contexts", "anchors"},
     {"vllm_rollouts"},
     {"evaluation"},
+    {"trainer_checks"},
     {"training", "results"},
     {"module", "sft", "grpo", "token_scores", "token_figure", "health"},
     {"off_policy", "data_checks", "prompt_checks", "estimates"},
