@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_lightning.types import ConfigError
@@ -43,8 +45,8 @@ def check_tensors(base: PreTrainedModel, info: Mapping[str, Any], setting: str) 
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if absent:
         raise ConfigError(
-            f"the checkpoint lacks {len(absent)} tensors of {name} or has them in another shape, such as {absent[0]}, and they "
-            "would be random",
+            f"the checkpoint lacks {len(absent)} tensors of {name} or has them in another shape, such as {absent[0]}, and "
+            "they would be random",
             setting,
             "Choose a complete checkpoint of a causal language model, its head included",
         )
@@ -53,14 +55,14 @@ def check_tensors(base: PreTrainedModel, info: Mapping[str, Any], setting: str) 
     other = [key for key in extra if key.rpartition(".")[2] in ("weight", "bias") and key.rpartition(".")[0] in modules]
     if other:
         raise ConfigError(
-            f"the checkpoint has {len(other)} tensors that layers of {name} do not take, such as {other[0]}: it is of another "
-            "architecture",
+            f"the checkpoint has {len(other)} tensors that layers of {name} do not take, such as {other[0]}: it is of "
+            "another architecture",
             setting,
             "Correct the model's config.json, or choose another checkpoint",
         )
     if extra:
-        text = f"{setting}: {len(extra)} tensors of the checkpoint are not part of {name} and are left out, such as {extra[0]}"
-        warnings.warn(text, stacklevel=2)
+        text = f"{len(extra)} tensors of the checkpoint are not part of {name} and are left out, such as {extra[0]}"
+        warnings.warn(f"{setting}: {text}", stacklevel=2)
 
 
 def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: str) -> None:
@@ -92,11 +94,20 @@ def not_adapted(base: PreTrainedModel) -> str | None:
     return "|".join(rf"{pattern}(\..*)?" for pattern in dict.fromkeys(patterns)) or None
 
 
+@torch.no_grad()
 def returns_more(module: nn.Module) -> bool:
-    """Tell whether a module is one of a model's own linear layers, whose forward is not a plain product."""
-    kind = type(module)
-    ours = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
-    return isinstance(module, nn.Linear) and ours and kind.forward is not nn.Linear.forward
+    """Tell whether a module is one of a model's own linear layers, and gives something else than the product."""
+    own = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+    if not own or not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    rows = torch.linspace(-1, 1, 2 * module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        found, expected = module(rows.view(2, -1)), functional.linear(rows.view(2, -1), module.weight, module.bias)
+    except (RuntimeError, TypeError, ValueError):
+        return True
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return True
+    return not found.is_meta and not torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def check_adapted(model: nn.Module, setting: str) -> None:

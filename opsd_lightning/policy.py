@@ -96,8 +96,8 @@ class Policy:
         quantization: How base weights are quantized as they are loaded, by transformers: 4-bit NF4 with ``load_in_4bit:
             true, bnb_4bit_quant_type: nf4``, or 8-bit with ``load_in_8bit: true``. Not quantized unless given.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; transformers' choice unless given.
-        max_length: Length limit of a row (prompt and completion) in tokens; longer rows are left out of the data. Defaults to
-            the model's context, and for RoPE that changes with the length (``longrope``, ``dynamic``) to the length from
+        max_length: Length limit of a row (prompt and completion) in tokens; longer rows are left out of the data. Defaults
+            to the model's context, and for RoPE that changes with the length (``longrope``, ``dynamic``) to the length from
             which it does. With a larger value all rows are computed with the frequencies of rows of that length.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         pad_token: Token to pad with, for a tokenizer that has none, such as its EOS token. Pads never reach the loss.
@@ -289,10 +289,16 @@ class Policy:
             except (ValueError, TypeError) as error:
                 if self.lora.dropout and "lora_dropout" in str(error):
                     raise ConfigError(
-                        f"{type(base).__name__} holds the weights of all its experts in one tensor, and LoRA on such a tensor "
-                        f"takes no dropout, which is set to {self.lora.dropout}",
+                        f"{type(base).__name__} holds the weights of its experts in one tensor, and LoRA on that takes no "
+                        f"dropout, which is set to {self.lora.dropout}",
                         "model.policy.lora.dropout",
                         "Set dropout to 0",
+                    ) from None
+                if "Mamba" in str(error) and config.exclude_modules is None:
+                    raise ConfigError(
+                        f"peft puts no adapter on out_proj of {type(base).__name__}, whose weight goes round the layer",
+                        "model.policy.lora.options.exclude_modules",
+                        "Set it to [out_proj]",
                     ) from None
                 raise UserError(f"model.policy.lora does not fit {self.model}: {error}") from None
             check_adapted(model, "model.policy")
@@ -361,6 +367,12 @@ def base_of(model: PeftModel) -> Any:
     that send an adapter elsewhere need to know the difference.
     """
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def below_head(base: Any) -> Any:
+    """The network of a causal language model that gives the hidden states for its head."""
+    inner = base.base_model
+    return base.model if inner is base else inner  # transformers names another attribute than Llama 4 has
 
 
 def eos_ids(model: PeftModel) -> frozenset[int]:

@@ -74,29 +74,35 @@ def check_policy(
     """
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(model), without_backward(model):
-        with _refusing(model, setting), _reached(model) as reached:
-            check_head(model)
-            found = _scoring(model)
-            if engine is not None and samples_here(engine):
-                rollout, agreed, tokens = _sampling(model, engine, found.tolerance)
-                found = found._replace(rollout=rollout, agreed=agreed, tokens=tokens)
     name = type(base_of(model)).__name__
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        evaluating(model),
+        without_backward(model),
+        _refusing(name, setting),
+        _reached(model) as reached,
+    ):
+        check_head(model)
+        found = _scoring(model)
+        if engine is not None and samples_here(engine):
+            rollout, agreed, tokens = _sampling(model, engine, found.tolerance)
+            found = found._replace(rollout=rollout, agreed=agreed, tokens=tokens)
     _refuse(f"{name}: the logits of a row change with the other rows of its batch", found.batch, found.tolerance, setting)
     _refuse(f"{name}: logits behind a prompt that several rows share are others", found.shared, found.tolerance, setting)
     if found.rollout is not None:
         _refuse(f"{name}: the logits of a rollout are not those of scoring", found.rollout, found.tolerance, setting)
     if found.agreed < 0.95 * found.tokens:
         raise ConfigError(
-            f"{name}: {found.tokens - found.agreed} of {found.tokens} greedily sampled tokens are not the likeliest when scored",
+            f"{name}: {found.tokens - found.agreed} of {found.tokens} greedily sampled tokens are not the likeliest in scoring",
             f"{setting}.attn_implementation",
             "Set it to eager or sdpa, or choose another model",
         )
     unreached = [layer for layer, ran in reached.items() if not ran]
     if every_adapter and unreached:
         raise ConfigError(
-            f"{len(unreached)} layers of {name} have an adapter and do not run on every text, such as {unreached[0]}, and ddp "
-            "waits for their gradients",
+            f"{len(unreached)} layers of {name} have an adapter and do not run on every text, such as {unreached[0]}, and "
+            "ddp waits for their gradients",
             "trainer.strategy",
             "Set it to ddp_find_unused_parameters_true, or leave them out by model.policy.lora.options.exclude_modules",
         )
@@ -108,8 +114,9 @@ def agreement(model: PeftModel, prompts: Sequence[Sequence[int]], completions: S
     """How many greedily sampled tokens are also the likeliest when scored, and how many there are."""
     if not any(completions):
         return 0, 0
-    states, targets = score(model, prompts, completions)
-    logits = states.head(states.hidden).float()
+    states = score_all(model, prompts, completions, 8192)
+    targets = torch.tensor([token for row in completions for token in row], device=device_of(model))
+    logits = _logits(states)
     picked = logits.gather(-1, targets[:, None])[:, 0]
     # A tie, or two that rounding tells apart, is no disagreement.
     near = 4 * _tolerance(model, states.hidden.dtype) * logits.std(-1)
@@ -233,7 +240,7 @@ def _reached(model: PeftModel) -> Iterator[dict[str, bool]]:
 
 
 @contextmanager
-def _refusing(model: PeftModel, setting: str) -> Iterator[None]:
+def _refusing(name: str, setting: str) -> Iterator[None]:
     """Errors of a model's own code as one message."""
     try:
         yield
@@ -244,7 +251,7 @@ def _refusing(model: PeftModel, setting: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise ConfigError(
-            f"{type(base_of(model)).__name__} fails on two short rows ({type(error).__name__}: {reason})",
+            f"{name} fails on two short rows ({type(error).__name__}: {reason})",
             f"{setting}.model",
             "Choose a decoder-only causal language model of transformers that takes position_ids and a cache",
         ) from error

@@ -26,7 +26,7 @@ from opsd_lightning.importance import check_difference, log_ratios, with_logprob
 from opsd_lightning.objectives import Objective, Term, Update
 from opsd_lightning.policy import Policy, is_adapter_key
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
-from opsd_lightning.scoring import check_head, score, split_rows
+from opsd_lightning.scoring import score, split_rows
 from opsd_lightning.strategies import (
     FSDP2Strategy,
     check_precision,
@@ -175,7 +175,7 @@ class PolicyModule(EvaluatedModule, ABC):
             if (problem := monitor_problem(callback, self.evaluator, validates)) is not None:
                 text, setting, fix = problem
                 raise UserError(f"{text} ({setting}): {fix}")
-        check_head(self.model)
+        self.check_policy()
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
