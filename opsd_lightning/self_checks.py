@@ -94,7 +94,7 @@ def check_policy(
         _refuse(f"{name}: the logits of a rollout are not those of scoring", found.rollout, found.tolerance, setting)
     if found.agreed < 0.95 * found.tokens:
         raise ConfigError(
-            f"{name}: {found.tokens - found.agreed} of {found.tokens} greedily sampled tokens are not the likeliest in scoring",
+            f"{name}: {found.tokens - found.agreed} of {found.tokens} greedily sampled tokens are not the likeliest scored",
             f"{setting}.attn_implementation",
             "Set it to eager or sdpa, or choose another model",
         )
