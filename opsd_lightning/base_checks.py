@@ -73,7 +73,10 @@ def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     rows = base.get_input_embeddings().weight.shape[0]
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= rows:
+    added: Any = tokenizer.added_tokens_decoder.get(largest)
+    named = token in tokenizer.all_special_tokens or token in str(tokenizer.chat_template)
+    # Converters of GGUF files add a control token that nothing writes.
+    if largest >= rows and (named or largest > rows or added is None or not added.special):
         raise ConfigError(
             f"the tokenizer has ids up to {largest} ({token!r}), and the model embeds {rows} tokens, ids 0 to {rows - 1}",
             setting,

@@ -173,8 +173,9 @@ def test_linear_layers_with_a_class_of_their_own_keep_their_adapter(tmp_path: Pa
 
 EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**GROUPED, num_local_experts=4)),
-    "qwen3": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**GROUPED, head_dim=16, num_experts=4, num_experts_per_tok=2,
-                                                      moe_intermediate_size=32)),
+    "qwen3": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**GROUPED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    ),
     "phi": lambda: PhimoeForCausalLM(PhimoeConfig(**GROUPED, num_local_experts=4)),
 }
 
