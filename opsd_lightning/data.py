@@ -137,6 +137,7 @@ class OPSDDataModule(LightningDataModule):
         batch = PromptBatch([], [], [], [], traces=traces)
         cut = 0
         self.lengths[split] = []
+        room = f"the model's context of {limit} tokens{self.policy.limit_hint()}"
         for index, example in enumerate(valid):
             student, teacher = self.prompts.student(tokenizer, example), Prompt()
             if for_teacher:
@@ -155,11 +156,11 @@ class OPSDDataModule(LightningDataModule):
             longest = max(len(student), len(teacher))
             trace = self.prompts.trace(tokenizer, example, eos) if in_place else []
             if limit is not None and longest + self.max_new_tokens > limit:
-                reason = f"prompt and {self.max_new_tokens} new tokens do not fit the model's context of {limit} tokens"
+                reason = f"prompt and {self.max_new_tokens} new tokens do not fit {room}"
                 self._drop(split, index, reason, dropped)
                 continue
             if limit is not None and in_place and len(student) + len(trace) > limit:
-                self._drop(split, index, f"prompt and trace do not fit the model's context of {limit} tokens", dropped)
+                self._drop(split, index, f"prompt and trace do not fit {room}", dropped)
                 continue
             completion = max(module.sampling.max_new_tokens, len(trace)) if limits else 0
             if reason := _too_long(limits, student, teacher, completion):

@@ -35,12 +35,10 @@ from opsd_lightning.precision import check_dtypes
 from opsd_lightning.probe import (
     LOOKED_AT,
     Examples,
-    agreement,
     agreement_findings,
     divergence_facts,
     divergence_findings,
     run_facts,
-    samples_here,
     time_facts,
 )
 from opsd_lightning.prompt_checks import (
@@ -52,7 +50,7 @@ from opsd_lightning.prompt_checks import (
     token_findings,
 )
 from opsd_lightning.rollouts import TransformersEngine
-from opsd_lightning.scoring import check_head
+from opsd_lightning.self_checks import agreement, samples_here
 from opsd_lightning.sft import SFTModule
 from opsd_lightning.strategies import FSDP2Strategy, check_precision, check_strategy
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, Teacher, TrustRegionTeacher
@@ -297,7 +295,7 @@ class _Examination:
         if self.policy.quantization is None:
             module.model.to(self.device)
         with self._refusals("settings"):
-            check_head(module.model)
+            module.check_policy()
         module.trainer = trainer
         self._optimizer()
         self.found.facts["template"] = self.found.facts.get("template", {}) | {"eos": sorted(eos_ids(module.model))}
@@ -310,7 +308,7 @@ class _Examination:
                 self.found.add(divergence_findings(facts, module.objective.skip_first_tokens))
         timing, completions = time_facts(module, teacher, found, single.precision_plugin.forward_context)
         if any(completions):
-            agreed, total = agreement(module, found.students, completions)
+            agreed, total = agreement(module.model, found.students, completions)
             self.found.facts["agreement"] = {"tokens": total, "agreed": agreed}
             self.found.add(agreement_findings(agreed, total))
         sampled = self._step() if self.samples else self._step()._replace(rows_at_once=0)

@@ -134,7 +134,8 @@ def optimizer_bytes(make: Callable[..., Any], trainable: list[nn.Parameter]) -> 
 def cache_bytes(config: PretrainedConfig, tokens: int, element_size: int) -> int:
     """Keys and values of one completion of so many tokens, its prompt included."""
     text: Any = config.get_text_config()
-    heads = text.num_attention_heads
+    if (heads := getattr(text, "num_attention_heads", None)) is None:  # a recurrent state, whatever the length
+        return 0
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     each = 2 * (getattr(text, "num_key_value_heads", None) or heads) * width * element_size
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
@@ -170,9 +171,22 @@ def kept_bytes_per_token(model: PeftModel) -> float:
 
     # On the meta device attention is the plain one, which keeps a matrix of [tokens, tokens]: what grows with the square of
     # a row's length is left out, as by the kernels that real devices take.
-    short, middle, long = total(16), total(32), total(48)
+    try:
+        short, middle, long = total(16), total(32), total(48)
+    except (RuntimeError, NotImplementedError):
+        # Experts that are chosen token by token, and some recurrences, cannot run on a device without numbers.
+        return typical_bytes_per_token(base_of(model).config.get_text_config(), base_of(model).dtype)
     square = (long - 2 * middle + short) / 2 / 16**2
     return (middle - short) / 16 - square * 48
+
+
+def typical_bytes_per_token(config: Any, dtype: torch.dtype) -> float:
+    """A rough value of `kept_bytes_per_token` from a configuration's sizes: what a transformer's layers keep of a token."""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if expert := getattr(config, "moe_intermediate_size", None) or (getattr(config, "num_local_experts", 0) and inner):
+        inner = expert * (getattr(config, "num_experts_per_tok", None) or 1)
+    # The inputs of norms and products, queries, keys and values, and a gated network's inner states.
+    return float(config.num_hidden_layers * (16 * config.hidden_size + 5 * inner) * dtype.itemsize)
 
 
 def logits_bytes(objective: Objective, vocabulary: int, tokens: int, element_size: int) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -19,6 +21,7 @@ from opsd_lightning.importance import check_difference, log_ratios
 from opsd_lightning.metrics import AccuracyAtK, pass_sizes
 from opsd_lightning.policy import Policy
 from opsd_lightning.rollouts import RolloutEngine, Sampling, seed_for
+from opsd_lightning.self_checks import Agreement, check_policy
 from opsd_lightning.strategies import replica, replicas
 from opsd_lightning.teachers import Teacher
 from opsd_lightning.types import PromptBatch, Rollouts, UserError
@@ -186,6 +189,31 @@ class EvaluatedModule(LightningModule):
     def logged_names(self) -> set[str]:
         """Names of all metrics that a fit logs, for the check of callbacks. A subclass that logs more adds its own."""
         return self.evaluator.names("val")
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:  # in training it was checked at the start
+            self.check_policy()
+
+    def on_test_start(self) -> None:
+        self.check_policy()
+
+    def on_predict_start(self) -> None:
+        self.check_policy()
+
+    def check_policy(self) -> Agreement:
+        """Check the built policy and its teachers' own networks (see `self_checks`). Every rank must call.
+
+        Raises:
+            ConfigError: Rows depend on their batch, or rollouts are not what is scored.
+        """
+        reduces = isinstance(self.trainer.strategy, DDPStrategy) and self.trainer.world_size > 1
+        unused = reduces and not self.trainer.strategy._ddp_kwargs.get("find_unused_parameters", False)
+        training = self.trainer.state.fn in (TrainerFn.FITTING, None)  # None: examined by the doctor, before a fit
+        with self.trainer.precision_plugin.forward_context():
+            for teacher in getattr(self, "teachers", ()) if training else ():
+                if (network := teacher.network(self.model)) is not None:
+                    check_policy(network, setting=teacher.setting)
+            return check_policy(self.model, self.rollouts, every_adapter=unused and training)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> Records:
         return self._graded(batch, batch_idx)

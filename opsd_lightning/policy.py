@@ -7,6 +7,7 @@ frozen one called ``teacher``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_ty
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -31,7 +33,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opsd_lightning.types import UserError
+from opsd_lightning.base_checks import check_adapted, check_config, check_tensors, check_vocabulary, not_adapted
+from opsd_lightning.rope import constant_length, fix_frequencies, row_limit
+from opsd_lightning.types import ConfigError, UserError
 
 STUDENT = "default"
 TEACHER = "teacher"
@@ -47,7 +51,8 @@ class LoRA:
         r: Rank, at least 1. The paper's is 64.
         alpha: Scale: the update is alpha / r times B A. The paper's is 128.
         dropout: Probability of dropping an input of A while training, from 0 to below 1.
-        target_modules: ``all-linear``, or names of linear layers such as ``[q_proj, v_proj]``.
+        target_modules: ``all-linear``, or names of linear layers such as ``[q_proj, v_proj]``. ``all-linear`` leaves out the
+            head, routers that are no plain linear layers, and modules that never see text, such as a vision tower.
         options: Any further fields of peft's ``LoraConfig``, by name, such as ``{use_rslora: true}``.
     """
 
@@ -91,6 +96,9 @@ class Policy:
         quantization: How base weights are quantized as they are loaded, by transformers: 4-bit NF4 with ``load_in_4bit:
             true, bnb_4bit_quant_type: nf4``, or 8-bit with ``load_in_8bit: true``. Not quantized unless given.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; transformers' choice unless given.
+        max_length: Length limit of a row (prompt and completion) in tokens; longer rows are left out of the data. Defaults
+            to the model's context, and for RoPE that changes with the length (``longrope``, ``dynamic``) to the length from
+            which it does. With a larger value all rows are computed with the frequencies of rows of that length.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         pad_token: Token to pad with, for a tokenizer that has none, such as its EOS token. Pads never reach the loss.
         chat_template: A Jinja file, for a tokenizer that has no chat template or to replace the one it has.
@@ -109,6 +117,7 @@ class Policy:
     chat_template: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    max_length: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.trains_all:
@@ -145,7 +154,7 @@ class Policy:
         where = self._where()
         try:
             return loader(**where, **kwargs)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()
             raise UserError(
                 f"{self.setting}.model: cannot load {self.model!r} ({reason[0] if reason else type(error).__name__}); give "
@@ -154,11 +163,19 @@ class Policy:
 
     def load_config(self) -> PretrainedConfig:
         """The model's configuration, without its weights."""
-        return self._load(AutoConfig.from_pretrained)
+        config: PretrainedConfig = self._load(AutoConfig.from_pretrained)
+        check_config(config, f"{self.setting}.model")
+        return config
 
     def context_length(self) -> int | None:
         """The most tokens (prompt and completion) that the model takes, or None where its configuration is silent."""
-        return getattr(self.load_config().get_text_config(), "max_position_embeddings", None)
+        return row_limit(self.load_config(), self.max_length, f"{self.setting}.max_length")
+
+    def limit_hint(self) -> str:
+        """Return what a message on rows that are too long adds: the setting that allows longer ones, if one does."""
+        if self.max_length is None and constant_length(self.load_config()) is None:
+            return ""
+        return f" ({self.setting}.max_length)"
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a chat template and a pad token."""
@@ -208,7 +225,13 @@ class Policy:
             kwargs["attn_implementation"] = self.attn_implementation
         if self.quantization is not None:
             kwargs |= {"quantization_config": self.quantization, "device_map": {"": device or torch.device("cpu")}}
-        base: PreTrainedModel = self._load(AutoModelForCausalLM.from_pretrained, **kwargs)
+        config, tokenizer = self.load_config(), self.load_tokenizer()
+        limit = row_limit(config, self.max_length, f"{self.setting}.max_length")
+        base: PreTrainedModel
+        base, info = self._load(AutoModelForCausalLM.from_pretrained, output_loading_info=True, **kwargs)
+        check_tensors(base, info, f"{self.setting}.model")
+        check_vocabulary(base, tokenizer, f"{self.setting}.model")
+        fix_frequencies(base, limit)
         if self.model.endswith(".gguf"):
             # The weights are plain floats now; left in place, this mark makes transformers refuse to save them.
             del base.config.quantization_config
@@ -218,7 +241,6 @@ class Policy:
                 # On CPUs with that, bitsandbytes' layers repack their weights in the first pass without gradient, such as a
                 # rollout's, and stay so: their scales are rounded, and no gradient comes through them any more.
                 setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (untyped)
-        tokenizer = self.load_tokenizer()
         # The checkpoint's own sampling defaults (a top_k, a repetition penalty) would leak into every rollout that
         # leaves them unset. Only its EOS ids are wanted, all of them: a chat model may have more than its tokenizer's.
         base.generation_config = GenerationConfig(
@@ -259,10 +281,28 @@ class Policy:
             return base  # type: ignore[return-value]  # see `base_of`
         if self.adapter is None:
             assert self.lora is not None
+            config = self.lora.config()
+            if config.target_modules == "all-linear" and (left_out := not_adapted(base)) is not None:
+                config.exclude_modules = _patterns(config.exclude_modules, left_out)
             try:
-                return _as_peft(get_peft_model(base, self.lora.config()))
-            except ValueError as error:
+                model = _as_peft(get_peft_model(base, config))
+            except (ValueError, TypeError) as error:
+                if self.lora.dropout and "lora_dropout" in str(error):
+                    raise ConfigError(
+                        f"{type(base).__name__} holds the weights of its experts in one tensor, and LoRA on that takes no "
+                        f"dropout, which is set to {self.lora.dropout}",
+                        "model.policy.lora.dropout",
+                        "Set dropout to 0",
+                    ) from None
+                if "Mamba" in str(error) and config.exclude_modules is None:
+                    raise ConfigError(
+                        f"peft puts no adapter on out_proj of {type(base).__name__}, whose weight goes round the layer",
+                        "model.policy.lora.options.exclude_modules",
+                        "Set it to [out_proj]",
+                    ) from None
                 raise UserError(f"model.policy.lora does not fit {self.model}: {error}") from None
+            check_adapted(model, "model.policy")
+            return model
         try:
             config = LoraConfig.from_pretrained(self.adapter)
             weights = load_peft_weights(self.adapter, device="cpu")
@@ -306,6 +346,15 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
+def _patterns(ours: str | list[str] | None, more: str) -> str:
+    """A user's ``exclude_modules`` and another pattern as one."""
+    if not ours:
+        return more
+    # peft takes a name in a list for a module of that name at any depth.
+    own = ours if isinstance(ours, str) else "|".join(rf"(.*\.)?{re.escape(name)}" for name in ours)
+    return f"{own}|{more}"
+
+
 def _as_peft(model: Any) -> PeftModel:
     assert isinstance(model, PeftModel)
     return model
@@ -318,6 +367,12 @@ def base_of(model: PeftModel) -> Any:
     that send an adapter elsewhere need to know the difference.
     """
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def below_head(base: Any) -> Any:
+    """The network of a causal language model that gives the hidden states for its head."""
+    inner = base.base_model
+    return base.model if inner is base else inner  # transformers names another attribute than Llama 4 has
 
 
 def eos_ids(model: PeftModel) -> frozenset[int]:

@@ -17,8 +17,9 @@ from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.estimates import Step
 from opsd_lightning.findings import Finding
 from opsd_lightning.policy import device_of
-from opsd_lightning.rollouts import ContinuousBatchingEngine, RolloutEngine, Sampling, TransformersEngine
+from opsd_lightning.rollouts import Sampling
 from opsd_lightning.scoring import score, score_all
+from opsd_lightning.self_checks import samples_here
 from opsd_lightning.strategies import replica
 from opsd_lightning.teachers import Teacher
 from opsd_lightning.types import TokenStates
@@ -114,18 +115,6 @@ def divergence_findings(facts: Sequence[dict[str, Any]], skipped: int) -> Iterat
 # -- sampling and scoring agree ----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def agreement(module: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> tuple[int, int]:
-    """How many greedily sampled tokens are also the likeliest when scored, and how many there are."""
-    states = score_all(module.model, prompts, completions, module.token_budget)
-    targets = torch.tensor([token for row in completions for token in row], device=device_of(module.model))
-    logits = states.head(states.hidden).float()
-    picked = logits.gather(-1, targets[:, None])[:, 0]
-    # A tie, or two that rounding tells apart, is no disagreement.
-    near = 1e-3 if states.hidden.dtype == torch.float32 else 0.1
-    return int((picked >= logits.max(-1).values - near).sum()), len(targets)
-
-
 def agreement_findings(agreed: int, total: int) -> Iterator[Finding]:
     """Whether what is sampled is what is scored."""
     if agreed < 0.95 * total:
@@ -135,11 +124,6 @@ def agreement_findings(agreed: int, total: int) -> Iterator[Finding]:
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
-
-
-def samples_here(engine: RolloutEngine) -> bool:
-    """Whether an engine samples in this process, and not in a server that would have to be started."""
-    return isinstance(engine, (TransformersEngine, ContinuousBatchingEngine))
 
 
 def time_facts(

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from opsd_lightning.policy import base_of, device_of, evaluating, is_adapter_key
+from opsd_lightning.policy import base_of, below_head, device_of, evaluating, is_adapter_key
 from opsd_lightning.tokens import join, micro_batches, pad_left, repeated
 from opsd_lightning.types import TokenStates, UserError
 
@@ -159,7 +159,7 @@ def hidden_states(model: PeftModel, **inputs: Any) -> Tensor:
     base = base_of(model)
     if hasattr(base, "hidden_states"):  # sharded: only by this method are the weights gathered (see strategies.py)
         return base.hidden_states(**inputs)
-    return base.base_model(**inputs).last_hidden_state
+    return below_head(base)(**inputs).last_hidden_state
 
 
 def _row_lengths(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:

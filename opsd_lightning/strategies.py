@@ -38,7 +38,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opsd_lightning.policy import base_of, is_adapter_key
+from opsd_lightning.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.precision import precision_problem
 from opsd_lightning.tensor_parallel import plan_of, split
 from opsd_lightning.types import ConfigError, UserError
@@ -337,7 +337,7 @@ def unsynchronized(strategy: Strategy) -> AbstractContextManager[None]:
 
 
 def _hidden_states(base: Any, **inputs: Any) -> Tensor:
-    return base.base_model(**inputs).last_hidden_state
+    return below_head(base)(**inputs).last_hidden_state
 
 
 def _sharded_modules(model: nn.Module | None) -> list[FSDPModule]:

@@ -50,6 +50,10 @@ class Teacher(ABC):
         """The most tokens (prompt and completion) that it scores; None where that is the policy's own limit, or unknown."""
         return None
 
+    def network(self, model: PeftModel) -> PeftModel | None:
+        """Return the network that it scores with where that is not the policy's, on the policy's device."""
+        return None
+
     @abstractmethod
     def weights(self, model: PeftModel) -> AbstractContextManager[None]:
         """Inside, the policy computes with the teacher's weights; after, with the student's again."""
@@ -194,6 +198,7 @@ class ModelTeacher(Teacher):
         dtype: Type of its weights. ``auto`` takes the checkpoint's own.
         quantization: As of ``model.policy.quantization``.
         revision: Branch, tag or commit of a Hugging Face id.
+        max_length: As of ``model.policy.max_length``.
     """
 
     writes = False
@@ -205,9 +210,14 @@ class ModelTeacher(Teacher):
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         quantization: BitsAndBytesConfig | None = None,
         revision: str | None = None,
+        max_length: PositiveInt | None = None,
     ) -> None:
         # With the smallest adapter, which changes nothing: quantized weights are not a policy that trains.
-        self.recipe = None if model is None else OtherModel(model, LoRA(r=1), None, dtype, quantization, revision=revision)
+        self.recipe = (
+            None
+            if model is None
+            else OtherModel(model, LoRA(r=1), None, dtype, quantization, revision=revision, max_length=max_length)
+        )
         if self.recipe is not None:
             self.recipe.role = self
         self.privileged = privileged
@@ -240,7 +250,12 @@ class ModelTeacher(Teacher):
     def context_length(self) -> int | None:
         if self.recipe is None or self._network is None:
             return None if self.recipe is None else self.recipe.context_length()
-        return getattr(base_of(self._network).config.get_text_config(), "max_position_embeddings", None)
+        return getattr(base_of(self._network), "row_limit", None)
+
+    def network(self, model: PeftModel) -> PeftModel:
+        if device_of(self._network) != device_of(model):  # Lightning moves the policy alone
+            self._network.to(device_of(model))
+        return self._network
 
     def weights(self, model: PeftModel) -> AbstractContextManager[None]:
         raise NotImplementedError("ModelTeacher scores with a network of its own")
@@ -254,15 +269,14 @@ class ModelTeacher(Teacher):
         token_budget: int = 8192,
         agree: Callable[[int], int] = lambda passes: passes,
     ) -> TokenStates:
-        if device_of(self._network) != device_of(model):  # Lightning moves the policy alone
-            self._network.to(device_of(model))
+        network = self.network(model)
         longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
         if (limit := self.context_length()) is not None and longest > limit:
             raise UserError(
                 f"{self.setting}: a prompt and completion of {longest} tokens do not fit its context of {limit}: choose a "
                 "teacher with a longer one, or lower model.sampling.max_new_tokens or data.prompts.max_trace_tokens"
             )
-        states = score_all(self._network, prompts, completions, token_budget, agree)
+        states = score_all(network, prompts, completions, token_budget, agree)
         vocabulary = _vocabulary(model)
 
         def head(hidden: Tensor) -> Tensor:

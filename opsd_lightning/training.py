@@ -30,7 +30,7 @@ from opsd_lightning.optimization import make_optimizer, make_scheduler
 from opsd_lightning.policy import Policy, base_of, eos_ids, is_adapter_key
 from opsd_lightning.precision import check_dtypes
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
-from opsd_lightning.scoring import check_head, score, split_rows
+from opsd_lightning.scoring import score, split_rows
 from opsd_lightning.strategies import (
     FSDP2Strategy,
     check_precision,
@@ -195,7 +195,7 @@ class PolicyModule(EvaluatedModule, ABC):
     def on_fit_start(self) -> None:
         self._check_trainer()  # also of a module that another trainer built
         self.idle, self._diverged = IdleSteps(self.idle_limit), None
-        check_head(self.model)
+        self.check_policy()
 
     def _check_trainer(self) -> None:
         if self.trainer.state.fn == "fit":

@@ -23,6 +23,7 @@ from torch import Tensor
 from opsd_lightning.export import adapter_weights
 from opsd_lightning.policy import active_adapter, base_of, device_of, eos_ids
 from opsd_lightning.rollouts import RolloutEngine, Sampling, seed_for
+from opsd_lightning.rope import sampler_length
 from opsd_lightning.serving import (
     AdapterVersions,
     Row,
@@ -158,6 +159,8 @@ class VLLMServerEngine(RolloutEngine):
 
         def checked(cancelled: threading.Event | None = None) -> Rollouts:
             check_length(asked.prompts, asked.sampling, fits, "start the servers with --max-model-len")
+            for server in pool.alive():
+                sampler_length(base_of(model), server.max_model_len, f"--max-model-len of {server.url}")
             return send(cancelled)
 
         return checked if fits else send
@@ -313,8 +316,9 @@ class VLLMEngine(RolloutEngine):
             "generation_config": "vllm",  # the checkpoint's own sampling defaults stay out
             "seed": 0,
         } | self.options
-        if self.max_model_len is not None:
-            settings["max_model_len"] = self.max_model_len
+        length = sampler_length(base_of(model), self.max_model_len, "model.rollouts.init_args.max_model_len")
+        if length is not None:
+            settings["max_model_len"] = length
         try:
             with _only_device(device_of(model)):
                 return vllm.LLM(**settings)

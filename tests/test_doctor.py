@@ -35,8 +35,8 @@ from opsd_lightning.findings import at_share, histogram
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.objectives import DivergenceObjective
 from opsd_lightning.policy import LoRA, Policy, base_of, is_adapter_key
-from opsd_lightning.probe import agreement
 from opsd_lightning.rollouts import Sampling, TransformersEngine
+from opsd_lightning.self_checks import agreement
 
 Doctor = Callable[..., dict[str, Any]]
 
@@ -488,8 +488,8 @@ def test_disagreement_of_sampling_and_scoring_shows(make_policy: Callable[..., P
         TransformersEngine().generate(module.model, prompts, Sampling(max_new_tokens=8, temperature=0.0), 0).completions
     )
     total = sum(map(len, sampled))
-    assert agreement(module, prompts, sampled) == (total, total)
-    agreed, _ = agreement(module, prompts, [[(token + 1) % 107 for token in row] for row in sampled])
+    assert agreement(module.model, prompts, sampled) == (total, total)
+    agreed, _ = agreement(module.model, prompts, [[(token + 1) % 107 for token in row] for row in sampled])
     assert agreed < total / 2
 
 
