@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
     {"types", "files"},
-    {"tokens", "prompts", "grading", "redaction", "token_text", "findings"},
-    {"divergences", "shaping", "runs"},
-    {"objectives", "sources", "record", "curves"},
+    {"tokens", "control_tokens", "chat_template", "grading", "redaction", "token_text", "findings"},
+    {"prompts", "divergences", "shaping", "runs"},
+    {"template_checks", "objectives", "sources", "record", "curves"},
     {"policy", "report"},
     {"tensor_parallel"},
     {"scoring", "inference", "strategies", "vllm_servers", "loggers"},
