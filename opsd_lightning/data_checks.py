@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
@@ -74,6 +74,9 @@ class Room(NamedTuple):
     owner: str = "a model"
 
 
+Rooms = Mapping[str, Sequence[Room]]
+
+
 def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
     """Rows of a split: how many there are, are kept, and were left out by reason."""
     kept = [e.question for e in data.rows[split].examples] if split in data.rows else []
@@ -89,7 +92,7 @@ def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
 
 
 def data_findings(
-    data: OPSDDataModule, split: str, facts: dict[str, Any], refuses: bool, room: Sequence[Room], overhead: int
+    data: OPSDDataModule, split: str, facts: dict[str, Any], refuses: bool, rooms: Rooms, overhead: int
 ) -> Iterator[Finding]:
     """What is wrong with the rows of a split.
 
@@ -98,7 +101,7 @@ def data_findings(
         split: ``train`` or ``val``.
         facts: Of `data_facts`.
         refuses: Whether ``data.on_invalid`` is ``error``, so that one such row ends the run.
-        room: What prompts and completions of this split must fit.
+        rooms: What prompts and completions of each split must fit.
         overhead: Tokens of the teacher's prompt beside the student's and the context.
     """
     total = facts["rows"]
@@ -106,7 +109,7 @@ def data_findings(
         if "not fit" in reason and split == "train" and not refuses:
             continue  # see `length_findings`
         found = [(setting, fix) for start, setting, fix in _REMEDIES if reason.startswith(start)]
-        setting, fix = found[0] if found else _to_fit(data, split, room, overhead)
+        setting, fix = found[0] if found else _to_fit(data, split, rooms, overhead)
         overlap = reason.startswith("question is also in")
         level: Any = "note" if count <= total / 100 or overlap else "warning" if count <= total / 2 else "error"
         if refuses:
@@ -163,7 +166,7 @@ def length_facts(data: OPSDDataModule, limit: int | None, traces: list[int], max
 
 def length_findings(
     data: OPSDDataModule,
-    room: Sequence[Room],
+    rooms: Rooms,
     overhead: int,
     traces: list[int],
     sampling: Sampling,
@@ -174,7 +177,7 @@ def length_findings(
 
     Args:
         data: Set up.
-        room: What prompts and completions of training must fit.
+        rooms: What prompts and completions of each split must fit.
         overhead: Tokens of the teacher's prompt beside the student's and the context.
         traces: Their tokens (see `trace_lengths`), as an estimate of completions.
         sampling: Of training.
@@ -190,7 +193,7 @@ def length_findings(
     if unfit:
         text = f"{unfit} of {total} training prompts ({percent(unfit, total)}) do not fit with their completions"
         level: Any = "note" if unfit <= total / 100 else "warning" if unfit <= total / 2 else "error"
-        yield Finding(level, "lengths", text, *_to_fit(data, "train", room, overhead))
+        yield Finding(level, "lengths", text, *_to_fit(data, "train", rooms, overhead))
     over = sum(length > sampling.max_new_tokens for length in traces)
     if sampled and over > len(traces) / 100:
         text = (
@@ -205,26 +208,30 @@ def length_findings(
         yield Finding("warning", "lengths", text, "model.sampling.max_new_tokens", fix)
 
 
-def _to_fit(data: OPSDDataModule, split: str, room: Sequence[Room], overhead: int) -> tuple[str, str]:
+def _to_fit(data: OPSDDataModule, split: str, rooms: Rooms, overhead: int) -> tuple[str, str]:
     """The setting, and what to do, with which all but 1 % of a split's prompts fit; only what is computed to do so."""
-    pairs = data.lengths.get(split, [])
 
-    def longest(each: Room) -> int:
+    def longest(each: Room, of: str) -> int:
+        pairs = data.lengths.get(of, [])
         return at_share([max(student, teacher if each.reads_teacher else 0) for student, teacher in pairs], 0.99)
 
-    tight = [each for each in room if longest(each) + each.completion > each.limit]
+    tight = [each for each in rooms[split] if longest(each, split) + each.completion > each.limit]
     choices: list[tuple[str, str]] = []
-    shorter = min((each.limit - longest(each) for each in tight), default=0)
+    # One setting for all splits.
+    shorter = min((each.limit - longest(each, of) for of, room in rooms.items() for each in room), default=0)
     if tight and shorter >= min(256, min(each.completion for each in tight) // 2):
         fix = f"lower model.sampling.max_new_tokens (and model.eval_sampling's) to {shorter}"
         choices.append(("model.sampling.max_new_tokens", fix))
-    cuts = [_cut_that_fits(student, teacher, room, overhead) for student, teacher in pairs]
+    cuts = [_cut_that_fits(student, teacher, rooms[split], overhead) for student, teacher in data.lengths.get(split, [])]
     cut = sorted(cuts)[len(cuts) // 100] - 8 if cuts else 0  # a text may have some tokens more between others
     if tight and 32 <= cut < math.inf:
         choices.append(("data.prompts.max_trace_tokens", f"set data.prompts.max_trace_tokens to about {cut:.0f}"))
+    needed: dict[str, int] = {}
     for each in tight:
-        fix = f"take {each.owner} with a context of {longest(each) + each.completion} tokens"
-        choices.append(("model.policy.model", fix))
+        needed[each.owner] = max(needed.get(each.owner, 0), longest(each, split) + each.completion)
+    choices += [
+        ("model.policy.model", f"take {owner} with a context of {tokens} tokens") for owner, tokens in needed.items()
+    ]
     if not choices:
         return f"data.{split}", "shorten or leave out the longest of these rows"
     return choices[0][0], ", or ".join(fix for _, fix in choices) + " to lose less than 1 %"

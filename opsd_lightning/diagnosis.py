@@ -169,9 +169,9 @@ class _Examination:
         """The contexts that a split's prompts and completions must fit, as `OPSDDataModule.setup` has it."""
         found = [] if self.limit is None else [Room(self.limit, self.data.max_new_tokens)]
         for teacher in self.teachers if split == "train" else []:
-            if (limit := teacher.context_length() or self.limit) is not None:
-                new = self.module.sampling.max_new_tokens
-                found.append(Room(limit, new, teacher.privileged, f"a {teacher.setting}"))
+            own, new = teacher.context_length(), self.module.sampling.max_new_tokens
+            if (limit := own or self.limit) is not None:
+                found.append(Room(limit, new, teacher.privileged, f"a {teacher.setting}" if own else "a model"))
         return found
 
     def _data(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -188,7 +188,9 @@ class _Examination:
                 data.sources[split] = None  # the other one is still worth reading
             if split in data.rows or split in data.dropped:
                 facts[split] = data_facts(data, split)
-                self.found.add(data_findings(data, split, facts[split], refuses, self._room(split), self.overhead))
+        rooms = {split: self._room(split) for split in ("val", "train")}
+        for split in facts:
+            self.found.add(data_findings(data, split, facts[split], refuses, rooms, self.overhead))
         data.sources = sources
         data.on_invalid = "error" if refuses else "drop"
         self.found.add(overlap_findings(data))
@@ -198,8 +200,7 @@ class _Examination:
             longest = self.module.sampling.max_new_tokens
             self.found.facts["lengths"] = length_facts(data, self.limit, self.traces, longest)
             sampling, objective = self.module.sampling, self.module.objective
-            room = self._room("train")
-            self.found.add(length_findings(data, room, self.overhead, self.traces, sampling, objective, self.samples))
+            self.found.add(length_findings(data, rooms, self.overhead, self.traces, sampling, objective, self.samples))
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase, rows: PromptBatch) -> None:
         prompts, module = self.data.prompts, self.module
