@@ -14,7 +14,7 @@ from opsd_lightning.types import ConfigError, Example
 FAMILY, ACCENTED, FLAG = "\U0001f468\u200d\U0001f469\u200d\U0001f467", "o\u0308\u0323", "\U0001f1ef\U0001f1f5"
 UNSPACED = {
     "Chinese": "首先把两个数相加得到七然后乘以三所以答案是二十一\\boxed{21}",
-    "Chinese with spaces": "首先 $x=7$ 然后乘以三，得到二十一 所以答案是\\boxed{21}",
+    "Chinese with spaces": "首先 $x=7$ 然后乘以三、得到二十一 所以答案是\\boxed{21}",
     "Japanese": "まず二つの数を足して七になりますそれに三をかけると二十一です答えは\\boxed{21}",
     "Thai": "ก่อนอื่นบวกสองจำนวนได้เจ็ดแล้วคูณด้วยสามจึงได้ยี่สิบเอ็ดคำตอบคือ\\boxed{21}",
     "Thai with spaces": "บวกสองจำนวนได้เจ็ด แล้วคูณด้วยสามจึงได้ยี่สิบเอ็ดดังนั้นคำตอบคือ \\boxed{21}",
