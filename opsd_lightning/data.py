@@ -10,14 +10,15 @@ from typing import Any, Literal
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import PrivilegedContext, Prompt, Prompts, TraceContext
+from opsd_lightning.prompts import NoContext, PrivilegedContext, Prompt, Prompts, TraceContext
 from opsd_lightning.sources import ExampleSource
 from opsd_lightning.strategies import replica
+from opsd_lightning.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
 from opsd_lightning.texts import folded
 from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
 
@@ -70,7 +71,7 @@ class OPSDDataModule(LightningDataModule):
         self.sources = {"train": train, "val": val, "test": test}
         self.prompts = prompts
         self.context = context or TraceContext()
-        self.grader = grader
+        self.grader = self.context.grader = grader
         self.batch_size = PositiveInt(batch_size)
         self.eval_batch_size = PositiveInt(eval_batch_size)
         self.max_new_tokens = PositiveInt(max_new_tokens)
@@ -81,12 +82,15 @@ class OPSDDataModule(LightningDataModule):
         #: Tokens of the student's and the teacher's prompt of every row that was valid, whether or not it fit.
         self.lengths: dict[str, list[tuple[int, int]]] = {}
         self.traces_cut: dict[str, int] = {}
+        #: Refuse in `setup` what does not reach the prompts.
+        self.checks_prompts = True
 
     def setup(self, stage: str) -> None:
         """Read, verify and tokenize what a stage needs.
 
         Raises:
             UserError: A source is missing, or leaves no usable row, or holds an invalid one under ``on_invalid: error``.
+            ConfigError: Something that is set does not reach the prompts.
         """
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
@@ -96,6 +100,8 @@ class OPSDDataModule(LightningDataModule):
         if not splits:
             return
         tokenizer = self.policy.load_tokenizer()
+        if self.checks_prompts:
+            self._check_prompts(tokenizer, stage)
         limit = self.policy.context_length()
         for split in splits:
             self.rows[split] = self._prepare(split, tokenizer, limit)
@@ -103,6 +109,29 @@ class OPSDDataModule(LightningDataModule):
             raise UserError(
                 f"data.train has {len(self.rows['train'].examples)} usable rows, fewer than the {self.batch_size} questions "
                 f"of one step on {replica(self.trainer)[1]} device(s): lower data.batch_size or give more data"
+            )
+
+    def reads_teacher(self, stage: str) -> bool:
+        """Whether prompts of the teacher are made in a stage."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        teacher = getattr(module, "teacher", None)
+        trains = stage == "fit" and (module is None or getattr(teacher, "privileged", False))
+        return trains or self._teacher_is_graded()
+
+    def _check_prompts(self, tokenizer: PreTrainedTokenizerBase, stage: str) -> None:
+        prompts, reads = self.prompts, self.reads_teacher(stage)
+        for problem in rendering_problems(tokenizer, prompts, reads):
+            raise problem
+        if reads_date(tokenizer, prompts):
+            rank_zero_info(f"The chat template asks for the date, and gets {prompts.date} (data.prompts.date)")
+        if not opens_answer(tokenizer, prompts, prompts.student_chat_template_kwargs):
+            rank_zero_warn(
+                "model.policy.chat_template opens no answer: prompts end where no turn of the assistant has begun"
+            )
+        if reads and isinstance(self.context, NoContext) and not is_null_control(tokenizer, prompts):
+            rank_zero_warn(
+                "data.context is NoContext, but the roles' prompts differ without a context, too (chat_template_kwargs, "
+                "teacher_response_prefix): the teacher trains the student, and this is no null control"
             )
 
     def _ready(self, split: str) -> bool:
@@ -132,7 +161,7 @@ class OPSDDataModule(LightningDataModule):
                 self._drop(split, number, reason, dropped)
             else:
                 valid.append(checked)
-        eos = self.policy.end_token(tokenizer) if in_place else -1
+        end = self.prompts.end(tokenizer, self.policy.end_ids(tokenizer)) if in_place else []
         traces: list[list[int]] = []
         batch = PromptBatch([], [], [], [], traces=traces)
         cut = 0
@@ -154,7 +183,7 @@ class OPSDDataModule(LightningDataModule):
                 teacher = self.prompts.teacher(tokenizer, example, context)
             self.lengths[split].append((len(student), len(teacher)))
             longest = max(len(student), len(teacher))
-            trace = self.prompts.trace(tokenizer, example, eos) if in_place else []
+            trace = self.prompts.trace(tokenizer, example, end) if in_place else []
             if limit is not None and longest + self.max_new_tokens > limit:
                 reason = f"prompt and {self.max_new_tokens} new tokens do not fit {room}"
                 self._drop(split, index, reason, dropped)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,31 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
         "check that it is the answer's column; wrong traces teach wrong steps, so let the rest go",
     ),
     ("question is also in", "", ""),
+    (
+        "prompt and trace do not fit",
+        "data.train",
+        "leave out the longest traces, or take a model with a longer context: traces that are trained on are not cut",
+    ),
 )
+
+
+class Room(NamedTuple):
+    """A context that prompts and completions must fit.
+
+    Args:
+        limit: Its length in tokens.
+        completion: Tokens of the longest completion.
+        reads_teacher: Whether it takes the teacher's prompts, too.
+        owner: Whose it is, for messages.
+    """
+
+    limit: int
+    completion: int
+    reads_teacher: bool = True
+    owner: str = "a model"
+
+
+Rooms = Mapping[str, Sequence[Room]]
 
 
 def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
@@ -68,7 +92,9 @@ def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
     }
 
 
-def data_findings(data: OPSDDataModule, split: str, facts: dict[str, Any], refuses: bool) -> Iterator[Finding]:
+def data_findings(
+    data: OPSDDataModule, split: str, facts: dict[str, Any], refuses: bool, rooms: Rooms, overhead: int
+) -> Iterator[Finding]:
     """What is wrong with the rows of a split.
 
     Args:
@@ -76,15 +102,15 @@ def data_findings(data: OPSDDataModule, split: str, facts: dict[str, Any], refus
         split: ``train`` or ``val``.
         facts: Of `data_facts`.
         refuses: Whether ``data.on_invalid`` is ``error``, so that one such row ends the run.
+        rooms: What prompts and completions of each split must fit.
+        overhead: Tokens of the teacher's prompt beside the student's and the context.
     """
     total = facts["rows"]
     for reason, count in facts["left_out"].items():
         if "not fit" in reason and split == "train" and not refuses:
             continue  # see `length_findings`
-        setting, fix = next(
-            ((setting, fix) for start, setting, fix in _REMEDIES if reason.startswith(start)),
-            ("data.prompts.max_trace_tokens", "cut traces, or lower model.sampling.max_new_tokens"),
-        )
+        found = [(setting, fix) for start, setting, fix in _REMEDIES if reason.startswith(start)]
+        setting, fix = found[0] if found else _to_fit(data, split, rooms, overhead)
         overlap = reason.startswith("question is also in")
         level: Any = "note" if count <= total / 100 or overlap else "warning" if count <= total / 2 else "error"
         if refuses:
@@ -143,36 +169,35 @@ def length_facts(data: OPSDDataModule, limit: int | None, traces: list[int], max
 
 
 def length_findings(
-    data: OPSDDataModule, limit: int | None, traces: list[int], sampling: Sampling, objective: Objective, sampled: bool
+    data: OPSDDataModule,
+    rooms: Rooms,
+    overhead: int,
+    traces: list[int],
+    sampling: Sampling,
+    objective: Objective,
+    sampled: bool,
 ) -> Iterator[Finding]:
     """What does not fit, and which setting would lose less than 1 %.
 
     Args:
         data: Set up.
-        limit: The model's context, in tokens.
+        rooms: What prompts and completions of each split must fit.
+        overhead: Tokens of the teacher's prompt beside the student's and the context.
         traces: Their tokens (see `trace_lengths`), as an estimate of completions.
         sampling: Of training.
         objective: The method's.
         sampled: Whether completions are sampled at all.
     """
-    longest = [max(pair) for pair in data.lengths.get("train", [])]
-    unfit = sum(count for reason, count in data.dropped.get("train", {}).items() if "not fit" in reason)
-    total = len(longest)
-    if unfit and limit is not None:
-        needed = at_share(longest, 0.99)
+    total = len(data.lengths.get("train", []))
+    unfit = sum(
+        count
+        for reason, count in data.dropped.get("train", {}).items()
+        if "not fit" in reason and not reason.startswith("prompt and trace")
+    )
+    if unfit:
         text = f"{unfit} of {total} training prompts ({percent(unfit, total)}) do not fit with their completions"
-        overhead = at_share([teacher - student for student, teacher in data.lengths["train"]], 0.99)
-        shorter, students = limit - needed, at_share([student for student, _ in data.lengths["train"]], 0.99)
-        trace_room = limit - data.max_new_tokens - at_share([s for s, _ in data.lengths["train"]], 0.99) - 64
-        choices = []
-        if shorter >= min(256, data.max_new_tokens // 2):
-            choices.append(f"lower model.sampling.max_new_tokens (and model.eval_sampling's) to {shorter}")
-        if overhead > 64 and trace_room >= 32 and students < needed:
-            choices.append(f"set data.prompts.max_trace_tokens to about {trace_room}")
-        choices.append(f"take a model with a context of {needed + data.max_new_tokens} tokens")
         level: Any = "note" if unfit <= total / 100 else "warning" if unfit <= total / 2 else "error"
-        setting = "model.sampling.max_new_tokens" if "max_new" in choices[0] else "data.prompts.max_trace_tokens"
-        yield Finding(level, "lengths", text, setting, ", or ".join(choices) + " to lose less than 1 %")
+        yield Finding(level, "lengths", text, *_to_fit(data, "train", rooms, overhead))
     over = sum(length > sampling.max_new_tokens for length in traces)
     if sampled and over > len(traces) / 100:
         text = (
@@ -185,6 +210,49 @@ def length_findings(
         else:
             fix += ", or set model.objective.init_args.include_truncated to true: truncated ones are not learned from now"
         yield Finding("warning", "lengths", text, "model.sampling.max_new_tokens", fix)
+
+
+def _to_fit(data: OPSDDataModule, split: str, rooms: Rooms, overhead: int) -> tuple[str, str]:
+    """The setting, and what to do, with which all but 1 % of a split's prompts fit; only what is computed to do so."""
+
+    def longest(each: Room, of: str) -> int:
+        pairs = data.lengths.get(of, [])
+        return at_share([max(student, teacher if each.reads_teacher else 0) for student, teacher in pairs], 0.99)
+
+    tight = [each for each in rooms[split] if longest(each, split) + each.completion > each.limit]
+    choices: list[tuple[str, str]] = []
+    # One setting for all splits.
+    shorter = min((each.limit - longest(each, of) for of, room in rooms.items() for each in room), default=0)
+    if tight and shorter >= min(256, min(each.completion for each in tight) // 2):
+        fix = f"lower model.sampling.max_new_tokens (and model.eval_sampling's) to {shorter}"
+        choices.append(("model.sampling.max_new_tokens", fix))
+    cuts = [_cut_that_fits(student, teacher, rooms[split], overhead) for student, teacher in data.lengths.get(split, [])]
+    cut = sorted(cuts)[len(cuts) // 100] - 8 if cuts else 0  # a text may have some tokens more between others
+    if tight and 32 <= cut < math.inf:
+        choices.append(("data.prompts.max_trace_tokens", f"set data.prompts.max_trace_tokens to about {cut:.0f}"))
+    needed: dict[str, int] = {}
+    for each in tight:
+        needed[each.owner] = max(needed.get(each.owner, 0), longest(each, split) + each.completion)
+    choices += [
+        ("model.policy.model", f"take {owner} with a context of {tokens} tokens") for owner, tokens in needed.items()
+    ]
+    if not choices:
+        return f"data.{split}", "shorten or leave out the longest of these rows"
+    return choices[0][0], ", or ".join(fix for _, fix in choices) + " to lose less than 1 %"
+
+
+def _cut_that_fits(student: int, teacher: int, room: Sequence[Room], overhead: int) -> float:
+    """The most tokens of its context with which a row fits: all, or minus infinity where no cut helps."""
+    context = teacher - student - overhead
+    cuts = []
+    for each in room:
+        free = each.limit - each.completion
+        reads = each.reads_teacher and teacher > 0
+        if student > free:
+            cuts.append(-math.inf)
+        elif reads and teacher > free:
+            cuts.append(free - student - overhead if context > 0 else -math.inf)
+    return min(cuts, default=math.inf)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -8,17 +8,18 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.data_checks import (
+    Room,
     data_facts,
     data_findings,
     length_facts,
@@ -42,6 +43,7 @@ from opsd_lightning.probe import (
     time_facts,
 )
 from opsd_lightning.prompt_checks import (
+    context_findings,
     injected_findings,
     roles_of,
     template_findings,
@@ -54,8 +56,9 @@ from opsd_lightning.self_checks import agreement, samples_here
 from opsd_lightning.sft import SFTModule
 from opsd_lightning.strategies import FSDP2Strategy, check_precision, check_strategy
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, Teacher, TrustRegionTeacher
+from opsd_lightning.template_checks import rendering_problems
 from opsd_lightning.training import PolicyModule
-from opsd_lightning.types import PromptBatch, UserError
+from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
 
 _RENDERED = 32  # rows whose prompts are looked at closely
 
@@ -114,8 +117,9 @@ class _Examination:
             self.limit = self.policy.context_length()
         if tokenizer is None:
             return self.found
-        self.say("Reading the data ...")
-        self._data(tokenizer)
+        if self._renders(tokenizer):
+            self.say("Reading the data ...")
+            self._data(tokenizer)
         rows = self.data.rows.get("train")
         usable = 0 if rows is None else len(rows.examples)
         self.found.add(setting_findings(module, self.data, trainer, usable))
@@ -147,6 +151,30 @@ class _Examination:
 
     # -- data and prompts --------------------------------------------------------------------------------------------------
 
+    def _renders(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Find what does not reach the prompts, instead of `fit`'s refusal of the first; whether there are prompts."""
+        data = self.data
+        data.checks_prompts = False
+        for problem in rendering_problems(tokenizer, data.prompts, data.reads_teacher("fit")):
+            self.found.add([Finding("error", "template", problem.problem, problem.setting, problem.fix)])
+        example = Example("1+1?", "", "2")
+        try:
+            student, teacher = data.prompts.student(tokenizer, example), data.prompts.teacher(tokenizer, example, "")
+        except ConfigError:
+            return False
+        self.overhead = len(teacher) - len(student)
+        self.found.add(context_findings(tokenizer, data.prompts, data.context, data.reads_teacher("fit")))
+        return True
+
+    def _room(self, split: str) -> list[Room]:
+        """The contexts that a split's prompts and completions must fit, as `OPSDDataModule.setup` has it."""
+        found = [] if self.limit is None else [Room(self.limit, self.data.max_new_tokens)]
+        for teacher in self.teachers if split == "train" else []:
+            own, new = teacher.context_length(), self.module.sampling.max_new_tokens
+            if (limit := own or self.limit) is not None:
+                found.append(Room(limit, new, teacher.privileged, f"a {teacher.setting}" if own else "a model"))
+        return found
+
     def _data(self, tokenizer: PreTrainedTokenizerBase) -> None:
         data = self.data
         refuses, data.on_invalid = data.on_invalid == "error", "drop"
@@ -161,7 +189,9 @@ class _Examination:
                 data.sources[split] = None  # the other one is still worth reading
             if split in data.rows or split in data.dropped:
                 facts[split] = data_facts(data, split)
-                self.found.add(data_findings(data, split, facts[split], refuses))
+        rooms = {split: self._room(split) for split in ("val", "train")}
+        for split in facts:
+            self.found.add(data_findings(data, split, facts[split], refuses, rooms, self.overhead))
         data.sources = sources
         data.on_invalid = "error" if refuses else "drop"
         self.found.add(overlap_findings(data))
@@ -171,7 +201,7 @@ class _Examination:
             longest = self.module.sampling.max_new_tokens
             self.found.facts["lengths"] = length_facts(data, self.limit, self.traces, longest)
             sampling, objective = self.module.sampling, self.module.objective
-            self.found.add(length_findings(data, self.limit, self.traces, sampling, objective, self.samples))
+            self.found.add(length_findings(data, rooms, self.overhead, self.traces, sampling, objective, self.samples))
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase, rows: PromptBatch) -> None:
         prompts, module = self.data.prompts, self.module
@@ -186,8 +216,7 @@ class _Examination:
         for role in roles:
             traces = [example.trace for example in examples] if in_place else []
             self.found.add(template_findings(tokenizer, prompts, role, eos, vocabulary, traces))
-        end = self.policy.end_token(tokenizer) if in_place else None
-        self.found.add(token_findings(tokenizer, eos, end, vocabulary))
+        self.found.add(token_findings(tokenizer, eos, vocabulary))
         self.found.add(injected_findings(tokenizer, rows.examples))
         facts = thinking_facts(tokenizer, prompts, roles, [example.trace for example in rows.examples])
         skipped = module.objective.skip_first_tokens
@@ -198,12 +227,10 @@ class _Examination:
 
     def _eos(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """Every token that will end a completion, as `Policy.build` gathers them."""
-        config = self.policy.load_config()
-        sources: list[Any] = [tokenizer, config, config.get_text_config()]
-        with suppress(OSError, ValueError):  # it may have none
-            sources.append(GenerationConfig.from_pretrained(self.policy.model, revision=self.policy.revision or "main"))
-        found = [getattr(source, "eos_token_id", None) for source in sources]
-        return frozenset(t for value in found if value is not None for t in ([value] if isinstance(value, int) else value))
+        try:
+            return frozenset(self.policy.end_ids(tokenizer))
+        except UserError:  # see `token_findings`
+            return frozenset()
 
     # -- the model ---------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -183,8 +183,9 @@ class Policy:
         if self.chat_template is not None:
             try:
                 tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"model.policy.chat_template: cannot read {self.chat_template} ({error.strerror})") from None
+            except (OSError, UnicodeDecodeError) as error:
+                reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+                raise UserError(f"model.policy.chat_template: cannot read {self.chat_template} ({reason})") from None
         if not tokenizer.chat_template:
             raise UserError(
                 f"the tokenizer of {self.model} has no chat template: choose an instruction-tuned model, or give a Jinja "
@@ -201,15 +202,23 @@ class Policy:
             )
         return tokenizer
 
-    def end_token(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The token that ends a text to train on: the tokenizer's EOS, or the first of the model's configuration."""
-        found = _as_list(tokenizer.eos_token_id) or _as_list(self.load_config().get_text_config().eos_token_id)  # type: ignore[arg-type]
+    def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Every token that ends a completion, read without the weights; the tokenizer's EOS first.
+
+        Raises:
+            UserError: There is none.
+        """
+        config = self.load_config()
+        sources: list[Any] = [tokenizer, config, config.get_text_config()]
+        with suppress(OSError, ValueError):  # it may have none
+            sources.append(GenerationConfig.from_pretrained(self.model, revision=self.revision or "main"))
+        found = [token for source in sources for token in _as_list(getattr(source, "eos_token_id", None))]
         if not found:
             raise UserError(
                 f"neither the tokenizer nor the configuration of {self.model} names an EOS token, which must end every "
                 "trace that is trained on: set eos_token in its tokenizer_config.json, or take another model.policy.model"
             )
-        return found[0]
+        return list(dict.fromkeys(found))
 
     def build(self, device: torch.device | None = None) -> PeftModel:
         """Load the base model, quantize it where asked, freeze it and put the trainable adapter on it.

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from opsd_lightning.control_tokens import spelled
 from opsd_lightning.findings import Finding, percent
-from opsd_lightning.prompts import Prompts, fill
-from opsd_lightning.types import Example
+from opsd_lightning.prompts import NoContext, PrivilegedContext, Prompts, fill
+from opsd_lightning.template_checks import is_null_control, opens_answer, reads_date
+from opsd_lightning.types import ConfigError, Example
 
 _TEMPLATE = "model.policy.chat_template"
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -77,7 +78,8 @@ def template_findings(
         fix = "the tokenizer is another model's, or tokens were added to it: use the model's own"
         yield Finding("error", "template", text, "model.policy.model", fix)
     yield from _special_tokens(tokenizer, role)
-    rendered = [_render(tokenizer, prompts.messages(content), True, role.kwargs) + role.prefix for content in role.contents]
+    turns = [prompts.messages(content) for content in role.contents]
+    rendered = [prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix for messages in turns]
     if role.name == "student":  # the teacher's context is already part of its tokens
         for ids, text in zip(role.prompts, rendered, strict=True):
             decoded = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))  # type: ignore[call-arg]
@@ -88,15 +90,12 @@ def template_findings(
                 fix = "characters that the tokenizer does not know or changes: take another model, or clean the data"
                 yield Finding("warning", "template", message, "model.policy.model", fix)
                 break
-    messages = prompts.messages(role.contents[0])
-    bare = _render(tokenizer, messages, False, role.kwargs)
-    opened = _render(tokenizer, messages, True, role.kwargs)
-    if not opened.startswith(bare) or opened == bare:
+    if not opens_answer(tokenizer, prompts, role.kwargs):
         text = f"the {role.name}'s prompt has no generation prompt: the template ignores add_generation_prompt"
         fix = "give a template that opens the assistant's turn there"
         yield Finding("error", "template", text, _TEMPLATE, fix)
     elif role.name == "student":
-        yield from _answered(tokenizer, messages, opened, role, eos, traces)
+        yield from _answered(tokenizer, prompts, role, eos, traces)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, role: Role) -> Iterator[Finding]:
@@ -116,16 +115,18 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, role: Role) -> Iterator[
 
 def _answered(
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    opened: str,
+    prompts: Prompts,
     role: Role,
     eos: frozenset[int],
     traces: Sequence[str],
 ) -> Iterator[Finding]:
     """What the template makes of an answer: does it stand where a completion begins, and end where one ends?"""
+    messages = prompts.messages(role.contents[0])
+    opened = prompts.rendered(tokenizer, messages, role.kwargs)
+    answered = [*messages, {"role": "assistant", "content": _PROBE}]
     try:
-        whole = _render(tokenizer, [*messages, {"role": "assistant", "content": _PROBE}], False, role.kwargs)
-    except TemplateError:
+        whole = prompts.rendered(tokenizer, answered, role.kwargs, generation=False)
+    except ConfigError:
         return
     if not whole.startswith(opened + _PROBE):
         shown = _after(whole, opened)
@@ -153,15 +154,12 @@ def _answered(
         yield Finding("warning", "template", text, "data.train", fix)
 
 
-def token_findings(
-    tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], end: int | None, vocabulary: int
-) -> Iterator[Finding]:
+def token_findings(tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], vocabulary: int) -> Iterator[Finding]:
     """EOS and pad tokens.
 
     Args:
         tokenizer: The policy's.
         eos: Every token that ends a completion.
-        end: The one that ends a trace that is trained on; None where none is.
         vocabulary: Number of the model's logits.
     """
     if not eos:
@@ -174,22 +172,31 @@ def token_findings(
     if tokenizer.pad_token_id in eos:
         text = "the pad token is also an EOS token. That is fine: what is padding is told by lengths, never by the token"
         yield Finding("note", "template", text, "model.policy.pad_token")
-    if end is not None and end not in eos:
-        text = f"traces are trained to end with token {end}, which ends no completion"
-        yield Finding("error", "template", text, "model.policy.model", "set eos_token in its tokenizer_config.json")
 
 
 def injected_findings(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Finding]:
-    """Special tokens written out in the data, which would become the real ones."""
-    special = [t for t in tokenizer.all_special_tokens if len(t) > 2 and t not in (_OPEN, _CLOSE)]
-    if not special:
-        return
-    pattern = re.compile("|".join(map(re.escape, special)))
-    rows = [found for e in examples if (found := pattern.search(e.question) or pattern.search(e.trace))]
+    """Control tokens written out in the data, which are read as ordinary text."""
+    found = [[t for t in spelled(tokenizer, e.question + "\n" + e.trace) if t not in (_OPEN, _CLOSE)] for e in examples]
+    rows = [tokens for tokens in found if tokens]
     if rows:
         text = f"{len(rows)} rows ({percent(len(rows), len(examples))}) write out a special token, such as {rows[0][0]!r}"
-        fix = "take it out of questions and traces: it becomes the real token, and may end a turn"
+        fix = "take it out of questions and traces: it is read as ordinary text, which the model has seldom seen"
         yield Finding("warning", "template", text, "data.train", fix)
+
+
+def context_findings(
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, context: PrivilegedContext, reads_teacher: bool
+) -> Iterator[Finding]:
+    """Prompts that are not what their settings suggest, without being wrong."""
+    if reads_teacher and isinstance(context, NoContext) and not is_null_control(tokenizer, prompts):
+        text = (
+            "the roles' prompts differ without a context, too: the teacher trains the student, and this is no null control"
+        )
+        fix = "give both roles the same chat_template_kwargs and leave data.prompts.teacher_response_prefix out"
+        yield Finding("warning", "template", text, "data.context", fix)
+    if reads_date(tokenizer, prompts):
+        text = f"the chat template asks for the date, and always gets {prompts.date}"
+        yield Finding("note", "template", text, "data.prompts.date")
 
 
 # -- thinking ----------------------------------------------------------------------------------------------------------
@@ -200,11 +207,11 @@ def thinking_facts(
 ) -> dict[str, Any]:
     """Whether the model thinks, how each role's prompt ends, and how many traces hold thinking."""
     messages = prompts.messages("1+1?")
-    on, off = (_render(tokenizer, messages, True, {"enable_thinking": value}) for value in (True, False))
+    on, off = (prompts.rendered(tokenizer, messages, {"enable_thinking": value}) for value in (True, False))
     return {
         "template_can_switch": on != off,
         "template_thinks": on != off or _OPEN in str(tokenizer.chat_template),
-        "prompts": {role.name: _mode(_render(tokenizer, messages, True, role.kwargs) + role.prefix) for role in roles},
+        "prompts": {role.name: _mode(prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix) for role in roles},
         "traces_with_thinking": sum(_OPEN in trace for trace in traces),
         "traces_with_empty_thinking": sum(bool(re.search(rf"{_OPEN}\s*{_CLOSE}", trace)) for trace in traces),
         "traces": len(traces),
@@ -231,11 +238,7 @@ def thinking_findings(
     """
     messages = prompts.messages("1+1?")
     for role in roles:
-        given = role.kwargs.get("enable_thinking")
-        if given is not None and not facts["template_can_switch"]:
-            text = f"enable_thinking: {str(given).lower()} has no effect: the chat template knows no such argument"
-            yield Finding("warning", "thinking", text, role.setting, "leave it out")
-        rendered = _render(tokenizer, messages, True, role.kwargs) + role.prefix
+        rendered = prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix
         if len(re.findall(rf"{_OPEN}\s*{_CLOSE}", rendered)) > 1:
             text = f"the {role.name}'s prompt ends with an empty thinking block twice"
             fix = "leave it out: the chat template writes one already"
@@ -284,12 +287,6 @@ def thinking_findings(
 def _mode(rendered: str) -> Thinking:
     opened, closed = rendered.rfind(_OPEN), rendered.rfind(_CLOSE)
     return "none" if opened < 0 else "open" if closed < opened else "closed"
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool, kwargs: dict[str, Any]
-) -> str:
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=generation, tokenize=False, **kwargs))
 
 
 def _after(whole: str, opened: str) -> str:

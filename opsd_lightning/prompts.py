@@ -8,17 +8,23 @@ its prompt figures; the wording here is our own. Contexts other than the trace: 
 
 from __future__ import annotations
 
+import datetime
 import math
 import random
 import re
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+import regex
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
+from opsd_lightning.chat_template import SETTING, render
+from opsd_lightning.control_tokens import encode, encode_text, hide
+from opsd_lightning.grading import MathGrader
 from opsd_lightning.texts import NotTextError, text_of
 from opsd_lightning.types import ConfigError, Example, UserError
 
@@ -42,18 +48,28 @@ words, without copying the reference solution and without mentioning it.
 Please reason step by step, and put your final answer within \\boxed{}."""
 
 
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+# Characters of scripts that put no spaces between words count one by one; other words are cut where they are very long.
+_UNIT = regex.compile(rf"\s*(?:(?={_UNSPACED})\X|(?:(?!{_UNSPACED})(?!\s)\X){{1,24}})")
+# Stands for an answer where a template is looked at.
+_ANSWER = "Pangolin7"
+
+
 class PrivilegedContext(ABC):
     """What the teacher gets to read beside the question.
 
     Attributes:
         needs_traces: Whether it is made of traces: if not, training questions need none.
+        grader: Compares answers. The data module sets it to ``data.grader``.
     """
 
     needs_traces: bool = True
+    grader: MathGrader = MathGrader()
 
     @abstractmethod
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
-        """The context of ``examples[index]``; None for none at all, where the teacher sees the student's prompt.
+        """The context of ``examples[index]``; None for none at all, where the teacher sees the student's wording. An
+        empty text leaves the row out.
 
         Raises:
             UserError: The examples do not hold what this context needs.
@@ -73,40 +89,62 @@ class AnswerContext(PrivilegedContext):
     needs_traces = False
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
-        return f"The final answer is {examples[index].answer}."
+        answer = examples[index].answer
+        return f"The final answer is {answer}." if answer.strip() else ""
 
 
 class HintContext(PrivilegedContext):
-    """The beginning of the trace.
+    """The beginning of the trace, never all of it.
+
+    Words are counted, and characters where a script puts no spaces between words, such as Chinese and Thai. The answer is in
+    the hint where the trace states it that early.
 
     Args:
-        share: How much of the trace's words the teacher sees, above 0 and below 1.
+        share: Share of the trace that the teacher sees, above 0 and below 1.
     """
 
     def __init__(self, share: OpenUnitInterval = 0.5) -> None:
         self.share = OpenUnitInterval(share)
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
-        pieces = re.findall(r"\s*\S+", examples[index].trace)
-        return "".join(pieces[: math.ceil(len(pieces) * self.share)]).strip()
+        trace = examples[index].trace.strip()
+        units = _UNIT.findall(trace)
+        if len(units) < 2:  # one word
+            units = regex.findall(r"\X", trace)
+        return "".join(units[: min(math.ceil(len(units) * self.share), len(units) - 1)]).strip() if units else ""
 
 
 class OtherProblemContext(PrivilegedContext):
     """The trace of a different question: shows the style without the solution.
 
+    A question that differs in white space alone is the same one, and so is one with the same trace.
+
     Args:
-        seed: Of the choice of that question.
+        seed: Seed for choosing the other question.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
-        return _another(index, examples, self.seed, "question").trace
+        own = examples[index]
+        question, trace = _folded(own.question), _folded(own.trace)
+        if not trace and not any(example.trace for example in examples):
+            return ""
+
+        def differs(other: Example) -> bool:
+            return bool(other.trace) and _folded(other.question) != question and _folded(other.trace) != trace
+
+        return _another(index, examples, self.seed, differs, "question and trace").trace
 
 
 class NoContext(PrivilegedContext):
-    """Nothing: the teacher sees the student's prompt. The null control: a fixed teacher then teaches nothing."""
+    """Nothing: the teacher reads the student's wording.
+
+    The null control, in which a fixed teacher teaches nothing, only where both roles' prompts are then equal: the chat
+    template's arguments and ``data.prompts.teacher_response_prefix`` may still make them differ, and such a teacher trains
+    the student. A warning says so before training.
+    """
 
     needs_traces = False
 
@@ -117,11 +155,11 @@ class NoContext(PrivilegedContext):
 class WrongContext(PrivilegedContext):
     """The trace with its answer replaced, wherever it stands, by that of a question with another answer.
 
-    A trace that writes its answer differently from the reference (1/2 for 0.5) would stay right: the wrong answer alone
-    takes its place.
+    ``data.grader`` calls the result wrong: the other answer is not equal to the reference in any notation, and where the
+    trace stays right because it writes its answer in several ways, the wrong answer alone takes its place.
 
     Args:
-        seed: Of the choice of that question.
+        seed: Seed for choosing the other question.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -129,9 +167,28 @@ class WrongContext(PrivilegedContext):
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         example = examples[index]
-        wrong = _another(index, examples, self.seed, "answer").answer
-        trace, replaced = re.subn(rf"(?<!\w){re.escape(example.answer)}(?!\w)", lambda _: wrong, example.trace)
-        return trace if replaced else f"The final answer is {wrong}."
+        reference = example.answer.strip()
+        if not reference:
+            return ""
+
+        def wrong(other: Example) -> bool:
+            answer = other.answer.strip()
+            return bool(answer) and answer != reference and not self.grader.equal(answer, reference)
+
+        try:
+            answer = _another(index, examples, self.seed, wrong, "answer").answer.strip()
+        except ConfigError:
+            if {other.answer.strip() for other in examples} <= {reference, ""}:
+                raise
+            # All are equal, only written in several ways.
+            answer = next(number for number in ("0", "1") if not self.grader.equal(number, reference))
+        # Alone: not a part of a word, nor of a longer number or fraction.
+        alone = rf"(?<!\w)(?<!\d[.,/]){re.escape(reference)}(?!\w)(?![.,/]\d)"
+        trace, replaced = re.subn(alone, lambda _: answer, example.trace)
+        final = self.grader.find_answer(trace) if replaced else None
+        if final is None or (final.strip() != answer and self.grader.equal(final, reference)):
+            return f"The final answer is {answer}."
+        return trace
 
 
 class ColumnContext(PrivilegedContext):
@@ -159,15 +216,25 @@ class ColumnContext(PrivilegedContext):
             raise ConfigError(problem, "data.context.column", "Name a column of text or numbers") from None
 
 
-def _another(index: int, examples: Sequence[Example], seed: int, field_name: str) -> Example:
-    """An example that differs from ``examples[index]`` in one field, the same one for the same seed."""
-    own = getattr(examples[index], field_name)
+def _another(
+    index: int, examples: Sequence[Example], seed: int, differs: Callable[[Example], bool], field_name: str
+) -> Example:
+    """An example that differs from ``examples[index]``, the same one for the same seed."""
     start = random.Random(f"{seed} {examples[index].question}").randrange(len(examples))
     for offset in range(len(examples)):
         other = examples[(start + offset) % len(examples)]
-        if getattr(other, field_name) != own:
+        if differs(other):
             return other
-    raise UserError(f"data.context needs examples that differ in their {field_name}; all {len(examples)} have the same")
+    raise ConfigError(
+        f"needs examples that differ in their {field_name}; all {len(examples)} have the same",
+        "data.context",
+        "Give more data, or another context",
+    )
+
+
+def _folded(text: str) -> str:
+    """A text with characters in one form and white space folded, to tell whether two are the same."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 class Prompt(list[int]):
@@ -190,6 +257,8 @@ class Prompts:
             that a teacher which would think first expects the first token of a student which does not.
         max_trace_tokens: Longer contexts are cut to this many tokens of their own text (never the template), counted
             and reported. No limit unless given.
+        date: Day that a chat template which asks for today's date gets, as YYYY-MM-DD, so that the prompts of a run are the
+            same on every day.
     """
 
     student_template: str = STUDENT_TEMPLATE
@@ -199,25 +268,42 @@ class Prompts:
     teacher_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_response_prefix: str = ""
     max_trace_tokens: PositiveInt | None = None
+    date: str = "2024-07-26"
 
     def __post_init__(self) -> None:
+        try:
+            datetime.date.fromisoformat(self.date)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{self.date!r} is not a date", "data.prompts.date", "Write it as YYYY-MM-DD, such as 2024-07-26"
+            ) from None
         for name, needed in {"student_template": ["question"], "teacher_template": ["question", "context"]}.items():
             for placeholder in needed:
                 if f"{{{placeholder}}}" not in getattr(self, name):
                     raise ValueError(f"data.prompts.{name} lacks the placeholder {{{placeholder}}}")
 
+    @property
+    def day(self) -> datetime.date:
+        """The day that a chat template takes for today."""
+        return datetime.date.fromisoformat(self.date)
+
     def student(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> Prompt:
         """The student's prompt."""
-        content = fill(self.student_template, question=example.question)
-        return self._render(tokenizer, content, self.student_chat_template_kwargs)
+        content, inserted = filled(self.student_template, question=example.question)
+        return self._prompt(tokenizer, content, inserted, self.student_chat_template_kwargs)
 
     def cut(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-        """At most ``max_trace_tokens`` of a text."""
-        if self.max_trace_tokens is not None:
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) > self.max_trace_tokens:
-                return str(tokenizer.decode(ids[: self.max_trace_tokens]))
-        return text
+        """At most ``max_trace_tokens`` of a text, cut between characters."""
+        limit = self.max_trace_tokens
+        if limit is None or len(ids := encode_text(tokenizer, text)) <= limit:
+            return text
+        # Decoding tells about where; the text itself is cut, because half a character decodes to a replacement sign.
+        end = len(str(tokenizer.decode(ids[:limit])))
+        places = [0, *(match.end() for match in regex.finditer(r"\X", text[: end + 32]) if match.end() <= end)]
+        if len(encode_text(tokenizer, text[: places[-1]])) > limit:
+            tokens = lambda place: len(encode_text(tokenizer, text[:place]))  # noqa: E731
+            places = places[: max(bisect_right(places, limit, key=tokens), 1)]
+        return text[: places[-1]]
 
     def teacher(
         self, tokenizer: PreTrainedTokenizerBase, example: Example, context: str | None, whole: bool = False
@@ -225,12 +311,12 @@ class Prompts:
         """The teacher's prompt with a privileged context, cut unless ``whole``; the student's wording where it is None."""
         cut = False
         if context is None:
-            content = fill(self.student_template, question=example.question)
+            content, inserted = filled(self.student_template, question=example.question)
         else:
             shown = context if whole else self.cut(tokenizer, context)
             cut = shown != context
-            content = fill(self.teacher_template, question=example.question, context=shown)
-        prompt = self._render(tokenizer, content, self.teacher_chat_template_kwargs)
+            content, inserted = filled(self.teacher_template, question=example.question, context=shown)
+        prompt = self._prompt(tokenizer, content, inserted, self.teacher_chat_template_kwargs)
         if self.teacher_response_prefix:
             prompt.extend(tokenizer.encode(self.teacher_response_prefix, add_special_tokens=False))
         prompt.trace_was_cut = cut
@@ -238,31 +324,84 @@ class Prompts:
 
     def chat(self, tokenizer: PreTrainedTokenizerBase, message: str) -> Prompt:
         """A user message of one's own to the teacher."""
-        return self._render(tokenizer, message, self.teacher_chat_template_kwargs)
+        return self._prompt(tokenizer, message, [(0, len(message))], self.teacher_chat_template_kwargs)
 
-    def trace(self, tokenizer: PreTrainedTokenizerBase, example: Example, eos: int) -> list[int]:
-        """The trace as a completion of the student's prompt: its tokens and the one that ends it."""
-        return [*tokenizer.encode(example.trace, add_special_tokens=False), eos]
+    def trace(self, tokenizer: PreTrainedTokenizerBase, example: Example, end: Sequence[int]) -> list[int]:
+        """The trace as a completion of the student's prompt: its tokens and those that end it (see `end`)."""
+        return [*encode_text(tokenizer, example.trace, "completion"), *end]
+
+    def end(self, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> list[int]:
+        """The tokens that end a completion to train on: what the chat template ends an answer with.
+
+        Args:
+            tokenizer: The policy's.
+            eos: Every token that ends a sampled completion. The first one stands for the end where the template writes
+                none.
+
+        Raises:
+            ConfigError: The template ends an answer with a text that ends no sampled completion.
+        """
+        turns = [*self.messages("1+1?"), {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self.rendered(tokenizer, turns, self.student_chat_template_kwargs, generation=False)
+        except ConfigError:  # a template for a question alone
+            return [eos[0]]
+        ending = text[text.rindex(_ANSWER) + len(_ANSWER) :] if _ANSWER in text else ""
+        if not ending.strip():
+            return [eos[0]]
+        # Behind a word, because some tokenizers put a space in front of a text that begins.
+        start, ids = encode(tokenizer, _ANSWER, {}), encode(tokenizer, _ANSWER + ending, {})
+        ids = ids[len(start) :] if ids[: len(start)] == start else encode(tokenizer, ending, {})
+        place = next((place for place, token in enumerate(ids) if token in eos), None)
+        if place is None:
+            names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in eos)
+            raise ConfigError(
+                f"the template ends an answer with {ending.strip()!r}, and the model's completions end with {names} alone: "
+                "a trace that is trained on would end otherwise than what is sampled",
+                SETTING,
+                "Add the template's token to eos_token_id in the model's generation_config.json, or give the template that "
+                "belongs to the model",
+            )
+        return ids[: place + 1]
 
     def messages(self, content: str) -> list[dict[str, str]]:
         """The turns that a prompt is rendered from."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": content}]
 
-    def _render(self, tokenizer: PreTrainedTokenizerBase, content: str, kwargs: dict[str, Any]) -> Prompt:
-        # The template's own tokenization adds no special tokens: what it renders already holds the BOS, once.
-        try:
-            ids: Any = tokenizer.apply_chat_template(
-                self.messages(content), add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"the model's chat template refuses this prompt ({error}): check data.prompts.system and the "
-                "chat_template_kwargs, or give another template as model.policy.chat_template"
-            ) from None
-        return Prompt(ids)
+    def rendered(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: Sequence[dict[str, str]],
+        kwargs: dict[str, Any],
+        generation: bool = True,
+    ) -> str:
+        """Messages as the text that a model reads.
+
+        Raises:
+            ConfigError: The chat template fails.
+        """
+        return render(tokenizer, messages, kwargs, self.day, generation)
+
+    def _prompt(
+        self, tokenizer: PreTrainedTokenizerBase, content: str, inserted: list[tuple[int, int]], kwargs: dict[str, Any]
+    ) -> Prompt:
+        # No special tokens are added: what the template renders already holds the BOS, once.
+        marked, hidden = hide(tokenizer, content, inserted)
+        return Prompt(encode(tokenizer, self.rendered(tokenizer, self.messages(marked), kwargs), hidden))
 
 
 def fill(template: str, **values: str) -> str:
     """Replace placeholders in one pass: braces of LaTeX stay, and so does a placeholder inside a value."""
-    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
+    return filled(template, **values)[0]
+
+
+def filled(template: str, **values: str) -> tuple[str, list[tuple[int, int]]]:
+    """The same as `fill`, and the place of each value in the text."""
+    text, places, end = "", [], 0
+    for match in re.finditer(r"\{(" + "|".join(values) + r")\}", template):
+        text += template[end : match.start()]
+        places.append((len(text), len(text) + len(values[match[1]])))
+        text += values[match[1]]
+        end = match.end()
+    return text + template[end:], places

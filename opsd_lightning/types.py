@@ -45,7 +45,7 @@ class PromptBatch(NamedTuple):
         counted: Whether a row enters the metrics: False for a repeat that only evens out the ranks.
         upcoming: Token ids of the student's prompts of the next training batch, for engines that sample ahead; empty
             where it is not known.
-        traces: Token ids of the traces as completions of the student's prompts, an EOS at their end; empty where nothing
+        traces: Token ids of the traces as completions of the student's prompts, an EOS last; empty where nothing
             trains on them.
         indices: The place of each question in its set, in evaluation; empty in training.
     """

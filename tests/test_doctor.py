@@ -329,7 +329,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         [
             r"error template: the student's prompts begin with '<\|end\|>' twice \[model\.policy\.chat_template\]",
             r"error template: the teacher's prompts begin with '<\|end\|>' twice",
-            r"warning thinking: enable_thinking: false has no effect.*\[data\.prompts\.teacher_chat_template_kwargs\]",
+            r"error template: enable_thinking: false changes nothing.*\[data\.prompts\.teacher_chat_template_kwargs\]",
         ],
     ),
     "no generation prompt": (

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
     {"types", "files", "texts", "metric_directions", "idle"},
-    {"tokens", "prompts", "grading", "redaction", "token_text", "findings"},
-    {"divergences", "shaping", "runs", "tables"},
-    {"objectives", "sources", "record", "curves"},
+    {"tokens", "control_tokens", "chat_template", "grading", "redaction", "token_text", "findings"},
+    {"prompts", "divergences", "shaping", "runs", "tables"},
+    {"template_checks", "objectives", "sources", "record", "curves"},
     {"rope", "base_checks"},
     {"policy", "report"},
     {"tensor_parallel", "optimization", "precision"},

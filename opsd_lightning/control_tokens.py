@@ -1,0 +1,186 @@
+"""Encode text that spells a control token, such as a literal ``<|im_end|>`` in a trace, as ordinary text.
+
+A tokenizer turns every ``<|im_end|>`` of a text into the token that ends a turn, whoever wrote it. Text of the data or of
+the model must not do that inside a prompt. Such places are hidden from the chat template and encoded without added tokens; a
+text without any is encoded as the tokenizer always does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+
+
+class _Control(NamedTuple):
+    """Control tokens of a tokenizer.
+
+    Args:
+        key: Size of the vocabulary and the chat template that they were read from.
+        patterns: Matches a control token, in a value that is put into a prompt and in a completion.
+        ids: Ids of all of them.
+    """
+
+    key: tuple[int, str]
+    patterns: dict[str, re.Pattern[str]]
+    ids: frozenset[int]
+
+
+_KNOWN: WeakKeyDictionary[Any, _Control] = WeakKeyDictionary()
+_NOTHING = re.compile(r"(?!)")
+_TAG = re.compile(r"[<\[].*[>\]]", re.DOTALL)
+_THINKING = re.compile("think|thought|reason", re.IGNORECASE)
+
+
+def _control(tokenizer: PreTrainedTokenizerBase) -> _Control:
+    template = str(tokenizer.chat_template)
+    key = (len(tokenizer), template)
+    known = _KNOWN.get(tokenizer)
+    if known is not None and known.key == key:
+        return known
+    added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if len(token.content.strip()) > 1}
+    special = {token.content for token in added.values() if token.special}
+    # Tags that are not special open and close blocks where the template writes one of a pair, and where they name thinking.
+    # Others, such as Gemma's <table>, are text.
+    shaped = {token.content for token in added.values() if _TAG.fullmatch(token.content)}
+    opening = {token: token.replace("/", "", 1) for token in shaped}
+    written = {opening[token] for token in shaped if token in template}
+    tags = {token for token in shaped if opening[token] in written or _THINKING.search(token)}
+    patterns = {
+        "prompt": _any_of(special | tags),
+        # A completion may think, and decoding it keeps what is not special.
+        "completion": _any_of({token for token in special if not _THINKING.search(token)}),
+    }
+    ids = frozenset(index for index, token in added.items() if token.content in special | tags)
+    known = _KNOWN[tokenizer] = _Control(key, patterns, ids)
+    return known
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first))) if tokens else _NOTHING
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase, text: str, where: Literal["prompt", "completion"] = "prompt") -> list[str]:
+    """List the control tokens that a text spells."""
+    return _control(tokenizer).patterns[where].findall(text)
+
+
+def hide(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    inserted: Sequence[Span],
+    where: Literal["prompt", "completion"] = "prompt",
+) -> tuple[str, dict[str, str]]:
+    """Replace control tokens that values put into a text spell, alone or together with the text around them, by marks.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        inserted: Places of the values in it. Control tokens elsewhere stay.
+        where: Place in which the text is encoded.
+
+    Returns:
+        The text, and the spelled token of each mark.
+    """
+    hidden: dict[str, str] = {}
+    pieces, end = [], 0
+    fence = ""
+    for match in _control(tokenizer).patterns[where].finditer(text):
+        if any(match.start() < stop and start < match.end() for start, stop in inserted):
+            # Of a character for private use, which no template treats in a special way and this text does not hold.
+            fence = fence or next((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text), "\ue000")
+            mark = f"{fence}{len(hidden)}{fence}"
+            hidden[mark] = match[0]
+            pieces += [text[end : match.start()], mark]
+            end = match.end()
+    return "".join([*pieces, text[end:]]), hidden
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: Mapping[str, str]) -> list[int]:
+    """Encode a text without special tokens of its own, and what each mark of `hide` stands for as ordinary text."""
+    if not hidden:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    pieces = re.split("(" + "|".join(map(re.escape, hidden)) + ")", text)
+    shown, places = "", []
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            places.append((len(shown), len(shown) + len(hidden[piece])))
+        shown += hidden[piece] if number % 2 else piece
+    if not tokenizer.is_fast:
+        return _piece_by_piece(tokenizer, shown, places)
+    ids = _control(tokenizer).ids
+    encoded = tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True)
+    found: list[int] = []
+    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):  # type: ignore[arg-type]
+        if token in ids and any(start < last and first < stop for first, last in places):
+            found += plain(tokenizer, shown[start:stop])
+        else:
+            found.append(token)
+    return found
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, where: Literal["prompt", "completion"] = "prompt"
+) -> list[int]:
+    """Encode a text of the data or of the model; control tokens that it spells become ordinary text."""
+    marked, hidden = hide(tokenizer, text, [(0, len(text))], where)
+    return encode(tokenizer, marked, hidden)
+
+
+def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encode a text as if no token had been added to the vocabulary."""
+    own = {tokenizer.convert_tokens_to_ids(token) for token in spelled(tokenizer, text)}
+    backend = _without_added_tokens(tokenizer)
+    if backend is not None:
+        ids = _behind_a_break(lambda piece: list(backend.encode(piece).ids), text)
+        if own.isdisjoint(ids):
+            return ids
+    # The model's own vocabulary holds the token, too: no single character is one.
+    encode_piece = lambda piece: list(tokenizer.encode(piece, add_special_tokens=False))  # noqa: E731
+    return [token for character in text for token in _behind_a_break(encode_piece, character)]
+
+
+def _behind_a_break(encode_piece: Callable[[str], list[int]], text: str) -> list[int]:
+    """Encode a text behind a line break, because some tokenizers put a space in front of a text that begins."""
+    start, ids = encode_piece("\n"), encode_piece("\n" + text)
+    return ids[len(start) :] if ids[: len(start)] == start else encode_piece(text)
+
+
+def _piece_by_piece(tokenizer: PreTrainedTokenizerBase, text: str, places: Sequence[Span]) -> list[int]:
+    found: list[int] = []
+    end = 0
+    for start, stop in [*places, (len(text), len(text))]:
+        if text[end:start]:
+            found += tokenizer.encode(text[end:start], add_special_tokens=False)
+        found += plain(tokenizer, text[start:stop])
+        end = stop
+    return found
+
+
+_BACKENDS: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy of a fast tokenizer that knows no added tokens; None where it cannot be copied."""
+    if not tokenizer.is_fast:
+        return None
+    size, backend = _BACKENDS.get(tokenizer, (-1, None))
+    if size != len(tokenizer):
+        from tokenizers import Tokenizer
+
+        try:
+            state = json.loads(tokenizer.backend_tokenizer.to_str())
+            state |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            backend = Tokenizer.from_str(json.dumps(state))
+        except Exception:  # a part written in Python cannot be copied; the library has no error of its own
+            backend = None
+        _BACKENDS[tokenizer] = (len(tokenizer), backend)
+    return backend
