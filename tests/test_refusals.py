@@ -176,7 +176,7 @@ def test_a_tokenizer_without_an_eos(method: str, tmp_path: Path) -> None:
     tokenizer, model = make_tokenizer(), make_model("llama")
     tokenizer.eos_token = None
     if method == "sft, no EOS at all":
-        model.config.eos_token_id = None
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
     policy = Policy(saved(tmp_path / "model", model, tokenizer), dtype="float32", pad_token="<pad>")
     source = FileSource(
         str(write_jsonl(tmp_path / "rows.jsonl", [{"problem": "1?", "solution": "so \\boxed{1}"}] * 2)),
