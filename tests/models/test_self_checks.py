@@ -256,8 +256,14 @@ def test_every_stage_begins_with_it(
 
     monkeypatch.setattr(evaluation, "check_policy", refuse)
     module = OPSDModule(policy, teacher=ModelTeacher(policy.model), rollouts=Other(0.0), sampling=Sampling(max_new_tokens=4))
-    problems = {split: WordProblems(size=12, seed=seed) for seed, split in enumerate(("train", "val", "test"))}
-    data = OPSDDataModule(policy, **problems, prompts=Prompts("{question}"), batch_size=2, max_new_tokens=4)  # type: ignore[arg-type]
+    split = {"fit": "train", "validate": "val"}.get(stage, "test")
+    data = OPSDDataModule(
+        policy,
+        **{split: WordProblems(size=4)},
+        prompts=Prompts("{question}", "{question} {context}"),
+        batch_size=2,
+        max_new_tokens=4,
+    )  # type: ignore[arg-type]
     trainer = Trainer(
         accelerator="cpu", precision="bf16-mixed", max_steps=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
