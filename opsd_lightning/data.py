@@ -267,7 +267,7 @@ class OPSDDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         limit, same = 1.0, False
         if self.trainer is not None:
-            limit, same = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0
+            limit, same = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), limit, not same)
 
     def val_dataloader(self) -> EvalLoader | list[Any]:

@@ -149,7 +149,7 @@ class Evaluator(nn.Module):
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
             for score in (f"avg@{n}", f"maj@{n}", *(f"pass@{j}" for j in pass_sizes(n))):
                 found |= {f"{prefix}{score}{ending}" for ending in ("", "_se", *(["_se_samples"] if n > 1 else []))}
-            found |= {f"{prefix}{name}" for name in self.lengths[role]}  # type: ignore[union-attr]
+            found |= {f"{prefix}{name}" for name in self.lengths[role]}  # type: ignore[attr-defined]
         return found
 
     def compute(self, stage: str) -> dict[str, Tensor]:

@@ -135,6 +135,11 @@ class CollapseGuard(Callback):
         ]
         self._begin()
 
+    @property
+    def watched_metrics(self) -> list[str]:
+        """Metrics of the rules that were given. The default ones are for more methods than each run has."""
+        return [rule.metric for rule in self.rules] if self._own else []
+
     def _begin(self) -> None:
         # By place of the rule: its first values, and its latest.
         self._start: list[list[float]] = [[] for _ in self.rules]

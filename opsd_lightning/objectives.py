@@ -136,12 +136,11 @@ class Objective(ABC):
                 logits = student_logits.detach()[here], None if teacher_logits is None else teacher_logits[here]
                 into = None if gradient is None else gradient[here]
                 with torch.autocast(targets.device.type, enabled=False):  # which would round products to half precision
-                    found = self._block(*logits, targets[part], weights[part], into)
-                for name, values in found.items():
-                    if name not in measured:
-                        # Kept in one tensor for all tokens: small ones between the large would leave holes in the heap.
-                        measured[name] = values.new_empty(targets.shape)
-                    measured[name][part] = values
+                    for name, values in self._block(*logits, targets[part], weights[part], into).items():
+                        if name not in measured:
+                            # Kept in one tensor for all tokens: small ones between the large would leave holes in the heap.
+                            measured[name] = values.new_empty(targets.shape)
+                        measured[name][part] = values
             if train:
                 parts = torch.autograd.grad(student_logits, [hidden, *inputs[1:]], gradient)
                 gradients[0][rows] = parts[0]

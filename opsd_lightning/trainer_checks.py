@@ -92,7 +92,7 @@ def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> It
             "trainer.gradient_clip_algorithm",
             "Leave it out, and set model.max_grad_norm",
         )
-    if trainer.reload_dataloaders_every_n_epochs and isinstance(data, OPSDDataModule):
+    if trainer.reload_dataloaders_every_n_epochs and isinstance(data, OPSDDataModule):  # type: ignore[attr-defined]
         yield ConfigError(
             "data are read once, and a loader that is made anew begins with the order of the first epoch again",
             "trainer.reload_dataloaders_every_n_epochs",
@@ -107,6 +107,10 @@ def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> It
         if trainer.barebones and getattr(callback, "reads_metrics", False):
             text = f"nothing is logged, and {name} reads what is logged"
             yield ConfigError(text, "trainer.barebones", "Set it to false, or leave the callback out")
+        for metric in getattr(callback, "watched_metrics", ()):
+            if metric not in logged_names(trainer, module) and not _may_log_more(trainer, module, callback, metric):
+                text = f"{name} has a rule on {metric}, which nothing in this run logs"
+                yield ConfigError(text, "trainer.callbacks.rules", _nearest(metric, logged_names(trainer, module)))
         if isinstance(callback, ModelCheckpoint):
             yield from _checkpoint_problems(callback, trainer, module)
         found = monitor_problem(callback, trainer, module, validates)
@@ -143,9 +147,8 @@ def monitor_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, va
             return ConfigError(text, "model.evaluate_teacher", "Set it to true")
     names = logged_names(trainer, module) | ({"step", "epoch"} if isinstance(callback, ModelCheckpoint) else set())
     if monitor not in names and not _may_log_more(trainer, module, callback, monitor):
-        near = difflib.get_close_matches(monitor, sorted(names), n=3, cutoff=0.4) or [f"val/avg@{n}", "train/loss"]
         text = f"{name} monitors {monitor}, which nothing in this run logs"
-        return ConfigError(text, "trainer.callbacks.monitor", f"Set it to one that is logged, such as {', '.join(near)}")
+        return ConfigError(text, "trainer.callbacks.monitor", _nearest(monitor, names))
     mode, direction = getattr(callback, "mode", None), better(monitor)
     if mode in ("min", "max") and direction is not None and mode != direction:
         worse = "keeps and exports the worst" if isinstance(callback, ModelCheckpoint) else "takes the worst for the best"
@@ -162,6 +165,11 @@ def logged_names(trainer: Trainer, module: EvaluatedModule) -> set[str]:
         if (told := getattr(callback, "logged_names", None)) is not None:
             found |= set(told(module))
     return found
+
+
+def _nearest(metric: str, names: set[str]) -> str:
+    near = difflib.get_close_matches(metric, sorted(names), n=3, cutoff=0.4) or ["train/loss"]
+    return f"Set it to one that is logged, such as {', '.join(near)}"
 
 
 def _may_log_more(trainer: Trainer, module: EvaluatedModule, callback: Any, monitor: str) -> bool:
@@ -226,7 +234,7 @@ def _checkpoint_problems(callback: ModelCheckpoint, trainer: Trainer, module: Ev
 
 def _timing_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, data: Any) -> ConfigError | None:
     """Return why a callback never sees its validation metric, or only some of them; None where it sees all."""
-    if trainer.fast_dev_run or not isinstance(callback, (ModelCheckpoint, EarlyStopping)):
+    if trainer.fast_dev_run or not isinstance(callback, (ModelCheckpoint, EarlyStopping)):  # type: ignore[attr-defined]
         return None
     name, interval, every = type(callback).__name__, trainer.val_check_interval, trainer.check_val_every_n_epoch
     if isinstance(interval, int) and not isinstance(interval, bool) and interval == 1 and every == 1:

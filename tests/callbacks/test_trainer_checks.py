@@ -27,7 +27,7 @@ from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.evaluation import Evaluator
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.grpo import GRPOModule
-from opsd_lightning.guard import CollapseGuard
+from opsd_lightning.guard import Ceiling, CollapseGuard
 from opsd_lightning.health_log import Health
 from opsd_lightning.metric_directions import better
 from opsd_lightning.module import OPSDModule
@@ -103,6 +103,14 @@ def test_what_checkpoints_keep_the_latest_by(policy: Policy) -> None:
 @pytest.mark.parametrize("kind", [ModelCheckpoint, EarlyStopping])
 def test_a_name_that_nothing_logs(kind: type, monitor: str, policy: Policy) -> None:
     assert settings_of(policy, kind(monitor=monitor, mode="max")) == ["trainer.callbacks.monitor"]
+
+
+def test_a_guards_rule_on_what_nothing_logs(policy: Policy) -> None:
+    for metric in ("health/leak_fraction", "train/forwardkl", "val/avg@4"):
+        assert settings_of(policy, CollapseGuard(rules=[Ceiling(metric, 1.0)])) == ["trainer.callbacks.rules"]
+    assert settings_of(policy, Health(), CollapseGuard(rules=[Ceiling("health/leak_fraction", 1.0)])) == []
+    assert settings_of(policy, Logs(), CollapseGuard(rules=[Ceiling("mine", 1.0)])) == []
+    assert settings_of(policy, CollapseGuard()) == []
 
 
 class Logs(Callback):
