@@ -20,7 +20,7 @@ LAYERS = [
     {"divergences", "shaping", "runs"},
     {"objectives", "sources", "record", "curves"},
     {"policy", "report"},
-    {"tensor_parallel"},
+    {"tensor_parallel", "verification"},
     {"scoring", "inference", "strategies", "vllm_servers", "loggers"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
     {"serving", "contexts", "anchors"},
