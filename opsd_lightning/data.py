@@ -86,6 +86,7 @@ class OPSDDataModule(LightningDataModule):
         Raises:
             UserError: A source is missing, or leaves no usable row, or holds an invalid one under ``on_invalid: error``.
         """
+        stage = str(getattr(stage, "value", stage))  # the trainer passes a member of an enumeration
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
             raise UserError(f"data.{splits[-1]} is not set, and `{stage}` needs it: give it a source, such as HubSource")

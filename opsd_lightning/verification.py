@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from opsd_lightning.fingerprint import adapter_settings
 from opsd_lightning.policy import STUDENT, base_of, evaluating
 from opsd_lightning.types import ConfigError
 
@@ -90,7 +91,7 @@ def check_adapter(model: PeftModel, folder: Path, state_dict: Mapping[str, Tenso
     """
     setting, fix = f"export to {folder.parent}", "Keep the checkpoint, which is not affected, and report the LoRA options"
     config = LoraConfig.from_pretrained(str(folder))
-    theirs, ours = settings_of(config), settings_of(model.peft_config[STUDENT])
+    theirs, ours = adapter_settings(config), adapter_settings(model.peft_config[STUDENT])
     if differ := [name for name in ours if theirs.get(name) != ours[name]]:
         told = ", ".join(f"{name} {ours[name]} -> {theirs.get(name)}" for name in differ)
         raise ConfigError(f"the adapter's settings on disk are not the policy's ({told})", setting, fix)
@@ -124,25 +125,6 @@ def check_model(folder: Path, expected: Tensor, tokens: Tensor, like: PreTrained
     remote = type(like).__module__.startswith("transformers_modules.")  # code that the policy was allowed to run
     loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=like.dtype, trust_remote_code=remote)
     check_logits(expected, logits_of(loaded, tokens), like.dtype, setting, fix)
-
-
-def settings_of(config: PeftConfig) -> dict[str, Any]:
-    """An adapter's settings as JSON holds them, without those that only decide its start or where it came from."""
-    ignored = {
-        *("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"),
-        *("init_lora_weights", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    }
-    return {name: _plain(value) for name, value in config.to_dict().items() if name not in ignored}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
 def _read_back(model: PeftModel, config: LoraConfig, folder: Path) -> dict[str, Tensor]:
