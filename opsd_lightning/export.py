@@ -102,11 +102,12 @@ def merge_adapter(policy: Policy | str, adapter: str | Path, folder: str | Path,
     tokens = probe_tokens(model)
     # The logits of the policy that the merged model stands for.
     expected = _round_to_four_bits(model, policy, tokens) if dequantize else logits_of(model, tokens)
-    _untie(model)
+    tied = _untie(model)
     _add_biases(model)
     merged = model.merge_and_unload()
     del model
-    _tie_again(merged)
+    if tied:
+        _tie_again(merged)
     if generation is not None:
         merged.generation_config = generation
     with _replacing(Path(folder)) as temporary:
@@ -129,27 +130,31 @@ def _round_to_four_bits(model: PeftModel, policy: Policy, tokens: Tensor) -> Ten
     return logits_of(quantized, tokens)
 
 
-def _untie(model: PeftModel) -> None:
-    """Give the head a weight of its own where it shares the embeddings': merging one of them would else change both."""
+def _untie(model: PeftModel) -> bool:
+    """Give the head a weight of its own where it shares the embeddings': merging one of them would else change both.
+
+    Returns:
+        Whether it did.
+    """
     base = base_of(model)
     head, embeddings = (_innermost(layer) for layer in (base.get_output_embeddings(), base.get_input_embeddings()))
-    if head is not None and head.weight is embeddings.weight:
+    tied = head is not None and head.weight is embeddings.weight
+    if tied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for layer in list(model.modules()):  # peft's merge of an adapter on top forgets the tokens trained below it
         if isinstance(layer, LoraLayer) and isinstance(layer.base_layer, TrainableTokensWrapper):
             layer.base_layer = layer.base_layer.unload_and_optionally_merge_module(True, False, None)
+    return tied
 
 
 def _tie_again(merged: Any) -> None:
-    """Share the head's weight with the embeddings if both are still the same, or write down that they no longer are."""
+    """Share the head's weight with the embeddings if both are still the same, and write down whether they are."""
     head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if head is None or not getattr(merged.config.get_text_config(), "tie_word_embeddings", False):
-        return
-    if head.weight.shape == embeddings.weight.shape and torch.equal(head.weight, embeddings.weight):
+    same = torch.equal(head.weight, embeddings.weight)
+    if same:
         head.weight = embeddings.weight
-        return
     for config in {id(config): config for config in (merged.config, merged.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = same
 
 
 def _innermost(layer: Any) -> Any:
