@@ -22,6 +22,7 @@ _PACKAGES = ("torch", "transformers", "peft")
 _LORA = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
 # Part of a scheduler's progress, not of its settings.
 _PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
+_SIZES = "model.optimizer (parameters in each group)"
 # Settings that need a state which an optimizer without them has not gathered.
 _NEEDS_STATE = ("amsgrad", "centered")
 
@@ -146,7 +147,9 @@ def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
         ours = record_of(module)
     differences = [*_of_model(theirs, ours, True, module), *_of_data(theirs, ours)]
     kinds, values = _of_optimizer(theirs.get("optimizer"), ours.get("optimizer"))
-    _refuse(module, differences + kinds)
+    # Parameters of another number are what another adapter has.
+    adapter = any(difference.setting.startswith("model.policy.") for difference in differences)
+    _refuse(module, differences + [each for each in kinds if not (adapter and each.setting == _SIZES)])
     if told := _reposition(checkpoint, theirs, ours):
         rank_zero_warn(told)
     if any(difference.setting.startswith("model.optimizer") for difference in kinds):
@@ -285,7 +288,7 @@ def _of_optimizer(theirs: Any, ours: Any) -> tuple[list[Difference], list[Differ
     if theirs["class"] != ours["class"]:
         kinds.append(Difference("model.optimizer", theirs["class"], ours["class"]))
     elif theirs["sizes"] != ours["sizes"]:
-        kinds.append(Difference("model.optimizer (parameters in each group)", theirs["sizes"], ours["sizes"]))
+        kinds.append(Difference(_SIZES, theirs["sizes"], ours["sizes"]))
     else:
         several = len(ours["groups"]) > 1
         for number, (first, second) in enumerate(zip(theirs["groups"], ours["groups"], strict=True)):
