@@ -261,8 +261,10 @@ def _of_model(theirs: Mapping[str, Any], ours: Mapping[str, Any], resumes: bool,
         graded = module.evaluator.teacher is not None and setting == module.evaluator.teacher.setting
         if resumes or graded:
             one, other = theirs["teachers"].get(setting), ours["teachers"].get(setting)
-            kinds = [None if each is None else each["class"] for each in (one, other)]
-            yield from _between(setting, *((one, other) if kinds[0] == kinds[1] else kinds), upgraded)
+            first_kind, second_kind = (None if each is None else each["class"] for each in (one, other))
+            if first_kind != second_kind:
+                one, other = first_kind, second_kind
+            yield from _between(setting, one, other, upgraded)
 
 
 def _of_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Difference]:

@@ -14,7 +14,8 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from opsd_lightning.policy import STUDENT, Policy, base_of, is_adapter_key
 
@@ -79,10 +80,11 @@ def adapter_record(model: Any) -> dict[str, Any] | None:
     """What the policy's adapter computes: its settings, and the modules that it was put on. None in full fine-tuning."""
     if not isinstance(model, PeftModel):
         return None
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     modules = [
         name.removeprefix("base_model.model.")
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and any(f".{STUDENT}" in f".{key}" for key, _ in module.named_parameters())
+        for name, module in adapted
+        if any(STUDENT in key.split(".") for key, _ in module.named_parameters())
     ]
     found = adapter_settings(model.peft_config[STUDENT])
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "target_modules"):
@@ -125,14 +127,20 @@ def _loaded(base: Any) -> dict[str, bytes]:
 
 def _stored(policy: Policy) -> dict[str, bytes]:
     """Samples of the checkpoint's own tensors; nothing where it is not in safetensors files."""
-    files = []
-    where = {"path_or_repo_id": str(Path(policy.model).expanduser()), "revision": policy.revision or "main"}
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if (index := cached_file(**where, filename=SAFE_WEIGHTS_INDEX_NAME, **quiet)) is not None:
+
+    def find(name: str) -> str | None:
+        return cached_file(
+            str(Path(policy.model).expanduser()),
+            name,
+            revision=policy.revision or "main",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+
+    files = [find(SAFE_WEIGHTS_NAME)]
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
-        files = [cached_file(**where, filename=name, **quiet) for name in sorted(set(names))]
-    elif (single := cached_file(**where, filename=SAFE_WEIGHTS_NAME, **quiet)) is not None:
-        files = [single]
+        files = [find(name) for name in sorted(set(names))]
     return dict(_of_files(files))
 
 
