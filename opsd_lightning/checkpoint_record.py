@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,8 @@ _LORA = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_mod
 # Part of a scheduler's progress, not of its settings.
 _PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
 _SIZES = "model.optimizer (parameters in each group)"
+# Settings that tell kinds of optimizers apart where a checkpoint does not name its own.
+_MARKS = ("betas", "momentum", "alpha", "rho", "etas", "lambd")
 # Settings that need a state which an optimizer without them has not gathered.
 _NEEDS_STATE = ("amsgrad", "centered")
 
@@ -49,14 +52,14 @@ class Configured:
         groups = [plain(_settings(group)) for group in optimizer.param_groups]
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.record: dict[str, Any] = {"class": _class_of(optimizer), "groups": groups, "sizes": sizes, "scheduler": None}
-        self.start = [_settings(group) for group in optimizer.param_groups]
+        self.start = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
         self.calls_functions = False
 
     def add(self, scheduler: LRScheduler) -> None:
         """Take in the schedule, freshly made for the optimizer."""
         settings = plain(scheduler.state_dict(), _PROGRESS)
         self.record["scheduler"] = {"class": _class_of(scheduler), "settings": settings}
-        self.start = [_settings(group) for group in scheduler.optimizer.param_groups]
+        self.start = [copy.deepcopy(_settings(group)) for group in scheduler.optimizer.param_groups]
         self.calls_functions = _calls_functions(scheduler)
 
     def apply(self, optimizer: Optimizer, scheduler: LRScheduler | None, steps: int) -> None:
@@ -69,7 +72,7 @@ class Configured:
             steps: Optimizer steps made so far.
         """
         for group, start in zip(optimizer.param_groups, self.start, strict=True):
-            group.update(start)
+            group.update(copy.deepcopy(start))
         if scheduler is not None:
             _advance(optimizer, scheduler, steps)
 
@@ -136,16 +139,18 @@ def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
             "ckpt_path: the checkpoint has no record of the settings that it was made with, so that they are not compared "
             "with this run's: make sure that base model, LoRA settings, optimizer, batch size, seed and data are the same"
         )
-        return False
-    theirs = checkpoint[KEY]
-    ours = record_of(module)
+    ours, theirs = record_of(module), checkpoint.get(KEY)
     if not resumes:
-        _refuse(module, list(_of_model(theirs, ours, False, module)))
+        _refuse(module, [] if theirs is None else list(_of_model(theirs, ours, False, module)))
         return False
     if module.configured is None:
         module.configure_optimizers()  # of no use but for its settings; Lightning has not made one yet
         ours = record_of(module)
-    differences = [*_of_model(theirs, ours, True, module), *_of_data(theirs, ours)]
+    differences: list[Difference] = []
+    if theirs is None:
+        theirs = {"optimizer": _seen_in(checkpoint, module.configured)}
+    else:
+        differences = [*_of_model(theirs, ours, True, module), *_of_data(theirs, ours)]
     kinds, values = _of_optimizer(theirs.get("optimizer"), ours.get("optimizer"))
     # Parameters of another number are what another adapter has.
     adapter = any(difference.setting.startswith("model.policy.") for difference in differences)
@@ -155,7 +160,7 @@ def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
     if any(difference.setting.startswith("model.optimizer") for difference in kinds):
         rank_zero_warn("the optimizer starts without the checkpoint's state, which is of another kind")
         checkpoint["optimizer_states"] = []
-    if module.configured is not None and module.configured.calls_functions and not (kinds or values):
+    if module.configured is not None and module.configured.calls_functions and KEY in checkpoint and not (kinds or values):
         values = _of_schedule(module, theirs, int(checkpoint["global_step"]))
     if not (kinds or values):
         return False
@@ -173,7 +178,8 @@ def rows_digest(rows: PromptBatch) -> str:
             yield "\x1f".join(example[:3]) + "\x1e"
         for lists in (rows.student, rows.teacher, rows.traces):
             for tokens in lists:
-                yield array("q", [len(tokens), *tokens]).tobytes()
+                yield len(tokens).to_bytes(8, "little")
+                yield array("i", tokens).tobytes()
 
     return digest(parts(), 8)
 
@@ -311,6 +317,32 @@ def _of_optimizer(theirs: Any, ours: Any) -> tuple[list[Difference], list[Differ
         for difference in _between("model.lr_scheduler", first["settings"], second["settings"], False):
             values.append(difference._replace(setting=difference.setting.replace("._", ".")))
     return kinds, values
+
+
+def _seen_in(checkpoint: Mapping[str, Any], configured: Configured | None) -> dict[str, Any] | None:
+    """A record of the optimizer as far as the state of a checkpoint without one shows it."""
+    states = checkpoint.get("optimizer_states") or []
+    if configured is None or not states or states[0] is None:
+        return None
+    ours, saved = configured.record, states[0]["param_groups"]
+    marks = [[name for name in _MARKS if name in groups[0]] for groups in (saved, ours["groups"])]
+    groups = []
+    for group, start, own in zip(saved, configured.start, ours["groups"], strict=False):
+        seen = {name: value for name, value in plain(_settings(group)).items() if name in own}
+        if checkpoint["lr_schedulers"]:  # which moves the rate, and some also the betas
+            same = group.get("initial_lr") == start.get("initial_lr")
+            seen = {
+                "weight_decay": seen.get("weight_decay"),
+                "lr": own["lr"] if same else group.get("initial_lr", group["lr"]),
+            }
+        groups.append(own | {name: value for name, value in seen.items() if value is not None})
+    scheduled = {"class": "another", "settings": {}} if checkpoint["lr_schedulers"] else None
+    return {
+        "class": ours["class"] if marks[0] == marks[1] else f"an optimizer with {', '.join(marks[0]) or 'other settings'}",
+        "groups": groups,
+        "sizes": [len(group["params"]) for group in saved],
+        "scheduler": ours["scheduler"] if (scheduled is None) == (ours["scheduler"] is None) else scheduled,
+    }
 
 
 def _of_schedule(module: Any, theirs: Mapping[str, Any], steps: int) -> list[Difference]:

@@ -48,7 +48,8 @@ def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Te
         else:
             tokens = probe_tokens(model)
             fix = "Keep the checkpoint, which is not affected"
-            check_model(temporary, logits_of(model, tokens, state_dict), tokens, model, f"export to {folder}", fix)
+            expected, written = logits_of(model, tokens, state_dict), state_dict or model.state_dict()
+            check_model(temporary, expected, tokens, model, f"export to {folder}", fix, written)
     return folder
 
 

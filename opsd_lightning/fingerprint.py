@@ -55,7 +55,7 @@ def plain(value: Any, without: Collection[str] = ()) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(part, without) for part in value]
     if isinstance(value, Tensor):
-        return value.detach().tolist()
+        return value.detach().tolist() if value.numel() <= 16 else f"tensor {list(value.shape)}"
     if isinstance(value, (torch.dtype, torch.device, Path)):
         return str(value)
     if callable(to_dict := getattr(value, "to_dict", None)) and not isinstance(value, type):

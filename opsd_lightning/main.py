@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -32,7 +33,7 @@ from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.run_report import RunReport
 from opsd_lightning.strategies import refusal
 from opsd_lightning.training import PolicyModule
-from opsd_lightning.types import UserError
+from opsd_lightning.types import ConfigError, UserError
 
 # Settings of the Trainer that Lightning refuses under manual optimization, and what takes their place here.
 _NOT_THE_TRAINERS: dict[str, tuple[Any, str]] = {
@@ -96,6 +97,8 @@ class OPSDCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path not in (None, "best", "last", "hpc") and not (Path(path).exists() or "://" in str(path)):
             raise UserError(f"ckpt_path: {path} does not exist")
+        if path is not None and Path(path).is_file() and not is_zipfile(path):
+            raise ConfigError(f"{path} is not a checkpoint, or was cut off", "ckpt_path", "Give an earlier one")
         trainer = config.trainer
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         shards = path is not None and Path(path).is_dir()

@@ -332,8 +332,28 @@ def test_a_checkpoint_without_a_record_resumes_with_one_warning(base: str, check
     del old[KEY]
     torch.save(old, tmp_path / "old.ckpt")
     with pytest.warns(UserWarning, match="ckpt_path") as warned:
-        fit, _ = resume(tmp_path, tmp_path / "old.ckpt", base, 3)
+        fit, asked = resume(tmp_path, tmp_path / "old.ckpt", base, 3, optimizer=adamw(lr=1e-4))
     assert len(told(warned)) == 1 and fit.global_step == 3
+    assert asked.rates == [1e-4]  # its optimizer state says that the rate was another
+    assert {float(state["step"]) for state in fit.optimizers[0].state.values()} == {3.0}
+    for settings in ({"optimizer": lambda p: SGD(p, lr=0.01)}, {"lr_scheduler": lambda o: ExponentialLR(o, 0.5)}):
+        with pytest.raises(ConfigError):
+            resume(tmp_path, tmp_path / "old.ckpt", base, **settings)
+
+
+def test_a_schedule_without_a_record_goes_on(base: str, tmp_path: Path) -> None:
+    def cycle(rate: float) -> dict[str, Any]:
+        return {"optimizer": adamw(lr=rate), "lr_scheduler": lambda o: OneCycleLR(o, max_lr=rate, total_steps=6)}
+
+    asked, path = Asked(), tmp_path / "old.ckpt"
+    keep = ModelCheckpoint(tmp_path, "old", every_n_train_steps=2, save_top_k=1)
+    trainer(tmp_path, asked, max_steps=4).fit(*parts(base, **cycle(0.01)))
+    trainer(tmp_path, keep, max_steps=2).fit(*parts(base, **cycle(0.01)))
+    old = torch.load(path, weights_only=True)
+    del old[KEY]
+    torch.save(old, path)
+    assert resume(tmp_path, path, base, 4, **cycle(0.01))[1].rates == asked.rates[2:]
+    assert resume(tmp_path, path, base, 4, **cycle(0.02))[1].rates == pytest.approx([2 * rate for rate in asked.rates[2:]])
 
 
 def test_weights_alone_are_no_run_to_go_on_with(base: str, tmp_path: Path) -> None:
