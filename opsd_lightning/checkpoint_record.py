@@ -42,7 +42,7 @@ class Difference(NamedTuple):
 
 
 class Configured:
-    """A run's optimizer and schedule as its settings make them, before a checkpoint changes them.
+    """Optimizer and schedule as a run's settings make them, before a checkpoint changes them.
 
     Args:
         optimizer: Freshly made.
@@ -113,7 +113,7 @@ def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
     """Compare the record of a checkpoint with this run, before anything of it is loaded.
 
     To resume training, everything that decides the rest of the run has to agree; to evaluate, the base model, the adapter's
-    settings and, where it is graded, the teacher. What the optimizer's settings change is reported, and ``checkpoint``
+    settings and, where it is graded, the teacher. Other settings of the optimizer are reported, and ``checkpoint`` is
     changed so that this run's are used.
 
     Args:
@@ -121,7 +121,7 @@ def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
         checkpoint: As loaded; of a sharded one without tensors of the optimizer.
 
     Returns:
-        Whether `Configured.apply` is to be called when the checkpoint is loaded.
+        True if `Configured.apply` has to be called once the checkpoint is loaded.
 
     Raises:
         ConfigError: Something differs, and ``allow_checkpoint_changes`` is false.
@@ -210,7 +210,7 @@ def _teacher(teacher: Any) -> dict[str, Any]:
 
 
 def _calls_functions(scheduler: LRScheduler) -> bool:
-    """Whether a schedule depends on functions, whose contents its settings do not show."""
+    """Tell schedules that depend on functions, whose contents their settings do not show."""
     if isinstance(scheduler, (SequentialLR, ChainedScheduler)):
         return any(map(_calls_functions, scheduler._schedulers))
     return isinstance(scheduler, (LambdaLR, MultiplicativeLR))
@@ -289,7 +289,7 @@ def _of_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Dif
 
 
 def _of_optimizer(theirs: Any, ours: Any) -> tuple[list[Difference], list[Difference]]:
-    """What another kind of optimizer or schedule is, and what only another value."""
+    """Differences in the kind of optimizer or schedule, and differences in values alone."""
     if theirs is None or ours is None:
         return [], []
     kinds, values = [], []
@@ -385,7 +385,7 @@ def _questions(data: Mapping[str, Any]) -> int:
 
 
 def _between(setting: str, theirs: Any, ours: Any, upgraded: bool) -> Iterator[Difference]:
-    """Where nested settings differ. A setting that only one version of a library knows is not compared with another's."""
+    """Differences of nested settings. A setting that only one version of a library knows is not compared with another's."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for name in sorted(theirs.keys() | ours.keys()):
             if not (upgraded and (name not in theirs or name not in ours)):

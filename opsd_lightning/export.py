@@ -135,7 +135,7 @@ def _untie(model: PeftModel) -> bool:
     """Give the head a weight of its own where it shares the embeddings': merging one of them would else change both.
 
     Returns:
-        Whether it did.
+        True if it did.
     """
     base = base_of(model)
     head, embeddings = (_innermost(layer) for layer in (base.get_output_embeddings(), base.get_input_embeddings()))

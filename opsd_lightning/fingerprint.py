@@ -1,4 +1,4 @@
-"""What decides a model's logits, as plain values: the base model's configuration and weights, the adapter's settings."""
+"""Plain values that decide a model's logits: the base model's configuration and weights, the adapter's settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ADAPTER_IGNORED = {
 
 
 def plain(value: Any, without: Collection[str] = ()) -> Any:
-    """A value as JSON and a safe checkpoint hold it: sets in order, objects by their settings or their class.
+    """Make a value plain, as JSON and a safe checkpoint hold it: sets in order, objects by their settings or class.
 
     Args:
         value: Any nested settings.
@@ -64,7 +64,7 @@ def plain(value: Any, without: Collection[str] = ()) -> Any:
 
 
 def digest(parts: Iterable[str | bytes | memoryview], size: int = 16) -> str:
-    """A hash of texts and bytes in their order, ``size`` bytes in hexadecimal digits."""
+    """Hash texts and bytes in their order; returns ``size`` bytes in hexadecimal digits."""
     found = hashlib.blake2b(digest_size=size)
     for part in parts:
         found.update(part.encode() if isinstance(part, str) else part)
@@ -72,12 +72,12 @@ def digest(parts: Iterable[str | bytes | memoryview], size: int = 16) -> str:
 
 
 def adapter_settings(config: PeftConfig) -> dict[str, Any]:
-    """An adapter's settings, without those that only decide its start or say where it came from."""
+    """List an adapter's settings, without those that only decide its start or say where it came from."""
     return plain(config.to_dict(), _ADAPTER_IGNORED)
 
 
 def adapter_record(model: Any) -> dict[str, Any] | None:
-    """What the policy's adapter computes: its settings, and the modules that it was put on. None in full fine-tuning."""
+    """Record the adapter's settings and the modules that it was put on. None in full fine-tuning."""
     if not isinstance(model, PeftModel):
         return None
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -93,7 +93,7 @@ def adapter_record(model: Any) -> dict[str, Any] | None:
 
 
 def base_record(policy: Policy, model: Any) -> dict[str, Any]:
-    """What the base model below an adapter computes. To be made of a freshly built model, before it is sharded.
+    """Record the base model below an adapter. Call it on a freshly built model, before it is sharded.
 
     Where the weights were rounded while they were loaded (4 or 8 bits, float16), their digest is of the files: it is the
     same for every type, device and strategy.

@@ -71,7 +71,7 @@ class PolicyModule(EvaluatedModule, ABC):
     trains_on_traces: ClassVar[bool] = False
     #: What the first optimizer step on a batch is made of, for callbacks in ``on_before_optimizer_step``; else None.
     current: Update | None = None
-    #: What the base model computes, for checkpoints. See `fingerprint.base_record`.
+    #: Record of the base model, for checkpoints. See `fingerprint.base_record`.
     base_record: dict[str, Any] | None = None
     #: The training rows that were seen last, with their digest.
     rows_digest: tuple[PromptBatch, str] | None = None
