@@ -80,11 +80,10 @@ def adapter_record(model: Any) -> dict[str, Any] | None:
     """Record the adapter's settings and the modules that it was put on. None in full fine-tuning."""
     if not isinstance(model, PeftModel):
         return None
-    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     modules = [
         name.removeprefix("base_model.model.")
-        for name, module in adapted
-        if any(STUDENT in key.split(".") for key, _ in module.named_parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and any(STUDENT in key.split(".") for key, _ in module.named_parameters())  # type: ignore[attr-defined]
     ]
     found = adapter_settings(model.peft_config[STUDENT])
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "target_modules"):
