@@ -92,6 +92,7 @@ class OPSDDataModule(LightningDataModule):
             UserError: A source is missing, or leaves no usable row, or holds an invalid one under ``on_invalid: error``.
             ConfigError: Something that is set does not reach the prompts.
         """
+        stage = str(getattr(stage, "value", stage))  # the trainer passes a member of an enumeration
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
             problem = f"it is not set, and `{TrainerFn(stage).value}` needs it"  # Lightning passes a TrainerFn

@@ -15,13 +15,16 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from opsd_lightning.policy import STUDENT, LoRA, Policy
+from opsd_lightning.policy import STUDENT, LoRA, Policy, base_of
 from opsd_lightning.strategies import whole
-from opsd_lightning.types import UserError
+from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.verification import check_adapter, check_model, logits_of, probe_tokens
 
 
 def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
@@ -31,12 +34,22 @@ def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Te
         model: The policy.
         folder: Where ``PeftModel.from_pretrained`` (the model's own ``from_pretrained``) shall find it. Replaced if it
             exists.
-        state_dict: The policy's adapter weights to write, by their names in ``model``; its present ones unless given.
+        state_dict: The policy's adapter weights to write, by their names in ``model``. Defaults to its present ones.
+
+    Raises:
+        ConfigError: The folder, read back, is not the policy. An earlier export stays.
     """
     folder = Path(folder)
     adapter: Any = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
     with _replacing(folder) as temporary:
         model.save_pretrained(str(temporary), state_dict=state_dict, safe_serialization=True, **adapter)
+        if isinstance(model, PeftModel):
+            check_adapter(model, temporary, state_dict)
+        else:
+            tokens = probe_tokens(model)
+            fix = "Keep the checkpoint, which is not affected"
+            expected, written = logits_of(model, tokens, state_dict), state_dict or model.state_dict()
+            check_model(temporary, expected, tokens, model, f"export to {folder}", fix, written)
     return folder
 
 
@@ -76,32 +89,118 @@ def merge_adapter(policy: Policy | str, adapter: str | Path, folder: str | Path,
 
     Raises:
         UserError: ``dequantize`` of a policy that is not quantized to 4 bits.
+        ConfigError: The merged model, read back, does not compute what the policy does, or cannot hold the adapter. An
+            earlier export stays.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
     policy = dataclasses.replace(policy, adapter=str(adapter), lora=LoRA())
     if dequantize and (policy.quantization is None or not policy.quantization.load_in_4bit):
         raise UserError("merge_adapter: dequantize needs the policy that was trained with 4-bit quantization")
+    # Attention kernels of a GPU have no part in the merge, and its passes run where the weights are loaded.
+    policy = dataclasses.replace(policy, attn_implementation=None)
     generation = _generation_config(policy)
     model = dataclasses.replace(policy, quantization=None).build()
-    if dequantize:
-        _round_to_four_bits(model, policy)
+    tokens = probe_tokens(model)
+    # The logits of the policy that the merged model stands for.
+    expected = _round_to_four_bits(model, policy, tokens) if dequantize else logits_of(model, tokens)
+    tied = _untie(model)
+    _add_biases(model)
     merged = model.merge_and_unload()
+    del model
+    if tied:
+        _tie_again(merged)
     if generation is not None:
         merged.generation_config = generation
     with _replacing(Path(folder)) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         policy.load_tokenizer().save_pretrained(temporary)
+        like = merged.to("meta")  # frees the weights before they are read back
+        check_model(temporary, expected, tokens, like, f"merge into {folder}", "Load the adapter on its base model instead")
     return Path(folder)
 
 
 @torch.no_grad()
-def _round_to_four_bits(model: PeftModel, policy: Policy) -> None:
-    """Put what 4 bits leave of the base weights in their place."""
+def _round_to_four_bits(model: PeftModel, policy: Policy, tokens: Tensor) -> Tensor:
+    """Replace the base weights by their values in 4 bits; returns the quantized policy's logits of some tokens."""
     layers = dict(model.named_modules())
-    for name, module in policy.build().named_modules():
+    quantized = policy.build()
+    for name, module in quantized.named_modules():
         if isinstance(module, Linear4bit):
             rounded = dequantize_4bit(module.weight.data, module.weight.quant_state)  # type: ignore[attr-defined]
             layers[name].weight.copy_(rounded)  # type: ignore[union-attr, operator]
+    return logits_of(quantized, tokens)
+
+
+def _untie(model: PeftModel) -> bool:
+    """Give the head a weight of its own where it shares the embeddings': merging one of them would else change both.
+
+    Returns:
+        True if it did.
+    """
+    base = base_of(model)
+    head, embeddings = (_innermost(layer) for layer in (base.get_output_embeddings(), base.get_input_embeddings()))
+    tied = head is not None and head.weight is embeddings.weight
+    if tied:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for layer in list(model.modules()):  # peft's merge of an adapter on top forgets the tokens trained below it
+        if isinstance(layer, LoraLayer) and isinstance(layer.base_layer, TrainableTokensWrapper):
+            layer.base_layer = layer.base_layer.unload_and_optionally_merge_module(True, False, None)
+    return tied
+
+
+def _tie_again(merged: Any) -> None:
+    """Share the head's weight with the embeddings if both are still the same, and write down whether they are."""
+    head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
+    same = torch.equal(head.weight, embeddings.weight)
+    if same:
+        head.weight = embeddings.weight
+    for config in {id(config): config for config in (merged.config, merged.config.get_text_config())}.values():
+        config.tie_word_embeddings = same
+
+
+def _innermost(layer: Any) -> Any:
+    """The base model's own layer below an adapter's."""
+    while layer is not None and (inner := getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)):
+        layer = inner
+    return layer
+
+
+#: Settings of transformers' configurations that give linear layers a bias.
+_BIAS_SETTINGS = ("attention_bias", "mlp_bias")
+
+
+def _add_biases(model: PeftModel) -> None:
+    """Give layers a bias that the adapter trains one for (``lora_bias``), as far as the model's class knows one.
+
+    Raises:
+        ConfigError: A layer's bias has no place in the merged model.
+    """
+    base = base_of(model)
+    trained = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and layer.lora_bias.get(STUDENT) and getattr(layer.base_layer, "bias", 0) is None
+    }
+    if not trained:
+        return
+    config = copy.deepcopy(base.config)
+    for name in _BIAS_SETTINGS:
+        if hasattr(config.get_text_config(), name):
+            setattr(config.get_text_config(), name, True)
+    with torch.device("meta"):
+        possible = dict(type(base)(config).named_parameters())
+    if missing := [name for name in trained if f"{name}.bias" not in possible]:
+        raise ConfigError(
+            f"the adapter trains biases, and {type(base).__name__} has none to merge them into at {missing[0]}",
+            "model.policy.lora.options.lora_bias",
+            "Load the adapter on its base model instead of merging it, or train without lora_bias",
+        )
+    base.config = config
+    for name, parameter in possible.items():  # all biases that the settings bring, also where none is trained
+        path, _, leaf = name.rpartition(".")
+        layer = _innermost(base.get_submodule(path)) if leaf == "bias" else None
+        if layer is not None and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros(parameter.shape, dtype=layer.weight.dtype), requires_grad=False)
 
 
 def _generation_config(policy: Policy) -> GenerationConfig | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -104,6 +105,8 @@ class OPSDCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path not in (None, "best", "last", "hpc") and not (Path(path).exists() or "://" in str(path)):
             raise UserError(f"ckpt_path: {path} does not exist")
+        if path is not None and Path(path).is_file() and not is_zipfile(path):
+            raise ConfigError(f"{path} is not a checkpoint, or was cut off", "ckpt_path", "Give an earlier one")
         trainer = config.trainer
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         shards = path is not None and Path(path).is_dir()

@@ -62,6 +62,8 @@ class OPSDModule(PolicyModule):
         updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper's is 1. Make a `ModelCheckpoint`'s
             ``every_n_train_steps`` a multiple of it.
         seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
+        allow_checkpoint_changes: Load a checkpoint although it was made with another base model, LoRA settings, teacher,
+            kind of optimizer or schedule, batch size times devices, seed or data than this run's. All are listed.
     """
 
     measured: ClassVar[tuple[str, ...]] = (
@@ -99,6 +101,7 @@ class OPSDModule(PolicyModule):
         token_budget: PositiveInt = 8192,
         updates_per_batch: PositiveInt = 1,
         seed: int = 0,
+        allow_checkpoint_changes: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -112,6 +115,7 @@ class OPSDModule(PolicyModule):
             token_budget,
             updates_per_batch,
             seed,
+            allow_checkpoint_changes,
         )
         self.teacher = teacher or FixedTeacher()
         self.teacher.keeps_head = updates_per_batch > 1

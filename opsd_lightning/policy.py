@@ -327,7 +327,11 @@ class Policy:
         try:
             model = _as_peft(get_peft_model(base, config))
             result: Any = set_peft_model_state_dict(model, weights)
-            wrong = list(result.unexpected_keys) + [k for k in result.missing_keys if f".{STUDENT}" in k]
+            # A parameter that tied layers share is in the file once, and missing under its other names.
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            found = {id(value) for name, value in parameters.items() if name not in set(result.missing_keys)}
+            missing = [k for k in result.missing_keys if f".{STUDENT}" in k and id(parameters.get(k)) not in found]
+            wrong = list(result.unexpected_keys) + missing
             if wrong:
                 raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
         except (ValueError, RuntimeError) as error:

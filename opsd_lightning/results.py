@@ -6,7 +6,6 @@ another folder, and never mix. Each rank appends to a file of its own; a finishe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from opsd_lightning import __version__
 from opsd_lightning.evaluation import Evaluator, Records
 from opsd_lightning.files import replace
+from opsd_lightning.fingerprint import digest, plain
 from opsd_lightning.policy import base_of, device_of, eos_ids
 from opsd_lightning.rollouts import RolloutEngine
 from opsd_lightning.serving import of_every_rank
@@ -42,12 +42,12 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
     evaluator: Evaluator = module.evaluator
     engine: RolloutEngine = module.rollouts
     settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.without_effect)}
-    questions = _digest(
+    questions = digest(
         repr((batch.student, batch.teacher, [example[:3] for example in batch.examples], list(batch.indices), batch.counted))
         for batch in batches
     )
     return {
-        "weights": of_every_rank(_digest(_contents(module.model))),
+        "weights": of_every_rank(digest(_contents(module.model))),
         "model": _architecture(module.model),
         "questions": of_every_rank(questions),  # texts, prompts, references and how they are spread over batches and ranks
         "sampling": asdict(evaluator.sampling),
@@ -68,18 +68,7 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
     found = {"attention": base.config._attn_implementation, "config": base.config.to_dict()}
     found |= {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     paths = {"_name_or_path", "base_model_name_or_path", "revision"}
-    return {name: _plain(value, paths) for name, value in found.items()}
-
-
-def _plain(value: Any, without: set[str]) -> Any:
-    """Nested settings as JSON holds them, sets in order."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part, without) for name, part in value.items() if name not in without}
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    if isinstance(value, (list, tuple)):
-        return [_plain(part, without) for part in value]
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+    return {name: plain(value, paths) for name, value in found.items()}
 
 
 def _contents(model: nn.Module) -> Iterable[str | bytes | memoryview]:
@@ -89,13 +78,6 @@ def _contents(model: nn.Module) -> Iterable[str | bytes | memoryview]:
             local = (value.to_local() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
             yield f"{name} {local.dtype} {tuple(local.shape)}"
             yield local.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _digest(parts: Iterable[str | bytes | memoryview]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        found.update(part.encode() if isinstance(part, str) else part)
-    return found.hexdigest()
 
 
 class Results:
@@ -114,7 +96,7 @@ class Results:
     def __init__(self, root: Path, stage: str, settings: Mapping[str, Any]) -> None:
         self.root, self.stage = root, stage
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
-        key = _digest([json.dumps(self.settings, sort_keys=True)])[:12]
+        key = digest([json.dumps(self.settings, sort_keys=True)])[:12]
         self.folder = root / "results" / f"{stage}-{key}"
 
     def create(self, resume: bool) -> list[str]:

@@ -218,6 +218,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         # Lightning calls this as well, but after the optimizers: what does not fit is refused before their shards are read.
         assert self.lightning_module is not None
         self.lightning_module.on_load_checkpoint(checkpoint)
+        if "optimizer_states" in checkpoint:  # they are not wanted
+            return checkpoint
         # Optimizers are loaded in place; `load_optimizer_state_dict` then finds nothing left to do.
         for i, optimizer in enumerate(self.optimizers):
             assert self.model is not None
@@ -234,7 +236,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 ours.copy_(_like(checkpoint["state_dict"][key], ours))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             if state is None:
                 continue
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

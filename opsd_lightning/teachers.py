@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from opsd_lightning.fingerprint import base_record
 from opsd_lightning.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
 from opsd_lightning.scoring import has_adapted_head, head_of, moving_weights, score_all
 from opsd_lightning.types import TokenStates, UserError
@@ -233,6 +234,7 @@ class ModelTeacher(Teacher):
     def attach(self, model: PeftModel) -> None:
         if self.recipe is not None:
             self._network = self.recipe.build(device_of(model))
+            self.base = base_record(self.recipe, self._network)
             if (theirs := _vocabulary(self._network)) < (ours := _vocabulary(model)):
                 raise UserError(
                     f"{self.setting}.model: {self.recipe.model} gives {theirs} logits, model.policy.model {ours}, and they "

@@ -21,7 +21,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from opsd_lightning import checkpoint_record
+from opsd_lightning.checkpoint_record import Configured
 from opsd_lightning.evaluation import EvaluatedModule, Evaluator
+from opsd_lightning.fingerprint import base_record
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.idle import IdleSteps
 from opsd_lightning.importance import check_difference, log_ratios, with_logprobs
@@ -69,6 +72,8 @@ class PolicyModule(EvaluatedModule, ABC):
         updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. From the second on, tokens are weighted by
             the ratio of their probabilities now and before the first.
         seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
+        allow_checkpoint_changes: Load a checkpoint although it was made with another base model, LoRA settings, teacher,
+            kind of optimizer or schedule, batch size times devices, seed or data than this run's. All are listed.
     """
 
     #: What is logged of every token, as a mean over the step's tokens.
@@ -83,6 +88,12 @@ class PolicyModule(EvaluatedModule, ABC):
     idle_reason: ClassVar[str] = "the gradient is 0"
     #: What the first optimizer step on a batch is made of, for callbacks in ``on_before_optimizer_step``; else None.
     current: Update | None = None
+    #: Record of the base model, for checkpoints. See `fingerprint.base_record`.
+    base_record: dict[str, Any] | None = None
+    #: The training rows that were seen last, with their digest.
+    rows_digest: tuple[PromptBatch, str] | None = None
+    #: The run's own settings of the optimizer, once it is made.
+    configured: Configured | None = None
 
     def __init__(
         self,
@@ -97,6 +108,7 @@ class PolicyModule(EvaluatedModule, ABC):
         token_budget: PositiveInt = 8192,
         updates_per_batch: PositiveInt = 1,
         seed: int = 0,
+        allow_checkpoint_changes: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -114,6 +126,8 @@ class PolicyModule(EvaluatedModule, ABC):
         self.token_budget = PositiveInt(token_budget)
         self.updates_per_batch = PositiveInt(updates_per_batch)
         self.seed = seed
+        self.allow_checkpoint_changes = allow_checkpoint_changes
+        self._settings_changed = False  # the checkpoint's optimizer settings are not this run's
         self.tokens_generated = 0
         self.idle = IdleSteps(self.idle_limit)
         self._diverged: RuntimeError | None = None
@@ -188,6 +202,7 @@ class PolicyModule(EvaluatedModule, ABC):
         self.model = self.policy.build(self._trainer.strategy.root_device if self._trainer is not None else None)
         if self._trainer is not None:
             check_dtypes(self.policy, str(self._trainer.precision), self.model)
+        self.base_record = base_record(self.policy, self.model)
         self.attach()
         if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2Strategy):
             self._trainer.strategy.shard(self.model)
@@ -223,10 +238,17 @@ class PolicyModule(EvaluatedModule, ABC):
                 f"model.optimizer is bitsandbytes' {type(optimizer).__name__}, which cannot update weights that "
                 "trainer.strategy fsdp2 shards: use torch.optim.AdamW, whose state is then divided among devices, or ddp"
             )
+        self.configured = Configured(optimizer)
         if self.make_scheduler is None:
             return optimizer
         scheduler = make_scheduler(self.make_scheduler, optimizer, self.trainer.max_steps)
+        self.configured.add(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        if self._settings_changed and self.configured is not None:
+            self._settings_changed = False
+            self.configured.apply(self.trainer.optimizers[0], self.lr_schedulers(), self.global_step)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # ragged lists; tensors are made where they are used
@@ -474,10 +496,14 @@ class PolicyModule(EvaluatedModule, ABC):
         if self._diverged is not None:
             raise self._diverged
         checkpoint["opsd_tokens_generated"] = self.tokens_generated
+        checkpoint[checkpoint_record.KEY] = checkpoint_record.record_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
         self.configure_model()
+        if "opsd_compared" not in checkpoint:  # a strategy may have called this before
+            checkpoint["opsd_compared"] = True
+            self._settings_changed = checkpoint_record.compare(self, checkpoint)
         ours, theirs = self.state_dict(), checkpoint["state_dict"]
         wrong = [k for k in ours | theirs if k not in theirs or k not in ours or theirs[k].shape != ours[k].shape]
         if wrong:

@@ -446,6 +446,42 @@ def test_shards_of_another_adapter_are_refused(make_policy: Callable[..., Policy
     on_ranks(resume, tmp_path)
 
 
+@pytest.mark.parametrize("saved", ["fsdp2", "fsdp2 sharded"])
+def test_explicit_optimizer_settings_win_over_a_checkpoint(
+    saved: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Its moments stay; those of another optimizer are left out where that is allowed."""
+    policy, strategy = make_policy(), SAVED_ON_TWO[saved]
+
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
+            self.seen.append(optimizer.param_groups[0]["lr"])
+
+    def go(steps: int, callback: Callback, **settings: Any) -> Any:
+        settings = {"rollouts": Scripted([3, 8, 1, 5])} | settings
+        fit = trainer(tmp_path, callback, devices=2, max_steps=steps, strategy=strategy())
+        path = None if steps == 2 else str(tmp_path / "saved" / "two.ckpt")
+        fit.fit(*parts(policy, 4, **settings), ckpt_path=path, weights_only=True)
+        return fit.optimizers[0]
+
+    def work(rank: int) -> tuple[list[float], set[float], list[float]]:
+        go(2, ModelCheckpoint(tmp_path / "saved", filename="two", every_n_train_steps=2))
+        slower, other = Rates(), Rates()
+        optimizer = go(4, slower, optimizer=lambda p: torch.optim.AdamW(p, lr=0.001))
+        steps = {float(state["step"]) for state in optimizer.state.values()}
+        sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "lr_scheduler": None}
+        with pytest.raises(UserError, match=r"AdamW -> torch\.SGD; model\.lr_scheduler torch\.LinearLR -> null"):
+            go(4, other, **sgd)
+        go(4, other, allow_checkpoint_changes=True, **sgd)
+        return slower.seen, steps, other.seen
+
+    for rates, steps, others in on_ranks(work, tmp_path):
+        assert rates == pytest.approx([0.001 * 0.7, 0.001 * 0.55]) and steps == {4.0} and others == [0.1, 0.1]
+
+
 class ByReference(MathGrader):
     """Right are the completions of questions whose answer has two digits."""
 

@@ -1,0 +1,415 @@
+"""The settings that a checkpoint was made with, and their comparison with those of the run that loads it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler, MultiplicativeLR, SequentialLR
+
+from opsd_lightning.fingerprint import adapter_record, base_record, digest, plain
+from opsd_lightning.strategies import replica
+from opsd_lightning.types import ConfigError, PromptBatch
+
+KEY = "opsd_made_with"
+_ALLOW = "model.allow_checkpoint_changes"
+_PACKAGES = ("torch", "transformers", "peft")
+_LORA = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
+# Part of a scheduler's progress, not of its settings.
+_PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
+_SIZES = "model.optimizer (parameters in each group)"
+# Settings that tell kinds of optimizers apart where a checkpoint does not name its own.
+_MARKS = ("betas", "momentum", "alpha", "rho", "etas", "lambd")
+# Settings that need a state which an optimizer without them has not gathered.
+_NEEDS_STATE = ("amsgrad", "centered")
+
+
+class Difference(NamedTuple):
+    """A setting that a checkpoint was made with another value of."""
+
+    setting: str
+    theirs: Any
+    ours: Any
+
+    def __str__(self) -> str:
+        return f"{self.setting} {_short(self.theirs)} -> {_short(self.ours)}"
+
+
+class Configured:
+    """Optimizer and schedule as a run's settings make them, before a checkpoint changes them.
+
+    Args:
+        optimizer: Freshly made.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        groups = [plain(_settings(group)) for group in optimizer.param_groups]
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self.record: dict[str, Any] = {"class": _class_of(optimizer), "groups": groups, "sizes": sizes, "scheduler": None}
+        self.start = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
+        self.calls_functions = False
+
+    def add(self, scheduler: LRScheduler) -> None:
+        """Take in the schedule, freshly made for the optimizer."""
+        settings = plain(scheduler.state_dict(), _PROGRESS)
+        self.record["scheduler"] = {"class": _class_of(scheduler), "settings": settings}
+        self.start = [copy.deepcopy(_settings(group)) for group in scheduler.optimizer.param_groups]
+        self.calls_functions = _calls_functions(scheduler)
+
+    def apply(self, optimizer: Optimizer, scheduler: LRScheduler | None, steps: int) -> None:
+        """Set an optimizer and its schedule to where this run's settings have them after some steps; the optimizer's
+        state stays.
+
+        Args:
+            optimizer: With whatever settings a checkpoint gave it.
+            scheduler: As freshly made.
+            steps: Optimizer steps made so far.
+        """
+        for group, start in zip(optimizer.param_groups, self.start, strict=True):
+            group.update(copy.deepcopy(start))
+        if scheduler is not None:
+            _advance(optimizer, scheduler, steps)
+
+
+def record_of(module: Any) -> dict[str, Any]:
+    """The record that a checkpoint of a run holds: plain values alone.
+
+    Args:
+        module: The `PolicyModule`, its model built.
+    """
+    trainer = module._trainer
+    rows = getattr(getattr(trainer, "datamodule", None), "rows", {}).get("train")
+    found: dict[str, Any] = {
+        "versions": {name: version(name) for name in _PACKAGES},
+        "method": _method_of(module),
+        "base": module.base_record or base_record(module.policy, module.model),
+        "adapter": adapter_record(module.model),
+        "teachers": {each.setting: _teacher(each) for each in getattr(module, "teachers", ())},
+        "seed": int(module.seed),
+    }
+    if isinstance(rows, PromptBatch):
+        data = trainer.datamodule
+        if module.rows_digest is None or module.rows_digest[0] is not rows:
+            module.rows_digest = (rows, rows_digest(rows))
+        found["data"] = {
+            "rows": len(rows.examples),
+            "digest": module.rows_digest[1],
+            "batch_size": int(data.batch_size),
+            "devices": replica(trainer)[1],
+            "seed": int(data.seed),
+        }
+    if module.configured is not None:
+        found["optimizer"] = module.configured.record | {"lr": [float(g["lr"]) for g in _groups(module)]}
+    return found
+
+
+def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
+    """Compare the record of a checkpoint with this run, before anything of it is loaded.
+
+    To resume training, everything that decides the rest of the run has to agree; to evaluate, the base model, the adapter's
+    settings and, where it is graded, the teacher. Other settings of the optimizer are reported, and ``checkpoint`` is
+    changed so that this run's are used.
+
+    Args:
+        module: The `PolicyModule`, its model built.
+        checkpoint: As loaded; of a sharded one without tensors of the optimizer.
+
+    Returns:
+        True if `Configured.apply` has to be called once the checkpoint is loaded.
+
+    Raises:
+        ConfigError: Something differs, and ``allow_checkpoint_changes`` is false.
+    """
+    trainer = module._trainer
+    resumes = trainer is not None and trainer.state.fn == "fit"
+    if resumes and "lr_schedulers" not in checkpoint:
+        raise ConfigError(
+            "the checkpoint holds weights alone (save_weights_only), and no optimizer state to go on with",
+            "ckpt_path",
+            "Give one that was written without save_weights_only, or evaluate it",
+        )
+    if KEY not in checkpoint:
+        rank_zero_warn(
+            "ckpt_path: the checkpoint has no record of the settings that it was made with, so that they are not compared "
+            "with this run's: make sure that base model, LoRA settings, optimizer, batch size, seed and data are the same"
+        )
+    ours, theirs = record_of(module), checkpoint.get(KEY)
+    if not resumes:
+        _refuse(module, [] if theirs is None else list(_of_model(theirs, ours, False, module)))
+        return False
+    if module.configured is None:
+        module.configure_optimizers()  # of no use but for its settings; Lightning has not made one yet
+        ours = record_of(module)
+    differences: list[Difference] = []
+    if theirs is None:
+        theirs = {"optimizer": _seen_in(checkpoint, module.configured)}
+    else:
+        differences = [*_of_model(theirs, ours, True, module), *_of_data(theirs, ours)]
+    kinds, values = _of_optimizer(theirs.get("optimizer"), ours.get("optimizer"))
+    # Parameters of another number are what another adapter has.
+    adapter = any(difference.setting.startswith("model.policy.") for difference in differences)
+    _refuse(module, differences + [each for each in kinds if not (adapter and each.setting == _SIZES)])
+    if told := _reposition(checkpoint, theirs, ours):
+        rank_zero_warn(told)
+    if any(difference.setting.startswith("model.optimizer") for difference in kinds):
+        rank_zero_warn("the optimizer starts without the checkpoint's state, which is of another kind")
+        checkpoint["optimizer_states"] = []
+    if module.configured is not None and module.configured.calls_functions and KEY in checkpoint and not (kinds or values):
+        values = _of_schedule(module, theirs, int(checkpoint["global_step"]))
+    if not (kinds or values):
+        return False
+    if values:
+        rank_zero_info(f"This run's optimizer settings take the place of the checkpoint's: {_list(values, ', ')}")
+    checkpoint["lr_schedulers"] = []
+    return True
+
+
+def rows_digest(rows: PromptBatch) -> str:
+    """A digest of training rows in their order: texts, and the token ids of all prompts and traces."""
+
+    def parts() -> Iterator[str | bytes]:
+        for example in rows.examples:
+            yield "\x1f".join(example[:3]) + "\x1e"
+        for lists in (rows.student, rows.teacher, rows.traces):
+            for tokens in lists:
+                yield len(tokens).to_bytes(8, "little")
+                yield array("i", tokens).tobytes()
+
+    return digest(parts(), 8)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+
+def _groups(module: Any) -> Iterable[Mapping[str, Any]]:
+    optimizers = module._trainer.optimizers if module._trainer is not None else []
+    return optimizers[0].param_groups if optimizers else module.configured.start
+
+
+def _class_of(part: Any) -> str:
+    kind = type(part)
+    return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
+
+
+def _method_of(module: Any) -> str:
+    """The method's class in this package: a user's subclass of it goes on with its checkpoints."""
+    own = __name__.partition(".")[0]
+    return next(kind.__name__ for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == own)
+
+
+def _teacher(teacher: Any) -> dict[str, Any]:
+    settings = {name: value for name, value in vars(teacher).items() if not name.startswith("_")}
+    return {"class": type(teacher).__name__} | plain(settings, ("setting", "recipe"))
+
+
+def _calls_functions(scheduler: LRScheduler) -> bool:
+    """Tell schedules that depend on functions, whose contents their settings do not show."""
+    if isinstance(scheduler, (SequentialLR, ChainedScheduler)):
+        return any(map(_calls_functions, scheduler._schedulers))
+    return isinstance(scheduler, (LambdaLR, MultiplicativeLR))
+
+
+def _advance(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> None:
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # the steps were made before the checkpoint
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            scheduler.step()
+
+
+def _refuse(module: Any, differences: list[Difference]) -> None:
+    if not differences:
+        return
+    told = f"the checkpoint does not fit this configuration: {_list(differences)}"
+    if module.allow_checkpoint_changes:
+        rank_zero_warn(f"ckpt_path: {told}. {_ALLOW} is true, so that it is used")
+        return
+    raise ConfigError(
+        f"{told} (checkpoint -> this run)",
+        "ckpt_path",
+        f"Give it the settings that it was made with, or set {_ALLOW} to true",
+    )
+
+
+def _of_model(theirs: Mapping[str, Any], ours: Mapping[str, Any], resumes: bool, module: Any) -> Iterator[Difference]:
+    upgraded = theirs.get("versions") != ours["versions"]
+    if resumes:
+        yield from _between("model", theirs["method"], ours["method"], upgraded)
+    base, own = dict(theirs["base"]), dict(ours["base"])
+    models, weights = (base.pop("model"), own.pop("model")), (base.pop("weights"), own.pop("weights"))
+    # In full fine-tuning the checkpoint brings all weights itself.
+    if weights[0] != weights[1] and (resumes or ours["adapter"] is not None):
+        yield Difference("model.policy.model", *(f"{m} (weights {w})" for m, w in zip(models, weights, strict=True)))
+    for name, setting in (("class", "model"), ("config", "model"), ("dtype", "dtype"), ("quantization", "quantization")):
+        ending = f" ({name})" if name == "class" else ""
+        yield from _between(f"model.policy.{setting}{ending}", base[name], own[name], upgraded)
+    lora = "adapter" if module.policy.adapter is not None else "lora"
+    first, second = theirs["adapter"], ours["adapter"]
+    if first is None or second is None:
+        if first is not second:
+            yield Difference(f"model.policy.{lora}", *(None if each is None else "an adapter" for each in (first, second)))
+    else:
+        for name in sorted(first.keys() | second.keys()):
+            if (resumes or name != "lora_dropout") and not (upgraded and (name not in first or name not in second)):
+                setting = f"model.policy.{lora}.{_LORA.get(name, f'options.{name}')}"
+                if name == "target_modules" and first.get(name) != second.get(name):
+                    yield Difference(setting, *_modules(first.get(name) or [], second.get(name) or []))
+                else:
+                    yield from _between(setting, first.get(name), second.get(name), upgraded)
+    for setting in sorted(theirs["teachers"].keys() | ours["teachers"].keys()):
+        graded = module.evaluator.teacher is not None and setting == module.evaluator.teacher.setting
+        if resumes or graded:
+            one, other = theirs["teachers"].get(setting), ours["teachers"].get(setting)
+            first_kind, second_kind = (None if each is None else each["class"] for each in (one, other))
+            if first_kind != second_kind:
+                one, other = first_kind, second_kind
+            yield from _between(setting, one, other, upgraded)
+
+
+def _of_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Difference]:
+    if theirs["seed"] != ours["seed"]:
+        yield Difference("seed_everything", theirs["seed"], ours["seed"])
+    first, second = theirs.get("data"), ours.get("data")
+    if first is None or second is None:
+        return  # loaders of a user's own
+    if first["seed"] != second["seed"] and (first["seed"], second["seed"]) != (theirs["seed"], ours["seed"]):
+        yield Difference("data.seed", first["seed"], second["seed"])
+    if _questions(first) != _questions(second):
+        sizes = (f"{each['batch_size']} x {each['devices']} devices" for each in (first, second))
+        yield Difference("data.batch_size", *sizes)
+    if first["digest"] != second["digest"]:
+        yield Difference("data.train", *(f"{each['rows']} rows (digest {each['digest']})" for each in (first, second)))
+
+
+def _of_optimizer(theirs: Any, ours: Any) -> tuple[list[Difference], list[Difference]]:
+    """Differences in the kind of optimizer or schedule, and differences in values alone."""
+    if theirs is None or ours is None:
+        return [], []
+    kinds, values = [], []
+    if theirs["class"] != ours["class"]:
+        kinds.append(Difference("model.optimizer", theirs["class"], ours["class"]))
+    elif theirs["sizes"] != ours["sizes"]:
+        kinds.append(Difference(_SIZES, theirs["sizes"], ours["sizes"]))
+    else:
+        several = len(ours["groups"]) > 1
+        for number, (first, second) in enumerate(zip(theirs["groups"], ours["groups"], strict=True)):
+            for name in second:
+                if name in first and first[name] != second[name]:
+                    where = f" (group {number})" if several else ""
+                    momentum = name == "momentum" and not first[name] and "SGD" not in ours["class"]
+                    if momentum or (name in _NEEDS_STATE and second[name]):
+                        kinds.append(Difference(f"model.optimizer.{name}{where}", first[name], second[name]))
+                    else:
+                        values.append(Difference(f"{name}{where}", first[name], second[name]))
+    first, second = (
+        {"class": None, "settings": {}} if each["scheduler"] is None else each["scheduler"] for each in (theirs, ours)
+    )
+    if first["class"] != second["class"]:
+        kinds.append(Difference("model.lr_scheduler", first["class"], second["class"]))
+    else:
+        for difference in _between("model.lr_scheduler", first["settings"], second["settings"], False):
+            values.append(difference._replace(setting=difference.setting.replace("._", ".")))
+    return kinds, values
+
+
+def _seen_in(checkpoint: Mapping[str, Any], configured: Configured | None) -> dict[str, Any] | None:
+    """A record of the optimizer as far as the state of a checkpoint without one shows it."""
+    states = checkpoint.get("optimizer_states") or []
+    if configured is None or not states or states[0] is None:
+        return None
+    ours, saved = configured.record, states[0]["param_groups"]
+    marks = [[name for name in _MARKS if name in groups[0]] for groups in (saved, ours["groups"])]
+    groups = []
+    for group, start, own in zip(saved, configured.start, ours["groups"], strict=False):
+        seen = {name: value for name, value in plain(_settings(group)).items() if name in own}
+        if checkpoint["lr_schedulers"]:  # which moves the rate, and some also the betas
+            same = group.get("initial_lr") == start.get("initial_lr")
+            seen = {
+                "weight_decay": seen.get("weight_decay"),
+                "lr": own["lr"] if same else group.get("initial_lr", group["lr"]),
+            }
+        groups.append(own | {name: value for name, value in seen.items() if value is not None})
+    scheduled = {"class": "another", "settings": {}} if checkpoint["lr_schedulers"] else None
+    return {
+        "class": ours["class"] if marks[0] == marks[1] else f"an optimizer with {', '.join(marks[0]) or 'other settings'}",
+        "groups": groups,
+        "sizes": [len(group["params"]) for group in saved],
+        "scheduler": ours["scheduler"] if (scheduled is None) == (ours["scheduler"] is None) else scheduled,
+    }
+
+
+def _of_schedule(module: Any, theirs: Mapping[str, Any], steps: int) -> list[Difference]:
+    """Learning rates that differ at the checkpoint's step although the settings that can be seen do not."""
+    made = module.configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    _advance(optimizer, scheduler, steps)
+    now = [float(group["lr"]) for group in optimizer.param_groups]
+    pairs = zip(theirs["optimizer"]["lr"], now, strict=True)
+    return [Difference(f"lr at step {steps}", a, b) for a, b in pairs if abs(a - b) > 1e-6 * max(abs(a), abs(b))]
+
+
+def _reposition(checkpoint: dict[str, Any], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Move the place in the epoch to where it is for this run's batches; returns what to tell the user."""
+    first, second = theirs.get("data"), ours.get("data")
+    fit = checkpoint.get("loops", {}).get("fit_loop", {})
+    states = fit.get("state_dict", {}).get("combined_loader", [])
+    if first is None or second is None or len(states) != 1 or "done" not in states[0]:
+        return ""
+    place = states[0]["done"]
+    if first["digest"] != second["digest"] or first["seed"] != second["seed"]:
+        now, told = 0, "the epoch begins anew, with this run's data and order"
+    elif _questions(first) != _questions(second):
+        now = -(-place * _questions(first) // _questions(second))
+        left_out = now * _questions(second) - place * _questions(first)
+        told = f"the epoch goes on behind its first {now * _questions(second)} questions" + (
+            f", of which {left_out} are left out" if left_out else ""
+        )
+    else:
+        return ""
+    states[0]["done"] = now
+    progress = fit.get("epoch_loop.batch_progress", {}).get("current", {})
+    for name in progress:
+        progress[name] = max(0, progress[name] + now - place)
+    return f"ckpt_path: {told}"
+
+
+def _questions(data: Mapping[str, Any]) -> int:
+    return data["batch_size"] * data["devices"]
+
+
+def _between(setting: str, theirs: Any, ours: Any, upgraded: bool) -> Iterator[Difference]:
+    """Differences of nested settings. A setting that only one version of a library knows is not compared with another's."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for name in sorted(theirs.keys() | ours.keys()):
+            if not (upgraded and (name not in theirs or name not in ours)):
+                yield from _between(f"{setting}.{name}", theirs.get(name), ours.get(name), upgraded)
+    elif theirs != ours:
+        yield Difference(setting, theirs, ours)
+
+
+def _modules(theirs: list[str], ours: list[str]) -> tuple[Any, Any]:
+    first, second = (sorted({name.rpartition(".")[2] for name in names}) for names in (theirs, ours))
+    return (f"{len(theirs)} modules", f"{len(ours)} modules") if first == second else (first, second)
+
+
+def _short(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_short(part)}' for name, part in value.items())}}}"
+    return str(value)
+
+
+def _list(differences: list[Difference], between: str = "; ") -> str:
+    return between.join(map(str, differences))
