@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
@@ -95,7 +94,7 @@ class OPSDDataModule(LightningDataModule):
         stage = str(getattr(stage, "value", stage))  # the trainer passes a member of an enumeration
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
-            problem = f"it is not set, and `{TrainerFn(stage).value}` needs it"  # Lightning passes a TrainerFn
+            problem = f"it is not set, and `{stage}` needs it"
             raise ConfigError(problem, f"data.{splits[-1]}", "Give it a source, such as HubSource")
         splits = [split for split in splits if self.sources[split] is not None and not self._ready(split)]
         if not splits:
