@@ -69,7 +69,7 @@ def _role_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _
     taken = [name for name in role.kwargs if name in reserved]
     for name in taken:
         problem = f"{name} is an argument of the rendering itself, which would cut or change the prompts"
-        yield ConfigError(problem, role.setting, f"Leave {name} out: these are variables of the chat template alone")
+        yield ConfigError(problem, role.setting, f"Leave {name} out: variables of the chat template belong here")
     role = role._replace(kwargs={name: value for name, value in role.kwargs.items() if name not in taken})
 
     def rendered(content: str, system: str | None = prompts.system, kwargs: dict[str, Any] = role.kwargs) -> str:
@@ -93,7 +93,7 @@ def _role_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _
         if times != 1:
             does = "writes it several times" if times else "leaves it out or changes it"
             yield ConfigError(
-                f"the chat template {does}: it knows no system role of its own",
+                f"the chat template {does}",
                 "data.prompts.system",
                 "Set it to null and put its text into data.prompts.student_template and teacher_template, or give another "
                 "model.policy.chat_template",

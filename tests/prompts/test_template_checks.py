@@ -11,7 +11,8 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer, write_jsonl
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import NoContext, Prompts
+from opsd_lightning.prompt_checks import context_findings
+from opsd_lightning.prompts import NoContext, Prompts, TraceContext
 from opsd_lightning.sources import FileSource
 from opsd_lightning.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
 from opsd_lightning.types import ConfigError, Example
@@ -295,3 +296,25 @@ def test_what_is_no_date_is_refused(date: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Prompts(date=date)
     assert caught.value.setting == "data.prompts.date"
+
+
+def test_the_doctor_finds_what_is_not_refused() -> None:
+    tokenizer = make_tokenizer()
+    for prompts, context, settings in (
+        (Prompts(), NoContext(), []),
+        (Prompts(teacher_response_prefix="Hm"), NoContext(), ["data.context"]),
+        (Prompts(teacher_response_prefix="Hm"), TraceContext(), []),
+    ):
+        assert [finding.setting for finding in context_findings(tokenizer, prompts, context, True)] == settings
+    tokenizer.chat_template = DATED
+    assert [finding.setting for finding in context_findings(tokenizer, Prompts(), NoContext(), False)] == [
+        "data.prompts.date"
+    ]
+
+
+def test_a_template_may_close_what_it_opened() -> None:
+    """Phi 3 writes an EOS where no answer is opened; a template whose prompts end in the middle of nothing is told apart."""
+    tokenizer = make_tokenizer()
+    for end, opens in ((GENERATION[:-11] + "{% else %}{{ eos_token }}{% endif %}", True), ("", False)):
+        tokenizer.chat_template = turns("m['content']")[: -len(GENERATION)] + end
+        assert opens_answer(tokenizer, Prompts(), {}) == opens
