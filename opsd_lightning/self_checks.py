@@ -222,12 +222,12 @@ def _logits_of_passes(model: PeftModel, seen: list[Tensor]) -> Iterator[None]:
 @contextmanager
 def _reached(model: PeftModel) -> Iterator[dict[str, bool]]:
     """The layers with an adapter that trains, and whether they ran inside."""
-    layers: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if any(p.requires_grad and is_adapter_key(key) for key, p in module.named_parameters())
-        and isinstance(module, BaseTunerLayer)
-    }
+
+    def trains(module: nn.Module) -> bool:
+        own = (key for key, parameter in module.named_parameters() if parameter.requires_grad)
+        return isinstance(module, BaseTunerLayer) and any(map(is_adapter_key, own))
+
+    layers = {name: module for name, module in model.named_modules() if trains(module)}
     found = dict.fromkeys(layers, False)
 
     def mark(name: str) -> Callable[..., None]:
