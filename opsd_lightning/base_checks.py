@@ -71,7 +71,8 @@ def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         ConfigError: Its largest id is beyond the embeddings.
     """
-    rows = base.get_input_embeddings().weight.shape[0]
+    embeddings: Any = base.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     added: Any = tokenizer.added_tokens_decoder.get(largest)
     named = token in tokenizer.all_special_tokens or token in str(tokenizer.chat_template)

@@ -206,14 +206,14 @@ class EvaluatedModule(LightningModule):
         Raises:
             ConfigError: Rows depend on their batch, or rollouts are not what is scored.
         """
-        reduces = isinstance(self.trainer.strategy, DDPStrategy) and self.trainer.world_size > 1
-        unused = reduces and not self.trainer.strategy._ddp_kwargs.get("find_unused_parameters", False)
+        strategy = self.trainer.strategy
+        waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
         training = self.trainer.state.fn in (TrainerFn.FITTING, None)  # None: examined by the doctor, before a fit
         with self.trainer.precision_plugin.forward_context():
             for teacher in getattr(self, "teachers", ()) if training else ():
                 if (network := teacher.network(self.model)) is not None:
                     check_policy(network, setting=teacher.setting)
-            return check_policy(self.model, self.rollouts, every_adapter=unused and training)
+            return check_policy(self.model, self.rollouts, every_adapter=waits and training and self.trainer.world_size > 1)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> Records:
         return self._graded(batch, batch_idx)

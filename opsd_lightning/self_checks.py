@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from opsd_lightning.policy import base_of, device_of, evaluating, is_adapter_key
 from opsd_lightning.rollouts import ContinuousBatchingEngine, RolloutEngine, Sampling, TransformersEngine
@@ -222,12 +222,12 @@ def _logits_of_passes(model: PeftModel, seen: list[Tensor]) -> Iterator[None]:
 @contextmanager
 def _reached(model: PeftModel) -> Iterator[dict[str, bool]]:
     """The layers with an adapter that trains, and whether they ran inside."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        and any(p.requires_grad and is_adapter_key(key) for key, p in module.named_parameters())
-    }
+
+    def trains(module: nn.Module) -> bool:
+        own = (key for key, parameter in module.named_parameters() if parameter.requires_grad)
+        return isinstance(module, BaseTunerLayer) and any(map(is_adapter_key, own))
+
+    layers = {name: module for name, module in model.named_modules() if trains(module)}
     found = dict.fromkeys(layers, False)
 
     def mark(name: str) -> Callable[..., None]:
