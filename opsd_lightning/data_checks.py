@@ -16,7 +16,7 @@ from opsd_lightning.objectives import Objective
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.strategies import replica
 from opsd_lightning.texts import folded
-from opsd_lightning.trainer_checks import trainer_problems
+from opsd_lightning.trainer_checks import late_validations, trainer_problems
 from opsd_lightning.types import Example, UserError
 
 #: How many traces are tokenized at most, for an estimate of completions.
@@ -289,6 +289,8 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
         yield Finding("error", "settings", text, "trainer.check_val_every_n_epoch", fix)
     for problem in trainer_problems(trainer, module, data):
         yield Finding("error", "settings", problem.problem, problem.setting, problem.fix[:1].lower() + problem.fix[1:])
+    for problem in late_validations(trainer, module, data):
+        yield Finding("warning", "settings", problem.problem, problem.setting, problem.fix[:1].lower() + problem.fix[1:])
     if module.sampling.temperature == 0 and module.sampling.n > 1:
         text = f"the {module.sampling.n} completions of a question are all the same at temperature 0"
         yield Finding("error", "settings", text, "model.sampling.temperature", "set it to 1, say, or model.sampling.n to 1")

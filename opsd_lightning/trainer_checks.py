@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.evaluation import EvaluatedModule
@@ -80,8 +81,11 @@ def check_trainer(trainer: Trainer, module: EvaluatedModule, data: Any = None) -
     Raises:
         ConfigError: The first problem.
     """
-    for problem in trainer_problems(trainer, module, data or getattr(trainer, "datamodule", None)):
+    data = data or getattr(trainer, "datamodule", None)
+    for problem in trainer_problems(trainer, module, data):
         raise problem
+    for problem in late_validations(trainer, module, data):
+        rank_zero_warn(str(problem))
 
 
 def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> Iterator[ConfigError]:
@@ -115,8 +119,15 @@ def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> It
             yield from _checkpoint_problems(callback, trainer, module)
         found = monitor_problem(callback, trainer, module, validates)
         if found is None and _is_of_validation(callback):
-            found = _timing_problem(callback, trainer, module, data)
+            found = _every_batch_problem(callback, trainer)
         if found is not None:
+            yield found
+
+
+def late_validations(trainer: Trainer, module: EvaluatedModule, data: Any) -> Iterator[ConfigError]:
+    """Yield callbacks that wait for a validation beyond the run's end. A short trial of a recipe has some."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if _is_of_validation(callback) and (found := _timing_problem(callback, trainer, module, data)) is not None:
             yield found
 
 
@@ -232,18 +243,24 @@ def _checkpoint_problems(callback: ModelCheckpoint, trainer: Trainer, module: Ev
         )
 
 
+def _every_batch_problem(callback: Any, trainer: Trainer) -> ConfigError | None:
+    """Return why a callback sees only some validations; None where it sees all."""
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if not (isinstance(interval, int) and interval == 1 and every == 1) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    return ConfigError(
+        f"{type(callback).__name__} takes the validation after every batch (val_check_interval: 1) for one at the end of an "
+        "epoch, and would see that one alone",
+        "trainer.check_val_every_n_epoch",
+        "Set it to null",
+    )
+
+
 def _timing_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, data: Any) -> ConfigError | None:
-    """Return why a callback never sees its validation metric, or only some of them; None where it sees all."""
+    """Return why a callback never sees its validation metric; None where it does, or where the rows are not read yet."""
     if trainer.fast_dev_run or not isinstance(callback, (ModelCheckpoint, EarlyStopping)):  # type: ignore[attr-defined]
         return None
     name, interval, every = type(callback).__name__, trainer.val_check_interval, trainer.check_val_every_n_epoch
-    if isinstance(interval, int) and not isinstance(interval, bool) and interval == 1 and every == 1:
-        return ConfigError(
-            f"{name} takes the validation after every batch (val_check_interval: 1) for one at the end of an epoch, and "
-            "would see that one alone",
-            "trainer.check_val_every_n_epoch",
-            "Set it to null",
-        )
     batches = _epoch_batches(trainer, data)
     steps, updates = trainer.max_steps, int(getattr(module, "updates_per_batch", 1))
     if batches is None or steps <= 0 or not isinstance(interval, (int, float)):

@@ -37,7 +37,7 @@ from opsd_lightning.rollouts import Sampling
 from opsd_lightning.sft import SFTModule
 from opsd_lightning.sources import WordProblems
 from opsd_lightning.teachers import FixedTeacher
-from opsd_lightning.trainer_checks import check_trainer, trainer_problems
+from opsd_lightning.trainer_checks import check_trainer, late_validations, trainer_problems
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import ConfigError
 
@@ -160,17 +160,27 @@ def test_a_metric_of_another_configuration_of_validation(policy: Policy) -> None
         ({"max_steps": 9, "val_check_interval": 10, "check_val_every_n_epoch": None}, "trainer.val_check_interval"),
         ({"max_steps": 10, "val_check_interval": 10, "check_val_every_n_epoch": None}, None),
         ({"max_steps": 2, "limit_train_batches": 2}, None),
-        ({"max_steps": 8, "val_check_interval": 1}, "trainer.check_val_every_n_epoch"),
         ({"max_steps": 8, "val_check_interval": 1, "check_val_every_n_epoch": None}, None),
         ({"max_steps": -1, "max_epochs": 1}, None),
     ],
 )
-def test_a_validation_that_never_comes(settings: dict[str, Any], refused: str | None, policy: Policy) -> None:
+def test_a_validation_that_never_comes_is_told_of(settings: dict[str, Any], refused: str | None, policy: Policy) -> None:
     data = data_of(policy)
     data.setup("fit")
+    module = OPSDModule(policy, sampling=Sampling(max_new_tokens=6, n=2))
     for callback in (ModelCheckpoint(monitor="val/avg@2", mode="max"), EarlyStopping(monitor="val/avg@2", mode="max")):
-        assert settings_of(policy, callback, data=data, **settings) == ([refused] if refused else [])
-    assert settings_of(policy, ModelCheckpoint(monitor="train/loss"), data=data, **settings) == []
+        run = trainer(callback, **settings)
+        found = [problem.setting for problem in late_validations(run, module, data)]
+        assert found == ([refused] if refused else []) and not list(trainer_problems(run, module, data))
+    assert not list(late_validations(trainer(ModelCheckpoint(monitor="train/loss"), **settings), module, data))
+
+
+def test_a_validation_after_every_batch_is_not_one_after_every_epoch(policy: Policy) -> None:
+    """Lightning compares the interval with 1.0, a whole epoch."""
+    best = ModelCheckpoint(monitor="val/avg@2", mode="max")
+    assert settings_of(policy, best, val_check_interval=1) == ["trainer.check_val_every_n_epoch"]
+    assert settings_of(policy, best, val_check_interval=1, check_val_every_n_epoch=None) == []
+    assert settings_of(policy, best, val_check_interval=1.0) == []
 
 
 @pytest.mark.parametrize(
