@@ -52,6 +52,9 @@ class Anchor:
         except ValueError as error:
             raise UserError(f"model.anchor.{error}") from None
         self.teacher.check(tokenizer)
+        if isinstance(self.teacher, FixedTeacher) and isinstance(beside, FixedTeacher) and not isinstance(model, PeftModel):
+            self.teacher.share(beside)
+            return
         if isinstance(self.teacher, FixedTeacher) and isinstance(model, PeftModel) and TEACHER in model.peft_config:
             if isinstance(beside, FixedTeacher):
                 return  # the same frozen copy

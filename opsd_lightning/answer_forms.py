@@ -141,7 +141,7 @@ def has_words(text: str) -> bool:
         run = found[0]
         if run.startswith("\\") or len(run) < 2 or run in FUNCTIONS or set(run) <= set("xyz"):
             continue
-        if algebra and (len(run) <= 3 and run.islower() or len(run) == 2) and run.lower() not in _SMALL_WORDS:
+        if algebra and ((len(run) <= 3 and run.islower()) or len(run) == 2) and run.lower() not in _SMALL_WORDS:
             continue
         if len(run) == 2 and run.islower() and run not in _SMALL_WORDS:
             continue

@@ -388,5 +388,5 @@ def _is_name(text: str) -> bool:
     words = text.split()
     capital = [re.fullmatch(r"[A-Z][\w.'-]*", word) is not None for word in words]
     small = [word in ("of", "the", "de", "von") for word in words]
-    named = capital[0] and all(big or (0 < i and little) for i, (big, little) in enumerate(zip(capital, small, strict=True)))
+    named = capital[0] and all(big or (i > 0 and little) for i, (big, little) in enumerate(zip(capital, small, strict=True)))
     return named and len(words) <= 4 and words[0].lower() not in _NO_ANSWERS

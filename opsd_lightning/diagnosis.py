@@ -264,6 +264,8 @@ class _Examination:
             if isinstance(teacher, ModelTeacher):
                 recipe = teacher.recipe
                 kept += weight_bytes(model, None) if recipe is None else weight_bytes(skeleton(recipe), recipe.quantization)
+            elif isinstance(teacher, FixedTeacher) and policy.trains_all:
+                kept = kept or weight_bytes(model, None)  # one copy serves the anchor, too
             elif isinstance(teacher, EMATeacher) or (isinstance(teacher, FixedTeacher) and policy.adapter is not None):
                 kept += size_of(trainable)
         plain = policy.quantization is None and model.dtype == torch.float32

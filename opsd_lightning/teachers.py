@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from opsd_lightning.fingerprint import base_record
 from opsd_lightning.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
 from opsd_lightning.scoring import has_adapted_head, head_of, moving_weights, score_all
-from opsd_lightning.types import TokenStates, UserError
+from opsd_lightning.types import ConfigError, TokenStates, UserError
 
 
 class Teacher(ABC):
@@ -76,10 +76,10 @@ class Teacher(ABC):
             states = score_all(model, prompts, completions, token_budget, agree)
         kept = moving_weights(model) if self.keeps_head else None
         own = head_of(model, kept) if kept else states.head
-        if not has_adapted_head(model):
+        if isinstance(model, PeftModel) and not has_adapted_head(model):
             return TokenStates(states.hidden, own)
 
-        def head(hidden: Tensor) -> Tensor:
+        def head(hidden: Tensor) -> Tensor:  # each role has a head of its own
             with evaluating(model), self.weights(model):
                 return own(hidden)
 
@@ -90,15 +90,25 @@ class FixedTeacher(Teacher):
     """The initial policy, for ever: the authors' recommendation (default).
 
     With a fresh adapter that is the base model, the adapter switched off. Where training starts from an adapter that
-    already does something, a frozen copy of that one is kept.
+    already does something, a frozen copy of that one is kept; in full fine-tuning, a copy of all weights.
     """
 
+    # In full fine-tuning, the weights at the start, in the order of the model's parameters.
+    _start: list[Tensor] | None = None
+
     def attach(self, model: PeftModel) -> None:
-        _require_adapter(model, self.setting)
-        if not is_identity(model):
+        if not isinstance(model, PeftModel):
+            self._start = [parameter.detach().clone() for parameter in model.parameters()]
+        elif not is_identity(model):
             _add_frozen_copy(model)
 
+    def share(self, other: FixedTeacher) -> None:
+        """Use the weights that another fixed teacher of the same policy keeps in full fine-tuning."""
+        self._start = other._start
+
     def weights(self, model: PeftModel) -> AbstractContextManager[None]:
+        if self._start is not None:
+            return _exchanged(list(model.parameters()), self._start)
         return _using_teacher_adapter(model) if TEACHER in model.peft_config else without_adapter(model)
 
 
@@ -289,10 +299,28 @@ class ModelTeacher(Teacher):
 
 def _require_adapter(model: PeftModel, setting: str) -> None:
     if not isinstance(model, PeftModel):
-        raise UserError(
-            "model.policy.lora is null (full fine-tuning), so that there is no adapter to switch off or to copy: take "
-            f"ModelTeacher as {setting}, which keeps a frozen copy{', or LiveTeacher' * (setting == Teacher.setting)}"
+        raise ConfigError(
+            "this teacher follows the student's adapter, and model.policy.lora is null (full fine-tuning)",
+            setting,
+            f"Use FixedTeacher, which keeps a copy of all weights{', or LiveTeacher' * (setting == Teacher.setting)}",
         )
+
+
+@contextmanager
+def _exchanged(parameters: Sequence[nn.Parameter], others: list[Tensor]) -> Iterator[None]:
+    """Inside, parameters hold other values; after, their own again, bit by bit. Copies nothing."""
+    for place, parameter in enumerate(parameters):
+        others[place] = others[place].to(parameter.device)  # Lightning moves the policy alone
+
+    def exchange() -> None:
+        for place, parameter in enumerate(parameters):
+            parameter.data, others[place] = others[place], parameter.data
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
 
 
 def _full(logits: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ MISTAKES: dict[str, Mistake] = {
     "LoRA targets": (lambda p, f: ["--model.policy.lora.target_modules=[nope]"], r"model\.policy\.lora does not fit"),
     "EMA without an adapter": (
         lambda p, f: [f"--config={overlay(p, 'model: {policy: {lora: null}, teacher: EMATeacher}')}"],
-        r"model\.policy\.lora is null .* take ModelTeacher as model\.teacher",
+        r"model\.teacher: .* model\.policy\.lora is null .*FixedTeacher",
     ),
     "rank zero": (lambda p, f: ["--model.policy.lora.r=0"], r"policy\.lora\.r"),
     "EMA decay": (lambda p, f: ["--model.teacher=EMATeacher", "--model.teacher.decay=1.5"], "decay"),

@@ -25,8 +25,8 @@ from opsd_lightning.prompts import Prompts
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.sft import SFTModule
 from opsd_lightning.sources import FileSource
-from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, Teacher
-from opsd_lightning.types import UserError
+from opsd_lightning.teachers import EMATeacher, ModelTeacher, SyncTeacher, Teacher
+from opsd_lightning.types import ConfigError, UserError
 
 MakePolicy = Callable[..., Policy]
 SHORT = 64  # tokens of the shorter teacher's context
@@ -109,12 +109,11 @@ def test_a_teacher_needs_no_chat_template(method: str, make_policy: MakePolicy, 
     fit(with_teacher(method, make_policy(), teacher), 1, tmp_path, BATCH)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("method", "teacher"), [*((method, FixedTeacher) for method in WHERE), ("teacher", EMATeacher)], ids=str
-)
-def test_full_fine_tuning_names_the_setting_to_change(method: str, teacher: Any, make_policy: MakePolicy) -> None:
-    with pytest.raises(UserError, match=rf"lora is null .* take ModelTeacher as {WHERE[method]}, which keeps a frozen copy"):
-        with_teacher(method, make_policy(lora=None), teacher()).configure_model()
+@pytest.mark.parametrize("teacher", [EMATeacher, SyncTeacher])
+def test_full_fine_tuning_has_no_adapter_to_follow(teacher: Any, make_policy: MakePolicy) -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_teacher("teacher", make_policy(lora=None), teacher()).configure_model()
+    assert caught.value.setting == "model.teacher" and "FixedTeacher" in caught.value.fix
 
 
 @everywhere
