@@ -23,6 +23,7 @@ SMALL = {
     "callbacks": "--model {llama} --batch 2 --new-tokens 6 --steps 3",
     "attempts": "--model {llama} --vocabulary 300",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
+    "start_checks": "--model {llama} --short",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
 }
 
@@ -57,6 +58,12 @@ def test_objective(run: Any) -> None:
     found = rows(run("objective"))
     assert len(found) == 4
     assert all(row["loss rel. diff."] < 1e-5 and row["gradient rel. diff."] < 1e-5 for row in found)
+
+
+def test_start_checks(run: Any) -> None:
+    *checks, together = rows(run("start_checks"))
+    assert all(row["calls"] and row["seconds"] for row in checks)
+    assert together["seconds"] == pytest.approx(sum(row["seconds"] for row in checks)) and together["share, %"] < 100
 
 
 def test_scoring(run: Any) -> None:
