@@ -142,6 +142,13 @@ def test_low_precision_passes_and_is_within_half_its_tolerance(make_policy: Call
     assert worst(Policy(folder, lora=LoRA(r=2, alpha=2), dtype="bfloat16").build()) < 0.5
 
 
+def test_eight_bit_layers_depend_on_their_batch_and_warn(make_policy: Callable[..., Policy]) -> None:
+    model = make_policy(quantization=BitsAndBytesConfig(load_in_8bit=True)).build()
+    with pytest.warns(UserWarning, match=r"model\.policy\.quantization: .*load_in_4bit"):
+        found = check_policy(model, TransformersEngine())
+    assert TOLERANCES[torch.float32] < found.batch < found.tolerance
+
+
 # -- what differs ----------------------------------------------------------------------------------------------------------
 
 
