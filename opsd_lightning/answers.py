@@ -128,19 +128,21 @@ _FILLER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _CLAUSE = set(
-    "because since as so which where by for from with after given due using based thus therefore hence but "
-    "though although while however not i'm we they he she it this these those there here i let note please hope once until "
-    "whereas yet making meaning giving who whose rather instead according only unit i.e e.g namely plus checking".split()
-) - {"plus", "unit", "i"}
+    "because since as so which where by for from with after given due using based thus therefore hence but though "
+    "although while however not i'm we they he she it this these those there here let note please hope once until "
+    "whereas yet making meaning giving who whose rather instead according only i.e e.g namely checking".split()
+)
 _NO_ANSWERS = set(
-    "correct right wrong incorrect obvious clear above below follows following simple easy hard not unknown here this that it "
-    "the a an we i you they there see let to as in of step first next now so then thus hence therefore also because since if "
-    "when where which who please note hint solution answer explanation reasoning question problem given".split()
+    "correct right wrong incorrect obvious clear above below follows following simple easy hard not unknown here this "
+    "that it the a an we i you they there see let to as in of step first next now so then thus hence therefore also "
+    "because since if when where which who please note hint solution answer explanation reasoning question problem "
+    "given".split()
 )
 _ORDINALS = set("first second third fourth fifth sixth seventh eighth ninth tenth".split())
 _SPECIAL = re.compile(
     r"(?:yes|no|true|false|none|never|always|infinity|undefined|impossible|unknown|valid|invalid|even|odd|positive|negative|"
-    r"no (?:real )?solutions?|there (?:is|are) no (?:real )?solutions?|does not exist|dne|not (?:possible|enough information)|"
+    r"no (?:real )?solutions?|there (?:is|are) no (?:real )?solutions?|does not exist|dne|not possible|"
+    r"not enough information|"
     r"infinitely many(?: solutions)?|empty set|neither|both|all of the above|none of the above|cannot be determined)",
     re.IGNORECASE,
 )
@@ -388,5 +390,5 @@ def _is_name(text: str) -> bool:
     words = text.split()
     capital = [re.fullmatch(r"[A-Z][\w.'-]*", word) is not None for word in words]
     small = [word in ("of", "the", "de", "von") for word in words]
-    named = capital[0] and all(big or (0 < i and little) for i, (big, little) in enumerate(zip(capital, small, strict=True)))
+    named = capital[0] and all(big or (i > 0 and little) for i, (big, little) in enumerate(zip(capital, small, strict=True)))
     return named and len(words) <= 4 and words[0].lower() not in _NO_ANSWERS
