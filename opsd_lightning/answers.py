@@ -103,13 +103,13 @@ _MARKER = re.compile(
     (?P<tag><\s*answer\s*>)
     | (?P<conditional>\b(?:if|whether|unless|suppose|assuming?|imagine)\s+(?:that\s+)?)?
       \b(?:(?:the|my|our|your|an?|this)\s+)?(?:(?:{_ADJECTIVES})\s+){{0,3}}
-      \banswer(?:s)?\b["'*_`]*
+      \banswer(?:s)?\b["'*_`]{{0,4}}
       (?:\s+(?:to|for|of|in|that|which|we|I|here|then|therefore|thus|choice|option|value)\b[^\n.:=?!]{{0,80}}?)??
-      ["'*_`]*\s*(?:\([^()\n]{{0,40}}\)\s*)?
+      ["'*_`]{{0,4}}\s*(?:\([^()\n]{{0,40}}\)\s*)?
       (?:(?P<colon>[:：=]|—|\bis\s*:)|(?P<is>{_IS}))
     | \bans(?:\.\s|\s?[:：=])
-    | (?:最终|最後の|最后|正确)?(?:答案|答え|解答)[*_]*(?:是|为|為|等于|は|：|:)+
-    | (?:따라서\s*)?(?:정답|답)[*_]*\s*(?:은|는|:|：)
+    | (?:最终|最後の|最后|正确)?(?:答案|答え|解答)[*_]{{0,4}}(?:是|为|為|等于|は|：|:)+
+    | (?:따라서\s*)?(?:정답|답)[*_]{{0,4}}\s*(?:은|는|:|：)
     | \b(?:la\s+)?r[ée]ponse\s*(?:finale\s*)?(?:est|:|：)
     | \b(?:die\s+)?(?:antwort|lösung)\s*(?:ist|lautet|:)+
     | \b(?:la\s+)?respuesta\s*(?:final\s*)?(?:es|:)
@@ -282,7 +282,7 @@ def _cut(text: str) -> tuple[str | None, bool]:
         elif kind == "close":
             if depth:
                 depth -= 1
-            elif token[0] != ")" or re.fullmatch("[A-Ja-j]", text[: token.start()].strip()) is None:  # "B) 12"
+            elif not (token[0] == ")" and re.match(r"\s*[A-Ja-j]\)\s*[\w$(\\]", text)):  # "B) 12"
                 end = token.start()
                 break
         elif depth == 0 and _ends_clause(text, token, start == 0 and not text[: token.start()].strip()):

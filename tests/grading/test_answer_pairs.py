@@ -59,7 +59,9 @@ def test_where_math_verify_decides_otherwise() -> None:
     from math_verify import parse, verify
 
     def said(reference: str, answer: str) -> bool:
-        read = [parse(rf"$\boxed{{{t}}}$", parsing_timeout=None) or parse(t, parsing_timeout=None) for t in (reference, answer)]
+        read = [
+            parse(rf"$\boxed{{{t}}}$", parsing_timeout=None) or parse(t, parsing_timeout=None) for t in (reference, answer)
+        ]
         return verify(*read, timeout_seconds=None)
 
     for reference, answer, verdict, *reason in ROWS:

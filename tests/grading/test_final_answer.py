@@ -36,7 +36,7 @@ TEX = ["42", "-17", "1,234", "3.75", "\\frac{3}{8}", "5\\frac{2}{3}", "2^{12}", 
 
 @pytest.mark.parametrize("phrase", PHRASES)
 def test_forms_in_a_phrase(phrase: str) -> None:
-    found = {form: GRADER.find_answer("First we add. " + phrase.format(form)) for form in FORMS}
+    found = {form: GRADER.find_answer("First we add.\n" + phrase.format(form)) for form in FORMS}
     assert {form: answer for form, answer in found.items() if answer != form} == {}
 
 
