@@ -191,7 +191,7 @@ def _last_line(text: str, start: int) -> str | None:
         return None
     if number is not None and number.unit is not None and not number.unit.known and not answer.islower():
         return None  # a heading: "2 Check"
-    return answer
+    return _without_things(answer)
 
 
 def _read(after: str) -> str | None:
@@ -204,10 +204,22 @@ def _read(after: str) -> str | None:
     if answer is None:
         return None
     if _is_answer(answer):
-        return answer
+        return _without_things(answer)
     name = emphasised[1].strip(" .") if emphasised is not None else ""
     words = name.lower().split()
     return name if 0 < len(words) <= 6 and not set(words) & _NO_ANSWERS and not re.search(r"[\d=\\$]", name) else None
+
+
+def _without_things(answer: str) -> str:
+    """Take the counted things off one number: "3 1/2" of "3 1/2 cups". Units of measurement stay."""
+    number = quantity(clean(answer))
+    if number is None or number.unit is None or not number.unit.counted:
+        return answer
+    for end in re.finditer(r"\s+|(?<=\d)(?=[^\x00-\u2fff])", answer):
+        plain = quantity(clean(answer[: end.start()]))
+        if plain is not None and plain.unit is None and plain.value == number.value:
+            return answer[: end.start()]
+    return answer
 
 
 def _without_emphasis(text: str) -> str:
@@ -282,7 +294,7 @@ def _cut(text: str) -> tuple[str | None, bool]:
         elif kind == "close":
             if depth:
                 depth -= 1
-            elif not (token[0] == ")" and re.match(r"\s*[A-Ja-j]\)\s*[\w$(\\]", text)):  # "B) 12"
+            elif (label := re.match(r"\s*[A-Ja-j]\)(?=\s*[\w$(\\])", text)) is None or label.end() != place:  # "B) 12"
                 end = token.start()
                 break
         elif depth == 0 and _ends_clause(text, token, start == 0 and not text[: token.start()].strip()):

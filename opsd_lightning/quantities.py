@@ -64,7 +64,7 @@ lb lbs pound = 45359237/100000 g; oz ounce = 45359237/1600000 g; ton = 1 ton
 ms millisecond = 1/1000 s; s sec second = 1 s; min minute = 60 s; h hr hour = 3600 s; day = 86400 s; week = 604800 s
 month = 1 month; yr year = 12 month; decade = 120 month; century centuries = 1200 month
 ml mL milliliter millilitre = 1/1000 l; cl centiliter = 1/100 l; l L liter litre = 1 l; gal gallon = 1 gal
-quart qt = 1/4 gal; pint pt = 1/8 gal; cup = 1/16 gal; ha hectare = 1 ha; acre = 1 acre
+quart qt = 1/4 gal; pint pt = 1/8 gal; ha hectare = 1 ha; acre = 1 acre
 cent ¢ = 1/100 dollar; dollar USD buck $ = 1 dollar; euro EUR € = 1 euro; sterling GBP £ = 1 sterling
 penny pence = 1/100 sterling; yen JPY ¥ = 1 yen; yuan CNY RMB = 1 yuan; rupee INR ₹ = 1 rupee
 won = 1 won; ruble = 1 ruble; franc CHF = 1 franc
@@ -76,6 +76,7 @@ mol mole = 1 mol; unit = 1 unit; bit = 1 bit; byte B = 8 bit
 _UNITS: dict[str, tuple[Fraction, str]] = {}
 for _names, _factor, _dimension in re.findall(r"([^=;]+)=\s*(\S+) ([^\s;]+)", _UNITS_TABLE.replace("\n", ";")):
     _UNITS |= dict.fromkeys(_names.split(), (Fraction(_factor), _dimension))
+_MEASURES = {dimension for _, dimension in _UNITS.values()}
 # In these phrases the words after a number are not a unit: they change the number or say something else of it.
 _NO_UNIT = set(
     "and or plus minus times over by divided squared cubed factorial to than not no nor is are was were be been has "
@@ -96,6 +97,11 @@ class Unit(NamedTuple):
     factor: Fraction
     dimensions: frozenset[tuple[str, int]]
     known: bool
+
+    @property
+    def counted(self) -> bool:
+        """Whether no unit of measurement is part of it: ``apples``, ``cups``, but not ``miles per trip``."""
+        return not self.known and not {name for name, _ in self.dimensions} & _MEASURES
 
 
 class Quantity(NamedTuple):

@@ -16,7 +16,7 @@ FORMS = [
     "30 percent", "$18", "$1,250.75", "€7.50", "19 dollars", "4:15", "4:15 PM", "16:05", "x + 3", "x^2 - 5x + 6", "(x-2)(x-3)",
     "y = 4", "y = 4 and z = 9", "3\\sqrt{5}", "sqrt(7)", "√11", "4π", "2 + 3i", "(2, 5)", "[3, 8)", "(-∞, 4]", "]1, 6[", "{2, 4, 6}",
     "\\{2, 4\\}", "2, 4, 6", "2, 4, and 6", "3 or 9", "(C)", "C", "C) 15", "(C) 15", "C. 15", "option C", "5:8", "yes", "True",
-    "no solution", "infinity", "nine", "thirty-two", "three and a half", "2 million", "1 hour and 20 minutes", "6 red marbles",
+    "no solution", "infinity", "nine", "thirty-two", "three and a half", "2 million", "1 hour and 20 minutes",
     "Madrid", "New Zealand", "0.454545...", "2023-11-05", "x > 7", "11_2",
 ]  # fmt: skip
 PHRASES = [
@@ -77,6 +77,8 @@ def test_no_answer_rather_than_a_fragment(text: str) -> None:
         ("The answer is 8 (eight).", "8"), ("The answer is 8, not 9.", "8"), ("The answer is 8!", "8"), ("The answer is approximately 2.5.", "2.5"),
         ("The answer is $3$ or $4$.", "3 or 4"), ("The answer is **3** or **4**.", "3 or 4"), ("The answer is **blue**.", "blue"),
         ("答えは8です。", "8"), ("정답은 8입니다.", "8"), ("The answer is 8<|im_end|>", "8"), ("Answer (in km): 8", "8"),
+        ("The answer is 6 red marbles.", "6"), ("The answer is 2 3/4 spoons, say.", "2 3/4"), ("The answer is 3 million people.", "3 million"),
+        ("答案是8个。", "8"), ("The answer is 7 km away.", "7 km away"), ("The answer is 4 dogs and 2 cats.", "4 dogs and 2 cats"), ("#### 6 eggs", "6"),
     ],
 )  # fmt: skip
 def test_reading(text: str, answer: str) -> None:
