@@ -51,7 +51,7 @@ class Choice(NamedTuple):
 
 class Clock(NamedTuple):
     seconds: int
-    halves: bool  # am or pm is said
+    half: str  # "a" or "p" where am or pm is written, "24" where the hour shows that none is needed, or ""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,15 @@ def clock(text: str) -> Clock | None:
         return None
     if half:
         hour = hour % 12 + (12 if half == "p" else 0)
-    said = bool(half) or hour > 12 or hour == 0 or found[1].startswith("0")
-    return Clock((hour * 60 + minute) * 60 + second, said)
+    elif hour > 12 or found[1].startswith("0"):
+        half = "24"
+    return Clock((hour * 60 + minute) * 60 + second, half)
+
+
+def _same_time(ours: Clock, theirs: Clock) -> bool:
+    """Whether two times are equal; ``3:30`` does not say which half of the day ``3:30 PM`` is in."""
+    marked = [time.half in ("a", "p") for time in (ours, theirs)]
+    return ours.seconds == theirs.seconds and (marked[0] == marked[1] or "" not in (ours.half, theirs.half))
 
 
 def items(text: str) -> Items | None:
@@ -159,7 +166,7 @@ def _words(text: str) -> str:
 
 
 def is_label(text: str) -> bool:
-    """Whether a text can stand for the value on the other side of an equation: ``x``, ``f(x)``, ``\\angle ABC``, ``total``."""
+    """Whether a text can name the other side of an equation: ``x``, ``f(x)``, ``\\angle ABC``, ``total``."""
     bare = re.sub(r"_\{[^{}]*\}|_\w|'", "", text)
     bare = re.sub(r"(?<=[A-Za-z\s])\([^()]*\)", "", bare)
     bare = re.sub(r"^\([A-Za-z, ]+\)$", "x", bare.strip())
@@ -226,15 +233,10 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
         return decided
     times = clock(reference), clock(answer)
     if times[0] is not None and times[1] is not None:
-        return times[0] == times[1]
-    if (times[0] is None) != (times[1] is None):
-        if any(
-            time is not None and time.halves and ":" in text for time, text in zip(times, (reference, answer), strict=True)
-        ):
-            return False
+        return _same_time(times[0], times[1])
     ratios = [re.sub(r"^(\d+)\s*:\s*(\d+)$", r"\1/\2", text) for text in (reference, answer)]
     if ratios != [reference, answer]:
-        return _equal(*ratios, algebra, depth - 1)
+        return _equal(ratios[0], ratios[1], algebra, depth - 1)
     bases = _in_base(reference), _in_base(answer)
     if bases[0] is not None or bases[1] is not None:
         return _equal_in_bases(bases, reference, answer)

@@ -103,13 +103,13 @@ _MARKER = re.compile(
     (?P<tag><\s*answer\s*>)
     | (?P<conditional>\b(?:if|whether|unless|suppose|assuming?|imagine)\s+(?:that\s+)?)?
       \b(?:(?:the|my|our|your|an?|this)\s+)?(?:(?:{_ADJECTIVES})\s+){{0,3}}
-      \banswer(?:s)?\b["'*_`]*
+      \banswer(?:s)?\b["'*_`]{{0,4}}
       (?:\s+(?:to|for|of|in|that|which|we|I|here|then|therefore|thus|choice|option|value)\b[^\n.:=?!]{{0,80}}?)??
-      ["'*_`]*\s*(?:\([^()\n]{{0,40}}\)\s*)?
+      ["'*_`]{{0,4}}\s*(?:\([^()\n]{{0,40}}\)\s*)?
       (?:(?P<colon>[:：=]|—|\bis\s*:)|(?P<is>{_IS}))
     | \bans(?:\.\s|\s?[:：=])
-    | (?:最终|最後の|最后|正确)?(?:答案|答え|解答)[*_]*(?:是|为|為|等于|は|：|:)+
-    | (?:따라서\s*)?(?:정답|답)[*_]*\s*(?:은|는|:|：)
+    | (?:最终|最後の|最后|正确)?(?:答案|答え|解答)[*_]{{0,4}}(?:是|为|為|等于|は|：|:)+
+    | (?:따라서\s*)?(?:정답|답)[*_]{{0,4}}\s*(?:은|는|:|：)
     | \b(?:la\s+)?r[ée]ponse\s*(?:finale\s*)?(?:est|:|：)
     | \b(?:die\s+)?(?:antwort|lösung)\s*(?:ist|lautet|:)+
     | \b(?:la\s+)?respuesta\s*(?:final\s*)?(?:es|:)
@@ -128,19 +128,21 @@ _FILLER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _CLAUSE = set(
-    "because since as so which where by for from with after given due using based thus therefore hence but "
-    "though although while however not i'm we they he she it this these those there here i let note please hope once until "
-    "whereas yet making meaning giving who whose rather instead according only unit i.e e.g namely plus checking".split()
-) - {"plus", "unit", "i"}
+    "because since as so which where by for from with after given due using based thus therefore hence but though "
+    "although while however not i'm we they he she it this these those there here let note please hope once until "
+    "whereas yet making meaning giving who whose rather instead according only i.e e.g namely checking".split()
+)
 _NO_ANSWERS = set(
-    "correct right wrong incorrect obvious clear above below follows following simple easy hard not unknown here this that it "
-    "the a an we i you they there see let to as in of step first next now so then thus hence therefore also because since if "
-    "when where which who please note hint solution answer explanation reasoning question problem given".split()
+    "correct right wrong incorrect obvious clear above below follows following simple easy hard not unknown here this "
+    "that it the a an we i you they there see let to as in of step first next now so then thus hence therefore also "
+    "because since if when where which who please note hint solution answer explanation reasoning question problem "
+    "given".split()
 )
 _ORDINALS = set("first second third fourth fifth sixth seventh eighth ninth tenth".split())
 _SPECIAL = re.compile(
     r"(?:yes|no|true|false|none|never|always|infinity|undefined|impossible|unknown|valid|invalid|even|odd|positive|negative|"
-    r"no (?:real )?solutions?|there (?:is|are) no (?:real )?solutions?|does not exist|dne|not (?:possible|enough information)|"
+    r"no (?:real )?solutions?|there (?:is|are) no (?:real )?solutions?|does not exist|dne|not possible|"
+    r"not enough information|"
     r"infinitely many(?: solutions)?|empty set|neither|both|all of the above|none of the above|cannot be determined)",
     re.IGNORECASE,
 )
@@ -189,7 +191,7 @@ def _last_line(text: str, start: int) -> str | None:
         return None
     if number is not None and number.unit is not None and not number.unit.known and not answer.islower():
         return None  # a heading: "2 Check"
-    return answer
+    return _without_things(answer)
 
 
 def _read(after: str) -> str | None:
@@ -202,10 +204,22 @@ def _read(after: str) -> str | None:
     if answer is None:
         return None
     if _is_answer(answer):
-        return answer
+        return _without_things(answer)
     name = emphasised[1].strip(" .") if emphasised is not None else ""
     words = name.lower().split()
     return name if 0 < len(words) <= 6 and not set(words) & _NO_ANSWERS and not re.search(r"[\d=\\$]", name) else None
+
+
+def _without_things(answer: str) -> str:
+    """Take the counted things off one number: "3 1/2" of "3 1/2 cups". Units of measurement stay."""
+    number = quantity(clean(answer))
+    if number is None or number.unit is None or not number.unit.counted:
+        return answer
+    for end in re.finditer(r"\s+|(?<=\d)(?=[^\x00-\u2fff])", answer):
+        plain = quantity(clean(answer[: end.start()]))
+        if plain is not None and plain.unit is None and plain.value == number.value:
+            return answer[: end.start()]
+    return answer
 
 
 def _without_emphasis(text: str) -> str:
@@ -280,7 +294,7 @@ def _cut(text: str) -> tuple[str | None, bool]:
         elif kind == "close":
             if depth:
                 depth -= 1
-            elif token[0] != ")" or re.fullmatch("[A-Ja-j]", text[: token.start()].strip()) is None:  # "B) 12"
+            elif (label := re.match(r"\s*[A-Ja-j]\)(?=\s*[\w$(\\])", text)) is None or label.end() != place:  # "B) 12"
                 end = token.start()
                 break
         elif depth == 0 and _ends_clause(text, token, start == 0 and not text[: token.start()].strip()):

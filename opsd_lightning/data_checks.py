@@ -43,7 +43,7 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         "trace has no final answer",
         "data.grader.answer_pattern",
-        "give a pattern that finds the answer as these traces write it, or end them with \\boxed{}",
+        'end the traces with \\boxed{} or "The answer is ...", or give a pattern that finds the answer as they write it',
     ),
     (
         "trace contradicts the reference answer",

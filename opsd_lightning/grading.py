@@ -32,7 +32,7 @@ class MathGrader:
 
     Args:
         answer_pattern: How an answer that is not boxed is found. ``auto`` reads the whole answer behind phrases such as
-            "The answer is 42", "**Answer:** 3 1/2 cups" or a last line "#### 42", or none where its end is not clear.
+            "The answer is 42", "**Answer:** 3 1/2" or a last line "#### 42", or none where its end is not clear.
             Null: only what is boxed counts. Otherwise a regular expression whose first group is the answer; the last
             match counts. It is run for at most ``timeout_seconds``.
         timeout_seconds: The longest that one comparison may take before it counts as wrong.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 _LARGEST_POWER = 2000  # digits of a power that is written out
 
 _WHOLE = (
-    r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:[ ]\d{3})+(?!\d)|[1-9]\d{0,2}(?:'\d{3})+(?!\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
+    r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:[ ]\d{3})+(?!\d)|[1-9]\d{0,2}(?:'\d{3})+(?!\d)"
+    r"|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
     r"|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)"
 )
 _DECIMAL = rf"(?:[1-9]\d{{0,2}}(?:\.\d{{3}}){{2,}}(?:,\d+)?(?!\d)|[1-9]\d{{0,2}}(?:\.\d{{3}})+,\d+|{_WHOLE}(?:\.\d+)?|\.\d+)"
@@ -43,11 +45,12 @@ _SPELLED = re.compile(
     rf"|(?P<one>{'|'.join(sorted(_ONES, key=len, reverse=True))}))(?![a-z])(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_SCALES = {
+_SCALES: dict[str, int | Fraction] = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     **{name: Fraction(1, of) for of, names in {
         2: "half halves", 3: "third thirds", 4: "quarter quarters fourth fourths", 5: "fifth fifths", 6: "sixth sixths",
-        7: "seventh sevenths", 8: "eighth eighths", 9: "ninth ninths", 10: "tenth tenths"}.items() for name in names.split()},
+        7: "seventh sevenths", 8: "eighth eighths", 9: "ninth ninths", 10: "tenth tenths",
+    }.items() for name in names.split()},
 }  # fmt: skip
 _SCALE = re.compile(
     rf"[\s-]*({'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])(?:\s+of\s+an?\b)?", re.IGNORECASE
@@ -60,27 +63,27 @@ mg milligram = 1/1000 g; g gram gramme gm = 1 g; kg kilogram kilo = 1000 g; t to
 lb lbs pound = 45359237/100000 g; oz ounce = 45359237/1600000 g; ton = 1 ton
 ms millisecond = 1/1000 s; s sec second = 1 s; min minute = 60 s; h hr hour = 3600 s; day = 86400 s; week = 604800 s
 month = 1 month; yr year = 12 month; decade = 120 month; century centuries = 1200 month
-ml mL milliliter millilitre = 1/1000 l; cl centiliter = 1/100 l; l L liter litre = 1 l; gal gallon = 1 gal; quart qt = 1/4 gal
-pint pt = 1/8 gal; cup = 1/16 gal; ha hectare = 1 ha; acre = 1 acre
-cent ¢ = 1/100 dollar; dollar USD buck $ = 1 dollar; euro EUR € = 1 euro; sterling GBP £ = 1 sterling; penny pence = 1/100 sterling
-yen JPY ¥ = 1 yen; yuan CNY RMB = 1 yuan; rupee INR ₹ = 1 rupee; won = 1 won; ruble = 1 ruble; franc CHF = 1 franc
+ml mL milliliter millilitre = 1/1000 l; cl centiliter = 1/100 l; l L liter litre = 1 l; gal gallon = 1 gal
+quart qt = 1/4 gal; pint pt = 1/8 gal; ha hectare = 1 ha; acre = 1 acre
+cent ¢ = 1/100 dollar; dollar USD buck $ = 1 dollar; euro EUR € = 1 euro; sterling GBP £ = 1 sterling
+penny pence = 1/100 sterling; yen JPY ¥ = 1 yen; yuan CNY RMB = 1 yuan; rupee INR ₹ = 1 rupee
+won = 1 won; ruble = 1 ruble; franc CHF = 1 franc
 % percent pct percentage = 1 %; ° degree deg = 1 °; degc Celsius celsius = 1 degc; degf Fahrenheit fahrenheit = 1 degf
 rad radian = 1 rad; K kelvin = 1 K; N newton = 1 N; J joule = 1 J; kJ kilojoule = 1000 J; W watt = 1 W; kW kilowatt = 1000 W
 V volt = 1 V; A ampere amp = 1 A; Pa pascal = 1 Pa; kPa = 1000 Pa; Hz hertz = 1 Hz; kHz = 1000 Hz; MHz = 1000000 Hz
 mol mole = 1 mol; unit = 1 unit; bit = 1 bit; byte B = 8 bit
 """
-_UNITS: dict[str, tuple[Fraction, str]] = {
-    name: (Fraction(factor), dimension)
-    for line in _UNITS_TABLE.strip().replace("\n", ";").split(";")
-    for names, factor, dimension in [(line.split("=")[0].split(), *line.split("=")[1].split())]
-    for name in names
-}
+_UNITS: dict[str, tuple[Fraction, str]] = {}
+for _names, _factor, _dimension in re.findall(r"([^=;]+)=\s*(\S+) ([^\s;]+)", _UNITS_TABLE.replace("\n", ";")):
+    _UNITS |= dict.fromkeys(_names.split(), (Fraction(_factor), _dimension))
+_MEASURES = {dimension for _, dimension in _UNITS.values()}
 # In these phrases the words after a number are not a unit: they change the number or say something else of it.
 _NO_UNIT = set(
-    "and or plus minus times over by divided squared cubed factorial to than not no nor is are was were be been has have had "
-    "if then so because since as when where which that who whose but however wrong correct right incorrect less fewer greater "
-    "at most least between approximately mod modulo choose sin cos tan log ln exp sqrt pi root x y z squares i we you it they "
-    "this these those also while after before until unless am pm".split()
+    "and or plus minus times over by divided squared cubed factorial to than not no nor is are was were be been has "
+    "have had if then so because since as when where which that who whose but however wrong correct right incorrect "
+    "less fewer greater at most least between approximately mod modulo choose sin cos tan log ln exp sqrt pi root x y "
+    "z squares i we you it they this these those also while after before until unless am pm can could may might must "
+    "shall should will would do does did go get see say need needs add make take use find".split()
 )
 _FILLERS = set("of the a an in total all altogether overall each left remaining more different distinct ways way".split())
 
@@ -94,6 +97,11 @@ class Unit(NamedTuple):
     factor: Fraction
     dimensions: frozenset[tuple[str, int]]
     known: bool
+
+    @property
+    def counted(self) -> bool:
+        """Whether no unit of measurement is part of it: ``apples``, ``cups``, but not ``miles per trip``."""
+        return not self.known and not {name for name, _ in self.dimensions} & _MEASURES
 
 
 class Quantity(NamedTuple):
@@ -138,7 +146,7 @@ def quantity(text: str) -> Quantity | None:
     units = [part.unit for part in parts if part is not None and part.unit is not None]
     if len(units) < len(pieces) or len({unit.dimensions for unit in units}) > 1 or not all(unit.known for unit in units):
         return None
-    if any(left.factor <= right.factor for left, right in zip(units, units[1:], strict=False)):
+    if any(left.factor <= right.factor for left, right in pairwise(units)):
         return None
     total = sum((part.value * part.unit.factor for part in parts if part is not None and part.unit is not None), Fraction(0))
     return Quantity(total, None, units[0]._replace(factor=Fraction(1)))

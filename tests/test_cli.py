@@ -246,7 +246,7 @@ MISTAKES: dict[str, Mistake] = {
         lambda p, f: ['--data.val.columns={"trace": null, "answer": "gold"}', "--model.evaluate_teacher=true"],
         r"evaluate_teacher is on, but 4 of 4 questions of data\.val have no trace",
     ),
-    "broken answer pattern": (lambda p, f: ["--data.grader.answer_pattern=("], "answer_pattern is not a regular expression"),
+    "broken answer pattern": (lambda p, f: ["--data.grader.answer_pattern=("], "is not a regular expression"),
     "unknown class": (lambda p, f: ["--model.teacher=NoSuchTeacher"], "NoSuchTeacher"),
     "unknown setting": (lambda p, f: ["--model.nonsense=1"], "nonsense"),
     "missing config": (lambda p, f: ["--config=nowhere.yaml"], "nowhere.yaml"),
