@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, get_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 # Options and their values, as the command line has them.
@@ -59,3 +59,16 @@ def _as_typed(name: str, value: str) -> str:
                 if not isinstance(loaded, str) and str(loaded) == value:
                     return text
     return value
+
+
+def load_yaml(text: str, path: str | None = None) -> Any:
+    """Load a value, or with ``path`` a whole file, as jsonargparse does; but a value that is a YAML comment is that text.
+
+    A setting's text is loaded, too: a system message ``# You are a tutor`` would otherwise become null.
+    """
+    loaded = _jsonargparse_loader(text)
+    return text if loaded is None and path is None and text.lstrip().startswith("#") else loaded
+
+
+_jsonargparse_loader = get_loader("yaml")
+set_loader("yaml", load_yaml, (yaml.YAMLError,))

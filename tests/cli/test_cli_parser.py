@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.main import OPSDCLI, cli_settings
@@ -81,3 +83,18 @@ def test_values_of_the_same_name_do_not_mix() -> None:
 def test_null_in_a_list_of_classes() -> None:
     found = parsed("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=null")
     assert found.trainer.callbacks[0].init_args.monitor is None
+
+
+HEADINGS = ["# You are a tutor.", "#### (\\d+)", "# One\n# Two\n"]
+
+
+@pytest.mark.parametrize("text", HEADINGS)
+def test_text_that_reads_as_a_yaml_comment(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"data": {"prompts": {"system": text}}, "model": {"init_args": {"policy": {"revision": text}}}})
+    )
+    for found in (
+        parsed("--config", str(tmp_path / "c.yaml")),
+        parsed("--data.prompts.system", text, "--model.policy.revision", text),
+    ):
+        assert at(found, "data.prompts.system") == text and at(found, f"{POLICY}.revision") == text
