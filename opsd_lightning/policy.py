@@ -274,6 +274,13 @@ class Policy:
                 f"the LoRA adapter trains biases of the base model (bias: {bias}), which a fixed teacher cannot switch "
                 "off and a checkpoint does not hold: leave bias out of model.policy.lora.options"
             )
+        rounded = [n for n, w in model.named_parameters() if w.requires_grad and w.dtype in (torch.bfloat16, torch.float16)]
+        if rounded and not self.trains_all:
+            raise ConfigError(
+                f"{rounded[0]} trains in the base weights' {base.dtype}, which rounds away what small learning rates change",
+                f"{self.setting}.dtype",
+                "Set it to float32, or leave modules_to_save out of model.policy.lora.options",
+            )
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         # `from_pretrained` leaves evaluation mode, in which gradient checkpointing stays off.

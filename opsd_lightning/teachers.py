@@ -74,7 +74,7 @@ class Teacher(ABC):
         """The teacher's states at the student's completion tokens; dropout off, no gradient. See `scoring.score_all`."""
         with self.weights(model):
             states = score_all(model, prompts, completions, token_budget, agree)
-        kept = moving_weights(model) if self.keeps_head else None
+            kept = moving_weights(model) if self.keeps_head else None
         own = head_of(model, kept) if kept else states.head
         if isinstance(model, PeftModel) and not has_adapted_head(model):
             return TokenStates(states.hidden, own)
@@ -199,8 +199,7 @@ class TrustRegionTeacher(FixedTeacher):
 class ModelTeacher(Teacher):
     """Another model, in memory beside the policy: on-policy distillation from a separate teacher.
 
-    Without ``model`` a frozen copy of the policy as it starts: the fixed teacher of full fine-tuning (``model.policy.lora:
-    null``), where no adapter can be switched off.
+    Without ``model``, in full fine-tuning (``model.policy.lora: null``), a frozen copy of the policy as it starts.
 
     Args:
         model: A Hugging Face id, a local folder, or a ``.gguf`` file; its tokens must be the policy's. Rows that do not fit

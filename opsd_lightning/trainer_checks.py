@@ -102,7 +102,13 @@ def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> It
             "trainer.reload_dataloaders_every_n_epochs",
             "Leave it out",
         )
+    if trainer.max_steps == 0:
+        yield ConfigError("nothing would train", "trainer.max_steps", "Set it to 1 or more, or to -1 for no limit")
+    if trainer.limit_train_batches == 0:
+        yield ConfigError("nothing would train", "trainer.limit_train_batches", "Set it above 0")
     validates = _validates(trainer, data)
+    if validates and (found := _interval_problem(trainer, data)) is not None:
+        yield found
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
         for kind, (problem, fix) in _UNFIT.items():
@@ -184,16 +190,20 @@ def _nearest(metric: str, names: set[str]) -> str:
 
 
 def _may_log_more(trainer: Trainer, module: EvaluatedModule, callback: Any, monitor: str) -> bool:
-    """Whether a module or another callback from outside these packages could log the metric: its names are not known."""
-    others = [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
-    if any(isinstance(other, LearningRateMonitor) for other in others) and monitor.startswith("lr-"):
+    """Whether a module or a callback from outside these packages could log the metric: its names are not known."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(other, LearningRateMonitor) for other in callbacks) and monitor.startswith("lr-"):
         return True
     replaced = any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
-    return replaced or any(isinstance(part, LambdaCallback) or _is_foreign(part) for part in (module, *others))
+    if any(name.startswith("on_") for kind in _foreign(callback) for name in vars(kind)):
+        return True  # in a hook of its own
+    others = [other for other in callbacks if other is not callback]
+    return replaced or any(isinstance(part, LambdaCallback) or _foreign(part) for part in (module, *others))
 
 
-def _is_foreign(part: Any) -> bool:
-    return any(kind.__module__.partition(".")[0] not in _KNOWN_PACKAGES for kind in type(part).__mro__)
+def _foreign(part: Any) -> list[type]:
+    """The classes of an object that come from outside these packages."""
+    return [kind for kind in type(part).__mro__ if kind.__module__.partition(".")[0] not in _KNOWN_PACKAGES]
 
 
 def _is_of_validation(callback: Any) -> bool:
@@ -233,7 +243,7 @@ def _checkpoint_problems(callback: ModelCheckpoint, trainer: Trainer, module: Ev
             "trainer.callbacks.every_n_train_steps",
             "Leave it out: without it a checkpoint is saved after each validation (trainer.val_check_interval)",
         )
-    at_epochs = trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
+    at_epochs = trainer.check_val_every_n_epoch == 1 and _interval(trainer) == 1.0
     if callback._save_on_train_epoch_end and not at_epochs:
         yield ConfigError(
             f"ModelCheckpoint monitors {callback.monitor} and saves at the end of each epoch, where there may be no "
@@ -245,7 +255,7 @@ def _checkpoint_problems(callback: ModelCheckpoint, trainer: Trainer, module: Ev
 
 def _every_batch_problem(callback: Any, trainer: Trainer) -> ConfigError | None:
     """Return why a callback sees only some validations; None where it sees all."""
-    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    interval, every = _interval(trainer), trainer.check_val_every_n_epoch
     if not (isinstance(interval, int) and interval == 1 and every == 1) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     return ConfigError(
@@ -260,7 +270,7 @@ def _timing_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, da
     """Return why a callback never sees its validation metric; None where it does, or where the rows are not read yet."""
     if trainer.fast_dev_run or not isinstance(callback, (ModelCheckpoint, EarlyStopping)):  # type: ignore[attr-defined]
         return None
-    name, interval, every = type(callback).__name__, trainer.val_check_interval, trainer.check_val_every_n_epoch
+    name, interval, every = type(callback).__name__, _interval(trainer), trainer.check_val_every_n_epoch
     batches = _epoch_batches(trainer, data)
     steps, updates = trainer.max_steps, int(getattr(module, "updates_per_batch", 1))
     if batches is None or steps <= 0 or not isinstance(interval, (int, float)):
@@ -279,6 +289,22 @@ def _timing_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, da
             f"Set it to {made} or less, and trainer.check_val_every_n_epoch to null",
         )
     return None
+
+
+def _interval(trainer: Trainer) -> Any:
+    """Batches, or share of an epoch, between validations; None where it is a time."""
+    return getattr(trainer, "val_check_interval", None)
+
+
+def _interval_problem(trainer: Trainer, data: Any) -> ConfigError | None:
+    interval, batches = _interval(trainer), _epoch_batches(trainer, data)
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or batches is None or interval <= batches:
+        return None
+    return ConfigError(
+        f"val_check_interval is {interval}, and an epoch has {batches} batches",
+        "trainer.check_val_every_n_epoch",
+        "Set it to null to count batches over epochs, or lower trainer.val_check_interval",
+    )
 
 
 def _epoch_batches(trainer: Trainer, data: Any) -> int | None:

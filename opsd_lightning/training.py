@@ -18,6 +18,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -185,7 +186,8 @@ class PolicyModule(EvaluatedModule, ABC):
         if self._trainer is not None:
             check_precision(self._trainer.precision_plugin)
             check_strategy(self._trainer.strategy)
-            check_dtypes(self.policy, str(self._trainer.precision))
+            if self._trains:
+                check_dtypes(self.policy, str(self._trainer.precision))
             self._check_trainer()
             if replica(self._trainer)[1] < self._trainer.world_size and not self.rollouts.splits_layers:
                 raise UserError(
@@ -200,7 +202,7 @@ class PolicyModule(EvaluatedModule, ABC):
         except ValueError as error:
             raise UserError(f"model.{error}") from None
         self.model = self.policy.build(self._trainer.strategy.root_device if self._trainer is not None else None)
-        if self._trainer is not None:
+        if self._trainer is not None and self._trains:
             check_dtypes(self.policy, str(self._trainer.precision), self.model)
         self.base_record = base_record(self.policy, self.model)
         self.attach()
@@ -211,6 +213,11 @@ class PolicyModule(EvaluatedModule, ABC):
         self._check_trainer()  # also of a module that another trainer built
         self.idle, self._diverged = IdleSteps(self.idle_limit), None
         self.check_policy()
+
+    @property
+    def _trains(self) -> bool:
+        """Whether the trainer fits the module; None is its stage where the doctor examines a fit."""
+        return self.trainer.state.fn in (TrainerFn.FITTING, None)
 
     def _check_trainer(self) -> None:
         if self.trainer.state.fn == "fit":
@@ -289,9 +296,10 @@ class PolicyModule(EvaluatedModule, ABC):
                 found = self._backward(students, rollouts, terms)
             if first is None:
                 first, self.current = found, Update(batch, students, rollouts, terms, found[1])
+            stands_still = not any(float(group.get("lr", 1.0)) for group in optimizer.param_groups)
             grad_norm = self._update(optimizer, found, len(terms))
             if self.current is not None:
-                self._watch(rollouts, terms, grad_norm)
+                self._watch(rollouts, terms, grad_norm, stands_still)
             self.current = None
         assert first is not None
         self._log_step(rollouts, first[1], first[0], seconds)
@@ -334,7 +342,7 @@ class PolicyModule(EvaluatedModule, ABC):
         columns = [row for name in ("forward_kl", "reverse_kl") for row in measured.get(name, [])]
         return self.over_ranks([float(torch.cat([torch.zeros(1), *columns]).abs().max())], "max")[0] <= _ROUNDING
 
-    def _watch(self, rollouts: Rollouts, terms: list[Term], grad_norm: float) -> None:
+    def _watch(self, rollouts: Rollouts, terms: list[Term], grad_norm: float, stands_still: bool) -> None:
         """Warn of steps in a row that teach nothing. Every rank must call; all come to the same."""
         ends = eos_ids(self.model)
         written = [sum(token not in ends for token in completion) for completion in rollouts.completions]
@@ -349,6 +357,8 @@ class PolicyModule(EvaluatedModule, ABC):
             reason = self._without_weight(longest, not counts[2])
         elif grad_norm == 0:
             reason = self.idle_reason
+        elif stands_still:
+            reason = "the learning rate is 0 (model.lr_scheduler)"
         if self.idle.add(reason):
             rank_zero_warn(f"step {self.global_step}: {self.idle.problem}")
 

@@ -50,7 +50,7 @@ def logits_of(model: Any, tokens: Tensor, weights: Mapping[str, Tensor] | None =
     with evaluating(model):
         if weights is None:
             return model(**inputs).logits[0].float().cpu()
-        own = {name: value.device for name, value in model.named_parameters(remove_duplicate=False)}
+        own = dict(model.named_parameters(remove_duplicate=False))
         given = {name: value.to(own[name]) for name, value in weights.items() if name in own}
         return functional_call(model, given, kwargs=inputs, tie_weights=False).logits[0].float().cpu()
 

@@ -264,3 +264,32 @@ def test_python_and_the_command_line_refuse_before_the_model_is_loaded(policy: P
     assert error.value.setting == "trainer.callbacks.mode" and not loaded
     with pytest.raises(ConfigError):
         check_trainer(run, OPSDModule(recipe), data_of(recipe))
+
+
+class LogsItself(EarlyStopping):
+    """A user's callback that monitors what it logs."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("val/gap", 0.0)
+
+
+def test_a_callback_may_monitor_what_it_logs_itself(policy: Policy) -> None:
+    assert settings_of(policy, LogsItself(monitor="val/gap")) == []
+
+
+def test_runs_without_a_step(policy: Policy) -> None:
+    assert settings_of(policy, max_steps=0) == ["trainer.max_steps"]
+    assert settings_of(policy, limit_train_batches=0) == ["trainer.limit_train_batches"]
+
+
+def test_an_interval_beyond_the_epoch(policy: Policy) -> None:
+    data = data_of(policy)
+    data.setup("fit")  # four batches
+    assert settings_of(policy, data=data, val_check_interval=5) == ["trainer.check_val_every_n_epoch"]
+    for settings in ({"val_check_interval": 4}, {"val_check_interval": 5, "check_val_every_n_epoch": None}):
+        assert settings_of(policy, data=data, **settings) == []
+
+
+def test_validation_by_the_clock(policy: Policy) -> None:
+    callback = ModelCheckpoint(monitor="val/avg@2", mode="max")
+    assert settings_of(policy, callback, val_check_interval="00:00:10:00") == []

@@ -222,3 +222,18 @@ def test_idle_steps_in_a_row() -> None:
 
 def test_methods_wait_as_long_as_their_signal_may_be_away() -> None:
     assert GRPOModule.idle_limit > OPSDModule.idle_limit >= 5
+
+
+def test_a_rate_of_zero_teaches_nothing(policy: Policy, tmp_path: Path) -> None:
+    def never(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.0, total_iters=100)
+
+    with pytest.warns(UserWarning, match="learning rate"):
+        fit(module := opsd(policy, lr_scheduler=never), tmp_path, steps=10)
+    assert module.idle.verdict is not None
+
+    def last(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1)
+
+    fit(module := opsd(policy, lr_scheduler=last), tmp_path, steps=1)  # 0 only after the last step
+    assert module.idle.verdict is None

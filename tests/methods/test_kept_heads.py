@@ -33,8 +33,10 @@ def logits(states: TokenStates) -> Tensor:
         (lambda: SyncTeacher(1), ADAPTED),
         (lambda: TrustRegionTeacher(0.4), ADAPTED),
         (LiveTeacher, None),
+        (FixedTeacher, None),
+        (lambda: TrustRegionTeacher(0.4), None),
     ],
-    ids=["fixed", "live", "ema", "sync", "trust region", "live, full fine-tuning"],
+    ids=["fixed", "live", "ema", "sync", "trust region", "live, all", "fixed, all", "trust region, all"],
 )
 def test_logits_are_those_of_the_time_of_scoring(
     make: Callable[[], Teacher], lora: LoRA | None, make_policy: Callable[..., Policy]
@@ -56,6 +58,8 @@ def test_logits_are_those_of_the_time_of_scoring(
         after = logits(states)
         assert torch.equal(before, after) == (keeps or (isinstance(teacher, FixedTeacher) and type(teacher) is FixedTeacher))
         now = logits(teacher.score(model, TEACHER_PROMPTS, COMPLETIONS))  # scored again, the teacher has moved
+        teacher.keeps_head = not keeps  # at one and the same time, keeping the head changes nothing
+        torch.testing.assert_close(logits(teacher.score(model, TEACHER_PROMPTS, COMPLETIONS)), now)
         assert torch.equal(now, before) == (type(teacher) is FixedTeacher)
         assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from opsd_lightning.module import OPSDModule
@@ -125,3 +126,22 @@ def test_no_gradient_underflows_in_what_is_supported(folders: dict[str, str]) ->
         assert error(dtype, True) < 0.06
     assert error("bfloat16", False) < 0.06 and error("float32", False) < 1e-4
     assert error("float16", False) > 0.1  # why it is refused
+
+
+def test_whole_layers_do_not_train_in_half_precision(folders: dict[str, str]) -> None:
+    """peft copies ``modules_to_save`` in the dtype of the base."""
+    lora = LoRA(r=2, alpha=4, options={"modules_to_save": ["lm_head"]})
+    with pytest.raises(ConfigError) as caught:
+        Policy(folders["llama"], lora=lora, dtype="bfloat16").build()
+    assert caught.value.setting == "model.policy.dtype"
+    model = Policy(folders["llama"], lora=lora, dtype="float32").build()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert Policy(folders["llama"], lora=LoRA(r=2, alpha=4), dtype="bfloat16").build().dtype == torch.bfloat16
+
+
+def test_an_evaluation_has_no_gradient_that_could_underflow(half: str, tmp_path: Path) -> None:
+    module = OPSDModule(Policy(half, lora=LoRA(r=2, alpha=4)))
+    module.trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    module.trainer.state.fn = TrainerFn.TESTING
+    module.configure_model()
+    assert module.model.dtype == torch.float16
