@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,13 @@ def check_file(path: str | Path, plain: bool = True) -> None:
         raise ConfigError(f"{path} is not a checkpoint, or was cut off", "ckpt_path", fix)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        if not plain:
-            return
-        problem = f"{path} holds objects other than tensors and plain values, and is not loaded ({_kind(error)})"
-        raise ConfigError(problem, "ckpt_path", "Leave them out of the state that callbacks and modules save") from error
     except Exception as error:  # each part of the format fails in its own way
+        if (kind := _refused_class(error)) is not None:
+            if not plain:
+                return
+            problem = f"{path} holds objects other than tensors and plain values, and is not loaded ({kind})"
+            fix = "Leave them out of the state that callbacks and modules save"
+            raise ConfigError(problem, "ckpt_path", fix) from error
         problem = f"{path} is not a checkpoint, or was cut off ({type(error).__name__})"
         raise ConfigError(problem, "ckpt_path", fix) from error
     missing = [name for name in _ENTRIES if not isinstance(found, Mapping) or name not in found]
@@ -93,7 +93,8 @@ def _has(adapter: str, weights: Mapping[str, Any]) -> bool:
     return any(adapter in key.split(".") for key in weights)
 
 
-def _kind(error: Exception) -> str:
-    """Return the name of the class that a safe load refused, where the message has it."""
+def _refused_class(error: Exception) -> str | None:
+    """Return the name of the class that a safe load refused, or None where it failed for another reason."""
     words = str(error).partition("Unsupported global: GLOBAL ")[2].split()
-    return words[0] if words else type(error).__name__
+    other = "Weights only load failed" in str(error)
+    return words[0] if words else type(error).__name__ if other else None

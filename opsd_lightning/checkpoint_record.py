@@ -196,7 +196,7 @@ def check_weights(module: Any, checkpoint: Mapping[str, Any]) -> None:
     theirs = checkpoint.get(KEY) or {}
     told = [f"{_second_adapter(module, theirs, setting)} ({example})" for setting, example in unfit.items()]
     raise ConfigError(
-        f"the weights of the checkpoint do not fit this configuration: {'; '.join(told)}",
+        f"the checkpoint does not fit this configuration, its weights are of other names or shapes: {'; '.join(told)}",
         "ckpt_path",
         "Give these the values that it was made with",
     )
@@ -337,14 +337,14 @@ def _of_model(theirs: Mapping[str, Any], ours: Mapping[str, Any], resumes: bool,
     for setting in sorted(theirs["teachers"].keys() | ours["teachers"].keys()):
         if resumes or (graded is not None and setting == graded.setting):
             one, other = (dict(each["teachers"].get(setting) or {}) for each in (theirs, ours))
-            bases = [each.pop("base", None) for each in (one, other)]
+            base, own = one.pop("base", None), other.pop("base", None)
             yield from _between(setting, one or None, other or None, upgraded)
             if one.get("class") != other.get("class"):
                 continue
-            if bases[0] is None or bases[1] is None:
-                yield from _between(f"{setting}.model", *(each and each["model"] for each in bases), upgraded)
+            if base is None or own is None:
+                yield from _between(f"{setting}.model", base and base["model"], own and own["model"], upgraded)
             else:
-                yield from _of_base(setting, *bases, True, upgraded)
+                yield from _of_base(setting, base, own, True, upgraded)
 
 
 def _of_base(
