@@ -60,6 +60,7 @@ class Anchor:
                 return  # the same frozen copy
             if is_identity(model):
                 self.teacher = _BaseTeacher()
+                self.teacher.setting = "model.anchor.teacher"
                 return
             raise UserError(
                 "model.anchor holds the student near the adapter that it starts from (model.policy.adapter), and "

@@ -13,8 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler, MultiplicativeLR, SequentialLR
 
-from opsd_lightning.fingerprint import adapter_record, base_record, digest, plain
+from opsd_lightning.checkpoint_file import unfit_weights
+from opsd_lightning.fingerprint import adapter_record, base_record, described, digest, plain
 from opsd_lightning.strategies import replica
+from opsd_lightning.teachers import FixedTeacher, ModelTeacher
 from opsd_lightning.types import ConfigError, PromptBatch
 
 KEY = "opsd_made_with"
@@ -23,6 +25,10 @@ _PACKAGES = ("torch", "transformers", "peft")
 _LORA = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
 # Part of a scheduler's progress, not of its settings.
 _PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
+# Change how a run goes on, but not what of the checkpoint can be used.
+_METHOD = ("likelihood", "reward", "clip_ratio", "anchor", "context", "trace_share", "max_importance_ratio")
+_TRAINER = ("max_grad_norm", "updates_per_batch")
+_WITHOUT_EFFECT = ("logits_memory_mib", "teacher")  # an anchor's teacher is recorded with the teachers
 _SIZES = "model.optimizer (parameters in each group)"
 # Settings that tell kinds of optimizers apart where a checkpoint does not name its own.
 _MARKS = ("betas", "momentum", "alpha", "rho", "etas", "lambd")
@@ -90,8 +96,9 @@ def record_of(module: Any) -> dict[str, Any]:
         "method": _method_of(module),
         "base": module.base_record or base_record(module.policy, module.model),
         "adapter": adapter_record(module.model),
-        "teachers": {each.setting: _teacher(each) for each in getattr(module, "teachers", ())},
+        "teachers": _teachers(module),
         "seed": int(module.seed),
+        "settings": _method_settings(module),
     }
     if isinstance(rows, PromptBatch):
         data = trainer.datamodule
@@ -99,7 +106,8 @@ def record_of(module: Any) -> dict[str, Any]:
             module.rows_digest = (rows, rows_digest(rows))
         found["data"] = {
             "rows": len(rows.examples),
-            "digest": module.rows_digest[1],
+            "digest": module.rows_digest[1][0],
+            "tokens_digest": module.rows_digest[1][1],
             "batch_size": int(data.batch_size),
             "devices": replica(trainer)[1],
             "seed": int(data.seed),
@@ -113,8 +121,8 @@ def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
     """Compare the record of a checkpoint with this run, before anything of it is loaded.
 
     To resume training, everything that decides the rest of the run has to agree; to evaluate, the base model, the adapter's
-    settings and, where it is graded, the teacher. Other settings of the optimizer are reported, and ``checkpoint`` is
-    changed so that this run's are used.
+    settings and, where it is graded, the teacher. Other settings of the optimizer, the objective and sampling are reported,
+    and ``checkpoint`` is changed so that this run's are used.
 
     Args:
         module: The `PolicyModule`, its model built.
@@ -141,20 +149,22 @@ def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
         )
     ours, theirs = record_of(module), checkpoint.get(KEY)
     if not resumes:
-        _refuse(module, [] if theirs is None else list(_of_model(theirs, ours, False, module)))
+        _refuse(module, checkpoint, [] if theirs is None else list(_of_model(theirs, ours, False, module)))
         return False
     if module.configured is None:
         module.configure_optimizers()  # of no use but for its settings; Lightning has not made one yet
         ours = record_of(module)
     differences: list[Difference] = []
+    changed: list[Difference] = []
     if theirs is None:
         theirs = {"optimizer": _seen_in(checkpoint, module.configured)}
     else:
         differences = [*_of_model(theirs, ours, True, module), *_of_data(theirs, ours)]
+        changed = list(_of_settings(theirs, ours))
     kinds, values = _of_optimizer(theirs.get("optimizer"), ours.get("optimizer"))
     # Parameters of another number are what another adapter has.
     adapter = any(difference.setting.startswith("model.policy.") for difference in differences)
-    _refuse(module, differences + [each for each in kinds if not (adapter and each.setting == _SIZES)])
+    _refuse(module, checkpoint, differences + [each for each in kinds if not (adapter and each.setting == _SIZES)])
     if told := _reposition(checkpoint, theirs, ours):
         rank_zero_warn(told)
     if any(difference.setting.startswith("model.optimizer") for difference in kinds):
@@ -162,26 +172,50 @@ def compare(module: Any, checkpoint: dict[str, Any]) -> bool:
         checkpoint["optimizer_states"] = []
     if module.configured is not None and module.configured.calls_functions and KEY in checkpoint and not (kinds or values):
         values = _of_schedule(module, theirs, int(checkpoint["global_step"]))
+    if values or changed:
+        rank_zero_info(f"This run's settings take the place of the checkpoint's: {_list([*values, *changed], ', ')}")
     if not (kinds or values):
         return False
-    if values:
-        rank_zero_info(f"This run's optimizer settings take the place of the checkpoint's: {_list(values, ', ')}")
     checkpoint["lr_schedulers"] = []
     return True
 
 
-def rows_digest(rows: PromptBatch) -> str:
-    """A digest of training rows in their order: texts, and the token ids of all prompts and traces."""
+def check_weights(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's weights have the names and shapes of a run's.
 
-    def parts() -> Iterator[str | bytes]:
+    Args:
+        module: The `PolicyModule`, its model built.
+        checkpoint: As for `compare`.
+
+    Raises:
+        ConfigError: They do not; the message names the settings that decide it.
+    """
+    unfit = unfit_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
+    if not unfit:
+        return
+    theirs = checkpoint.get(KEY) or {}
+    told = [f"{_second_adapter(module, theirs, setting)} ({example})" for setting, example in unfit.items()]
+    raise ConfigError(
+        f"the checkpoint does not fit this configuration, its weights are of other names or shapes: {'; '.join(told)}",
+        "ckpt_path",
+        "Give these the values that it was made with",
+    )
+
+
+def rows_digest(rows: PromptBatch) -> tuple[str, str]:
+    """Digests of training rows in their order: of their texts, and of the token ids of all prompts and traces."""
+
+    def texts() -> Iterator[str]:
         for example in rows.examples:
             yield "\x1f".join(example[:3]) + "\x1e"
+
+    def tokens_of_all() -> Iterator[bytes]:
         for lists in (rows.student, rows.teacher, rows.traces):
             for tokens in lists:
                 yield len(tokens).to_bytes(8, "little")
                 yield array("i", tokens).tobytes()
 
-    return digest(parts(), 8)
+    return digest(texts(), 8), digest(tokens_of_all(), 8)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,9 +238,47 @@ def _method_of(module: Any) -> str:
     return next(kind.__name__ for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == own)
 
 
-def _teacher(teacher: Any) -> dict[str, Any]:
-    settings = {name: value for name, value in vars(teacher).items() if not name.startswith("_")}
-    return {"class": type(teacher).__name__} | plain(settings, ("setting", "recipe"))
+def _teachers(module: Any) -> dict[str, Any]:
+    """Records of all teachers by their settings; numbers tell those apart that share one."""
+    found: dict[str, Any] = {}
+    for teacher in getattr(module, "teachers", ()):
+        name, number = teacher.setting, 1
+        while name in found:
+            number += 1
+            name = f"{teacher.setting} ({number})"
+        found[name] = described(teacher)
+        if isinstance(teacher, ModelTeacher) and teacher.recipe is not None:
+            found[name]["base"] = teacher.base
+    return found
+
+
+def _method_settings(module: Any) -> dict[str, Any]:
+    """Settings that change how training goes on, but not what of a checkpoint can be used."""
+    found = {f"model.{name}": getattr(module, name) for name in _TRAINER}
+    found |= {f"model.{name}": vars(module)[name] for name in _METHOD if name in vars(module)}
+    if "model.likelihood" not in found:
+        found["model.objective"] = module.objective
+    if _method_of(module) != "SFTModule":  # which samples nothing to train on
+        found["model.sampling"] = module.sampling
+    if module._trainer is not None:
+        found["trainer.precision"] = str(module._trainer.precision)
+    return {name: described(value, _WITHOUT_EFFECT) for name, value in found.items()}
+
+
+def _second_adapter(module: Any, theirs: Mapping[str, Any], setting: str) -> str:
+    """Name the one of two settings by which a checkpoint holds a second adapter, where its record tells."""
+    if setting != "model.teacher or model.policy.adapter" or "teachers" not in theirs:
+        return setting
+    first, second = theirs["teachers"].get("model.teacher"), _teachers(module).get("model.teacher")
+    kinds = [None if each is None else each["class"] for each in (first, second)]
+    if kinds[0] == kinds[1] or not _keeps_adapter(kinds):
+        return "model.policy.adapter"
+    return str(Difference("model.teacher", *kinds))
+
+
+def _keeps_adapter(kinds: list[str | None]) -> bool:
+    """Tell whether one of two teachers keeps an adapter whatever the policy starts from."""
+    return not {"FixedTeacher", "TrustRegionTeacher", "LiveTeacher", "ModelTeacher", None}.issuperset(kinds)
 
 
 def _calls_functions(scheduler: LRScheduler) -> bool:
@@ -224,17 +296,19 @@ def _advance(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> None:
             scheduler.step()
 
 
-def _refuse(module: Any, differences: list[Difference]) -> None:
+def _refuse(module: Any, checkpoint: Mapping[str, Any], differences: list[Difference]) -> None:
     if not differences:
         return
+    fits = not unfit_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
     told = f"the checkpoint does not fit this configuration: {_list(differences)}"
     if module.allow_checkpoint_changes:
-        rank_zero_warn(f"ckpt_path: {told}. {_ALLOW} is true, so that it is used")
+        if fits:  # else `check_weights` refuses it
+            rank_zero_warn(f"ckpt_path: {told}. {_ALLOW} is true, so that it is used")
         return
     raise ConfigError(
         f"{told} (checkpoint -> this run)",
         "ckpt_path",
-        f"Give it the settings that it was made with, or set {_ALLOW} to true",
+        "Give it the settings that it was made with" + (f", or set {_ALLOW} to true" if fits else ""),
     )
 
 
@@ -242,14 +316,11 @@ def _of_model(theirs: Mapping[str, Any], ours: Mapping[str, Any], resumes: bool,
     upgraded = theirs.get("versions") != ours["versions"]
     if resumes:
         yield from _between("model", theirs["method"], ours["method"], upgraded)
-    base, own = dict(theirs["base"]), dict(ours["base"])
-    models, weights = (base.pop("model"), own.pop("model")), (base.pop("weights"), own.pop("weights"))
-    # In full fine-tuning the checkpoint brings all weights itself.
-    if weights[0] != weights[1] and (resumes or ours["adapter"] is not None):
-        yield Difference("model.policy.model", *(f"{m} (weights {w})" for m, w in zip(models, weights, strict=True)))
-    for name, setting in (("class", "model"), ("config", "model"), ("dtype", "dtype"), ("quantization", "quantization")):
-        ending = f" ({name})" if name == "class" else ""
-        yield from _between(f"model.policy.{setting}{ending}", base[name], own[name], upgraded)
+    # In full fine-tuning the checkpoint brings all weights itself, but not those that a fixed teacher starts from.
+    graded = module.evaluator.teacher
+    keeps = isinstance(graded, FixedTeacher) or (isinstance(graded, ModelTeacher) and graded.recipe is None)
+    weights = resumes or ours["adapter"] is not None or keeps
+    yield from _of_base("model.policy", theirs["base"], ours["base"], weights, upgraded)
     lora = "adapter" if module.policy.adapter is not None else "lora"
     first, second = theirs["adapter"], ours["adapter"]
     if first is None or second is None:
@@ -264,13 +335,39 @@ def _of_model(theirs: Mapping[str, Any], ours: Mapping[str, Any], resumes: bool,
                 else:
                     yield from _between(setting, first.get(name), second.get(name), upgraded)
     for setting in sorted(theirs["teachers"].keys() | ours["teachers"].keys()):
-        graded = module.evaluator.teacher is not None and setting == module.evaluator.teacher.setting
-        if resumes or graded:
-            one, other = theirs["teachers"].get(setting), ours["teachers"].get(setting)
-            first_kind, second_kind = (None if each is None else each["class"] for each in (one, other))
-            if first_kind != second_kind:
-                one, other = first_kind, second_kind
-            yield from _between(setting, one, other, upgraded)
+        if resumes or (graded is not None and setting == graded.setting):
+            one, other = (dict(each["teachers"].get(setting) or {}) for each in (theirs, ours))
+            base, own = one.pop("base", None), other.pop("base", None)
+            yield from _between(setting, one or None, other or None, upgraded)
+            if one.get("class") != other.get("class"):
+                continue
+            if base is None or own is None:
+                yield from _between(f"{setting}.model", base and base["model"], own and own["model"], upgraded)
+            else:
+                yield from _of_base(setting, base, own, True, upgraded)
+
+
+def _of_base(
+    setting: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], weights: bool, upgraded: bool
+) -> Iterator[Difference]:
+    """Differences of two records of a base model. Its name is not compared: the same weights may lie elsewhere."""
+    if weights and theirs["weights"] != ours["weights"]:
+        yield Difference(f"{setting}.model", *(f"{each['model']} (weights {each['weights']})" for each in (theirs, ours)))
+    for name, place in (
+        *(("class", "model (class)"), ("config", "model"), ("dtype", "dtype"), ("quantization", "quantization")),
+        ("rope", "max_length (RoPE frequencies)"),
+    ):
+        if name in theirs:
+            yield from _between(f"{setting}.{place}", theirs[name], ours[name], upgraded)
+
+
+def _of_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Difference]:
+    """Differences of settings that both records have and that only change how training goes on."""
+    first, second = theirs.get("settings", {}), ours["settings"]
+    upgraded = theirs.get("versions") != ours["versions"]
+    for name in second:
+        if name in first:
+            yield from _between(name, first[name], second[name], upgraded)
 
 
 def _of_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Difference]:
@@ -286,6 +383,9 @@ def _of_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Dif
         yield Difference("data.batch_size", *sizes)
     if first["digest"] != second["digest"]:
         yield Difference("data.train", *(f"{each['rows']} rows (digest {each['digest']})" for each in (first, second)))
+    elif _other_tokens(first, second) and theirs["method"] == ours["method"]:  # which decides the rows' form too
+        setting = "data.prompts, data.context or the chat template"
+        yield Difference(setting, *(f"token ids {each['tokens_digest']}" for each in (first, second)))
 
 
 def _of_optimizer(theirs: Any, ours: Any) -> tuple[list[Difference], list[Difference]]:
@@ -363,7 +463,7 @@ def _reposition(checkpoint: dict[str, Any], theirs: Mapping[str, Any], ours: Map
     if first is None or second is None or len(states) != 1 or "done" not in states[0]:
         return ""
     place = states[0]["done"]
-    if first["digest"] != second["digest"] or first["seed"] != second["seed"]:
+    if first["digest"] != second["digest"] or _other_tokens(first, second) or first["seed"] != second["seed"]:
         now, told = 0, "the epoch begins anew, with this run's data and order"
     elif _questions(first) != _questions(second):
         now = -(-place * _questions(first) // _questions(second))
@@ -380,13 +480,22 @@ def _reposition(checkpoint: dict[str, Any], theirs: Mapping[str, Any], ours: Map
     return f"ckpt_path: {told}"
 
 
+def _other_tokens(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    return "tokens_digest" in theirs and theirs["tokens_digest"] != ours["tokens_digest"]
+
+
 def _questions(data: Mapping[str, Any]) -> int:
     return data["batch_size"] * data["devices"]
 
 
 def _between(setting: str, theirs: Any, ours: Any, upgraded: bool) -> Iterator[Difference]:
-    """Differences of nested settings. A setting that only one version of a library knows is not compared with another's."""
-    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+    """Differences of nested settings, of parts of different classes the classes alone. A setting that only one version of a
+    library knows is not compared with another's."""
+    kinds = [each.get("class") if isinstance(each, Mapping) else None for each in (theirs, ours)]
+    if kinds[0] != kinds[1]:
+        parts = zip(kinds, (theirs, ours), strict=True)
+        yield Difference(setting, *(each if kind is None else kind for kind, each in parts))
+    elif isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for name in sorted(theirs.keys() | ours.keys()):
             if not (upgraded and (name not in theirs or name not in ours)):
                 yield from _between(f"{setting}.{name}", theirs.get(name), ours.get(name), upgraded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import Enum
@@ -18,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from opsd_lightning.policy import STUDENT, Policy, base_of, is_adapter_key
+from opsd_lightning.rope import frequencies_in_use
 
 _ROWS, _COLUMNS = 64, 256  # of a large tensor, spread evenly
 
@@ -61,6 +63,48 @@ def plain(value: Any, without: Collection[str] = ()) -> Any:
     if callable(to_dict := getattr(value, "to_dict", None)) and not isinstance(value, type):
         return plain(to_dict(), without)
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def described(part: Any, without: Collection[str] = (), depth: int = 4) -> Any:
+    """Describe an object by its class and by the arguments of its constructor that it keeps under their names.
+
+    State that it gathers, and attributes that others set, are left out. Values other than such objects become plain.
+
+    Args:
+        part: An object of this package's or a user's.
+        without: Arguments to leave out, at every depth.
+        depth: Of parts within parts; deeper ones become plain.
+    """
+    found = plain(part)
+    name = f"{type(part).__module__}.{type(part).__qualname__}"
+    if found != name or not depth or isinstance(part, str) or inspect.isroutine(part) or inspect.isclass(part):
+        return found
+    values = {}
+    for kind in type(part).__mro__[:-1]:  # what a parent class takes is a setting too
+        for argument in _arguments(kind):
+            for attribute in (argument, f"_{argument}"):
+                if argument not in without and argument not in values and hasattr(part, attribute):
+                    values[argument] = described(getattr(part, attribute), without, depth - 1)
+    return {"class": _public_name(type(part))} | values
+
+
+def _arguments(kind: type) -> list[str]:
+    try:
+        parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]  # type: ignore[misc]
+    except ValueError:  # a class written in C
+        return []
+    return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
+def _public_name(kind: type) -> str:
+    """Return the name of a class, of the package's own helpers that of the class that they stand for."""
+    own = __name__.partition(".")[0]
+    public = (
+        each.__name__
+        for each in kind.__mro__
+        if not (each.__name__.startswith("_") and each.__module__.partition(".")[0] == own)
+    )
+    return next(public)
 
 
 def digest(parts: Iterable[str | bytes | memoryview], size: int = 16) -> str:
@@ -110,6 +154,7 @@ def base_record(policy: Policy, model: Any) -> dict[str, Any]:
         "config": plain(json.loads(base.config.to_json_string(use_diff=False)), _CONFIG_IGNORED),
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantization": plain(getattr(base.config, "quantization_config", None)),
+        "rope": frequencies_in_use(base),
         "weights": digest((part for name in sorted(weights) for part in (name, weights[name])), 8),
     }
 

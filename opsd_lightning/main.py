@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -29,6 +28,7 @@ import opsd_lightning.teachers
 import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
+from opsd_lightning.checkpoint_file import check_file
 from opsd_lightning.cli_parser import Parser, remembering
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.precision import precision_problem
@@ -105,8 +105,8 @@ class OPSDCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path not in (None, "best", "last", "hpc") and not (Path(path).exists() or "://" in str(path)):
             raise UserError(f"ckpt_path: {path} does not exist")
-        if path is not None and Path(path).is_file() and not is_zipfile(path):
-            raise ConfigError(f"{path} is not a checkpoint, or was cut off", "ckpt_path", "Give an earlier one")
+        if path is not None and Path(path).is_file():
+            check_file(path, plain=config.get("weights_only") is not False)
         trainer = config.trainer
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         shards = path is not None and Path(path).is_dir()

@@ -89,6 +89,21 @@ def fix_frequencies(base: nn.Module, limit: int | None) -> None:
         )
 
 
+def frequencies_in_use(base: Any) -> str | int | None:
+    """Return what tells the fixed frequencies of a model from those of another ``max_length``: ``long`` or ``short``, or the
+    length itself for ``dynamic``. None where they do not depend on the length.
+
+    Args:
+        base: The causal language model below the adapter, as `fix_frequencies` left it.
+    """
+    limit, constant = getattr(base, "row_limit", None), constant_length(base.config)
+    if limit is None or constant is None:
+        return None
+    if any("dynamic" in str(each.get("rope_type")) for each in _rope_parameters(base.config.get_text_config())):
+        return max(int(limit), constant)
+    return "long" if limit > constant else "short"
+
+
 def sampler_length(base: Any, max_model_len: int | None, setting: str) -> int | None:
     """Return the context length for a sampler that chooses the frequencies from it, as vLLM does.
 

@@ -91,8 +91,8 @@ class PolicyModule(EvaluatedModule, ABC):
     current: Update | None = None
     #: Record of the base model, for checkpoints. See `fingerprint.base_record`.
     base_record: dict[str, Any] | None = None
-    #: The training rows that were seen last, with their digest.
-    rows_digest: tuple[PromptBatch, str] | None = None
+    #: The training rows that were seen last, with their digests.
+    rows_digest: tuple[PromptBatch, tuple[str, str]] | None = None
     #: The run's own settings of the optimizer, once it is made.
     configured: Configured | None = None
 
@@ -514,13 +514,7 @@ class PolicyModule(EvaluatedModule, ABC):
         if "opsd_compared" not in checkpoint:  # a strategy may have called this before
             checkpoint["opsd_compared"] = True
             self._settings_changed = checkpoint_record.compare(self, checkpoint)
-        ours, theirs = self.state_dict(), checkpoint["state_dict"]
-        wrong = [k for k in ours | theirs if k not in theirs or k not in ours or theirs[k].shape != ours[k].shape]
-        if wrong:
-            raise UserError(
-                f"the checkpoint does not fit this configuration: {len(wrong)} adapter weights differ or are missing, such "
-                f"as {wrong[0]}. Give it the model, LoRA settings and teacher that it was trained with"
-            )
+        checkpoint_record.check_weights(self, checkpoint)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ LAYERS = [
     {"template_checks", "objectives", "sources", "record", "curves"},
     {"rope", "base_checks"},
     {"policy", "report"},
-    {"tensor_parallel", "optimization", "precision", "fingerprint"},
+    {"tensor_parallel", "optimization", "precision", "fingerprint", "checkpoint_file"},
     {"verification", "scoring", "inference", "strategies", "vllm_servers", "loggers", "cli_parser", "run_checks"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
     {"serving", "contexts", "anchors", "checkpoint_record"},

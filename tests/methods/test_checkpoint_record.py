@@ -133,11 +133,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["lora.options.use_rslora false -> true", "lora.options.alpha_pattern.q_proj null -> 1"],
     ),
     "all weights": ({"lora": None}, ["model.policy.lora an adapter -> null"]),
-    "method": ({"method": OPSDModule}, ["model SFTModule -> OPSDModule", "model.teacher null -> FixedTeacher", "data.train 12 rows"]),
+    "method": ({"method": OPSDModule}, ["model SFTModule -> OPSDModule", "model.teacher null -> FixedTeacher"]),
     "seed": ({"seed": 5}, ["seed_everything 0 -> 5"]),
     "batch": ({"batch_size": 3}, ["data.batch_size 2 x 1 devices -> 3 x 1 devices"]),
     "rows": ({"rows": WordProblems(12, seed=7)}, ["data.train 12 rows"]),
-    "prompts": ({"template": "Q: {question}"}, ["data.train 12 rows"]),
+    "prompts": ({"template": "Q: {question}"}, ["data.prompts, data.context"]),
     "optimizer": ({"optimizer": lambda p: SGD(p, lr=0.01)}, ["model.optimizer torch.AdamW -> torch.SGD"]),
     "its state": ({"optimizer": adamw(amsgrad=True)}, ["model.optimizer.amsgrad false -> true"]),
     "its groups": (
@@ -200,7 +200,7 @@ def test_load_from_checkpoint_compares_the_model(base: str, other_base: str, che
 def teachers(base: str, other_base: str) -> dict[str, tuple[Any, Any, str]]:
     return {
         "decay": (EMATeacher(0.9), EMATeacher(0.8), "model.teacher.decay 0.9 -> 0.8"),
-        "base": (ModelTeacher(base), ModelTeacher(other_base), "model.teacher.base.weights "),
+        "base": (ModelTeacher(base), ModelTeacher(other_base), "model.teacher.model "),
     }
 
 
