@@ -144,7 +144,7 @@ class _Examination:
         try:
             yield
         except (UserError, MisconfigurationException) as error:
-            self.found.add([refusal_finding(part, str(error))])
+            self.found.add([refusal_finding(part, error)])
         except Exception as error:  # a part of one's own, a library: `fit` would end here too
             text = (str(error).strip() or "no message").splitlines()[0]
             self.found.add([Finding("error", part, f"{type(error).__name__}: {text}")])
@@ -362,8 +362,11 @@ class _Examination:
         return Examples(students, [rows.teacher[i] for i in picked] if reads else students, completions), teacher
 
 
-def refusal_finding(part: str, message: str) -> Finding:
-    """What was refused with a message that names the setting and the fix itself."""
+def refusal_finding(part: str, error: Exception | str) -> Finding:
+    """The finding of a refusal: its own fields, or a message that names the setting and the fix itself."""
+    if isinstance(error, ConfigError):
+        return Finding("error", part, error.problem, error.setting, error.fix)
+    message = str(error)
     named = re.search(r"\b(?:model|data|trainer)\.[a-z][\w.]*\w", message)
     return Finding("error", part, message, named[0] if named else "")
 

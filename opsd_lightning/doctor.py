@@ -90,7 +90,7 @@ class _Unstarted(OPSDCLI):
         try:
             super().before_instantiate_classes()
         except UserError as error:
-            self.problems.append(refusal_finding("settings", str(error)))
+            self.problems.append(refusal_finding("settings", error))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if not self.problems:
@@ -119,7 +119,7 @@ def _parts(arguments: list[str], with_model: bool) -> tuple[Any, list[Finding]]:
         with redirect_stderr(said):
             return _Unstarted(problems, with_model, args=["fit", *arguments], **cli_settings()), problems
     except (UserError, MisconfigurationException) as error:
-        problems.append(refusal_finding("settings", str(error)))
+        problems.append(refusal_finding("settings", error))
     except SystemExit as stop:
         if stop.code in (0, None):  # --help, --print_config
             raise

@@ -115,7 +115,7 @@ class OPSDCLI(LightningCLI):
                 f"ckpt_path: {path} is a folder of shards, which only trainer.strategy fsdp2 reads (on one device or "
                 "many). A single file (save_distributed_checkpoint: false) is read by every strategy"
             )
-        if isinstance(trainer.strategy, str):
+        if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # no class's name
             check_name(trainer.strategy)
         if isinstance(strategy, str) and (reason := refusal(strategy)) is not None:
             raise UserError(reason)
