@@ -53,6 +53,14 @@ def check_tensors(base: PreTrainedModel, info: Mapping[str, Any], setting: str) 
     modules = dict(base.named_modules())
     extra = sorted(info["unexpected_keys"])
     other = [key for key in extra if key.rpartition(".")[2] in ("weight", "bias") and key.rpartition(".")[0] in modules]
+    kinds = {_without_numbers(name) for name, _ in base.named_parameters()}
+    deeper = [key for key in extra if _without_numbers(key) in kinds]
+    if deeper:
+        raise ConfigError(
+            f"the checkpoint has more layers than {name} by its configuration, such as {deeper[0]}",
+            setting,
+            "Correct num_hidden_layers in the model's config.json",
+        )
     if other:
         raise ConfigError(
             f"the checkpoint has {len(other)} tensors that layers of {name} do not take, such as {other[0]}: it is of "
@@ -63,6 +71,10 @@ def check_tensors(base: PreTrainedModel, info: Mapping[str, Any], setting: str) 
     if extra:
         text = f"{len(extra)} tensors of the checkpoint are not part of {name} and are left out, such as {extra[0]}"
         warnings.warn(f"{setting}: {text}", stacklevel=2)
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: str) -> None:

@@ -29,7 +29,7 @@ import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.checkpoint_file import check_file
-from opsd_lightning.cli_parser import Parser, remembering
+from opsd_lightning.cli_parser import Parser, check_nulls, remembering
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.precision import precision_problem
 from opsd_lightning.run_checks import check_folders, check_last, open_loggers
@@ -60,6 +60,13 @@ class OPSDCLI(LightningCLI):
                 super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             raise ConfigError(f"the file is not UTF-8 ({error})", "config", "Save it as UTF-8") from error
+        config = self.config[self.config.subcommand]
+        check_nulls(self.arguments, config)
+        seed = config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ConfigError(
+                f"it is {seed}, and seeds are numbers from 0 to 2^32 - 1", "seed_everything", "Choose one of them"
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Concrete defaults, so that an overlay may change one setting of a part without naming its class again, and a
@@ -135,6 +142,8 @@ class OPSDCLI(LightningCLI):
             raise UserError(str(_reason(error))) from error
 
     def before_fit(self) -> None:
+        if self.config.fit.get("ckpt_path") == "best":
+            check_last(self.trainer, "best")
         check_trainer(self.trainer, self.model, self.datamodule)
         self._check_surroundings()
 

@@ -7,6 +7,7 @@ frozen one called ``teacher``.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -237,7 +238,9 @@ class Policy:
         config, tokenizer = self.load_config(), self.load_tokenizer()
         limit = row_limit(config, self.max_length, f"{self.setting}.max_length")
         base: PreTrainedModel
-        base, info = self._load(AutoModelForCausalLM.from_pretrained, output_loading_info=True, **kwargs)
+        # Tensors of another shape are refused below, by name.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        base, info = self._load(AutoModelForCausalLM.from_pretrained, **kwargs)
         check_tensors(base, info, f"{self.setting}.model")
         check_vocabulary(base, tokenizer, f"{self.setting}.model")
         fix_frequencies(base, limit)
@@ -250,6 +253,7 @@ class Policy:
                 # On CPUs with that, bitsandbytes' layers repack their weights in the first pass without gradient, such as a
                 # rollout's, and stay so: their scales are rounded, and no gradient comes through them any more.
                 setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (untyped)
+        self._check_generation_config()
         # The checkpoint's own sampling defaults (a top_k, a repetition penalty) would leak into every rollout that
         # leaves them unset. Only its EOS ids are wanted, all of them: a chat model may have more than its tokenizer's.
         base.generation_config = GenerationConfig(
@@ -286,6 +290,15 @@ class Policy:
         # `from_pretrained` leaves evaluation mode, in which gradient checkpointing stays off.
         model.train()
         return model
+
+    def _check_generation_config(self) -> None:
+        """Refuse a file that cannot be read: transformers would go on without the EOS ids in it."""
+        path = Path(self.model).expanduser() / "generation_config.json"
+        if path.is_file():
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"{path} is no JSON ({error})", f"{self.setting}.model", "Correct or remove it") from error
 
     def adapt(self, base: PreTrainedModel) -> PeftModel:
         """Put the trainable adapter on a base model; where all weights train, the base as it is.

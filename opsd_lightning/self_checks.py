@@ -114,6 +114,12 @@ def check_policy(
             "trainer.strategy",
             "Set it to ddp_find_unused_parameters_true, or leave them out by model.policy.lora.options.exclude_modules",
         )
+    if unreached:
+        rank_zero_warn(
+            f"{setting}.lora: {len(unreached)} layers of {name} have an adapter and did not run on two short texts, such as "
+            f"{unreached[0]}: if they never run, their adapters stay as they are. Leave them out by "
+            "model.policy.lora.options.exclude_modules"
+        )
     return found
 
 

@@ -197,8 +197,10 @@ def test_what_fit_refuses_is_found(mistake: str, doctor: Doctor, folders: dict[s
     """With one clear line each, and without the model's weights."""
     make, message = MISTAKES[mistake]
     (tmp_path / "there").mkdir()
-    errors = lines(doctor("--no-model", *make(tmp_path / "there", folders)), "error")
-    assert any(re.search(message, " ".join(line.split())) for line in errors), errors
+    found = doctor("--no-model", *make(tmp_path / "there", folders))
+    errors = lines(found, "error")
+    said = [f"{each['setting']}: {each['text']}. {each['fix']}" for each in found["findings"]]
+    assert any(re.search(message, " ".join(line.split())) for line in [*errors, *said]), errors
     assert not [line for line in errors if "\n" in line or "Traceback" in line]
 
 

@@ -11,6 +11,7 @@ import yaml
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.main import OPSDCLI, cli_settings
 from opsd_lightning.training import PolicyModule
+from opsd_lightning.types import ConfigError
 
 BASE = ["fit", "--model.policy.model", "x", "--data.train", "FileSource", "--data.train.init_args.path", "d.jsonl"]
 
@@ -98,3 +99,36 @@ def test_text_that_reads_as_a_yaml_comment(text: str, tmp_path: Path) -> None:
         parsed("--data.prompts.system", text, "--model.policy.revision", text),
     ):
         assert at(found, "data.prompts.system") == text and at(found, f"{POLICY}.revision") == text
+
+
+def test_null_for_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed("--data.prompts.teacher_response_prefix", "null")
+    assert caught.value.setting == "data.prompts.teacher_response_prefix"
+    assert at(parsed("--data.prompts.teacher_response_prefix", ""), "data.prompts.teacher_response_prefix") == ""
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seed_out_of_range(seed: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed(f"--seed_everything={seed}")
+    assert caught.value.setting == "seed_everything"
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "torch.optim.AdamW"])
+@pytest.mark.parametrize("form", ["option", "joined", "config", "class_path"])
+def test_optimizers_that_bitsandbytes_has_too(name: str, form: str, tmp_path: Path) -> None:
+    given: dict[str, list[str]] = {"option": ["--model.optimizer", name], "joined": [f"--model.optimizer={name}"]}
+    for each, value in (("config", name), ("class_path", {"class_path": name, "init_args": {"lr": 0.5}})):
+        path = tmp_path / f"{each}.yaml"
+        path.write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": value}}}))
+        given[each] = ["--config", str(path)]
+    found = at(parsed(*given[form], "--model.optimizer.init_args.lr=0.25"), "model.init_args.optimizer")
+    assert (found.class_path, found.init_args.lr) == (f"torch.optim.{name.rpartition('.')[2]}", 0.25)
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data:\n  batch_size: 4\n  seed: 1\n  batch_size: 2\n")
+    with pytest.raises(SystemExit) as stopped:
+        parsed("--config", str(tmp_path / "c.yaml"))
+    assert stopped.value.code == 2

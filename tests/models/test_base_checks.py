@@ -225,3 +225,33 @@ def test_config_json_of_another_depth_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         Policy(str(tmp_path)).build()
     assert "model.layers.2." in refused.value.problem
+
+
+def test_a_checkpoint_with_more_layers_than_its_configuration(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(ConfigError) as caught:
+        Policy(str(tmp_path), lora=LoRA(r=2, alpha=2), dtype="float32").build()
+    assert caught.value.setting == "model.policy.model" and "layers.1" in caught.value.problem
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    with pytest.raises(ConfigError) as caught:
+        Policy(str(tmp_path), lora=LoRA(r=2, alpha=2), dtype="float32").build()
+    assert caught.value.setting == "model.policy.model" and "mlp" in caught.value.problem
+
+
+def test_a_generation_config_that_cannot_be_read(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError) as caught:
+        Policy(str(tmp_path), lora=LoRA(r=2, alpha=2), dtype="float32").build()
+    assert "generation_config.json" in caught.value.problem
