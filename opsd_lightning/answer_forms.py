@@ -98,7 +98,7 @@ def clock(text: str) -> Clock | None:
 
 
 def _same_time(ours: Clock, theirs: Clock) -> bool:
-    """Whether two times are equal; ``3:30`` does not say which half of the day ``3:30 PM`` is in."""
+    """Return whether two times are equal; ``3:30`` does not say which half of the day ``3:30 PM`` is in."""
     marked = [time.half in ("a", "p") for time in (ours, theirs)]
     return ours.seconds == theirs.seconds and (marked[0] == marked[1] or "" not in (ours.half, theirs.half))
 
@@ -139,7 +139,7 @@ def items(text: str) -> Items | None:
 
 
 def has_words(text: str) -> bool:
-    """Whether a text holds words, which are no products of letters: ``cat`` and ``AB`` do, ``xy`` and ``2ab`` do not."""
+    """Return whether a text holds words, no products of letters: ``cat`` and ``AB`` do, ``xy`` and ``2ab`` do not."""
     text = re.sub(r"\\(?:begin|end|operatorname|math(?:bb|cal))\s*\{[^{}]*\}", " ", text)
     if re.search(r"[^\W\d_A-Za-z]", text):
         return True
@@ -166,7 +166,7 @@ def _words(text: str) -> str:
 
 
 def is_label(text: str) -> bool:
-    """Whether a text can name the other side of an equation: ``x``, ``f(x)``, ``\\angle ABC``, ``total``."""
+    """Return whether a text can name the other side of an equation: ``x``, ``f(x)``, ``\\angle ABC``, ``total``."""
     bare = re.sub(r"_\{[^{}]*\}|_\w|'", "", text)
     bare = re.sub(r"(?<=[A-Za-z\s])\([^()]*\)", "", bare)
     bare = re.sub(r"^\([A-Za-z, ]+\)$", "x", bare.strip())
@@ -200,7 +200,7 @@ def _in_base(text: str) -> tuple[str, str] | None:
 
 
 def equal(reference: str, answer: str, algebra: Algebra) -> bool:
-    """Whether an answer equals the reference as a careful person would say.
+    """Return whether an answer equals the reference as a careful person would say.
 
     A unit may be missing on one side; two units must agree. Numbers are compared exactly: a decimal equals a fraction
     that does not end only if it is that fraction rounded, with six digits or more. Order counts in tuples and

@@ -170,7 +170,7 @@ def _depth_change(token: str) -> int:
 
 
 def balanced(text: str) -> bool:
-    """Whether every bracket of a text is closed, by any bracket: ``[0, 1)`` is."""
+    """Return whether every bracket of a text is closed, by any bracket: ``[0, 1)`` is."""
     depth = 0
     for token in _BRACKET.finditer(text):
         depth += _depth_change(token[0])

@@ -79,7 +79,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _ends(text: str, place: int) -> bool:
-    """Whether a bare ``\\boxed 7`` ends here: in front of a delimiter, a sentence's end or nothing."""
+    """Return whether a bare ``\\boxed 7`` ends here: in front of a delimiter, a sentence's end or nothing."""
     return re.match(r"\s*(?:$|\\?[$)\]]|[.,;:!]?(?:\s|$))", text[place : place + 40]) is not None and not re.match(
         r"\s*[\d/+*^-]", text[place : place + 40]
     )
@@ -313,7 +313,7 @@ def _cut(text: str) -> tuple[str | None, bool]:
 
 
 def _tex(text: str, token: re.Match[str]) -> tuple[int, int] | None:
-    """Where the content of a TeX span ends, and where the text goes on; None for a lone ``$``."""
+    """Return where the content of a TeX span ends, and where the text goes on; None for a lone ``$``."""
     closer = _CLOSERS[token[0]]
     end = text.find(closer, token.end())
     while end > 0 and text[end - 1] == "\\" and closer.startswith("$"):
@@ -327,7 +327,7 @@ def _tex(text: str, token: re.Match[str]) -> tuple[int, int] | None:
 
 
 def _is_aside(text: str, place: int) -> bool:
-    """Whether the bracket at ``place`` opens a remark: "12 (twelve)"."""
+    """Return whether the bracket at ``place`` opens a remark: "12 (twelve)"."""
     if not text[place - 1].isspace() or not text[:place].strip():
         return False
     inside = text[place + 1 : place + 200].split(")")[0]
@@ -335,7 +335,7 @@ def _is_aside(text: str, place: int) -> bool:
 
 
 def _ends_clause(text: str, token: re.Match[str], first: bool) -> bool:
-    """Whether an answer ends in front of a token outside of all brackets."""
+    """Return whether an answer ends in front of a token outside of all brackets."""
     kind, after = token.lastgroup, text[token.end() :]
     if kind in ("line", "dash", "tag"):
         return True
@@ -369,7 +369,7 @@ _UNFINISHED = re.compile(
 
 
 def _is_answer(text: str) -> bool:
-    """Whether all of a text is an answer."""
+    """Return whether all of a text is an answer."""
     plain = clean(text)
     if len(text) > 300 or _is_empty(text) or re.search(r"\\f?boxed|\$(?!\d)", text):
         return False
@@ -398,7 +398,7 @@ def _is_answer(text: str) -> bool:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a text is a name of a few words: "Paris", "Isle of Man"."""
+    """Return whether a text is a name of a few words: "Paris", "Isle of Man"."""
     words = text.split()
     capital = [re.fullmatch(r"[A-Z][\w.'-]*", word) is not None for word in words]
     small = [word in ("of", "the", "de", "von") for word in words]

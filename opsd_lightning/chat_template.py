@@ -63,7 +63,7 @@ def render(
 
 
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template drops a content that is a text, and shows one that is a list of parts."""
+    """Return whether the template drops a content that is a text, and shows one that is a list of parts."""
     template = str(tokenizer.chat_template)
     known = _PARTS.get(tokenizer)
     if known is None or known[0] != template:

@@ -100,7 +100,7 @@ class Unit(NamedTuple):
 
     @property
     def counted(self) -> bool:
-        """Whether no unit of measurement is part of it: ``apples``, ``cups``, but not ``miles per trip``."""
+        """Return whether no unit of measurement is part of it: ``apples``, ``cups``, but not ``miles per trip``."""
         return not self.known and not {name for name, _ in self.dimensions} & _MEASURES
 
 

@@ -54,7 +54,7 @@ class Agreement(NamedTuple):
 
 
 def samples_here(engine: RolloutEngine) -> bool:
-    """Whether an engine samples in this process, and not in a server that would have to be started."""
+    """Return whether an engine samples in this process, and not in a server that would have to be started."""
     return isinstance(engine, (TransformersEngine, ContinuousBatchingEngine))
 
 
@@ -125,7 +125,7 @@ def check_policy(
 
 @torch.no_grad()
 def agreement(model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """How many greedily sampled tokens are also the likeliest when scored, and how many there are."""
+    """Count how many greedily sampled tokens are also the likeliest when scored, and how many there are."""
     if not any(completions):
         return 0, 0
     states = score_all(model, prompts, completions, 8192)
@@ -134,7 +134,7 @@ def agreement(model: PeftModel, prompts: Sequence[Sequence[int]], completions: S
 
 
 def _likeliest(model: PeftModel, logits: Tensor, targets: Tensor) -> int:
-    """How many of the targets have the largest logit. A tie, or two that rounding tells apart, is no disagreement."""
+    """Count how many of the targets have the largest logit. A tie, or two that rounding tells apart, is no disagreement."""
     picked = logits.gather(-1, targets[:, None])[:, 0]
     near = 4 * _tolerance(model, base_of(model).dtype) * logits.std(-1)
     return int((picked >= logits.max(-1).values - near).sum())

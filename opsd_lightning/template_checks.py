@@ -198,18 +198,18 @@ def _others(value: Any, template: str) -> list[Any]:
 
 
 def reads_date(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
-    """Whether the template asks for today's date."""
+    """Return whether the template asks for today's date."""
     other = replace(prompts, date=str(prompts.day - timedelta(days=400)))
     return other.student(tokenizer, _SHORT) != prompts.student(tokenizer, _SHORT)
 
 
 def is_null_control(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
-    """Whether both roles read the same where the teacher gets no context."""
+    """Return whether both roles read the same where the teacher gets no context."""
     return prompts.student(tokenizer, _SHORT) == prompts.teacher(tokenizer, _SHORT, None)
 
 
 def opens_answer(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, kwargs: dict[str, Any]) -> bool:
-    """Whether a prompt ends where an answer begins: the template has a generation prompt, or needs none."""
+    """Return whether a prompt ends where an answer begins: the template has a generation prompt, or needs none."""
     messages = prompts.messages(_SHORT.question)
     bare = prompts.rendered(tokenizer, messages, kwargs, generation=False)
     opened = prompts.rendered(tokenizer, messages, kwargs)

@@ -190,7 +190,7 @@ def _nearest(metric: str, names: set[str]) -> str:
 
 
 def _may_log_more(trainer: Trainer, module: EvaluatedModule, callback: Any, monitor: str) -> bool:
-    """Whether a module or a callback from outside these packages could log the metric: its names are not known."""
+    """Return whether a module or a callback from outside these packages could log the metric: its names are not known."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(other, LearningRateMonitor) for other in callbacks) and monitor.startswith("lr-"):
         return True
