@@ -196,7 +196,7 @@ def test_a_context_from_a_column() -> None:
         return ColumnContext("tip").text(0, [Example("1?", "", "1", {"tip": value})])
 
     assert [shown(value) for value in ("  as it is", True, 2**70, Decimal("1E-7"), None)] == [
-        *("  as it is", "true", str(2**70), "0.0000001", None)
+        *("as it is", "true", str(2**70), "0.0000001", "")
     ]
     for value in (["a"], {"a": 1}, b"a"):
         assert refusal(lambda value=value: shown(value)).setting == "data.context.column"  # type: ignore[misc]
