@@ -144,7 +144,7 @@ def _lost(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, con
 
 
 def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role) -> Iterator[ConfigError]:
-    """Arguments that change nothing, whatever their value; values that the template does not know or takes for another type."""
+    """Arguments that change nothing, and values that the template does not know or takes for another type."""
     content = fill(role.template, question=_SHORT.question, context="Quokka")
     template = str(tokenizer.get_chat_template(tools=role.kwargs.get("tools")))
     literals = _literals(template)
