@@ -171,10 +171,15 @@ class OPSDDataModule(LightningDataModule):
             student, teacher = self.prompts.student(tokenizer, example), Prompt()
             if for_teacher:
                 context = self.context.text(index, valid)
-                if context == "" and split == "train":
+                blank = context is not None and not context.strip()
+                if blank and split == "train":
                     self._drop(split, index, "data.context gives the teacher an empty text", dropped)
                     continue
-                if context == "":
+                if blank and all(e.trace for e in valid):
+                    problem = f"the teacher gets an empty text at the question {example.question[:60]!r} of data.{split}"
+                    fix = "Fill in what the context is made of, or set model.evaluate_teacher to false"
+                    raise ConfigError(problem, "data.context", fix)
+                if blank:
                     raise UserError(
                         f"model.evaluate_teacher is on, but {sum(not e.trace for e in valid)} of {len(valid)} questions of "
                         f"data.{split} have no trace for the teacher to read: set it to false, name the trace's column "

@@ -69,7 +69,7 @@ class PrivilegedContext(ABC):
     @abstractmethod
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         """The context of ``examples[index]``; None for none at all, where the teacher sees the student's wording. An
-        empty text leaves the row out.
+        empty or blank text leaves the row out.
 
         Raises:
             UserError: The examples do not hold what this context needs.
@@ -192,7 +192,7 @@ class WrongContext(PrivilegedContext):
 
 
 class ColumnContext(PrivilegedContext):
-    """Another column of the data.
+    """Another column of the data. A row where it is null or blank is left out.
 
     Args:
         column: Its name in the source's rows.
@@ -210,7 +210,7 @@ class ColumnContext(PrivilegedContext):
                 f"data.context.column: the data have no column {self.column!r}; they have {', '.join(map(str, columns))}"
             )
         try:
-            return text_of(columns[self.column])
+            return (text_of(columns[self.column]) or "").strip()
         except NotTextError as error:
             problem = f"the column {self.column!r} holds {error} at the question {examples[index].question[:60]!r}"
             raise ConfigError(problem, "data.context.column", "Name a column of text or numbers") from None

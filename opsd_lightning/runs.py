@@ -15,15 +15,20 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 from opsd_lightning.redaction import redact
 from opsd_lightning.types import UserError
 
 RECORD = "record"
+# What the report reads of a graded completion.
+_GRADED: dict[str, type] = {"question": str, "correct": int, "answer": object, "completion_tokens": int, "truncated": int}
+_SAMPLE: dict[str, type] = _GRADED | {"completion": str, "samples": int, "right": int}
 _FILES = ("run.json", "metrics.jsonl", "metrics.csv", "config.yaml", "samples.jsonl")
 
 
@@ -86,7 +91,7 @@ def read_run(path: str | Path) -> Run:
         path: The run's folder (``trainer.default_root_dir``), its record's, or that of a version of CSVLogger.
 
     Raises:
-        UserError: Nothing of a run is there.
+        UserError: Nothing of a run is there, or a file of it is damaged.
     """
     given = Path(path)
     if not given.exists():
@@ -130,20 +135,55 @@ def _from_record(record: Path) -> Run:
     run.name = run.root.name if record.name == RECORD else f"{run.root.name}/{record.name}"
     points: dict[tuple[str, int], Point] = {}
     for line in read_lines(record / "metrics.jsonl"):
-        # A validation that a resumed run made again stands in the place of the first.
-        points[line["kind"], line["step"]] = Point(line["step"], line["tokens"], line["seconds"], line["metrics"])
+        with _reading(record / "metrics.jsonl"):
+            # A validation that a resumed run made again stands in the place of the first.
+            points[line["kind"], line["step"]] = _point(line)
     run.train = sorted((p for (kind, _), p in points.items() if kind == "train"), key=lambda point: point.step)
     run.validations = sorted((p for (kind, _), p in points.items() if kind == "val"), key=lambda point: point.step)
     run.config = _config(record / "config.yaml")
     run.samples = read_lines(record / "samples.jsonl")
+    with _reading(record / "samples.jsonl"):
+        for line in run.samples:
+            _check(line, {"kind": str, "step": int, "records": list})
+            for sample in line["records"]:
+                _check(sample, _SAMPLE | ({"index": int} if line["kind"] == "val" else {}))
     return run
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say that a file is damaged where its content is not what a run writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged: {f'{reason} is missing' if isinstance(error, KeyError) else reason}") from None
+
+
+def _check(value: Any, kinds: Mapping[str, type | UnionType]) -> None:
+    """Raise unless a value is an object with values of some types."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.60} is no object")
+    for name, kind in kinds.items():
+        if not isinstance(value[name], kind):
+            raise TypeError(f"{name} is {value[name]!r:.60}")
+
+
+def _point(line: Mapping[str, Any]) -> Point:
+    _check(line, {"kind": str, "step": int, "metrics": dict})
+    for name, value in {"tokens": line["tokens"] or 0, "seconds": line["seconds"] or 0, **line["metrics"]}.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r:.60}")
+    return Point(line["step"], line["tokens"], line["seconds"], line["metrics"])
 
 
 def _log(folder: Path) -> Path | None:
     """The newest metrics.csv of training in or below a folder; tests have one as well."""
     found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}metrics.csv")]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        with path.open(encoding="utf-8") as file:
+        with _reading(path), path.open(encoding="utf-8") as file:
             if any(name.startswith(("train/", "val/")) for name in next(csv.reader(file), [])):
                 return path
     return None
@@ -151,12 +191,14 @@ def _log(folder: Path) -> Path | None:
 
 def _from_log(path: Path, folder: Path) -> Run:
     run = Run(folder, folder.name, config=_config(path.parent / "config.yaml"))
-    updates = int(run.settings.get("model.updates_per_batch") or 1)  # the log counts batches
-    last = int(run.settings.get("trainer.max_steps") or -1)
+    with _reading(path.parent / "config.yaml"):
+        updates = int(run.settings.get("model.updates_per_batch") or 1)  # the log counts batches
+        last = int(run.settings.get("trainer.max_steps") or -1)
     baseline = not run.config or "BaselineEvaluation" in str(run.config)
     tokens = 0.0
     for row in _rows(path):
-        step = (int(row["step"]) + 1) * updates
+        with _reading(path):
+            step = (int(row["step"]) + 1) * updates
         step = min(step, last) if last > 0 else step
         if any(name.startswith("train/") for name in row):
             tokens = row.get("train/tokens_generated", tokens)
@@ -176,8 +218,10 @@ def _held_out(root: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for when in ("before", "after"):
         path = root / when / "test.jsonl"
-        for record in read_records(path) if path.is_file() else []:
-            found.setdefault(f"{when}: {record.get('role', 'student')}", []).append(record)
+        with _reading(path):
+            for record in read_records(path) if path.is_file() else []:
+                _check(record, _GRADED)
+                found.setdefault(f"{when}: {record.get('role', 'student')}", []).append(record)
     return found
 
 
@@ -186,18 +230,21 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     import yaml
 
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML that can be read: {error}") from None
+    with _reading(path):
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from None
     return redact(found) if isinstance(found, dict) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with _reading(path):
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        if isinstance(found, dict):
+            _check({"starts": [], "logs": [], "warnings": []} | found, {"starts": list, "logs": list, "warnings": list})
+            for start in found.get("starts", []):
+                _check({"versions": {}, "command": None} | start, {"versions": dict, "command": list | None})
     return found if isinstance(found, dict) else {}
 
 
@@ -244,11 +291,19 @@ def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of JSON Lines; an interrupted run may have left half of one at the end."""
+    """The whole lines of JSON Lines, each an object; an interrupted run may have left half of one at the end.
+
+    Raises:
+        UserError: A line is something else.
+    """
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith(b"\n") and line.strip()]
+    with _reading(path):
+        found = [json.loads(line) for line in lines if line.endswith(b"\n") and line.strip()]
+        for value in found:
+            _check(value, {})
+    return found
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -257,7 +312,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
-    with path.open(encoding="utf-8") as file:
+    with _reading(path), path.open(encoding="utf-8") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy
 
-from opsd_lightning.texts import Written
+from opsd_lightning.texts import Unreadable, Written
 from opsd_lightning.types import ConfigError
 
 #: Longer integers stay text: Python refuses to convert them.
@@ -79,10 +80,16 @@ def typed_rows(dataset: Any) -> list[dict[str, Any]]:
         for name, names in labels.items():
             row[name] = names[row[name]] if row[name] is not None and row[name] >= 0 else None
         for name, narrowed in narrow.items():
-            if row[name] is not None and not (row[name].is_integer() and abs(row[name]) < 2**24):
-                row[name] = float(str(narrowed(row[name])))  # 0.1, not 0.10000000149011612
+            row[name] = _widened(row[name], narrowed)
         rows.append(row)
     return rows
+
+
+def _widened(value: float | None, narrow: type[numpy.floating[Any]]) -> float | None:
+    """Return a number of a narrow type with the digits of that type: 0.1, not 0.10000000149011612."""
+    if value is None or (value.is_integer() and abs(value) < 2**24):
+        return value
+    return float(str(narrow(value)))
 
 
 def numbered(rows: list[dict[str, Any]]) -> Table:
@@ -112,6 +119,12 @@ def _not_utf8(path: Path) -> ConfigError:
 
 # -- CSV ---------------------------------------------------------------------------------------------------------------
 
+#: Separators that spreadsheets and databases write in the place of commas.
+_SEPARATORS = {";": "semicolons", "\t": "tabs"}
+_SPACED_QUOTE = re.compile(r'\s+"')
+_SPACED_QUOTE_IN_RECORD = re.compile(r'(?:^|,)[^\S\r\n]+"')
+_QUOTED = re.compile(r'(^|,)"(?:[^"]|"")*"(?=,|[\r\n]*$)')
+
 
 def _read_csv(path: Path) -> Table:
     limit = csv.field_size_limit(2**31 - 1)  # a trace may be longer than the default, 128 KiB
@@ -125,12 +138,19 @@ def _read_csv(path: Path) -> Table:
 def _csv_table(path: Path, file: TextIO) -> Table:
     table = Table([], [])
     header: list[str] = []
-    for place, cells in _records(path, file):
+    named, top = 0, ""
+    for place, cells, text in _records(path, file):
         if not cells or (len(cells) == 1 != len(header) and not cells[0].strip()):
             continue  # a blank line
+        if any(_SPACED_QUOTE.match(cell) for cell in cells) and _holds_spaced_quote(text):
+            raise _malformed(path, place, "a space stands before a double quote", "Remove the space before the quote")
         if not header:
-            header = cells
-            for index, name in enumerate(header):
+            header, top = cells, place
+            named = len(header)
+            while named > 1 and not header[named - 1].strip():  # spreadsheets leave empty columns at the end
+                named -= 1
+            header = header[:named] + [""] * (len(header) - named)
+            for index, name in enumerate(header[:named]):
                 if index and not name:  # the first may be empty: pandas writes its index so
                     raise _malformed(path, place, f"column {index + 1} has no name", "Give each column a name of its own")
                 if header.index(name) < index:
@@ -138,17 +158,43 @@ def _csv_table(path: Path, file: TextIO) -> Table:
         elif len(cells) != len(header):
             problem = f"{len(cells)} cells, and the header has {len(header)}"
             raise _malformed(path, place, problem, 'Put cells that hold a comma into double quotes ("a, b")')
+        elif extra := [index for index in range(named, len(cells)) if cells[index].strip()]:
+            problem = f"column {extra[0] + 1} has no name, and {place} has a value in it"
+            raise _malformed(path, top, problem, "Give each column a name of its own")
         else:
-            table.rows.append(dict(zip(header, cells, strict=True)))
+            table.rows.append(dict(zip(header[:named], cells[:named], strict=True)))
             table.places.append(place)
     return table
 
 
-def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str]]]:
-    """Yield all records, each with the line at which it begins."""
-    reader = csv.reader(file, strict=True)
+def _holds_spaced_quote(record: str) -> bool:
+    """Whether a cell of a record begins with white space before a quote, which then is no quote but text."""
+    return _SPACED_QUOTE_IN_RECORD.search(_QUOTED.sub(r"\1", record)) is not None
+
+
+def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str], str]]:
+    """Yield all records, each with the line at which it begins and its text.
+
+    Raises:
+        ConfigError: A record is malformed, or the first one separates columns by something else than commas.
+    """
+    lines: list[str] = []
+
+    def noted() -> Iterator[str]:
+        headed = False
+        for text in file:
+            if not headed and text.strip():
+                headed = True
+                if "," not in text and (found := [name for sign, name in _SEPARATORS.items() if sign in text.strip()]):
+                    problem = f"columns are separated by {found[0]}"
+                    raise _malformed(path, f"line {reader.line_num + 1}", problem, "Separate columns by commas")
+            lines.append(text)
+            yield text
+
+    reader = csv.reader(noted(), strict=True)
     line = 1
     while True:
+        lines.clear()
         try:
             cells = next(reader)
         except StopIteration:
@@ -157,7 +203,7 @@ def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str]]]:
             place = f"line {line}" if reader.line_num <= line else f"lines {line} to {reader.line_num}"
             fix = 'Close every double quote, and write one inside a quoted cell twice ("")'
             raise _malformed(path, place, str(error), fix) from None
-        yield f"line {line}", cells
+        yield f"line {line}", cells, "".join(lines)
         line = reader.line_num + 1
 
 
@@ -223,8 +269,6 @@ def _check_object(path: Path, value: Any, place: str) -> None:
 
 
 def _read_parquet(path: Path) -> Table:
-    import pyarrow
-    from datasets import Dataset
     from pyarrow.parquet import ParquetFile
 
     with path.open("rb") as file:  # an open file: pyarrow reads more out of a path, such as partitions
@@ -232,13 +276,51 @@ def _read_parquet(path: Path) -> Table:
             table = ParquetFile(file).read()
             if repeated := [name for name, count in Counter(table.column_names).items() if count > 1]:
                 raise ValueError(f"the column {repeated[0]!r} is there twice")
-            for index, column in enumerate(table.schema):
-                if pyarrow.types.is_dictionary(column.type):
-                    table = table.set_column(index, column.name, table[index].cast(column.type.value_type))
-            return numbered(typed_rows(Dataset(table, fingerprint="file")))
-        except Exception as error:  # pyarrow and datasets raise of many kinds
+            labels = _class_labels(table.schema)
+            columns = [_values(table[name], labels.get(name)) for name in table.column_names]
+        except Exception as error:  # pyarrow raises of many kinds
             problem = f"{path} cannot be read as Parquet ({first_line(error)})"
             raise ConfigError(problem, "path", "Write the file again, or as JSON Lines") from error
+    return numbered([dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)])
+
+
+def _class_labels(schema: Any) -> dict[str, list[str]]:
+    """Return the names of class labels by column, which `datasets` keeps beside the schema."""
+    kept = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = (kept.get("info") or {}).get("features") or {}
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+def _values(column: Any, labels: list[str] | None) -> list[Any]:
+    """Return the values of a column of any type; those that Python cannot hold as `Unreadable`, for who reads them."""
+    from pyarrow import types
+
+    kind = column.type
+    try:
+        if types.is_dictionary(kind):
+            column = column.cast(kind.value_type)
+        values = column.to_pylist()
+    except Exception:  # pyarrow raises of many kinds
+        return [_value(each) for each in column]
+    if labels and types.is_integer(column.type):
+        known = dict(enumerate(labels))
+        return [
+            known.get(value, Unreadable(f"label {value}")) if value is not None and value >= 0 else None for value in values
+        ]
+    if types.is_float16(column.type) or types.is_float32(column.type):
+        return [_widened(value, numpy.dtype(column.type.to_pandas_dtype()).type) for value in values]
+    return list(values)
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except Exception:  # see `_values`
+        return Unreadable(str(cell.type))
 
 
 #: Readers by a file's ending.

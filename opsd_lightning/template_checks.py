@@ -144,9 +144,10 @@ def _lost(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, con
 
 
 def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role) -> Iterator[ConfigError]:
-    """Arguments of the template that change nothing, whatever their value, or that it reads as another type."""
+    """Arguments that change nothing, and values that the template does not know or takes for another type."""
     content = fill(role.template, question=_SHORT.question, context="Quokka")
-    template = str(tokenizer.chat_template)
+    template = str(tokenizer.get_chat_template(tools=role.kwargs.get("tools")))
+    literals = _literals(template)
 
     def rendered(kwargs: dict[str, Any]) -> str:
         try:
@@ -162,12 +163,17 @@ def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Ro
             told_apart = any(rendered(role.kwargs | {name: word}) != now for word in as_words)
         else:
             told_apart = True
-        idle = rendered({key: other for key, other in role.kwargs.items() if key != name}) == now and not any(
-            rendered(role.kwargs | {name: other}) != now for other in _others(value, template)
-        )
-        if not idle and told_apart:
+        as_without = rendered({key: other for key, other in role.kwargs.items() if key != name}) == now
+        idle = as_without and not any(rendered(role.kwargs | {name: other}) != now for other in _others(value, literals))
+        unknown = as_without and isinstance(value, str) and opposite is None and value not in literals
+        if not idle and told_apart and not unknown:
             continue
-        if opposite is not None or (type(value) in (int, float) and value in (0, 1)):
+        if unknown and not idle:
+            problem = f"{name}: {value!r} changes nothing in the prompt, and other values do"
+            meant = ", ".join(difflib.get_close_matches(str(value), literals, cutoff=0.5))
+            meant = f"; did you mean one of: {meant}?" if meant else ""
+            fix = f"Give {name} a value that the chat template knows, or leave it out{meant}"
+        elif opposite is not None or (type(value) in (int, float) and value in (0, 1)):
             problem = f"{name} is {value!r}, which the chat template does not read as true or false"
             fix = f"Give {name} as true or false, without quotes, or leave it out if the template knows no such argument"
         else:
@@ -180,17 +186,22 @@ def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Ro
         yield ConfigError(problem, role.setting, fix)
 
 
-def _others(value: Any, template: str) -> list[Any]:
+def _literals(template: str) -> list[str]:
+    """Texts and numbers that a template holds in its code, each once: the values that it can compare or give by default."""
+    from jinja2 import Environment
+
+    tokens = Environment().lexer.tokenize(template)
+    return list(dict.fromkeys(str(token.value) for token in tokens if token.type in ("string", "integer", "float")))
+
+
+def _others(value: Any, literals: list[str]) -> list[Any]:
     """Other values of the same type, to find out whether the template reads an argument that has its default value."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):
         return [value + 1, *(other for other in (-1, 0, 1, 10**6) if other != value)]
     if isinstance(value, str):
-        words = dict.fromkeys(
-            single or double for single, double in re.findall(r"'([^'\n]{1,24})'|\"([^\"\n]{1,24})\"", template)
-        )
-        return [f"{value}x", *list(words)[:300]]
+        return [f"{value}x", *[word for word in literals if len(word) <= 24][:300]]
     return [True, False, "x"] if value is None else []
 
 

@@ -28,6 +28,17 @@ class Written(float):
         return self.text
 
 
+class Unreadable:
+    """Stands for a value that Python cannot hold, in rows whose other values are read.
+
+    Args:
+        kind: Its type, for messages.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
 def text_of(value: Any) -> str | None:
     """Return the text of a value of a data set; None for null and for NaN.
 
@@ -66,6 +77,8 @@ def _kind(value: Any) -> str:
         return f"an object with {', '.join(map(str, value)) or 'nothing in it'}"
     if isinstance(value, bytes | bytearray | memoryview):
         return "binary data"
+    if isinstance(value, Unreadable):
+        return f"a value that cannot be read ({value.kind})"
     return f"a value of type {type(value).__name__}"
 
 

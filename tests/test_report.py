@@ -557,6 +557,40 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_report([])
 
 
+GRADED = {"index": 0, "question": "1?", "correct": True, "answer": "1", "completion_tokens": 1, "truncated": False}
+DAMAGED = {
+    "record/metrics.jsonl": [
+        *(b"half\n", b"[2]\n", b"null\n", b'{"kind": "val"}\n', b"\xff\n"),
+        b'{"kind": "train", "step": 1, "tokens": 1, "seconds": 1, "metrics": {"train/loss": "low"}}\n',
+    ],
+    "record/samples.jsonl": [
+        *(b'{"b": 2}\n', b"3\n", b'{"kind": "val", "step": 0, "records": [{}]}\n'),
+        json.dumps({"kind": "val", "step": 0, "records": [GRADED]}).encode() + b"\n",
+    ],
+    "record/config.yaml": [b"model: \xe9", b"a: [", b"\0"],
+    "record/run.json": [b'{"starts": 3}', b'{"starts": [4]}', b"\xfe"],
+    "after/test.jsonl": [b"x\n", b"[]\n", b'{"role": "student"}\n'],
+    "metrics.csv": [
+        *(b"step,train/loss\n0,low\n", b"epoch,train/loss\n0,1.5\n", b"step,train/loss\n,1\n"),
+        *(b"step,train/loss\n0,\xff\n", b"\xff,train/loss\n", b"step,train/loss\nnan,1\n", b"step,train/loss\n0,1,2\n"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, content in enumerate(DAMAGED[name]):
+        folder = tmp_path / str(number)
+        if name != "metrics.csv":
+            written(folder, metrics=[line("train", 1, **{"train/loss": 1.0})])
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            report([str(folder), "--output", str(tmp_path / "page.html")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{name} is damaged" in error and error.count("\n") == 1, content
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folder = written(tmp_path / "run", metrics=[line("train", 1, **{"train/loss": 1.0})])
     monkeypatch.chdir(tmp_path)

@@ -110,6 +110,18 @@ def test_an_index_that_pandas_wrote(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv", ",ask,work,gold\n0,1?,so,5\n") == ["5"]
 
 
+def test_empty_columns_that_spreadsheets_leave_at_the_end(tmp_path: Path) -> None:
+    for commas in (",", ",,,"):
+        head, rows = HEAD.strip() + commas, [f"{n}?,so,{n}{commas}" for n in (3, 4)]
+        assert read(tmp_path / "a.csv", "\n".join([head, *rows])) == ["3", "4"]
+    (example,) = FileSource(str(tmp_path / "a.csv"), "train[:1]", COLUMNS).examples()
+    assert list(example.columns) == ["ask", "work", "gold"]
+
+
+def test_quoted_cells_may_begin_with_a_quoted_word(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.csv", HEAD + '"a, ""b""",so," ""5"" apples"\n') == ['"5" apples']
+
+
 TYPED: dict[str, tuple[Any, list[str]]] = {
     "float32": (pa.array([0.1, 1234567, 1e20, None], pa.float32()), ["0.1", "1234567.0", "1e+20", ""]),
     "float16": (pa.array([0.3, 65504, float("inf")], pa.float16()), ["0.3", "65504.0", "Infinity"]),
@@ -142,6 +154,32 @@ def test_typed_values_of_parquet_and_of_datasets(kind: str, tmp_path: Path) -> N
 def test_dictionaries_of_parquet(tmp_path: Path) -> None:
     parquet.write_table(table(pa.array(["01", "02", "01"]).dictionary_encode()), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == ["01", "02", "01"]
+
+
+OTHERS: dict[str, Callable[[], pa.Array]] = {
+    "map": lambda: pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64())),
+    "far": lambda: pa.array([2**52, None], pa.timestamp("ms")),
+    "broken": lambda: pa.array([b"\xff", None]).view(pa.string()),
+    "lists": lambda: pa.array([[1], None], pa.large_list(pa.float16())),
+    "view": lambda: pa.array([[1], None], pa.list_view(pa.int64())),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_columns_of_any_type_matter_only_where_they_are_read(kind: str, tmp_path: Path) -> None:
+    values = table(pa.array(["1", "2"])).append_column("other", OTHERS[kind]())
+    parquet.write_table(values, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["1", "2"]
+    error = refusal(lambda: read(tmp_path / "a.parquet", columns=Columns("ask", "work", "other")))
+    assert error.setting == "columns.answer" and "row 1" in error.problem and "'other'" in error.problem
+
+
+@pytest.mark.parametrize("kind", ["decimal32", "decimal64"])
+def test_small_decimals_of_parquet(kind: str, tmp_path: Path) -> None:
+    if not hasattr(pa, kind):
+        pytest.skip(f"this pyarrow has no {kind}")
+    parquet.write_table(table(pa.array([Decimal("2.50"), None], getattr(pa, kind)(5, 2))), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["2.50", ""]
 
 
 def test_class_labels_are_their_names(tmp_path: Path) -> None:
@@ -196,7 +234,7 @@ def test_a_context_from_a_column() -> None:
         return ColumnContext("tip").text(0, [Example("1?", "", "1", {"tip": value})])
 
     assert [shown(value) for value in ("  as it is", True, 2**70, Decimal("1E-7"), None)] == [
-        *("  as it is", "true", str(2**70), "0.0000001", None)
+        *("as it is", "true", str(2**70), "0.0000001", "")
     ]
     for value in (["a"], {"a": 1}, b"a"):
         assert refusal(lambda value=value: shown(value)).setting == "data.context.column"  # type: ignore[misc]
@@ -211,6 +249,13 @@ MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
     "in every row": ("csv", HEAD + "1?,so,1,\n2?,so,1,\n", "line 2"),
     "a cell too few": ("csv", HEAD + "1?,so,1\n2?,so\n", "line 3"),
     "behind a quoted line break": ("csv", HEAD + '1?,"a\nb\nc",1\n\n2?,so\n', "line 6"),
+    "a space before a quote": ("csv", HEAD + '1?,so,1\n2?, "so",1\n', "line 3"),
+    "a space before a quote and a comma inside": ("csv", HEAD + '1?,"a, ""b""", "5, 6"\n', "line 2"),
+    "a space before a quoted name": ("csv", 'ask, "work",gold\n1?,so,1\n', "line 1"),
+    "semicolons": ("csv", HEAD.replace(",", ";") + "1?;so;1,5\n", "line 1"),
+    "tabs": ("csv", "\n" + HEAD.replace(",", "\t") + "1?\tso\t1\n", "line 2"),
+    "semicolons and quotes": ("csv", '"ask";"work";"gold"\n"1?";"so";"1"\n', "line 1"),
+    "a nameless last column with a value": ("csv", HEAD.strip() + ",\n1?,so,1,\n2?,so,1,000\n", "line 1"),
     "text behind a quoted cell": ("csv", HEAD + '1?,"so" it is,1\n', "line 2"),
     "a quote that stays open": ("csv", HEAD + '1?,so,1\n2?,"so,1\n3?,so,1\n', "lines 3 to 4"),
     "two columns of one name": ("csv", "ask,work,gold,work\n1?,so,1,so\n", "line 1"),

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import regex
 
+from conftest import write_jsonl
+from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.grading import MathGrader
-from opsd_lightning.prompts import AnswerContext, HintContext, OtherProblemContext, WrongContext
+from opsd_lightning.policy import Policy
+from opsd_lightning.prompts import (
+    AnswerContext,
+    ColumnContext,
+    HintContext,
+    OtherProblemContext,
+    PrivilegedContext,
+    Prompts,
+    WrongContext,
+)
+from opsd_lightning.sources import FileSource
 from opsd_lightning.types import ConfigError, Example
 
 FAMILY, ACCENTED, FLAG = "\U0001f468\u200d\U0001f469\u200d\U0001f467", "o\u0308\u0323", "\U0001f1ef\U0001f1f5"
@@ -62,6 +75,25 @@ def test_no_answer_is_no_context() -> None:
     for answer in ("", " "):
         rows = [Example("a", "t", answer), Example("b", "u", "1")]
         assert AnswerContext().text(0, rows) == WrongContext().text(0, rows) == "", "which leaves the row out"
+
+
+class Blank(PrivilegedContext):
+    def text(self, index: int, examples: Sequence[Example]) -> str | None:
+        return " \n" if index % 2 else "Think of apples."
+
+
+@pytest.mark.parametrize("context", [ColumnContext("tip"), Blank()], ids=["column", "own"])
+def test_rows_without_a_context_are_left_out(
+    context: PrivilegedContext, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    tips = ["Count.", None, " Add. ", "\t "]
+    rows = [{"problem": f"{n}+1?", "solution": f"The answer is {n + 1}.", "tip": tip} for n, tip in enumerate(tips)]
+    source = FileSource(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    prompts = Prompts("{question}", "{question} {context}")
+    data = OPSDDataModule(make_policy(), source, batch_size=1, max_new_tokens=4, prompts=prompts, context=context)
+    data.setup("fit")
+    assert [example.question for example in data.rows["train"].examples] == ["0+1?", "2+1?"]
+    assert list(data.dropped["train"].values()) == [2]
 
 
 # -- wrong -------------------------------------------------------------------------------------------------------------

@@ -181,6 +181,23 @@ def test_arguments_that_the_template_reads_are_taken(kwargs: dict[str, Any]) -> 
     assert found(EFFORT, student_chat_template_kwargs=kwargs) == []
 
 
+@pytest.mark.parametrize(("value", "meant"), [("hihg", "high"), ("Medium", "medium"), ("purple", "")])
+@pytest.mark.parametrize("default", ["", "{% set effort = effort | default('medium') %}"])
+def test_values_that_the_template_does_not_know_are_refused(default: str, value: str, meant: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        turns("m['content']")
+        + default
+        + (
+            "{% generation %}{% if effort == 'low' %}L{% elif effort == \"high\" %}H{% elif effort == 'medium' %}{% endif %}{% endgeneration %}"
+        )
+    )
+    (problem,) = rendering_problems(tokenizer, Prompts(student_chat_template_kwargs={"effort": value}))
+    assert problem.setting == STUDENT and value in problem.problem and meant in problem.fix
+    for known in ("low", "high", "medium"):
+        assert not rendering_problems(tokenizer, Prompts(student_chat_template_kwargs={"effort": known}))
+
+
 @pytest.mark.parametrize(
     "name", ["padding", "max_length", "truncation", "return_tensors", "return_dict", "chat_template", "conversation", "messages",
              "tokenizer_kwargs", "return_assistant_tokens_mask", "add_generation_prompt", "strftime_now"],
