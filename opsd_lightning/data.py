@@ -155,12 +155,14 @@ class OPSDDataModule(LightningDataModule):
         others = ("val", "test") if split == "train" else ()
         held_out = {folded(example.question) for other in others for example in self._questions(other)}
         valid: list[Example] = []
+        numbers: list[int] = []  # of the valid examples among those found
         for number, example in enumerate(found):
             checked, reason = self._verify(example, held_out, needs_trace, needs_answer)
             if reason:
                 self._drop(split, number, reason, dropped)
             else:
                 valid.append(checked)
+                numbers.append(number)
         end = self.prompts.end(tokenizer, self.policy.end_ids(tokenizer)) if in_place else []
         traces: list[list[int]] = []
         batch = PromptBatch([], [], [], [], traces=traces)
@@ -173,7 +175,7 @@ class OPSDDataModule(LightningDataModule):
                 context = self.context.text(index, valid)
                 blank = context is not None and not context.strip()
                 if blank and split == "train":
-                    self._drop(split, index, "data.context gives the teacher an empty text", dropped)
+                    self._drop(split, numbers[index], "data.context gives the teacher an empty text", dropped)
                     continue
                 if blank and all(e.trace for e in valid):
                     problem = f"the teacher gets an empty text at the question {example.question[:60]!r} of data.{split}"
@@ -191,14 +193,14 @@ class OPSDDataModule(LightningDataModule):
             trace = self.prompts.trace(tokenizer, example, end) if in_place else []
             if limit is not None and longest + self.max_new_tokens > limit:
                 reason = f"prompt and {self.max_new_tokens} new tokens do not fit {room}"
-                self._drop(split, index, reason, dropped)
+                self._drop(split, numbers[index], reason, dropped)
                 continue
             if limit is not None and in_place and len(student) + len(trace) > limit:
-                self._drop(split, index, f"prompt and trace do not fit {room}", dropped)
+                self._drop(split, numbers[index], f"prompt and trace do not fit {room}", dropped)
                 continue
             completion = max(module.sampling.max_new_tokens, len(trace)) if limits else 0
             if reason := _too_long(limits, student, teacher, completion):
-                self._drop(split, index, reason, dropped)
+                self._drop(split, numbers[index], reason, dropped)
                 continue
             cut += teacher.trace_was_cut
             batch.student.append(list(student))

@@ -295,3 +295,14 @@ def test_eval_loader_counts_every_question_once(world: int) -> None:
         assert len(list(loader)) == len(loader)
         counted += [ids[0] for b in loader for ids, counts in zip(b.student, b.counted, strict=True) if counts]
     assert sorted(counted) == list(range(7)) and len(lengths) == 1
+
+
+def test_a_refused_row_has_its_number_in_the_source(
+    data: Callable[..., OPSDDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows before it are left out."""
+    numbers: list[int] = []
+    monkeypatch.setattr(OPSDDataModule, "_drop", lambda self, split, number, reason, dropped: numbers.append(number))
+    long = Example("q" * 600, "so \\boxed{1}", "1")
+    data(GOOD, INVALID["empty trace"], GOOD, long, GOOD).setup("fit")
+    assert numbers == [1, 3]
