@@ -307,6 +307,8 @@ def rate_findings(optimizer: Any) -> Iterator[Finding]:
     rates = [group.get("initial_lr", group.get("lr", math.nan)) for group in optimizer.param_groups]
     rates = [float(rate) for rate in rates]
     setting = "model.optimizer.init_args.lr"
-    if max(rates) > 5e-3:
+    if all(rate == 0 for rate in rates):
+        yield Finding("error", "settings", "the learning rate is 0: nothing is learned", setting, "set it to 5e-6, say")
+    elif max(rates) > 5e-3:
         text, fix = f"the learning rate is {max(rates):g}", "the paper's is 5e-6, and a small model's seldom above 1e-3"
         yield Finding("warning", "settings", text, setting, fix)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,7 +26,7 @@ def make_optimizer(make: MakeOptimizer, parameters: list[nn.Parameter]) -> Optim
         parameters: The trainable parameters.
 
     Raises:
-        ConfigError: Its settings are out of range, its learning rate is 0, or it needs more than a plain ``step()``.
+        ConfigError: Its settings are out of range, or it needs more than a plain ``step()``.
     """
     try:
         optimizer = make(parameters)
@@ -33,7 +34,7 @@ def make_optimizer(make: MakeOptimizer, parameters: list[nn.Parameter]) -> Optim
         raise ConfigError(f"the optimizer refuses its settings ({error})", "model.optimizer", "Correct them") from error
     name = type(optimizer).__name__
     if not any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
-        raise ConfigError("the learning rate is 0, so that nothing trains", "model.optimizer.init_args.lr", "Set it above 0")
+        rank_zero_warn("model.optimizer.init_args.lr: the learning rate is 0, so that nothing trains. Set it above 0")
     if all(parameter.device.type == "cpu" for parameter in parameters):
         probe = nn.Parameter(torch.zeros(2, 2))
         probe.grad = torch.zeros_like(probe)

@@ -296,7 +296,9 @@ class PolicyModule(EvaluatedModule, ABC):
                 found = self._backward(students, rollouts, terms)
             if first is None:
                 first, self.current = found, Update(batch, students, rollouts, terms, found[1])
-            stands_still = not any(float(group.get("lr", 1.0)) for group in optimizer.param_groups)
+            # A rate of 0 by the optimizer itself is warned of when it is made.
+            rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+            stands_still = self.make_scheduler is not None and not any(rates)
             grad_norm = self._update(optimizer, found, len(terms))
             if self.current is not None:
                 self._watch(rollouts, terms, grad_norm, stands_still)

@@ -124,7 +124,7 @@ def test_all_weights_train_in_place_of_an_adapter(recipe: Path, monkeypatch: pyt
     config = parsed(["fit", f"--config={recipe}", f"--config={preset}"], monkeypatch)
     changed = {"lora": None, "quantization": None, "dtype": "float32"}
     assert config["model"]["policy"] == own["model"]["policy"] | changed
-    assert config["model"]["teacher"]["class_path"] == "opsd_lightning.ModelTeacher"
+    assert config["model"]["teacher"]["class_path"] == "opsd_lightning.FixedTeacher"
     for section, parts in {"model": {"policy": 0, "teacher": 0}, "data": {"policy": 0}, "trainer": {}}.items():
         assert config[section] | parts == own[section] | parts
 

@@ -31,7 +31,7 @@ class Counting(TransformersEngine):
         self._stop_at, self._calls = stop_at, 0
 
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
-        self._calls += 1
+        self._calls += sampling.temperature > 0  # not the greedy rows of the check at the start
         if self._calls == self._stop_at:
             if dist.is_initialized():
                 dist.barrier()  # the first rank to end ends the others: each reaches its own stop before

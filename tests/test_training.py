@@ -415,7 +415,7 @@ def test_the_trainers_own_quantization_is_refused() -> None:
     """It would convert the LoRA layers as well. Its plugin cannot be built without CUDA: a bare instance stands for it."""
     from lightning.pytorch.plugins import BitsandbytesPrecision
 
-    with pytest.raises(UserError, match=r"set model\.policy\.quantization"):
+    with pytest.raises(UserError, match=r"^trainer\.plugins: .*model\.policy\.quantization"):
         check_precision(object.__new__(BitsandbytesPrecision))
 
 

@@ -25,7 +25,6 @@ def parameters() -> list[nn.Parameter]:
         partial(torch.optim.AdamW, lr=1e-3, weight_decay=-0.1),
         partial(torch.optim.Adam, lr=1e-3, betas=(0.9, 1.5)),
         partial(torch.optim.SGD, lr=1e-3, nesterov=True),
-        partial(torch.optim.AdamW, lr=0.0),
         torch.optim.LBFGS,
         torch.optim.SparseAdam,
     ],
