@@ -326,7 +326,9 @@ def test_ranks_that_end_at_2_and_at_60_tokens(
     assert ranks[0].losses == ranks[1].losses
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mistral"))]
+)
 def test_greedy_rollouts_and_scores_do_not_depend_on_sharding(
     architecture: str, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:

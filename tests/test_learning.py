@@ -369,6 +369,7 @@ def test_an_interrupted_sweep_goes_on(
     assert sweep.run_all(jobs, tmp_path, 1) == results and executed == [0, 1, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_sweep_from_bases_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage, with runs that are made up from their settings."""
 

@@ -53,6 +53,7 @@ def test_the_whole_of_it(
         assert tokenizer.decode(output, skip_special_tokens=True) == record["completion"]
 
 
+@pytest.mark.slow
 def test_the_comparison_on_a_real_model(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,7 @@ def test_greedy_rollouts_do_not_depend_on_splitting(
         assert rank.completions == one.completions
 
 
+@pytest.mark.slow
 def test_ranks_that_split_layers_see_and_sample_the_same(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Sampled at temperature 1, on two data-parallel places of two ranks each; trainable parameters are on one mesh."""
     policy = make_policy()
