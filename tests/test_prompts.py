@@ -64,7 +64,7 @@ def test_wrong_context_has_no_right_answer() -> None:
 
 
 def test_column_context() -> None:
-    assert [ColumnContext("tip").text(i, EXAMPLES) for i in range(3)] == ["count", None, "fingers"]
+    assert [ColumnContext("tip").text(i, EXAMPLES) for i in range(3)] == ["count", "", "fingers"]
     with pytest.raises(UserError, match=r"no column 'hint'; they have tip"):
         ColumnContext("hint").text(0, EXAMPLES)
 
