@@ -43,7 +43,7 @@ def render(
         tokenizer: Has the chat template.
         messages: Turns with ``role`` and ``content``.
         kwargs: Further arguments of the template.
-        day: What the template takes for today.
+        day: The day that the template gets as today's.
         generation: Open the assistant's turn at the end.
 
     Raises:

@@ -112,7 +112,7 @@ class OPSDDataModule(LightningDataModule):
             )
 
     def reads_teacher(self, stage: str) -> bool:
-        """Whether prompts of the teacher are made in a stage."""
+        """Return whether the teacher's prompts are made in a stage."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         teacher = getattr(module, "teacher", None)
         trains = stage == "fit" and (module is None or getattr(teacher, "privileged", False))

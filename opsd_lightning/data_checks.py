@@ -65,7 +65,7 @@ class Room(NamedTuple):
     Args:
         limit: Its length in tokens.
         completion: Tokens of the longest completion.
-        reads_teacher: Whether it takes the teacher's prompts, too.
+        reads_teacher: Count the teacher's prompts, too.
         owner: Whose it is, for messages.
     """
 
@@ -102,7 +102,7 @@ def data_findings(
         split: ``train`` or ``val``.
         facts: Of `data_facts`.
         refuses: Whether ``data.on_invalid`` is ``error``, so that one such row ends the run.
-        rooms: What prompts and completions of each split must fit.
+        rooms: Limits in tokens that prompts and completions of each split must fit.
         overhead: Tokens of the teacher's prompt beside the student's and the context.
     """
     total = facts["rows"]
@@ -181,7 +181,7 @@ def length_findings(
 
     Args:
         data: Set up.
-        rooms: What prompts and completions of each split must fit.
+        rooms: Limits in tokens that prompts and completions of each split must fit.
         overhead: Tokens of the teacher's prompt beside the student's and the context.
         traces: Their tokens (see `trace_lengths`), as an estimate of completions.
         sampling: Of training.

@@ -262,8 +262,8 @@ def read_unit(text: str, attached: bool = False) -> Unit | None:
     """Read what follows a number as a unit or a counted thing.
 
     Args:
-        text: What follows the number.
-        attached: Whether no space stands between them: single letters are then variables, as in ``2h``.
+        text: The text behind the number.
+        attached: No space stands between them: single letters are then variables, as in ``2h``.
     """
     if re.fullmatch(
         r"(?![^万萬億亿千百十半分度倍或和と与]*[万萬億亿千百十半分度倍或和と与])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]{1,8}",

@@ -37,8 +37,8 @@ class Agreement(NamedTuple):
     """Differences that were found, as multiples of the logits' standard deviation.
 
     Args:
-        batch: Of rows scored together from rows scored alone.
-        shared: Of rows whose prompt is run once from rows scored alone.
+        batch: Difference between rows scored together and rows scored alone.
+        shared: Difference between rows whose prompt is run once and rows scored alone.
         rollout: Of logits in the rollout from logits in scoring; None where the engine does not show them.
         agreed: Greedily sampled tokens that are the likeliest when scored, too.
         tokens: Greedily sampled tokens.
