@@ -7,7 +7,7 @@ VLLM_VENV ?= $(if $(findstring $(NOTHING) ,$(CURDIR)),$(HOME)/.cache/opsd-lightn
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: quickstart learn docs test test-vllm check wheel clean
+.PHONY: quickstart learn docs test attack test-vllm check wheel clean
 
 quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
 	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
@@ -17,6 +17,9 @@ learn: $(VENV)/.plots ## Make a tiny base model, train it on its own rollouts an
 
 test: $(VENV)/.dev ## The whole test suite, on two cores at once (WORKERS=0: on one, in order)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not slow and not vllm" $(ARGS)
+
+attack: $(VENV)/.dev ## Repeat every attack for an hour (ARGS="--minutes 10": for ten minutes), and count
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.attacks.hour $(ARGS)
 
 docs: $(VENV)/.dev ## The documentation site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html

@@ -11,10 +11,12 @@ import gc
 import itertools
 import json
 import logging
+import random
 import socket
 import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch  # noqa: F401 (sets its loggers up)
 import pytest
@@ -199,6 +201,50 @@ def free_port() -> int:
 def write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+class Attack:
+    """How often an attack of ``tests/attacks`` is tried, and with which random numbers.
+
+    `make test` tries a sample of each, always the same. `make attack` tries all, in rounds that differ, and adds up what was
+    tried (``attacks/hour.py``).
+    """
+
+    def __init__(self, test: str) -> None:
+        #: The round of `make attack`, from 1; 0 in `make test`.
+        self.round = int(os.environ.get("OPSD_ATTACK_ROUND", "0"))
+        self.random = random.Random(f"{test} {self.round}")
+        self.counts: dict[str, int] = {}
+
+    def tries(self, sample: int, whole: int) -> int:
+        """How often to try: ``sample`` times in `make test`, ``whole`` times in a round of `make attack`."""
+        return whole if self.round else sample
+
+    def tried(self, attack: str, count: int = 1) -> None:
+        """Count tries of an attack, named as in the table of docs/reliability.md."""
+        self.counts[attack] = self.counts.get(attack, 0) + count
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report: Any = yield
+    if call.when == "call":
+        item.stash[_failed] = report.failed
+    return report
+
+
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.fixture
+def attack(request: pytest.FixtureRequest) -> Iterator[Attack]:
+    found = Attack(request.node.nodeid)
+    yield found
+    if path := os.environ.get("OPSD_ATTACK_REPORT"):
+        failed = int(request.node.stash.get(_failed, True))
+        lines = [json.dumps({"attack": name, "tried": n, "failed": failed}) for name, n in found.counts.items()]
+        with open(path, "a", encoding="utf-8") as file:  # one write, so that processes do not mix
+            file.write("".join(f"{line}\n" for line in lines))
 
 
 # Ragged prompts and completions: the shortest and the longest of everything, and an empty completion.
