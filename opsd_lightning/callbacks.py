@@ -5,8 +5,9 @@ Each reads the outputs of the module's steps and the trainer's public state; non
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from torch import Tensor
 
+from opsd_lightning import run_lock
 from opsd_lightning.evaluation import Records
-from opsd_lightning.export import merge_adapter, write_adapter
+from opsd_lightning.export import ADAPTER, MERGED, inputs_of, merge_adapter, write_adapter
+from opsd_lightning.folders import Kept, check, free_name, place_of
 from opsd_lightning.loggers import append_rows, log_table
 from opsd_lightning.results import Results, identity
-from opsd_lightning.serving import from_rank_zero, of_every_rank
+from opsd_lightning.run_checks import outputs_of
+from opsd_lightning.serving import from_rank_zero, of_every_rank, together
 from opsd_lightning.strategies import read_adapters, replica, whole
 from opsd_lightning.training import PolicyModule
-from opsd_lightning.types import PromptBatch, UserError
+from opsd_lightning.types import ConfigError, PromptBatch, UserError
 
 
 class AdapterExport(Callback):
@@ -34,13 +39,34 @@ class AdapterExport(Callback):
 
     Best is what the first `ModelCheckpoint` with a ``monitor`` says; without one, the last.
 
+    A folder that exists is replaced if it is empty or holds an earlier export and nothing else; another one is refused before
+    training. A folder that can no longer be replaced at the end stays, and the export goes to ``NAME-1`` and so on beside it.
+
     Args:
-        folder: Where it goes, relative to the trainer's ``default_root_dir``. Replaced if it exists.
-        merged_folder: Where a full model with the adapter merged in goes as well. Not written unless given.
+        folder: Folder for the export, relative to the trainer's ``default_root_dir``.
+        merged_folder: Folder for a full model with the adapter merged in. Defaults to none.
     """
 
     def __init__(self, folder: str = "adapter", merged_folder: str | None = None) -> None:
         self.folder, self.merged_folder = folder, merged_folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, PolicyModule):
+            together(lambda: self._check(trainer, pl_module) if trainer.is_global_zero else None)
+
+    def _check(self, trainer: Trainer, module: PolicyModule) -> None:
+        root, kept = Path(trainer.default_root_dir), self._kept(trainer, module)
+        folder = check(root / self.folder, _SETTING, ADAPTER, kept)
+        if self.merged_folder is not None and not module.policy.trains_all:
+            setting = "trainer.callbacks.merged_folder"
+            merged = check(root / self.merged_folder, setting, MERGED, [*kept, ("the adapter's folder", folder)])
+            if merged in folder.parents or folder in merged.parents:
+                raise ConfigError(f"{merged} and {folder} are inside each other", setting, "Choose another folder")
+
+    def _kept(self, trainer: Trainer, module: PolicyModule) -> list[Kept]:
+        checkpoint = trainer.ckpt_path
+        given = [("the checkpoint", str(checkpoint))] if checkpoint is not None and Path(str(checkpoint)).exists() else []
+        return [*outputs_of(trainer), *inputs_of(module.policy), *given]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -55,14 +81,54 @@ class AdapterExport(Callback):
             return
         weights = {key.removeprefix("model."): value for key, value in found.items()}
         root = Path(trainer.default_root_dir)
-        folder = write_adapter(pl_module.model, root / self.folder, weights)
-        what = "model" if pl_module.policy.trains_all else "adapter"
+        kept, policy = self._kept(trainer, pl_module), pl_module.policy
+        tokenizer = pl_module.tokenizer if policy.trains_all else None
+        folder = _written(
+            root / self.folder,
+            root,
+            _SETTING,
+            best,
+            lambda folder: write_adapter(pl_module.model, folder, weights, tokenizer, _SETTING, kept),
+        )
+        what = "model" if policy.trains_all else "adapter"
         print(f"The {what} of {best or 'the last step'} is in {folder}")
-        if pl_module.policy.trains_all:
-            pl_module.tokenizer.save_pretrained(str(folder))
-        elif self.merged_folder is not None:
-            merged = merge_adapter(pl_module.policy, folder, root / self.merged_folder)
+        if self.merged_folder is not None and not policy.trains_all:
+            setting, adapter = "trainer.callbacks.merged_folder", folder
+            merged = _written(
+                root / self.merged_folder,
+                root,
+                setting,
+                best,
+                lambda folder: merge_adapter(policy, adapter, folder, setting=setting, kept=kept),
+            )
             print(f"The merged model is in {merged}")
+
+
+_SETTING = "trainer.callbacks.folder"
+
+
+def _written(folder: Path, root: Path, setting: str, checkpoint: str, write: Callable[[Path], Path]) -> Path:
+    """Write an export; under another name where its folder cannot be replaced.
+
+    Raises:
+        UserError: The disk is full, or fails.
+    """
+    try:
+        try:
+            return write(folder)
+        except (ConfigError, PermissionError) as error:
+            if isinstance(error, ConfigError) and error.setting != setting:
+                raise
+            place = place_of(folder)
+            inside = place.parent.is_dir() and os.access(place.parent, os.W_OK) and place not in (root.resolve(), *root.resolve().parents)
+            other = free_name(place if inside else root.resolve() / "adapter")
+            warnings.warn(f"AdapterExport: {error}. It is written to {other} instead", stacklevel=3)
+            return write(other)
+    except (OSError, SafetensorError) as error:
+        where = checkpoint or "the run's checkpoints, if it wrote any"
+        raise UserError(
+            f"{setting}: {folder} could not be written ({error}). What was there before stays; the trained weights are in {where}"
+        ) from error
 
 
 def due(trainer: Trainer, module: PolicyModule, every_n_steps: int) -> bool:
@@ -157,6 +223,7 @@ class RolloutWriter(Callback):
     def __init__(self, folder: str = ".", resume: bool = True) -> None:
         self.folder, self.resume = folder, resume
         self.results: Results | None = None
+        self._lock: Path | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module, "test", trainer.test_dataloaders)
@@ -186,6 +253,7 @@ class RolloutWriter(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         if self.results is not None:
             self.results, pl_module.evaluator.finished = None, {}
+            self._release(trainer)
 
     def _begin(self, trainer: Trainer, module: Any, stage: str, loader: Any) -> None:
         batches = list(loader)
@@ -195,7 +263,14 @@ class RolloutWriter(Callback):
         roles = ["student", "teacher"] if stage == "test" and evaluator.teacher is not None else ["student"]
         root = Path(trainer.default_root_dir) / self.folder
         results = self.results = Results(root, stage, identity(module, batches, str(trainer.precision)))
-        for line in from_rank_zero(lambda: results.create(self.resume)):
+        lock = results.folder.with_name(f".{results.folder.name}.lock")
+
+        def create() -> list[str]:
+            run_lock.hold_file(lock, results.folder, "writer.folder", trainer)
+            return results.create(self.resume)
+
+        self._lock = lock
+        for line in from_rank_zero(create):
             rank_zero_info(line)
         results.mend(replica(trainer)[0])
         evaluator.finished = results.finished(batches, roles, evaluator.sampling.n)
@@ -213,8 +288,13 @@ class RolloutWriter(Callback):
         assert results is not None
         of_every_rank(None)  # all have written
         path = from_rank_zero(lambda: results.join(metrics))
+        self._release(trainer)
         if trainer.is_global_zero:
             print(f"Graded completions are in {path} and {results.folder}")
+
+    def _release(self, trainer: Trainer) -> None:
+        if self._lock is not None:
+            run_lock.release(trainer, self._lock)
 
 
 def print_metrics(values: Mapping[str, float]) -> None:

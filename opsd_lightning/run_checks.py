@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from opsd_lightning.folders import Kept
+from opsd_lightning.runs import RECORD
 from opsd_lightning.types import ConfigError
 
 
@@ -32,6 +34,22 @@ def check_folders(trainer: Trainer) -> None:
         except OSError as error:
             problem = f"cannot write to {folder} ({error.strerror})"
             raise ConfigError(problem, setting, "Choose a folder that can be written") from error
+
+
+def outputs_of(trainer: Trainer) -> list[Kept]:
+    """Return the local folders and files that a fit writes, with words for each."""
+    root = Path(trainer.default_root_dir)
+    found: list[tuple[str, Any]] = [
+        ("the run's own folder (trainer.default_root_dir)", root),
+        ("the run's record", root / RECORD),
+        ("the folder of evaluations", root / "results"),
+        ("the folder of checkpoints", root / "checkpoints"),
+    ]
+    found += [("the folder of checkpoints", getattr(c, "dirpath", None)) for c in trainer.checkpoint_callbacks]
+    found += [("a logger's folder", logger.log_dir or logger.save_dir) for logger in trainer.loggers]
+    pages = [getattr(callback, "path", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    found += [("a page or table of the run", root / path) for path in pages if isinstance(path, str)]
+    return [(words, path) for words, path in found if path is not None and "://" not in str(path)]
 
 
 def open_loggers(trainer: Trainer) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from opsd_lightning.export import write_weights
+from opsd_lightning.export import remove_weights, write_weights
 from opsd_lightning.policy import TEACHER
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.tokens import cut_at_eos
@@ -169,7 +168,7 @@ class AdapterVersions:
 
     def remove(self, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
-            shutil.rmtree(adapter.folder, ignore_errors=True)
+            remove_weights(adapter.folder)
             self.written.remove(adapter)
 
     def remove_all(self) -> list[str]:

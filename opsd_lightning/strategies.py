@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -38,6 +37,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from opsd_lightning.folders import remove_shards
 from opsd_lightning.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.precision import precision_problem
 from opsd_lightning.tensor_parallel import plan_of, split
@@ -184,12 +184,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(str(filepath)))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero and path.is_dir():
-                shutil.rmtree(path)
+                remove_shards(path)
             Strategy.save_checkpoint(self, checkpoint, path, storage_options)
             return
         temporary = path.with_name(f".{path.name}.partial")
         if self.is_global_zero:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_shards(temporary)
             temporary.mkdir(parents=True)
         self.barrier()
         optimizers = checkpoint.pop("optimizer_states", [])
@@ -198,13 +198,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.is_global_zero:
             torch.save(checkpoint, temporary / _META)
             old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+            remove_shards(old)
             if path.is_dir():
                 os.replace(path, old)  # a folder cannot be replaced by one that is not empty
             else:
                 path.unlink(missing_ok=True)
             os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
+            remove_shards(old)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from opsd_lightning import checkpoint_record
+from opsd_lightning import checkpoint_record, run_lock
 from opsd_lightning.checkpoint_record import Configured
 from opsd_lightning.evaluation import EvaluatedModule, Evaluator
 from opsd_lightning.fingerprint import base_record
@@ -208,6 +209,10 @@ class PolicyModule(EvaluatedModule, ABC):
         self.attach()
         if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2Strategy):
             self._trainer.strategy.shard(self.model)
+
+    def configure_callbacks(self) -> list[Callback]:
+        run_lock.attach(self.trainer)
+        return []
 
     def on_fit_start(self) -> None:
         self._check_trainer()  # also of a module that another trainer built

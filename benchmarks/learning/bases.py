@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +40,7 @@ from benchmarks.learning.task import (
     runs_folder,
     split_of,
 )
+from opsd_lightning.folders import check, replacing
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
@@ -207,18 +207,16 @@ def make(base: Base, root: Path) -> Path:
     record = folder / "base.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8"))["settings"] == asdict(base):
         return folder
+    check(folder, "--output", "pretrained model")
     started = time.perf_counter()
     model = pretrain(base)
     seconds = time.perf_counter() - started
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    make_tokenizer().save_pretrained(partial)
     facts = {"settings": asdict(base), "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
-    facts |= {"torch": torch.__version__, "accuracy": measure(partial)}
-    (partial / "base.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replacing(folder, "--output", "pretrained model") as partial:
+        model.save_pretrained(partial)
+        make_tokenizer().save_pretrained(partial)
+        facts |= {"torch": torch.__version__, "accuracy": measure(partial)}
+        (partial / "base.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"{base.name}: {facts}", flush=True)
     return folder
 
