@@ -15,6 +15,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
@@ -22,12 +23,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from opsd_lightning import run_lock
+from opsd_lightning.csv_tables import append_rows, begin, check_table
+from opsd_lightning.disk_errors import survived
 from opsd_lightning.evaluation import Records
 from opsd_lightning.export import ADAPTER, MERGED, inputs_of, merge_adapter, write_adapter
 from opsd_lightning.folders import Kept, check, free_name, place_of
-from opsd_lightning.loggers import append_rows, log_table
+from opsd_lightning.loggers import log_table
+from opsd_lightning.record import CHECKPOINT_ID, is_newest
 from opsd_lightning.results import Results, identity
 from opsd_lightning.run_checks import outputs_of
+from opsd_lightning.runs import RECORD
 from opsd_lightning.serving import from_rank_zero, of_every_rank, together
 from opsd_lightning.strategies import read_adapters, replica, whole
 from opsd_lightning.training import PolicyModule
@@ -120,7 +125,11 @@ def _written(folder: Path, root: Path, setting: str, checkpoint: str, write: Cal
             if isinstance(error, ConfigError) and error.setting != setting:
                 raise
             place = place_of(folder)
-            inside = place.parent.is_dir() and os.access(place.parent, os.W_OK) and place not in (root.resolve(), *root.resolve().parents)
+            inside = (
+                place.parent.is_dir()
+                and os.access(place.parent, os.W_OK)
+                and place not in (root.resolve(), *root.resolve().parents)
+            )
             other = free_name(place if inside else root.resolve() / "adapter")
             warnings.warn(f"AdapterExport: {error}. It is written to {other} instead", stacklevel=3)
             return write(other)
@@ -168,7 +177,10 @@ class RolloutTable(Callback):
         every_n_steps: Optimizer steps from one table to the next, at least 1. With ``updates_per_batch`` a table is of the
             first batch that ends at a multiple or has passed one.
         rows: Completions in a table, at least 1.
-        path: The file, relative to the trainer's ``default_root_dir``. Rows are appended.
+        path: The file, relative to the trainer's ``default_root_dir``. A run that goes on appends to it, without rows of
+            steps that it makes again. A new run moves the table of an earlier one to ``rollouts-1.csv`` and so on; so does
+            one that goes on from an earlier checkpoint with a copy. Texts that a spreadsheet would take for formulas have an
+            apostrophe in front (see `csv_tables`).
     """
 
     COLUMNS = ("step", "question", "completion", "tokens", "truncated", "forward_kl", "first_token_forward_kl")
@@ -176,9 +188,28 @@ class RolloutTable(Callback):
     def __init__(self, every_n_steps: PositiveInt = 10, rows: PositiveInt = 4, path: str = "rollouts.csv") -> None:
         self.every_n_steps, self.rows, self.path = PositiveInt(every_n_steps), PositiveInt(rows), path
         self._passed = 0  # multiples of every_n_steps so far
+        self._waiting: list[list[Any]] = []  # rows that could not be written yet
+        self._branches = True  # whether the run goes on from another checkpoint than the newest
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._waiting, self._branches = [], True
+        if stage == "fit":
+            path = Path(trainer.default_root_dir) / self.path
+            together(lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Before the record of the earlier start is touched.
+        self._branches = not is_newest(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passed = trainer.global_step // self.every_n_steps
+        if not trainer.is_global_zero:
+            return
+        paths = [Path(trainer.default_root_dir) / self.path]
+        paths += [Path(logger.log_dir) / "rollouts.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        for path in paths:
+            with survived(trainer, str(path)):
+                begin(path, self.COLUMNS, trainer.global_step, self._branches)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -203,8 +234,22 @@ class RolloutTable(Callback):
                     round(float(kl[0]), 4) if len(kl) else "",
                 ]
             )
-        append_rows(Path(trainer.default_root_dir) / self.path, self.COLUMNS, table)
+        self._waiting += table
+        self._write(trainer)
         log_table(trainer.loggers, "rollouts", self.COLUMNS, table, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        path = Path(trainer.default_root_dir) / self.path
+        if self._waiting:
+            with survived(trainer, str(path)):
+                append_rows(path, self.COLUMNS, self._waiting)
+                self._waiting = []
 
 
 class RolloutWriter(Callback):

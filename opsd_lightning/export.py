@@ -135,7 +135,11 @@ def merge_adapter(
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
     policy = dataclasses.replace(policy, adapter=str(adapter), lora=LoRA())
-    kept = [*kept, *inputs_of(dataclasses.replace(policy, adapter=None)), *([("the adapter", adapter)] * Path(adapter).exists())]
+    kept = [
+        *kept,
+        *inputs_of(dataclasses.replace(policy, adapter=None)),
+        *([("the adapter", adapter)] * Path(adapter).exists()),
+    ]
     check(folder, setting, MERGED, kept)
     if dequantize and (policy.quantization is None or not policy.quantization.load_in_4bit):
         raise UserError("merge_adapter: dequantize needs the policy that was trained with 4-bit quantization")

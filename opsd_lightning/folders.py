@@ -1,4 +1,4 @@
-"""Folders that the package writes whole, replaces and removes: exports, model folders, shards of checkpoints.
+"""Folders and pages that the package replaces and removes: exports, model folders, shards of checkpoints, reports.
 
 A folder is replaced only where nothing of anybody else's can be lost. Each folder that is written here holds `MANIFEST`, which
 lists its files. A folder that exists is replaced if it is empty, or if it holds the files of its manifest and nothing else. The
@@ -32,6 +32,8 @@ from opsd_lightning.types import ConfigError
 MANIFEST = "opsd_export.json"
 _MADE_BY = "opsd_lightning"
 _SHARDS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|meta\.pt")
+_GENERATOR = b'<meta name="generator" content="opsd-lightning">'
+_EARLIER_PAGE = (b"Content-Security-Policy", b'<script type="application/json" id="data">')
 _FIX = "Choose a folder that does not exist yet, or move this one away"
 
 #: A file or folder that must stay, with words for it, such as "the base model".
@@ -138,6 +140,25 @@ def remove_shards(folder: str | Path, setting: str = "trainer.callbacks.dirpath"
     if others := [path.name for path in place.iterdir() if path.is_dir() or not _SHARDS.fullmatch(path.name)]:
         raise ConfigError(f"{place} is no checkpoint: it holds {_listed(others)}", setting, _FIX)
     _discard(place, [path.name for path in place.iterdir()])
+
+
+def check_page(path: str | Path, setting: str) -> None:
+    """Refuse to replace a file that exists and is no page of this package.
+
+    Raises:
+        ConfigError: With the setting that names the file.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    ours = False
+    if path.is_file() and not path.is_symlink():
+        content = path.read_bytes()
+        # Pages of earlier versions do not name their generator.
+        ours = not content or _GENERATOR in content[:1000] or all(part in content for part in _EARLIER_PAGE)
+    if not ours:
+        fix = "Choose another file, or move this one away"
+        raise ConfigError(f"{path} is no page that this package wrote, and would be replaced", setting, fix)
 
 
 def free_name(folder: Path) -> Path:
@@ -337,7 +358,9 @@ def _put(temporary: Path, place: Path, setting: str, kind: str) -> None:
                 _discard(aside, files)
             aside, files = mine, list(before)
         else:
-            raise ConfigError(f"{place} is replaced by other processes all the time", setting, "Give each a folder of its own")
+            raise ConfigError(
+                f"{place} is replaced by other processes all the time", setting, "Give each a folder of its own"
+            )
     except BaseException:
         if aside is not None:
             _back(aside, place)

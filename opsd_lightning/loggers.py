@@ -6,12 +6,11 @@
     W&B          a ``wandb.Table``                  a ``wandb.Image``                a ``wandb.Html``
     MLflow       the artifact NAME.json, appended   an image of the run, with steps  the artifact pages/FILE
 
-Only the global rank zero may call these. A logger of another kind is passed over.
+Only the global rank zero may call these. A logger of another kind is passed over. One that cannot write is warned of.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from opsd_lightning.csv_tables import append_rows
+from opsd_lightning.disk_errors import survived
 from opsd_lightning.files import replace
 
 if TYPE_CHECKING:
@@ -38,15 +39,16 @@ def log_table(
         step: Optimizer steps made so far.
     """
     for logger in loggers:
-        if isinstance(logger, CSVLogger):
-            append_rows(Path(logger.log_dir) / f"{name}.csv", columns, rows)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(name, _markdown(columns, rows), step)
-        elif isinstance(logger, WandbLogger):
-            logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=step)
-        elif isinstance(logger, MLFlowLogger):
-            data = {column: [row[index] for row in rows] for index, column in enumerate(columns)}
-            logger.experiment.log_table(logger.run_id, data, f"{name}.json")
+        with survived(logger, f"{name} of {type(logger).__name__}"):
+            if isinstance(logger, CSVLogger):
+                append_rows(Path(logger.log_dir) / f"{name}.csv", columns, rows)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(name, _markdown(columns, rows), step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=step)
+            elif isinstance(logger, MLFlowLogger):
+                data = {column: [row[index] for row in rows] for index, column in enumerate(columns)}
+                logger.experiment.log_table(logger.run_id, data, f"{name}.json")
 
 
 def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) -> None:
@@ -60,27 +62,28 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
     """
     png: bytes | None = None
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(name, figure, step, close=False)
-            continue
-        if not isinstance(logger, (CSVLogger, WandbLogger, MLFlowLogger)):
-            continue
-        if png is None:  # drawn once for all of them
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
-            png = buffer.getvalue()
-        if isinstance(logger, CSVLogger):
-            path = Path(logger.log_dir) / name / f"step-{step:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, png)
-            continue
-        from PIL import Image
+        with survived(logger, f"{name} of {type(logger).__name__}"):
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(name, figure, step, close=False)
+                continue
+            if not isinstance(logger, (CSVLogger, WandbLogger, MLFlowLogger)):
+                continue
+            if png is None:  # drawn once for all of them
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png")
+                png = buffer.getvalue()
+            if isinstance(logger, CSVLogger):
+                path = Path(logger.log_dir) / name / f"step-{step:06d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace(path, png)
+                continue
+            from PIL import Image
 
-        image = Image.open(io.BytesIO(png)).convert("RGB")
-        if isinstance(logger, WandbLogger):
-            logger.log_image(name, [image], step=step)
-        else:
-            logger.experiment.log_image(logger.run_id, image, key=name, step=step)
+            image = Image.open(io.BytesIO(png)).convert("RGB")
+            if isinstance(logger, WandbLogger):
+                logger.log_image(name, [image], step=step)
+            else:
+                logger.experiment.log_image(logger.run_id, image, key=name, step=step)
 
 
 def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> None:
@@ -93,28 +96,18 @@ def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> Non
         step: Optimizer steps made so far.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            from wandb import Html
+        with survived(logger, f"{name} of {type(logger).__name__}"):
+            if isinstance(logger, WandbLogger):
+                from wandb import Html
 
-            logger.log_metrics({name: Html(path)}, step)  # type: ignore[dict-item]
-        elif isinstance(logger, MLFlowLogger):
-            logger.experiment.log_artifact(logger.run_id, str(path), "pages")
+                logger.log_metrics({name: Html(path)}, step)  # type: ignore[dict-item]
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_artifact(logger.run_id, str(path), "pages")
 
 
 def takes_pictures(loggers: Iterable[Logger]) -> bool:
     """Whether `log_figure` has a place for a picture."""
     return any(isinstance(logger, (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger)) for logger in loggers)
-
-
-def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Append rows to a CSV file, which gets its header when it is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(columns)
-        writer.writerows(rows)
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

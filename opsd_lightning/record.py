@@ -6,12 +6,16 @@ import dataclasses
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,73 +24,194 @@ import torch
 from torch import Tensor
 
 from opsd_lightning import __version__
-from opsd_lightning.files import replace
+from opsd_lightning.files import append, replace
+from opsd_lightning.folders import free_name
 from opsd_lightning.runs import read_lines
+from opsd_lightning.types import ConfigError
+
+
+#: Name of the record's checkpoint identifier in a checkpoint.
+CHECKPOINT_ID = "opsd_record"
+_RUN, _METRICS, _SAMPLES, _CONFIG = "run.json", "metrics.jsonl", "samples.jsonl", "config.yaml"
+_RESERVE = ".reserve"  # room that is given back to a full disk when the end is written
+_RESERVED_BYTES = 1 << 16
+_TRIES, _PAUSE_SECONDS = 3, 0.2  # of writing the end
+
+
+def is_newest(folder: Path, checkpoint: str | None) -> bool:
+    """Return whether a checkpoint is the newest that the run of a record wrote.
+
+    Args:
+        folder: The record's.
+        checkpoint: What the checkpoint holds under `CHECKPOINT_ID`, if anything.
+    """
+    return checkpoint is not None and _info_of(folder).get("checkpoint") == checkpoint
+
+
+def check_record(folder: Path) -> None:
+    """Refuse a folder that a record would have to share with other files.
+
+    Raises:
+        ConfigError: It exists and is neither empty nor a record.
+    """
+    if not os.path.lexists(folder):
+        return
+    problem = f"{folder} is no folder of its own" if folder.is_symlink() or not folder.is_dir() else None
+    names = set() if problem else {path.name for path in folder.iterdir()}
+    if names and not names & {_RUN, _METRICS, _SAMPLES, _CONFIG, _RESERVE}:
+        problem = f"{folder} is no record of a run: it holds {', '.join(sorted(names)[:3])}"
+    if problem is not None:
+        fix = "Choose another folder for the run, or move this one away"
+        raise ConfigError(f"{problem}, and RunReport writes its record there", "trainer.default_root_dir", fix)
 
 
 class Record:
     """The files of a record, and the clock of its run.
 
+    The record of another run in the folder is moved to ``record-1`` and so on. A run that goes on drops the lines of the steps
+    that it makes again; a copy of the record is kept there before, where the run had finished or goes on from another
+    checkpoint than its newest, so that those lines are not made again alike.
+
+    Lines that cannot be written, because the disk is full, wait in memory and are written when it has room.
+
     Args:
-        folder: Where they are. A record of another run in it is moved aside.
+        folder: Folder of the files.
         step: Optimizer steps made when this start begins: above 0 for a resumed run.
+        checkpoint: Identifier (`CHECKPOINT_ID`) of the checkpoint that the run goes on from, if it has one.
+        failed: Called with the name and the error of a file that cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.folder, self._started = folder, time.monotonic()
-        lines = read_lines(folder / "metrics.jsonl")
-        self.resumed = step > 0 and max((line["step"] for line in lines if line["kind"] == "train"), default=-1) >= step
-        aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        checkpoint: str | None = None,
+        failed: Callable[[str, OSError], None] = lambda name, error: None,
+    ) -> None:
+        self.folder, self._started, self._failed = folder, time.monotonic(), failed
+        self._waiting: dict[str, list[str]] = {_METRICS: [], _SAMPLES: []}
+        self._checkpoint: tuple[int, str] | None = None  # the newest of this start: its step and identifier
+        lines, info = read_lines(folder / _METRICS), _info_of(folder)
+        newest = is_newest(folder, checkpoint)
+        last = max((line["step"] for line in lines if line["kind"] == "train"), default=-1)
+        self.resumed = step > 0 and (last >= step or newest)
         if folder.exists() and not self.resumed:
-            os.replace(folder, aside)
-        elif self.resumed and self._read().get("status") in ("finished", "idle"):
-            shutil.copytree(folder, aside)  # a branch off a finished run, whose own end is not thrown away
+            os.replace(folder, free_name(folder))
+        elif self.resumed:
+            dropped = any(line["step"] > step for line in lines)
+            if info.get("status") in ("finished", "idle") or (dropped and not newest):
+                self._copy()
         folder.mkdir(parents=True, exist_ok=True)
+        self._reserve()
         kept = [line for line in lines if line["step"] <= step] if self.resumed else []
         self._before = max((line["seconds"] for line in kept), default=0.0)
         if self.resumed:  # steps after the checkpoint are made again
-            replace(folder / "metrics.jsonl", "".join(_line(line) for line in kept))
-            samples = [line for line in read_lines(folder / "samples.jsonl") if line["step"] <= step]
-            replace(folder / "samples.jsonl", "".join(_line(line) for line in samples))
+            samples = [line for line in read_lines(folder / _SAMPLES) if line["step"] <= step]
+            replace(folder / _SAMPLES, "".join(_line(line) for line in samples))
+            replace(folder / _METRICS, "".join(_line(line) for line in kept))
+
+    def _copy(self) -> None:
+        """Keep a copy of the record, which takes its name when it is whole."""
+        aside = free_name(self.folder)
+        with tempfile.TemporaryDirectory(prefix=f".{aside.name}.partial-", dir=aside.parent) as temporary:
+            whole = Path(temporary) / aside.name
+            shutil.copytree(self.folder, whole, ignore=shutil.ignore_patterns(_RESERVE, ".*.partial"))
+            os.rename(whole, aside)
+
+    def _reserve(self) -> None:
+        with suppress(OSError):  # there is no room for it
+            replace(self.folder / _RESERVE, b"\0" * _RESERVED_BYTES)
 
     def seconds(self) -> float:
         """Since the first start, without pauses."""
         return round(self._before + time.monotonic() - self._started, 3)
 
     def start(self, start: dict[str, Any], logs: list[str], config: str) -> None:
-        old = self._read() if self.resumed else {}
+        old = _info_of(self.folder) if self.resumed else {}
         self._info = {
             "starts": [*old.get("starts", []), start],
             "logs": sorted({*old.get("logs", []), *logs}),
             "status": "running",
             "reason": "",
             "warnings": [],
+            "unwritten": {},
+            "checkpoint": old.get("checkpoint"),
             "ended": None,
         }
-        replace(self.folder / "config.yaml", config)
+        self._try(_CONFIG, lambda: replace(self.folder / _CONFIG, config))
         self._write()
 
-    def end(self, status: str, reason: str, warnings: list[str]) -> None:
+    def checkpoint(self, step: int) -> str:
+        """Note that a checkpoint is being written after an optimizer step; returns its identifier."""
+        if self._checkpoint is None or self._checkpoint[0] != step:
+            self._checkpoint = step, secrets.token_hex(8)
+            self._info["checkpoint"] = self._checkpoint[1]
+            self._write()
+        return self._checkpoint[1]
+
+    def end(self, status: str, reason: str, warnings: list[str], unwritten: Mapping[str, str] | None = None) -> None:
+        """Write how the run ended, and what could not be written, also to a full disk."""
+        self._flush()
+        with suppress(OSError):
+            (self.folder / _RESERVE).unlink(missing_ok=True)
         self._info |= {"status": status, "reason": reason, "warnings": warnings, "ended": now()}
-        self._write()
+        lost = dict(unwritten or {})
+        for last in (False, True):  # first how it ended; then, if there is room, the lines that wait
+            lines = {name: f"{len(waiting)} lines" for name, waiting in self._waiting.items() if waiting}
+            self._info["unwritten"] = lost | lines
+            for _ in range(_TRIES):
+                if self._write():
+                    break
+                time.sleep(_PAUSE_SECONDS)
+            if last or not self._flush():
+                break
 
     def metrics(self, kind: str, step: int, seconds: float, tokens: int, values: dict[str, float]) -> None:
         line = {"kind": kind, "step": step, "seconds": seconds, "tokens": tokens, "metrics": values}
-        self._append("metrics.jsonl", line)
+        self._append(_METRICS, line)
 
     def samples(self, kind: str, step: int, records: list[dict[str, Any]]) -> None:
-        self._append("samples.jsonl", {"kind": kind, "step": step, "records": records})
+        self._append(_SAMPLES, {"kind": kind, "step": step, "records": records})
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(_line(line))
+        self._waiting[name].append(_line(line))
+        self._flush()
 
-    def _read(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    def _flush(self) -> bool:
+        """Write the lines that wait; returns whether some were written."""
+        written = False
+        for name, waiting in self._waiting.items():
+            count = len(waiting)
+            while waiting:
+                content = "".join(waiting[:count]).encode()
+                if self._try(name, partial(append, self.folder / name, content)):
+                    del waiting[:count]
+                    written = True
+                elif count > 1:
+                    count = 1  # as many as there is room for
+                else:
+                    break
+        return written
 
-    def _write(self) -> None:
-        replace(self.folder / "run.json", json.dumps(self._info, indent=2, ensure_ascii=False))
+    def _try(self, name: str, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            self._failed(name, error)
+            return False
+        return True
+
+    def _write(self) -> bool:
+        content = json.dumps(self._info, indent=2, ensure_ascii=False)
+        return self._try(_RUN, lambda: replace(self.folder / _RUN, content))
+
+
+def _info_of(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def described(value: Any, depth: int = 0) -> Any:

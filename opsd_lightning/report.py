@@ -20,6 +20,7 @@ from urllib.parse import quote
 from opsd_lightning import __version__
 from opsd_lightning.curves import charts_of, curves_of
 from opsd_lightning.files import replace, script_json
+from opsd_lightning.folders import check_page
 from opsd_lightning.runs import (
     RECORD,
     Point,
@@ -54,6 +55,7 @@ def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.
     output = Path(output)
     if output.is_dir():
         raise UserError(f"{output} is a folder: give the page's own name, such as {output / 'report.html'}")
+    check_page(output, "output")
     html = render(found, output)
     try:
         replace(output, html)

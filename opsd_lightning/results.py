@@ -112,11 +112,15 @@ class Results:
             ConfigError: The folder is a link, or ``<root>/<stage>.jsonl`` is not from an evaluation.
         """
         if self.folder.is_symlink():
-            raise ConfigError(f"{self.folder} is a symbolic link", "writer.folder", "Choose another folder, or remove the link")
+            raise ConfigError(
+                f"{self.folder} is a symbolic link", "writer.folder", "Choose another folder, or remove the link"
+            )
         newest = self.root / f"{self.stage}.jsonl"
         if not _is_of_evaluation(newest):
             problem = f"{newest} is not from an evaluation, and would be overwritten"
-            raise ConfigError(problem, "writer.folder", "Choose another folder (or trainer.default_root_dir), or move the file")
+            raise ConfigError(
+                problem, "writer.folder", "Choose another folder (or trainer.default_root_dir), or move the file"
+            )
         if not resume and self.folder.exists():
             for path in self.folder.iterdir():
                 if _OWN.fullmatch(path.name) and not path.is_dir():

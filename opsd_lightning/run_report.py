@@ -17,13 +17,27 @@ from torch import Tensor
 
 from opsd_lightning.callbacks import newly_logged
 from opsd_lightning.contexts import read_attempts
+from opsd_lightning.disk_errors import clear, note, unwritten
 from opsd_lightning.evaluation import Records
+from opsd_lightning.folders import check_page
 from opsd_lightning.guard import CollapseGuard
 from opsd_lightning.loggers import log_page
-from opsd_lightning.record import Record, commit, described, devices, launcher, now, path_of, versions
+from opsd_lightning.record import (
+    CHECKPOINT_ID,
+    Record,
+    check_record,
+    commit,
+    described,
+    devices,
+    launcher,
+    now,
+    path_of,
+    versions,
+)
 from opsd_lightning.redaction import redact, redact_arguments, redact_text
 from opsd_lightning.report import write_report
 from opsd_lightning.runs import RECORD, read_lines
+from opsd_lightning.serving import together
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, Rollouts, UserError
 
@@ -36,7 +50,9 @@ class RunReport(Callback):
 
     The record is the folder ``record`` in the trainer's ``default_root_dir``: ``run.json``, ``config.yaml``,
     ``metrics.jsonl`` (every step and validation, whatever loggers there are) and ``samples.jsonl``. A resumed run goes on in
-    it; the record of another run that is there already is moved to ``record-1`` and so on. The page is made at
+    it; the record of another run that is there already is moved to ``record-1`` and so on, and a run that goes on from an
+    earlier checkpoint than the newest leaves a copy of the record there, as it was. Where the disk is full, training goes on,
+    and ``run.json`` names at the end what could not be written. The page is made at
     the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
     ``opsd report`` makes one of several runs. Values of settings that look like secrets are left out.
 
@@ -56,6 +72,9 @@ class RunReport(Callback):
         #: The command line of the run, set by `main.OPSDCLI`; None for a run that Python started.
         self.arguments: list[str] | None = None
         self._record: Record | None = None
+        self._loaded: str | None = None  # the record's identifier in the checkpoint that the run goes on from
+        self._start: int | None = None  # optimizer steps made before this start
+        self._ended: tuple[str, str, list[str]] | None = None
         self._pending: tuple[int, float, int, dict[str, Tensor]] | None = (
             None  # the last step: until later hooks have logged
         )
@@ -68,10 +87,23 @@ class RunReport(Callback):
 
     # -- hooks: metrics are read on every rank, since reading may reduce them; only global zero writes ------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded = None
+        if stage == "fit":
+            together(lambda: self._check(trainer) if trainer.is_global_zero else None)
+
+    def _check(self, trainer: Trainer) -> None:
+        root = Path(trainer.default_root_dir)
+        check_record(root / RECORD)
+        check_page(root / self.path, "trainer.callbacks.path")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get(CHECKPOINT_ID)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record = self._pending = self._first = self._last = None
         self._seen, self._samples, self._graded = {}, [], 0
-        self._next_page = 0.0
+        self._next_page, self._ended, self._start = 0.0, None, None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -80,6 +112,7 @@ class RunReport(Callback):
         self._begin(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._begin(trainer, pl_module)  # again, where the disk was full
         self._flush(trainer.callback_metrics)
 
     def on_train_batch_end(
@@ -122,6 +155,8 @@ class RunReport(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # The record never knows less than a checkpoint, from which the run may go on.
         self._flush(trainer.callback_metrics)
+        if self._record is not None:
+            checkpoint[CHECKPOINT_ID] = self._record.checkpoint(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush(trainer.callback_metrics)
@@ -146,8 +181,16 @@ class RunReport(Callback):
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         if self._record is not None or not trainer.is_global_zero:
             return
-        root = Path(trainer.default_root_dir)
-        self._record = Record(root / RECORD, trainer.global_step)
+        if self._start is None:
+            self._start = trainer.global_step
+        folder = Path(trainer.default_root_dir) / RECORD
+        try:
+            self._record = Record(
+                folder, self._start, self._loaded, lambda name, error: note(trainer, str(folder / name), error)
+            )
+        except OSError as error:
+            note(trainer, str(folder), error)
+            return
         saved = next((c for c in _callbacks(trainer) if isinstance(c, SaveConfigCallback)), None)
         start = {
             "command": None if self.arguments is None else launcher() + redact_arguments(self.arguments),
@@ -200,10 +243,13 @@ class RunReport(Callback):
             if not any(line["kind"] == "val" for line in read_lines(self._record.folder / "samples.jsonl")):
                 self._keep_training_samples(module)
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
-            self._record.end(status, reason, [redact_text(text) for guard in guards for text in guard.said])
+            self._ended = status, reason, [redact_text(text) for guard in guards for text in guard.said]
+            self._record.end(*self._ended, self._unwritten(trainer))
         except Exception as error:  # what ended the run is more important
             warnings.warn(f"RunReport: the end of the run could not be recorded ({error!r})", stacklevel=2)
         page = self._page(trainer)
+        if page is None and self._ended is not None:
+            self._record.end(*self._ended, self._unwritten(trainer))
         if page is not None:
             print(f"The report of the run is in {page}")
             try:
@@ -211,6 +257,11 @@ class RunReport(Callback):
             except Exception as error:
                 warnings.warn(f"RunReport: a logger did not take {page} ({error!r})", stacklevel=2)
         self._record = None
+
+    def _unwritten(self, trainer: Trainer) -> dict[str, str]:
+        assert self._record is not None
+        found = unwritten([trainer, *trainer.loggers])  # of the record's own files it knows better itself
+        return {name: reason for name, reason in found.items() if Path(name).parent != self._record.folder}
 
     def _keep_training_samples(self, module: Any) -> None:
         if not isinstance(module, PolicyModule) or self._first is None or self._last is None or self._record is None:
@@ -243,9 +294,11 @@ class RunReport(Callback):
         try:
             page = write_report([self._record.folder], Path(trainer.default_root_dir) / self.path)
             self._next_page = start + 100 * (time.monotonic() - start)  # a hundredth of the run's time at most
+            clear(trainer, self.path)
             return page
         except Exception as error:  # a full disk must not end a run
-            warnings.warn(f"RunReport: the page could not be written ({error!r}); try `opsd report` later", stacklevel=2)
+            note(trainer, self.path, error)
+            self._next_page = start + 100 * (time.monotonic() - start)
             return None
 
 

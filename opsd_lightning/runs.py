@@ -312,8 +312,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
-    with _reading(path), path.open(encoding="utf-8") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    with _reading(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = [line.decode() for line in lines if line.endswith(b"\n")]  # an interrupted run may have left half of one
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:

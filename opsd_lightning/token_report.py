@@ -22,9 +22,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import opsd_lightning
 from opsd_lightning.callbacks import due
+from opsd_lightning.disk_errors import survived
 from opsd_lightning.files import replace, script_json
+from opsd_lightning.folders import check_page
 from opsd_lightning.loggers import log_figure, log_page, takes_pictures
 from opsd_lightning.objectives import Update
+from opsd_lightning.serving import together
 from opsd_lightning.token_scores import Predictions, score_tokens
 from opsd_lightning.token_text import Pieces
 from opsd_lightning.training import PolicyModule
@@ -71,12 +74,18 @@ class TokenReport(Callback):
         self._steps: list[tuple[int, str]] = []  # the optimizer step, and what is shown of it as JSON
         self._shown: list[dict[str, Any]] | None = None  # rollouts of the step that runs
         self._pieces: Pieces | None = None
+        self._unwritten = False  # whether the page on disk is older than `_steps`
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            page = self._page(trainer)
+            together(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
-        self._steps, self._shown = [], None
+        self._steps, self._shown, self._unwritten = [], None, False
         if not trainer.is_global_zero:
             return
         self._pieces = Pieces(pl_module.tokenizer)
@@ -114,7 +123,7 @@ class TokenReport(Callback):
             "rollouts": rollouts,
         }
         self._steps = [*self._steps, (trainer.global_step, script_json(step))][-self.keep :]
-        self._write(self._page(trainer), pl_module)
+        self._write(trainer, pl_module)
         if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is not None:
             from opsd_lightning.token_figure import draw
 
@@ -122,6 +131,9 @@ class TokenReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._steps:
+            if self._unwritten:
+                assert isinstance(pl_module, PolicyModule)
+                self._write(trainer, pl_module)
             log_page(trainer.loggers, "tokens", self._page(trainer), trainer.global_step)
 
     # -- what is shown -----------------------------------------------------------------------------------------------
@@ -189,7 +201,7 @@ class TokenReport(Callback):
     def _page(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.path
 
-    def _write(self, path: Path, module: PolicyModule) -> None:
+    def _write(self, trainer: Trainer, module: PolicyModule) -> None:
         run = {
             "version": opsd_lightning.__version__,
             "model": module.policy.model,
@@ -201,7 +213,10 @@ class TokenReport(Callback):
         for part in ("divergence", "clip"):
             run[part] = type(getattr(module.objective, part)).__name__ if hasattr(module.objective, part) else None
         data = f'{{"run":{script_json(run)},"steps":[{",".join(text for _, text in self._steps)}]}}'
-        replace(path, render(data))
+        self._unwritten = True
+        with survived(trainer, self.path):
+            replace(self._page(trainer), render(data))
+            self._unwritten = False
 
 
 def render(data: str) -> str:

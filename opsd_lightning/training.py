@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from opsd_lightning import checkpoint_record, run_lock
+from opsd_lightning import checkpoint_record, disk_errors, run_lock
 from opsd_lightning.checkpoint_record import Configured
 from opsd_lightning.evaluation import EvaluatedModule, Evaluator
 from opsd_lightning.fingerprint import base_record
@@ -212,6 +212,9 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def configure_callbacks(self) -> list[Callback]:
         run_lock.attach(self.trainer)
+        disk_errors.begin([self.trainer, *self.trainer.loggers])
+        if self.trainer.is_global_zero:
+            disk_errors.guard_loggers(self.trainer.loggers)
         return []
 
     def on_fit_start(self) -> None:

@@ -15,15 +15,15 @@ import opsd_lightning
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
-    {"types", "files", "folders", "texts", "metric_directions", "idle", "answer_text", "quantities", "math_worker"},
-    {"answer_forms"},
-    {"answers"},
+    {"types", "files", "texts", "metric_directions", "idle", "answer_text", "quantities", "math_worker"},
+    {"answer_forms", "folders"},
+    {"answers", "csv_tables"},
     {"tokens", "control_tokens", "chat_template", "grading", "redaction", "token_text", "findings"},
     {"prompts", "divergences", "shaping", "runs", "tables"},
     {"template_checks", "objectives", "sources", "record", "curves"},
     {"rope", "base_checks"},
     {"policy", "report"},
-    {"tensor_parallel", "optimization", "precision", "fingerprint", "checkpoint_file"},
+    {"tensor_parallel", "optimization", "precision", "fingerprint", "checkpoint_file", "disk_errors"},
     {"verification", "scoring", "inference", "strategies", "vllm_servers", "loggers", "cli_parser", "run_checks"},
     {"teachers", "rollouts", "metrics", "data", "export", "importance"},
     {"serving", "contexts", "anchors", "checkpoint_record"},

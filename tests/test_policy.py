@@ -152,7 +152,8 @@ def test_exported_adapter_loads_with_plain_peft(make_policy: Callable[..., Polic
     perturb(model)
     folder = write_adapter(model, tmp_path / "out" / "adapter")
     write_adapter(model, folder)  # again: replaced, not mixed
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "opsd_export.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"], "no temporary left behind"
     base = AutoModelForCausalLM.from_pretrained(policy.model, dtype=torch.float32)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, folder)), logits(model))

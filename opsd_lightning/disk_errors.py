@@ -1,0 +1,126 @@
+"""Failures to write pages, tables and logs: a warning each, and training goes on.
+
+A full disk must not end a run for the sake of a page. What could not be written is warned of once, tried again as later
+occasions come, and told in ``run.json`` (`run_report`). Checkpoints and exports are no matter of this module: they fail loudly.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from opsd_lightning.files import append, replace
+from opsd_lightning.folders import free_name
+
+_METHODS = ("log_metrics", "log_hyperparams", "save", "finalize")
+_problems: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+_warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def begin(owners: Iterable[Any]) -> None:
+    """Forget the problems of owners (trainers, loggers) whose run begins."""
+    for owner in owners:
+        _problems.pop(owner, None)
+        _warned.pop(owner, None)
+
+
+def note(owner: Any, name: str, error: Exception) -> None:
+    """Warn, once a run, of what could not be written, and keep it for `unwritten`."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    _problems.setdefault(owner, {})[name] = reason[:300]
+    if name not in _warned.setdefault(owner, set()):
+        _warned[owner].add(name)
+        warnings.warn(f"{name} could not be written ({reason}): training goes on, and it is tried again later", stacklevel=3)
+
+
+def clear(owner: Any, name: str) -> None:
+    """Note that something could be written after all."""
+    _problems.get(owner, {}).pop(name, None)
+
+
+@contextmanager
+def survived(owner: Any, name: str) -> Iterator[None]:
+    """Go on where writing fails inside.
+
+    Args:
+        owner: The trainer or logger that it belongs to.
+        name: Of what is written inside, whole: success clears an earlier failure.
+    """
+    try:
+        yield
+    except OSError as error:
+        note(owner, name, error)
+    else:
+        clear(owner, name)
+
+
+def unwritten(owners: Iterable[Any]) -> dict[str, str]:
+    """Return what could not be written until now, and why."""
+    return {name: reason for owner in owners for name, reason in _problems.get(owner, {}).items()}
+
+
+def guard_loggers(loggers: Iterable[Logger]) -> None:
+    """Let training go on where a logger cannot write, and keep the earlier log of a `CSVLogger` that is opened again."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger) and "://" not in str(logger.save_dir):
+            _keep_log(logger)
+        if "save" in vars(logger):  # guarded before
+            continue
+        for name in _METHODS:
+            if (method := getattr(logger, name, None)) is not None:
+                setattr(logger, name, _guarded(logger, method))
+
+
+def _guarded(logger: Logger, method: Callable[..., Any]) -> Callable[..., Any]:
+    name = f"the log of {type(logger).__name__}"
+
+    @functools.wraps(method)
+    def guarded(*arguments: Any, **settings: Any) -> Any:
+        if isinstance(logger, CSVLogger):
+            experiment = getattr(logger, "_experiment", None)
+            if experiment is not None and "://" not in str(logger.save_dir):
+                experiment.save = functools.partial(_save, experiment)
+        with survived(logger, name):
+            return method(*arguments, **settings)
+
+    return guarded
+
+
+def _keep_log(logger: CSVLogger) -> None:
+    """Rename the metrics of an earlier run, which Lightning deletes where a version is opened again."""
+    path = Path(logger.log_dir) / "metrics.csv"
+    if getattr(logger, "_experiment", None) is None and path.is_file():
+        path.rename(free_name(path))
+
+
+def _save(experiment: Any) -> None:
+    """`ExperimentWriter.save`, but whole or not at all: Lightning's own loses earlier rows where it fails within."""
+    if not experiment.metrics:
+        return
+    path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
+    new = experiment._record_new_keys()
+    try:
+        rows = experiment.metrics
+        fresh = bool(new) or not path.is_file()
+        if fresh and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [*csv.DictReader(file), *rows]
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, fieldnames=experiment.metrics_keys)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+        (replace if fresh else append)(path, buffer.getvalue().encode())
+    except OSError:
+        experiment.metrics_keys[:] = keys
+        raise
+    experiment.metrics = []
