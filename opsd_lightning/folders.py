@@ -21,7 +21,7 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from opsd_lightning.types import ConfigError
 MANIFEST = "opsd_export.json"
 _MADE_BY = "opsd_lightning"
 _SHARDS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|meta\.pt")
+_EMPTY = -1  # in the place of a size
 _GENERATOR = b'<meta name="generator" content="opsd-lightning">'
 _EARLIER_PAGE = (b"Content-Security-Policy", b'<script type="application/json" id="data">')
 _FIX = "Choose a folder that does not exist yet, or move this one away"
@@ -216,8 +217,8 @@ def _manifest(place: Path) -> dict[str, Any] | None:
 
 
 def _survey(place: Path) -> dict[str, int | None]:
-    """Return the sizes of all below a folder, by relative name: of regular files. Folders that hold files are left out;
-    empty folders, links and other things have no size."""
+    """Return the sizes of all below a folder, by relative name: of regular files; `_EMPTY` for empty folders, None for links
+    and other things."""
     found: dict[str, int | None] = {}
     pending = [place]
     while pending:
@@ -225,7 +226,7 @@ def _survey(place: Path) -> dict[str, int | None]:
         with os.scandir(folder) as entries:
             inside = list(entries)
         if not inside and folder != place:
-            found[folder.relative_to(place).as_posix()] = None
+            found[folder.relative_to(place).as_posix()] = _EMPTY
         for entry in inside:
             if entry.is_dir(follow_symlinks=False):
                 pending.append(Path(entry.path))
@@ -240,6 +241,8 @@ def _same(place: Path, name: str, size: int | None, files: dict[str, Any], thoro
     """Return True if a file is as the manifest lists it."""
     if name == MANIFEST:
         return size is not None
+    if size == _EMPTY:  # left by a removal that was cut short
+        return any(other.startswith(f"{name}/") for other in files)
     listed = files.get(name)
     if size is None or not isinstance(listed, list) or len(listed) != 2 or listed[0] != size:
         return False
@@ -254,7 +257,7 @@ def _digest(path: Path) -> str:
 def _write_manifest(folder: Path, kind: str, lasting: bool, partial: bool = False) -> None:
     files: dict[str, Any] = {}
     for name, size in sorted(_survey(folder).items()):
-        if name != MANIFEST and size is not None:
+        if name != MANIFEST and size is not None and size != _EMPTY:
             files[name] = [size, _digest(folder / name) if lasting else None]
             if lasting:
                 _sync(folder / name)
@@ -305,10 +308,8 @@ def _sweep(place: Path) -> None:
         if folder.is_symlink() or not folder.is_dir():
             continue
         manifest = _manifest(folder)
-        if manifest is None or not manifest.get("partial"):
-            # A folder that was written to its end is not lost: it takes a name that is seen.
-            if manifest is None and any(folder.iterdir()):
-                continue
+        if manifest is None and any(folder.iterdir()):
+            continue
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
@@ -324,8 +325,13 @@ def _sweep(place: Path) -> None:
     if not place.exists():
         return  # an old export may be the only one
     for folder in place.parent.glob(f"{name}.old-????????"):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
         manifest = _manifest(folder)
-        if manifest is not None and not folder.is_symlink():
+        if manifest is None:
+            with suppress(OSError):
+                folder.rmdir()  # only where it is empty
+        else:
             found = _survey(folder)
             if all(_same(folder, name, size, manifest["files"], True) for name, size in found.items()):
                 _discard(folder, list(found))
@@ -391,21 +397,16 @@ def _discard(place: Path, names: Iterable[str]) -> bool:
         True if the folder is gone.
     """
     names = list(names)
-    for name in sorted(names, key=lambda name: name == MANIFEST):
-        if name == MANIFEST and len(_survey(place)) > 1:
-            return False
-        try:
-            (place / name).unlink(missing_ok=True)
-        except OSError:
-            return False
-    folders = {parent for name in names for parent in Path(name).parents}
+    with suppress(OSError):
+        for name in names:
+            if name != MANIFEST and not (place / name).is_dir():
+                (place / name).unlink(missing_ok=True)
+    folders = {place / parent for name in names for parent in (Path(name), *Path(name).parents)} - {place}
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-        try:
-            (place / folder).rmdir()
-        except OSError:
-            continue
-    try:
+        with suppress(OSError):
+            folder.rmdir()
+    with suppress(OSError):
+        if MANIFEST in names and not _survey(place).keys() - {MANIFEST}:
+            (place / MANIFEST).unlink(missing_ok=True)
         place.rmdir()
-    except OSError:
-        pass
     return not os.path.lexists(place)

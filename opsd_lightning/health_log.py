@@ -80,6 +80,13 @@ class Health(Callback):
         if not trainer.global_step:
             self._lengths = []
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Lightning would give a value to the loggers again at each later step of the epoch.
+        if trainer.fit_loop.epoch_loop._batches_that_stepped % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
+            for logged in (trainer._results or {}).values():
+                if logged.meta.name.startswith("health/"):
+                    logged.reset()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module, PolicyModule)
         # By what is the same on every rank, since all take part in the sums.
