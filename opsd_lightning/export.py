@@ -24,7 +24,6 @@ from opsd_lightning.strategies import whole
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.verification import check_adapter, check_model, logits_of, probe_tokens
 
-
 #: What the folders of an adapter (in full fine-tuning, of the model) and of a merged model hold. See `folders`.
 ADAPTER, MERGED = "adapter", "merged model"
 

@@ -29,7 +29,6 @@ from opsd_lightning.folders import free_name
 from opsd_lightning.runs import read_lines
 from opsd_lightning.types import ConfigError
 
-
 #: Name of the record's checkpoint identifier in a checkpoint.
 CHECKPOINT_ID = "opsd_record"
 _RUN, _METRICS, _SAMPLES, _CONFIG = "run.json", "metrics.jsonl", "samples.jsonl", "config.yaml"

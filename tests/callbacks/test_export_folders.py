@@ -30,11 +30,9 @@ def tree(root: Path) -> dict[str, bytes | None]:
 
 
 def fit(model: str, root: Path, *callbacks: Callback, steps: int = 1, **settings: Any) -> OPSDModule:
-    policy = Policy(
-        model=model, dtype="float32", lora=LoRA(r=2, alpha=4, dropout=0.0), adapter=settings.pop("adapter", None)
-    )
-    if policy.adapter is not None:
-        policy.lora = LoRA()
+    adapter = settings.pop("adapter", None)
+    lora = LoRA() if adapter else LoRA(r=2, alpha=4, dropout=0.0)
+    policy = Policy(model=model, dtype="float32", lora=lora, adapter=adapter)
     module = OPSDModule(policy, sampling=Sampling(max_new_tokens=4), optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
     data = OPSDDataModule(
         policy, train=WordProblems(size=8, seed=1), prompts=Prompts("{question}", "{question} {context}"), batch_size=2,

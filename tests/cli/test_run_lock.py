@@ -1,0 +1,260 @@
+"""One run at a time in a folder: the second is refused before it writes, and a killed one leaves nothing locked."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from test_distributed import ddp, fsdp2, on_ranks
+
+from opsd_lightning import run_lock
+from opsd_lightning.callbacks import RolloutWriter
+from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.main import main
+from opsd_lightning.module import OPSDModule
+from opsd_lightning.policy import LoRA, Policy
+from opsd_lightning.prompts import Prompts
+from opsd_lightning.rollouts import Sampling
+from opsd_lightning.run_report import RunReport
+from opsd_lightning.sources import WordProblems
+from opsd_lightning.types import ConfigError, UserError
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def parts(model: str) -> tuple[OPSDModule, OPSDDataModule]:
+    policy = Policy(model=model, dtype="float32", lora=LoRA(r=2, alpha=4, dropout=0.0))
+    module = OPSDModule(policy, sampling=Sampling(max_new_tokens=4), optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
+    data = OPSDDataModule(
+        policy, train=WordProblems(size=8, seed=1), test=WordProblems(size=2, seed=2), batch_size=2, max_new_tokens=4,
+        prompts=Prompts("{question}", "{question} {context}"),
+    )  # fmt: skip
+    return module, data
+
+
+def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu", callbacks=list(callbacks), default_root_dir=root, enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"logger": CSVLogger(root), "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+           "max_steps": 2} | settings,
+    )  # fmt: skip
+
+
+@contextmanager
+def elsewhere(work: Callable[[Callable[[], None]], None], tmp_path: Path) -> Iterator[int]:
+    """Work in another process, which calls its argument once it is at work; it is killed at the end."""
+    ready = tmp_path / f"ready{time.monotonic_ns()}"
+    child = os.fork()
+    if not child:
+        try:
+            work(ready.touch)
+        finally:
+            os._exit(0)
+    try:
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            assert time.monotonic() < deadline and os.waitpid(child, os.WNOHANG)[0] == 0, "the other process has ended"
+            time.sleep(0.02)
+        ready.unlink()
+        yield child
+    finally:
+        try:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+class Waits(Callback):
+    """Stays in its first step; with a forked child of its own, as data loader workers are."""
+
+    def __init__(self, ready: Callable[[], None], child: Path | None = None) -> None:
+        self.ready, self.child = ready, child
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if self.child is not None:
+            pid = os.fork()
+            if not pid:
+                time.sleep(60)
+                os._exit(0)
+            self.child.write_text(str(pid))
+        self.ready()
+        time.sleep(60)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.2)
+
+
+def command(model: str, root: Path) -> list[str]:
+    return ["fit", f"--model.policy.model={model}", "--model.policy.dtype=float32", f"--trainer.default_root_dir={root}",
+            "--trainer.accelerator=cpu", "--data.train.init_args.size=8", "--trainer.max_steps=1"]  # fmt: skip
+
+
+def test_a_second_run_is_refused_and_one_after_a_kill_is_not(
+    folders: dict[str, str], tmp_path: Path, impatient: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Python and on the command line; a forked child that outlives the first run does not matter."""
+    root, model, orphan = tmp_path / "run", folders["llama"], tmp_path / "orphan"
+    with elsewhere(lambda ready: trainer(root, Waits(ready, orphan)).fit(*parts(model)), tmp_path) as first:
+        before = tree(root)
+        with pytest.raises(ConfigError) as caught:
+            trainer(root, RunReport(), ModelCheckpoint(root / "saved")).fit(*parts(model))
+        assert caught.value.setting == "trainer.default_root_dir"
+        assert str(first) in caught.value.problem and tree(root) == before
+        with pytest.raises(SystemExit) as ended:
+            main(command(model, root))
+        assert ended.value.code == 2 and tree(root) == before
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "trainer.default_root_dir" in lines[0]
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        os.kill(int(orphan.read_text()), 0)  # lives
+        assert (root / run_lock.NAME).exists()
+        trainer(root, RunReport()).fit(*parts(model))
+        os.kill(int(orphan.read_text()), signal.SIGKILL)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_run_waits_for_one_that_is_ending(folders: dict[str, str], tmp_path: Path) -> None:
+    """As the old process of a requeued job is."""
+    root = tmp_path / "run"
+    owner = Trainer(logger=False, default_root_dir=root, enable_checkpointing=False)
+
+    def work(ready: Callable[[], None]) -> None:
+        run_lock.hold(owner)
+        ready()
+        time.sleep(1)
+        os._exit(0)
+
+    with elsewhere(work, tmp_path):
+        started = time.monotonic()
+        run_lock.hold(owner)
+        assert time.monotonic() - started < 4
+    run_lock.release(owner)
+
+
+@pytest.mark.parametrize("shared", ["checkpoints", "log"])
+def test_runs_of_two_folders_share_no_checkpoints_and_no_log(
+    shared: str, folders: dict[str, str], tmp_path: Path, impatient: None
+) -> None:
+    def run(root: Path, *callbacks: Callback) -> Trainer:
+        if shared == "checkpoints":
+            return trainer(root, *callbacks, ModelCheckpoint(tmp_path / "shared"))
+        return trainer(root, *callbacks, logger=CSVLogger(tmp_path / "logs", version=3))
+
+    with elsewhere(lambda ready: run(tmp_path / "a", Waits(ready)).fit(*parts(folders["llama"])), tmp_path):
+        before = tree(tmp_path)
+        with pytest.raises(ConfigError) as caught:
+            run(tmp_path / "b").fit(*parts(folders["llama"]))
+        assert caught.value.setting == ("trainer.callbacks.dirpath" if shared == "checkpoints" else "trainer.logger")
+        after = tree(tmp_path)
+        assert {name: content for name, content in after.items() if not name.startswith("b")} == before
+        trainer(tmp_path / "c", logger=CSVLogger(tmp_path / "logs")).fit(*parts(folders["llama"]))  # a version of its own
+
+
+def test_evaluations_beside_a_fit(folders: dict[str, str], tmp_path: Path, impatient: None) -> None:
+    """They are not refused, but a second one of the same completions is."""
+    root, model = tmp_path / "run", folders["llama"]
+    with elsewhere(lambda ready: trainer(root, Waits(ready)).fit(*parts(model)), tmp_path):
+        module, data = parts(model)
+        trainer(root, RolloutWriter(), logger=False).test(module, data, verbose=False)
+    assert (root / "test.jsonl").exists()
+    (results,) = (root / "results").iterdir()
+
+    def work(ready: Callable[[], None]) -> None:
+        owner = Trainer(logger=False, default_root_dir=root, enable_checkpointing=False)
+        run_lock.hold_file(results.with_name(f".{results.name}.lock"), results, "writer.folder", owner)
+        ready()
+        time.sleep(60)
+
+    with elsewhere(work, tmp_path):
+        before = tree(root)
+        with pytest.raises(ConfigError) as caught:
+            trainer(root, RolloutWriter(resume=False), logger=False).test(*parts(model), verbose=False)
+        assert caught.value.setting == "writer.folder" and tree(root) == before
+    trainer(root, RolloutWriter(resume=False), logger=False).test(*parts(model), verbose=False)
+    assert sorted(path.name for path in (root / "results").iterdir()) == [results.name]
+
+
+def test_runs_one_after_another_in_one_process(folders: dict[str, str], tmp_path: Path) -> None:
+    """As in a notebook: also after an exception, twice with one trainer, and with an evaluation behind."""
+
+    class Fails(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("no")
+
+    root, model = tmp_path / "run", folders["llama"]
+    with pytest.raises(RuntimeError):
+        trainer(root, Fails()).fit(*parts(model))
+    assert not list(tmp_path.rglob("*.lock"))
+    again, (module, data) = trainer(root, RunReport()), parts(model)
+    again.fit(module, data)
+    again.fit_loop.epoch_loop.max_steps = 4
+    again.fit(module, data)
+    again.test(module, data, verbose=False)
+    trainer(root).fit(*parts(model))
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+@pytest.mark.parametrize("strategy", [ddp, fsdp2])
+def test_every_rank_ends_where_the_first_is_refused(
+    strategy: Callable[[], Any], folders: dict[str, str], tmp_path: Path, impatient: None
+) -> None:
+    root, model = tmp_path / "run", folders["llama"]
+    with elsewhere(lambda ready: trainer(root, Waits(ready)).fit(*parts(model)), tmp_path):
+        before = tree(root)
+
+        def work(rank: int) -> str:
+            try:
+                trainer(root, RunReport(), strategy=strategy(), devices=2).fit(*parts(model))
+            except UserError as error:
+                return str(error)
+            return ""
+
+        started = time.monotonic()
+        assert all("trainer.default_root_dir" in told for told in on_ranks(work, tmp_path))
+        assert time.monotonic() - started < 30 and tree(root) == before
+    on_ranks(lambda rank: trainer(root, strategy=strategy(), devices=2).fit(*parts(model)), tmp_path)
+    assert not list(root.rglob("*.lock"))
+
+
+def test_ranks_that_the_trainer_forks_hold_the_lock(folders: dict[str, str], tmp_path: Path, impatient: None) -> None:
+    root, model = tmp_path / "run", folders["llama"]
+
+    def work(ready: Callable[[], None]) -> None:
+        trainer(root, Waits(ready), strategy="ddp_fork", devices=2).fit(*parts(model))
+
+    with elsewhere(work, tmp_path):
+        holder = json.loads((root / run_lock.NAME).read_text())["pid"]
+        with pytest.raises(ConfigError):
+            trainer(root).fit(*parts(model))
+        os.kill(holder, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        trainer(tmp_path / "run").fit(*parts(folders["llama"]))
