@@ -20,6 +20,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,26 @@ def hold(trainer: Trainer) -> None:
     try:
         for path, folder, setting in _places(trainer):
             hold_file(path, folder, setting, trainer)
+            if setting == "trainer.logger":
+                _sweep(path.parent)
     except BaseException:
         release(trainer)
         raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the locks of killed runs, which had other versions of a logger's folder."""
+    for path in folder.glob(".*.lock"):
+        if path.resolve() in _held or path.is_symlink():
+            continue
+        with suppress(OSError):
+            descriptor = _open(path)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if {"host", "pid", "command"} <= _read(descriptor).keys():
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def hold_file(path: Path, folder: Path, setting: str, trainer: Trainer) -> None:
@@ -116,10 +134,8 @@ def release(trainer: Trainer, only: Path | None = None) -> None:
     for path, held in list(_held.items()):
         if held.owner() in (trainer, None) and (only is None or path == only.parent.resolve() / only.name):
             del _held[path]
-            try:
+            with suppress(OSError):
                 path.unlink()  # while it is locked; see `_is_at`
-            except OSError:
-                pass
             os.close(held.descriptor)
 
 
@@ -226,6 +242,14 @@ def launches_processes(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
+def is_first(trainer: Trainer) -> bool:
+    """Return whether this is the first rank, also before the strategy has set it up."""
+    strategy: Any = trainer.strategy
+    if launches_processes(trainer):
+        return bool(strategy.local_rank == 0 and strategy.node_rank == 0)
+    return trainer.is_global_zero
+
+
 def started_together(trainer: Trainer) -> bool:
     """Return whether several ranks were started from outside, and must learn together that the run is refused."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -274,7 +298,7 @@ def attach(trainer: Trainer) -> None:
         lock = RunLock()
         callbacks.insert(0, lock)
         callbacks.append(RunUnlock())
-    if not trainer.is_global_zero:
+    if not is_first(trainer):
         return
     try:
         hold(trainer)

@@ -213,7 +213,7 @@ class PolicyModule(EvaluatedModule, ABC):
     def configure_callbacks(self) -> list[Callback]:
         run_lock.attach(self.trainer)
         disk_errors.begin([self.trainer, *self.trainer.loggers])
-        if self.trainer.is_global_zero:
+        if run_lock.is_first(self.trainer):
             disk_errors.guard_loggers(self.trainer.loggers)
         return []
 

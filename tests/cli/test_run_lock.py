@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ def tree(root: Path) -> dict[str, bytes | None]:
 
 
 def parts(model: str) -> tuple[OPSDModule, OPSDDataModule]:
+    torch.manual_seed(0)
     policy = Policy(model=model, dtype="float32", lora=LoRA(r=2, alpha=4, dropout=0.0))
     module = OPSDModule(policy, sampling=Sampling(max_new_tokens=4), optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
     data = OPSDDataModule(
@@ -64,6 +66,8 @@ def elsewhere(work: Callable[[Callable[[], None]], None], tmp_path: Path) -> Ite
     if not child:
         try:
             work(ready.touch)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     try:
