@@ -57,8 +57,13 @@ def survived(owner: Any, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        note(owner, name, error)
+    except Exception as error:
+        cause: BaseException | None = error  # TensorBoard's writer hides it
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if not isinstance(cause, OSError):
+            raise
+        note(owner, name, cause)
     else:
         clear(owner, name)
 
