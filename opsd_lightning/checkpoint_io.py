@@ -62,7 +62,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def check_weights_only(weights_only: bool | None) -> None:
-    """Refuse to load a checkpoint by unpickling whatever it holds.
+    """Refuse to load a checkpoint together with the code that it may hold.
 
     Raises:
         ConfigError: It is false.

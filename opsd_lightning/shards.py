@@ -1,6 +1,6 @@
 """Sharded checkpoints: a folder to which each rank writes its part, described without objects that could run code.
 
-torch's own reader unpickles the folder's description, and values that are no tensors, without any restriction.
+torch's own reader lets the folder's description, and values that are no tensors, call any function as they are read.
 """
 
 from __future__ import annotations
