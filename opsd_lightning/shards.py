@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -38,7 +38,7 @@ META = "meta.pt"  # what is no tensor of weights or optimizer, as in Lightning
 _DESCRIPTION = ".metadata"
 _FIX = "Give a folder that save_distributed_checkpoint of this version wrote"
 # Classes of a description, which hold values and do nothing when they are made.
-_CLASSES = [
+_CLASSES: list[Any] = [
     Metadata, MetadataIndex, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties,
     StorageMeta, _StorageInfo, _MEM_FORMAT_ENCODING,
 ]  # fmt: skip
