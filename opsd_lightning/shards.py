@@ -96,12 +96,18 @@ def read_state(folder: Path, prefix: str) -> dict[str, Tensor]:
     """
     described = _Reader(folder).read_metadata().state_dict_metadata
     found = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        key: _unread(entry)
         for key, entry in described.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     read_shards(found, folder, every_rank=False)
     return {key.removeprefix(prefix): value for key, value in found.items()}
+
+
+def _unread(entry: TensorStorageMetadata) -> Tensor:
+    """A tensor to read into, of values that no checkpoint may have where nothing is read."""
+    found = torch.empty(entry.size, dtype=entry.properties.dtype)
+    return found.fill_(torch.nan) if found.is_floating_point() else found.zero_()
 
 
 class _Writer(FileSystemWriter):
@@ -158,6 +164,8 @@ def _check(found: Any, folder: Path) -> None:
             size = [int(length) for length in entry.size]
             if min(size, default=0) < 0:
                 raise _refused(folder, f"{key} has a size below 0")
+            if sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) != torch.Size(size).numel():
+                raise _refused(folder, f"parts of {key} are missing")
             described += torch.Size(size).numel() * torch.empty(0, dtype=entry.properties.dtype).element_size()
         if described > held:
             raise _refused(folder, "its description is of more values than its files hold")

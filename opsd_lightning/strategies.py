@@ -34,7 +34,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opsd_lightning.checkpoint_file import is_remote, load_file, local_path, restoring
+from opsd_lightning.checkpoint_file import check_finite, is_remote, load_file, local_path, restoring
 from opsd_lightning.checkpoint_io import check_weights_only, explained, recover, replacing, temporary_name
 from opsd_lightning.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.precision import precision_problem
@@ -384,7 +384,9 @@ def read_adapters(path: str | Path) -> dict[str, Tensor]:
     path = local_path(path)
     if not path.is_dir():
         return load_file(path)["state_dict"]
-    return read_state(path, "state_dict.")
+    found = read_state(path, "state_dict.")
+    check_finite(found, path)
+    return found
 
 
 def _like(value: Tensor, ours: Tensor) -> Tensor:
