@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -15,12 +17,42 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from opsd_lightning.types import ConfigError
 
+#: Largest sizes of a configuration: no model comes near them, and building one would take all memory.
+_LIMITS = {"num_hidden_layers": 2**11, "hidden_size": 2**18, "intermediate_size": 2**20, "vocab_size": 2**24}
+_LIMITS |= {"num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14, "num_local_experts": 2**14}
 
-def check_config(config: PretrainedConfig, setting: str) -> None:
-    """Refuse an encoder-decoder.
+
+def check_folder(folder: Path, setting: str) -> None:
+    """Refuse a model's folder that leads elsewhere: to another base model, or to weights outside of it.
+
+    Args:
+        folder: A local folder.
+        setting: Name of the model in messages.
 
     Raises:
-        ConfigError: The configuration is of one.
+        ConfigError: It is an adapter's, or its index of weights names files that are not below it.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} is an adapter's folder, which names a base model of its own",
+            setting,
+            "Give that base model, and the folder as model.policy.adapter",
+        )
+    for index in folder.glob("*.index.json"):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{index} is no index of weights ({type(error).__name__})", setting, "Correct it") from error
+        for name in files:
+            if not isinstance(name, str) or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise ConfigError(f"{index} names {name!r}, which is not below the folder", setting, "Do not use it")
+
+
+def check_config(config: PretrainedConfig, setting: str) -> None:
+    """Refuse an encoder-decoder, and sizes that no model has.
+
+    Raises:
+        ConfigError: The configuration is of one, or has such a size.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
@@ -28,6 +60,11 @@ def check_config(config: PretrainedConfig, setting: str) -> None:
             setting,
             "Choose a decoder-only causal language model",
         )
+    for part in (config, config.get_text_config()):
+        for name, limit in _LIMITS.items():
+            value = getattr(part, name, None)
+            if value is not None and not isinstance(value, list) and not (isinstance(value, int) and 0 <= value <= limit):
+                raise ConfigError(f"{name} of its config.json is {value!r}", setting, f"Choose a model with at most {limit}")
 
 
 def check_tensors(base: PreTrainedModel, info: Mapping[str, Any], setting: str) -> None:

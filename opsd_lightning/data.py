@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from opsd_lightning.checkpoint_file import check_no_hparams, open_checked
+from opsd_lightning.checkpoint_io import check_weights_only
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import NoContext, PrivilegedContext, Prompt, Prompts, TraceContext
@@ -83,6 +85,21 @@ class OPSDDataModule(LightningDataModule):
         self.traces_cut: dict[str, int] = {}
         #: Refuse in `setup` what does not reach the prompts.
         self.checks_prompts = True
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: None = None,
+        weights_only: bool | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Build a data module from a checkpoint's file, as `PolicyModule.load_from_checkpoint` does a module."""
+        check_weights_only(weights_only)
+        check_no_hparams(hparams_file)
+        with open_checked(checkpoint_path, (cls.CHECKPOINT_HYPER_PARAMS_KEY,), settings) as file:
+            return super().load_from_checkpoint(file, map_location, None, True, **settings)
 
     def setup(self, stage: str) -> None:
         """Read, verify and tokenize what a stage needs.

@@ -1,4 +1,4 @@
-"""Folders and pages that the package replaces and removes: exports, model folders, shards of checkpoints, reports.
+"""Folders and pages that the package replaces and removes: exports, model folders, reports.
 
 A folder is replaced only where nothing of anybody else's can be lost. Each folder that is written here holds `MANIFEST`, which
 lists its files. A folder that exists is replaced if it is empty, or if it holds the files of its manifest and nothing else. The
@@ -14,7 +14,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -31,7 +30,6 @@ from opsd_lightning.types import ConfigError
 #: The file that marks a folder as written by this package, and lists what it holds.
 MANIFEST = "opsd_export.json"
 _MADE_BY = "opsd_lightning"
-_SHARDS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|meta\.pt")
 _EMPTY = -1  # in the place of a size
 _GENERATOR = b'<meta name="generator" content="opsd-lightning">'
 _EARLIER_PAGE = (b"Content-Security-Policy", b'<script type="application/json" id="data">')
@@ -125,22 +123,6 @@ def remove(folder: str | Path) -> bool:
         return False
     found = _survey(place)
     return _discard(place, [name for name, size in found.items() if _same(place, name, size, manifest["files"], False)])
-
-
-def remove_shards(folder: str | Path, setting: str = "trainer.callbacks.dirpath") -> None:
-    """Remove a folder of a sharded checkpoint, if it exists.
-
-    Raises:
-        ConfigError: It holds anything else.
-    """
-    place = place_of(folder)
-    if place.is_symlink():
-        raise ConfigError(f"{place} is a link", setting, _FIX)
-    if not place.exists():
-        return
-    if others := [path.name for path in place.iterdir() if path.is_dir() or not _SHARDS.fullmatch(path.name)]:
-        raise ConfigError(f"{place} is no checkpoint: it holds {_listed(others)}", setting, _FIX)
-    _discard(place, [path.name for path in place.iterdir()])
 
 
 def check_page(path: str | Path, setting: str) -> None:

@@ -29,7 +29,8 @@ import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
 from opsd_lightning import run_lock
 from opsd_lightning.callbacks import RolloutWriter
-from opsd_lightning.checkpoint_file import check_file
+from opsd_lightning.checkpoint_file import check_file, is_remote, local_path, restoring
+from opsd_lightning.checkpoint_io import check_weights_only, recover
 from opsd_lightning.cli_parser import Parser, check_nulls, remembering
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.precision import precision_problem
@@ -111,13 +112,15 @@ class OPSDCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         path = config.get("ckpt_path")
-        if path not in (None, "best", "last", "hpc") and not (Path(path).exists() or "://" in str(path)):
-            raise UserError(f"ckpt_path: {path} does not exist")
-        if path is not None and Path(path).is_file():
-            check_file(path, plain=config.get("weights_only") is not False)
+        check_weights_only(config.get("weights_only"))
+        if path not in (None, "best", "last", "hpc"):
+            if not is_remote(path):
+                recover(Path(path))
+            if local_path(path).is_file():
+                check_file(path)
         trainer = config.trainer
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
-        shards = path is not None and Path(path).is_dir()
+        shards = path not in (None, "best", "last", "hpc") and Path(path).is_dir()
         if shards and not str(strategy).rpartition(".")[2].lower().startswith("fsdp2"):
             raise UserError(
                 f"ckpt_path: {path} is a folder of shards, which only trainer.strategy fsdp2 reads (on one device or "
@@ -132,6 +135,16 @@ class OPSDCLI(LightningCLI):
         for name, (default, instead) in _NOT_THE_TRAINERS.items():
             if trainer[name] != default:
                 raise UserError(f"trainer.{name} is {trainer[name]}, which has no meaning here: {instead}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        connector: Any = self.trainer._checkpoint_connector
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if not connector._loaded_checkpoint:  # it is held only while its contents are put in place
+                raise
+            with restoring(connector._ckpt_path):
+                raise error
 
     def instantiate_classes(self) -> None:
         try:

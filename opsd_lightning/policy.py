@@ -20,7 +20,6 @@ from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_ty
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -34,7 +33,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opsd_lightning.base_checks import check_adapted, check_config, check_tensors, check_vocabulary, not_adapted
+from opsd_lightning.base_checks import (
+    check_adapted,
+    check_config,
+    check_folder,
+    check_tensors,
+    check_vocabulary,
+    not_adapted,
+)
 from opsd_lightning.rope import constant_length, fix_frequencies, row_limit
 from opsd_lightning.types import ConfigError, UserError
 
@@ -146,6 +152,8 @@ class Policy:
         local = gguf or path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
         if local and not path.exists():
             raise UserError(f"{self.setting}.model: {self.model} does not exist; give a Hugging Face id, folder or .gguf")
+        if path.is_dir():
+            check_folder(path, f"{self.setting}.model")
         common = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         if gguf:
             return common | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -155,7 +163,9 @@ class Policy:
         where = self._where()
         try:
             return loader(**where, **kwargs)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each format and class of configuration fails in its own way
             reason = str(error).strip().splitlines()
             raise UserError(
                 f"{self.setting}.model: cannot load {self.model!r} ({reason[0] if reason else type(error).__name__}); give "
@@ -241,6 +251,8 @@ class Policy:
         # Tensors of another shape are refused below, by name.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         base, info = self._load(AutoModelForCausalLM.from_pretrained, **kwargs)
+        if getattr(base, "_hf_peft_config_loaded", False):  # of a base model that the repository's adapter names
+            raise ConfigError(f"{self.model} is an adapter", f"{self.setting}.model", "Give it as model.policy.adapter")
         check_tensors(base, info, f"{self.setting}.model")
         check_vocabulary(base, tokenizer, f"{self.setting}.model")
         fix_frequencies(base, limit)
@@ -334,9 +346,15 @@ class Policy:
             return model
         try:
             config = LoraConfig.from_pretrained(self.adapter)
+            if not isinstance(config, LoraConfig):
+                raise TypeError(f"it is of kind {config.peft_type}")
             weights = load_peft_weights(self.adapter, device="cpu")
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"model.policy.adapter: {self.adapter} is not a LoRA adapter's folder or id ({error})") from None
+            if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+                raise ValueError("its weights are not finite")
+        except Exception as error:  # of the hub, of JSON, of either format of weights
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            problem = f"{self.adapter} is not a LoRA adapter's folder or id ({reason})"
+            raise UserError(f"model.policy.adapter: {problem}") from None
         own = LoRA()
         if self.lora is not None and self.lora != own and (self.lora.r, self.lora.alpha) != (config.r, config.lora_alpha):
             raise UserError(
@@ -354,10 +372,12 @@ class Policy:
             wrong = list(result.unexpected_keys) + missing
             if wrong:
                 raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
-        except (ValueError, RuntimeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # settings of any type
             raise UserError(
                 f"model.policy.adapter: {self.adapter} was made for another model than {self.model} "
-                f"({str(error).strip().splitlines()[0]})"
+                f"({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
             ) from None
         return model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import MethodType
@@ -24,10 +24,7 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy, StrategyRegistry
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -37,13 +34,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opsd_lightning.folders import remove_shards
+from opsd_lightning.checkpoint_file import check_finite, is_remote, load_file, local_path, restoring
+from opsd_lightning.checkpoint_io import check_weights_only, explained, recover, replacing, temporary_name
 from opsd_lightning.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.precision import precision_problem
+from opsd_lightning.shards import META, is_shards, read_shards, read_state, write_rest, write_shards
 from opsd_lightning.tensor_parallel import plan_of, split
 from opsd_lightning.types import ConfigError, UserError
-
-_META = "meta.pt"  # beside the shards of a sharded checkpoint, as in Lightning
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -181,40 +178,43 @@ class FSDP2Strategy(ModelParallelStrategy):
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        path = Path(self.broadcast(str(filepath)))
+        name = self.broadcast(str(filepath))
         if not self._save_distributed_checkpoint:
-            if self.is_global_zero and path.is_dir():
-                remove_shards(path)
-            Strategy.save_checkpoint(self, checkpoint, path, storage_options)
+            Strategy.save_checkpoint(self, checkpoint, name, storage_options)
             return
-        temporary = path.with_name(f".{path.name}.partial")
-        if self.is_global_zero:
-            remove_shards(temporary)
-            temporary.mkdir(parents=True)
-        self.barrier()
+        if is_remote(name):
+            problem = f"shards are written to local or shared folders, and {name} is remote"
+            raise ConfigError(
+                problem, "a ModelCheckpoint's dirpath", "Choose a folder, or leave out save_distributed_checkpoint"
+            )
+        path = Path(name)
         optimizers = checkpoint.pop("optimizer_states", [])
-        tensors = {"state_dict": checkpoint.pop("state_dict")}
-        save(tensors | {f"optimizer_{i}": state for i, state in enumerate(optimizers)}, checkpoint_id=temporary)
-        if self.is_global_zero:
-            torch.save(checkpoint, temporary / _META)
-            old = path.with_name(f".{path.name}.old")
-            remove_shards(old)
-            if path.is_dir():
-                os.replace(path, old)  # a folder cannot be replaced by one that is not empty
-            else:
-                path.unlink(missing_ok=True)
-            os.replace(temporary, path)
-            remove_shards(old)
-        self.barrier()
+        state = {"state_dict": checkpoint.pop("state_dict")} | {f"optimizer_{i}": s for i, s in enumerate(optimizers)}
+        with ExitStack() as stack:
+            error: Exception | None = None
+            if self.is_global_zero:
+                try:
+                    stack.enter_context(replacing(path, folder=True))
+                except Exception as caught:
+                    error = caught
+            if not self.broadcast(error is None):
+                raise error or ConfigError(f"rank 0 could not begin {path}", "trainer.callbacks", "See its message")
+            with explained(path):
+                write_shards(state, temporary_name(path))
+                if self.is_global_zero:
+                    write_rest(checkpoint, temporary_name(path))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(str(checkpoint_path)))
+        check_weights_only(weights_only)
+        if self.is_global_zero and not is_remote(checkpoint_path):
+            recover(Path(checkpoint_path))
+        self.barrier()
+        path = local_path(self.broadcast(os.fspath(checkpoint_path)))
         if not path.is_dir():
-            return Strategy.load_checkpoint(self, path, True if weights_only is None else weights_only)
-        if not (path / _META).is_file():
+            return Strategy.load_checkpoint(self, path, True)
+        if not is_shards(path):
             raise UserError(f"ckpt_path: {path} is a folder, but no checkpoint of save_distributed_checkpoint")
-        checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
-        checkpoint["state_dict"] = read_adapters(path)
+        checkpoint = load_file(path / META, weights=read_adapters(path))
         # Lightning calls this as well, but after the optimizers: what does not fit is refused before their shards are read.
         assert self.lightning_module is not None
         self.lightning_module.on_load_checkpoint(checkpoint)
@@ -224,8 +224,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         for i, optimizer in enumerate(self.optimizers):
             assert self.model is not None
             state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
-            load(state, checkpoint_id=path)
-            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
+            read_shards(state, path)
+            with restoring(path):
+                set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
         checkpoint["optimizer_states"] = [None] * len(self.optimizers)
         return checkpoint
 
@@ -380,17 +381,12 @@ def whole(value: Any) -> Any:
 
 def read_adapters(path: str | Path) -> dict[str, Tensor]:
     """The adapters' weights of a checkpoint, by their names in the module: of one file or a folder of shards."""
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
-        return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    reader = FileSystemReader(path)
-    found = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if key.startswith("state_dict.")
-    }
-    load(found, storage_reader=reader, no_dist=True)
-    return {key.removeprefix("state_dict."): value for key, value in found.items()}
+        return load_file(path)["state_dict"]
+    found = read_state(path, "state_dict.")
+    check_finite(found, path)
+    return found
 
 
 def _like(value: Tensor, ours: Tensor) -> Tensor:

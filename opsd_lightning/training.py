@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from opsd_lightning import checkpoint_record, disk_errors, run_lock
+from opsd_lightning import checkpoint_file, checkpoint_io, checkpoint_record, disk_errors, run_lock
 from opsd_lightning.checkpoint_record import Configured
 from opsd_lightning.evaluation import EvaluatedModule, Evaluator
 from opsd_lightning.fingerprint import base_record
@@ -176,6 +176,15 @@ class PolicyModule(EvaluatedModule, ABC):
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Lock the run's folders and prepare its checkpoints. Called by Lightning before every stage, first of all hooks."""
+        run_lock.attach(self.trainer)
+        checkpoint_io.install(self.trainer)
+        disk_errors.begin([self.trainer, *self.trainer.loggers])
+        if run_lock.is_first(self.trainer):
+            disk_errors.guard_loggers(self.trainer.loggers)
+        return []
+
     def configure_model(self) -> None:
         """Build the policy and what the method keeps in it. Called by Lightning, once its devices are known.
 
@@ -209,13 +218,6 @@ class PolicyModule(EvaluatedModule, ABC):
         self.attach()
         if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2Strategy):
             self._trainer.strategy.shard(self.model)
-
-    def configure_callbacks(self) -> list[Callback]:
-        run_lock.attach(self.trainer)
-        disk_errors.begin([self.trainer, *self.trainer.loggers])
-        if run_lock.is_first(self.trainer):
-            disk_errors.guard_loggers(self.trainer.loggers)
-        return []
 
     def on_fit_start(self) -> None:
         self._check_trainer()  # also of a module that another trainer built
@@ -518,13 +520,44 @@ class PolicyModule(EvaluatedModule, ABC):
         checkpoint["opsd_tokens_generated"] = self.tokens_generated
         checkpoint[checkpoint_record.KEY] = checkpoint_record.record_of(self)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Build a module from a checkpoint's file, with the settings that a command-line run wrote into it.
+
+        Args:
+            checkpoint_path: A local file.
+            map_location: As in ``torch.load``.
+            hparams_file: Not supported: give the settings themselves.
+            strict: Has to be left out: checkpoints hold the adapters alone.
+            weights_only: True, whether or not it is given.
+            **settings: Arguments of the class that take the place of the checkpoint's.
+
+        Raises:
+            ConfigError: The file is remote or not a safe checkpoint, or its settings would import other modules.
+        """
+        checkpoint_io.check_weights_only(weights_only)
+        checkpoint_file.check_no_hparams(hparams_file)
+        keys = (cls.CHECKPOINT_HYPER_PARAMS_KEY, "hparams", "module_arguments")
+        with checkpoint_file.open_checked(checkpoint_path, keys, settings) as file:
+            return super().load_from_checkpoint(file, map_location, None, strict, True, **settings)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint_file.check_callbacks(checkpoint)
         self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
         self.configure_model()
-        if "opsd_compared" not in checkpoint:  # a strategy may have called this before
-            checkpoint["opsd_compared"] = True
-            self._settings_changed = checkpoint_record.compare(self, checkpoint)
-        checkpoint_record.check_weights(self, checkpoint)
+        with checkpoint_file.restoring(None):
+            if "opsd_compared" not in checkpoint:  # a strategy may have called this before
+                checkpoint["opsd_compared"] = True
+                self._settings_changed = checkpoint_record.compare(self, checkpoint)
+            checkpoint_record.check_weights(self, checkpoint)
 
 
 @contextmanager

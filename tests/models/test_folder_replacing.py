@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from opsd_lightning import folders as module
-from opsd_lightning.folders import MANIFEST, check, remove, remove_shards, replacing
+from opsd_lightning.folders import MANIFEST, check, remove, replacing
 from opsd_lightning.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -151,22 +151,6 @@ def test_removing_takes_away_what_was_written_and_nothing_else(tmp_path: Path) -
     (tmp_path / "linked").symlink_to(export(tmp_path / "other"))
     before = tree(tmp_path)
     assert not remove(mine) and not remove(tmp_path / "linked") and tree(tmp_path) == before
-
-
-def test_a_folder_of_shards_is_removed_and_no_other(tmp_path: Path) -> None:
-    shards = tmp_path / "at.ckpt"
-    shards.mkdir()
-    for name in (".metadata", "meta.pt", "__0_0.distcp", "__11_2.distcp"):
-        (shards / name).touch()
-    (shards / "notes.txt").touch()
-    before = tree(tmp_path)
-    with pytest.raises(ConfigError):
-        remove_shards(shards)
-    assert tree(tmp_path) == before
-    (shards / "notes.txt").unlink()
-    remove_shards(shards)
-    remove_shards(shards)
-    assert not shards.exists()
 
 
 def test_two_exports_at_the_same_time_leave_one_whole(tmp_path: Path) -> None:
