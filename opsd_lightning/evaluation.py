@@ -239,7 +239,8 @@ class EvaluatedModule(LightningModule):
         self._log_evaluation("test")
 
     def configure_callbacks(self) -> list[Callback]:
-        return [*super().configure_callbacks(), _CloseRollouts()]
+        found = super().configure_callbacks()
+        return [*(found if isinstance(found, Sequence) else [found]), _CloseRollouts()]
 
     def teardown(self, stage: str) -> None:
         self.rollouts.close()

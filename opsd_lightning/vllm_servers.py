@@ -19,6 +19,7 @@ import urllib.parse
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -156,6 +157,7 @@ class ServerPool:
         """
         for server in self.servers:
             self._persist(server, self._look)
+        self._tell()
         living = self.alive()
         if not living:
             raise ConfigError(
@@ -163,7 +165,6 @@ class ServerPool:
                 _URLS,
                 "Start vLLM servers there (docs/vllm.md), or correct the list",
             )
-        self._tell()
         for server in living[1:]:
             if server.model != living[0].model:
                 raise ConfigError(
@@ -201,11 +202,15 @@ class ServerPool:
     def _look(self, server: Server, deadline: float | None = None) -> None:
         deadline = self._deadline(_ASKING_SECONDS) if deadline is None else deadline
         self._ask(server, "GET", "/health", deadline)
-        found = _parsed(self._ask(server, "GET", "/v1/models", deadline, max_bytes=_LIST_BYTES))
+        answer = self._ask(server, "GET", "/v1/models", deadline, max_bytes=_LIST_BYTES)
+        try:
+            found = _parsed(answer)
+        except BadAnswer as error:
+            raise BadAnswer(f"this is not a vLLM server: /v1/models gave {error}") from None
         cards = found.get("data") if isinstance(found, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
             raise BadAnswer("this is not a vLLM server: /v1/models lists no models")
-        base = next((card for card in cards if card.get("parent") is None), {})
+        base: dict[str, Any] = next((card for card in cards if card.get("parent") is None), {})
         model, length = base.get("id"), base.get("max_model_len")
         if not isinstance(model, str) or not model or type(length) is not int or not 0 < length < 2**40:
             raise BadAnswer("this is not a vLLM server: /v1/models names no model with its max_model_len")
@@ -466,10 +471,8 @@ class ServerPool:
 
     def _refused(self, path: str, answer: Answer) -> Answer:
         status, text = answer.status, answer.body.decode("utf-8", "replace")
-        try:
+        with suppress(BadAnswer, KeyError, TypeError, IndexError):
             text = _parsed(answer)["error"]["message"]
-        except (BadAnswer, KeyError, TypeError, IndexError):
-            pass
         message = self.said(text) or "no message"
         loading = path == "/v1/load_lora_adapter"
         known = next((remedy for part, remedy in _REMEDIES if part in message), None)
@@ -552,9 +555,7 @@ def check_urls(urls: Sequence[str]) -> list[str]:
         try:
             parts = urllib.parse.urlsplit(url)
             right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            right = (
-                right and url.isascii() and url.isprintable() and " " not in url and not parts.query and not parts.fragment
-            )
+            right = right and url.isascii() and url.isprintable() and not set(url) & set(" ?#")
         except (ValueError, TypeError, AttributeError):
             right = False
         if not right:
@@ -569,7 +570,7 @@ def check_urls(urls: Sequence[str]) -> list[str]:
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds that a ``Retry-After`` header asks for, as a number or as a date; at most a minute, and 0 for anything else."""
+    """Seconds that a ``Retry-After`` header asks for, as a number or a date: at most a minute, and 0 for anything else."""
     text = (value or "").strip()[:64]
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         return min(float(text), _LONGEST_RETRY_AFTER_SECONDS)
