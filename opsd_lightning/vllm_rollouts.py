@@ -115,7 +115,11 @@ class VLLMServerEngine(RolloutEngine):
         asked = _Asked(tuple(map(tuple, prompts)), sampling, seed)
         if self._ahead is not None and all(of_every_rank(self._ahead.asked == asked)):
             ahead, self._ahead = self._ahead, None
-            return together(ahead.result)
+            try:
+                return together(ahead.result)
+            except BaseException:  # interrupted
+                ahead.stop()
+                raise
         task = self._task(model, asked)
         return together(task)
 
