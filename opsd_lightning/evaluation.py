@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
@@ -163,6 +163,13 @@ class Evaluator(nn.Module):
         return values
 
 
+class _CloseRollouts(Callback):
+    """Lets go of what rollouts took where a run ends by an error or a signal: Lightning then calls no ``teardown``."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        pl_module.rollouts.close()
+
+
 class EvaluatedModule(LightningModule):
     """The part of a module that samples and grades: validation, test, predict.
 
@@ -230,6 +237,10 @@ class EvaluatedModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
+
+    def configure_callbacks(self) -> list[Callback]:
+        found = super().configure_callbacks()
+        return [*(found if isinstance(found, Sequence) else [found]), _CloseRollouts()]
 
     def teardown(self, stage: str) -> None:
         self.rollouts.close()

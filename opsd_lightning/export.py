@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from opsd_lightning.folders import Kept, check, remove, replacing
+from opsd_lightning.folders import Kept, check, replacing
 from opsd_lightning.policy import STUDENT, LoRA, Policy, base_of
 from opsd_lightning.strategies import whole
 from opsd_lightning.types import ConfigError, UserError
@@ -99,11 +99,6 @@ def write_weights(config: PeftConfig, weights: dict[str, Tensor], folder: str | 
         save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
     return Path(folder)
-
-
-def remove_weights(folder: str | Path) -> None:
-    """Remove a folder that `write_weights` wrote."""
-    remove(folder)
 
 
 def merge_adapter(

@@ -125,6 +125,11 @@ def remove(folder: str | Path) -> bool:
     return _discard(place, [name for name, size in found.items() if _same(place, name, size, manifest["files"], False)])
 
 
+def remove_run(folder: Path) -> None:
+    """Remove a folder with all that is in it. For folders of a run that has locked them under a name of its own."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_page(path: str | Path, setting: str) -> None:
     """Refuse to replace a file that exists and is no page of this package.
 

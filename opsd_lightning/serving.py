@@ -1,41 +1,20 @@
-"""What both vLLM engines share: versions of the adapter on disk, what is asked of vLLM and what comes back, and ranks that
-succeed or fail together.
-"""
+"""What both vLLM engines share: what is asked, the check of what comes back, and ranks that succeed or fail together."""
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 import torch.distributed as dist
-from peft import PeftModel
-from torch import Tensor
 
-from opsd_lightning.export import remove_weights, write_weights
-from opsd_lightning.policy import TEACHER
 from opsd_lightning.rollouts import Sampling
-from opsd_lightning.tokens import cut_at_eos
 from opsd_lightning.types import Rollouts, UserError
-from opsd_lightning.vllm_servers import Adapter
+from opsd_lightning.vllm_servers import BadAnswer, said
 
 T = TypeVar("T")
 
-# What peft can and vLLM cannot (its lora/peft_helper.py); it would ignore some of these without a word.
-_NOT_IN_VLLM = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_bdlora",
-    "use_qalora",
-    "arrow_config",
-)
+# A log-probability may be this far above 0, by rounding; vLLM sends no lower ones than -9999.
+_MOST_LOGPROB, _LEAST_LOGPROB = 1e-3, -1e4
 
 
 def sampling_fields(sampling: Sampling, stop: frozenset[int], seed: int, logprobs: bool) -> dict[str, Any]:
@@ -70,113 +49,135 @@ def check_length(prompts: Sequence[Sequence[int]], sampling: Sampling, fits: int
 
 
 class Row(NamedTuple):
+    """A completion as vLLM sampled it.
+
+    Args:
+        ids: Its tokens, the EOS included where it has one.
+        logprobs: Their log-probabilities, where they were asked for.
+        finish_reason: Why it ended, in vLLM's words.
+    """
+
     ids: list[int]
     logprobs: list[float] | None
     finish_reason: str
 
 
-def read_choice(choice: dict[str, Any], with_logprobs: bool) -> Row:
-    ids = choice.get("token_ids")
-    if ids is None:
-        raise UserError("the vLLM servers return no token ids (return_token_ids): vLLM 0.10.2 or newer is needed")
-    if not with_logprobs:
-        return Row(ids, None, choice["finish_reason"])
-    found = choice["logprobs"]
-    if found["tokens"] != [f"token_id:{token}" for token in ids]:
-        raise RuntimeError("a vLLM server's log-probabilities are not those of its token ids")
-    return Row(ids, found["token_logprobs"], choice["finish_reason"])
-
-
-def as_rollouts(rows: Sequence[Row], sampling: Sampling, stop: frozenset[int], vocabulary: int) -> Rollouts:
-    """Completions cut at their EOS.
+class Expected(NamedTuple):
+    """What every completion of a rollout must be.
 
     Args:
-        rows: What vLLM returned.
-        sampling: What was asked for.
-        stop: Tokens that end a completion.
+        max_new_tokens: Its length, unless an EOS ends it.
+        stop: Tokens that end it.
         vocabulary: Number of the policy's tokens.
+        with_logprobs: Log-probabilities were asked for.
+    """
+
+    max_new_tokens: int
+    stop: frozenset[int]
+    vocabulary: int
+    with_logprobs: bool
+
+
+def read_answer(body: dict[str, Any], model: str, answer: Any, expected: Expected) -> Row:
+    """Read the one completion in a server's answer.
+
+    Args:
+        body: The request.
+        model: The model that it asked for.
+        answer: The answer's JSON.
+        expected: What the completion must be.
 
     Raises:
-        UserError: One ended early without an EOS, or holds a token that the policy does not have.
+        BadAnswer: It is not the answer to the request, or a completion that cannot be.
     """
-    if (largest := max((max(row.ids, default=0) for row in rows), default=0)) >= vocabulary:
-        raise UserError(
-            f"vLLM sampled token {largest}, and model.policy.model has {vocabulary} tokens: it serves another model"
+    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+        raise BadAnswer("the answer holds no choices")
+    if answer.get("model") != model:
+        raise BadAnswer(f"the answer is of model {said(answer.get('model'))}, and {model} was asked for")
+    if len(answer["choices"]) != 1 or not isinstance(answer["choices"][0], dict):
+        raise BadAnswer(f"the answer holds {len(answer['choices'])} choices, and one was asked for")
+    choice = answer["choices"][0]
+    index = choice.get("index", 0)
+    if type(index) is not int or index != 0:
+        raise BadAnswer(f"the choice has index {said(index)}, and one was asked for")
+    prompt = choice.get("prompt_token_ids")
+    if prompt is not None and (not _are_ids(prompt) or prompt != body["prompt"]):
+        raise BadAnswer("the answer is to another prompt")
+    ids = choice.get("token_ids")
+    if ids is None:
+        raise BadAnswer("the answer has no token ids (return_token_ids): vLLM 0.10.2 or newer is needed")
+    if not _are_ids(ids):
+        raise BadAnswer("token_ids are no token ids")
+    reason = choice.get("finish_reason")
+    logprobs = None
+    if expected.with_logprobs:
+        found = choice.get("logprobs")
+        if not isinstance(found, dict) or not isinstance(found.get("token_logprobs"), list):
+            raise BadAnswer("the answer has no log-probabilities")
+        if found.get("tokens") != [f"token_id:{token}" for token in ids]:
+            raise BadAnswer("log-probabilities are not those of the token ids")
+        logprobs = found["token_logprobs"]
+    row = Row(ids, logprobs, reason if isinstance(reason, str) else said(reason))
+    if (problem := row_problem(row, expected)) is not None:
+        raise BadAnswer(problem)
+    return row
+
+
+def row_problem(row: Row, expected: Expected) -> str | None:
+    """Say why a completion cannot be what was asked for; None if it can."""
+    ids, count = row.ids, len(row.ids)
+    if row.finish_reason not in ("stop", "length"):
+        return f"a completion ended by {said(row.finish_reason)}"  # the server is going down
+    if (strange := next((token for token in ids if not 0 <= token < expected.vocabulary), None)) is not None:
+        return (
+            f"token {said(strange)} was sampled, and model.policy.model has {expected.vocabulary} tokens: it serves another "
+            "model"
         )
-    completions, terminated, logprobs = [], [], []
+    if count > expected.max_new_tokens:
+        return f"a completion has {count} tokens, and at most {expected.max_new_tokens} were asked for"
+    first = next((place for place, token in enumerate(ids) if token in expected.stop), None)
+    if first is not None and first != count - 1:
+        return f"a completion goes on after its EOS at token {first + 1} of {count}"
+    if first is None and count != expected.max_new_tokens:
+        return (
+            f"a completion ended after {count} tokens without an EOS ({said(row.finish_reason)}), though "
+            f"{expected.max_new_tokens} were asked for: start vLLM without stop tokens or max_new_tokens of its own "
+            "(--override-generation-config)"
+        )
+    if row.logprobs is None:
+        return "a completion has no log-probabilities" if expected.with_logprobs else None
+    if len(row.logprobs) != count:
+        return f"a completion of {count} tokens has {len(row.logprobs)} log-probabilities"
+    for value in row.logprobs:  # NaN is in no interval
+        if type(value) not in (float, int) or not _LEAST_LOGPROB <= value <= _MOST_LOGPROB:
+            return f"{said(value, length=40)} is no log-probability of a sampled token"
+    return None
+
+
+def _are_ids(found: Any) -> bool:
+    return isinstance(found, list) and all(type(token) is int for token in found)
+
+
+def as_rollouts(rows: Sequence[Row], expected: Expected, n: int) -> Rollouts:
+    """Completions of a rollout.
+
+    Args:
+        rows: What vLLM sampled.
+        expected: What they must be.
+        n: Completions for each prompt.
+
+    Raises:
+        UserError: One of them is not.
+    """
     for row in rows:
-        ids, ended = cut_at_eos(row.ids, stop)
-        if not ended and len(ids) != sampling.max_new_tokens:
-            raise UserError(
-                f"a completion ended after {len(ids)} tokens without an EOS ({row.finish_reason}), though "
-                f"{sampling.max_new_tokens} were asked for: start vLLM without stop tokens or max_new_tokens of its own "
-                "(--override-generation-config)"
-            )
-        completions.append(ids)
-        terminated.append(ended)
-        logprobs.append((row.logprobs or [])[: len(ids)])
-    return Rollouts(completions, terminated, sampling.n, logprobs if all(r.logprobs is not None for r in rows) else None)
-
-
-class AdapterVersions:
-    """The adapters' versions in a folder, of each adapter the newest and those still in use."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.run = secrets.token_hex(3)  # another run may share the folder and the servers
-        self.count = 0
-        self.newest: dict[str, tuple[str, Adapter]] = {}
-        self.written: list[Adapter] = []
-
-    def write(self, model: PeftModel, role: str, weights: dict[str, Tensor]) -> Adapter:
-        """The version with these weights; a new one if they have changed.
-
-        Raises:
-            UserError: It is no adapter that vLLM can serve.
-        """
-        config = model.peft_config[role]
-        if wrong := [name for name in _NOT_IN_VLLM if getattr(config, name, None)]:
-            raise UserError(
-                f"vLLM does not serve adapters with {', '.join(wrong)}: leave it out of model.policy.lora.options, or take "
-                "another model.rollouts than vLLM's"
-            )
-        digest = hashlib.blake2b(repr(sorted(weights)).encode())
-        for _, value in sorted(weights.items()):
-            digest.update(value.view(-1).view(torch.uint8).numpy().data)
-        known = self.newest.get(role)
-        if known is not None and known[0] == digest.hexdigest():
-            return known[1]
-        self.count += 1
-        role_name = self.name + ("-teacher" if role == TEACHER else "")
-        name = f"{role_name}-{self.run}-{self.count}"
-        folder = self.folder / name
-        try:
-            write_weights(config, weights, folder)
-        except OSError as error:
-            raise UserError(
-                f"model.rollouts.init_args.adapter_folder: cannot write {folder} ({error.strerror or error})"
-            ) from None
-        adapter = Adapter(name, str(folder))
-        self.newest[role] = digest.hexdigest(), adapter
-        self.written.append(adapter)
-        return adapter
-
-    def outdated(self, keep: Sequence[Adapter | None] = ()) -> list[Adapter]:
-        """Versions that nothing asks for any more."""
-        newest = [adapter for _, adapter in self.newest.values()]
-        return [adapter for adapter in self.written if adapter not in newest and adapter not in keep]
-
-    def remove(self, adapters: Sequence[Adapter]) -> None:
-        for adapter in adapters:
-            remove_weights(adapter.folder)
-            self.written.remove(adapter)
-
-    def remove_all(self) -> list[str]:
-        """Remove every version; returns their names."""
-        names = [adapter.name for adapter in self.written]
-        self.remove(list(self.written))
-        self.newest = {}
-        return names
+        if (problem := row_problem(row, expected)) is not None:
+            raise UserError(f"model.rollouts: {problem}")
+    return Rollouts(
+        [row.ids for row in rows],
+        [bool(row.ids) and row.ids[-1] in expected.stop for row in rows],
+        n,
+        [[float(value) for value in row.logprobs or []] for row in rows] if expected.with_logprobs else None,
+    )
 
 
 def this_rank() -> int:

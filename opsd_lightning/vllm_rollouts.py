@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,24 +22,25 @@ from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat,
 from peft import PeftModel
 from torch import Tensor
 
+from opsd_lightning.adapter_versions import AdapterVersions
 from opsd_lightning.export import adapter_weights
 from opsd_lightning.policy import active_adapter, base_of, device_of, eos_ids
 from opsd_lightning.rollouts import RolloutEngine, Sampling, seed_for
 from opsd_lightning.rope import sampler_length
 from opsd_lightning.serving import (
-    AdapterVersions,
+    Expected,
     Row,
     as_rollouts,
     check_length,
     from_rank_zero,
     of_every_rank,
-    read_choice,
+    read_answer,
     sampling_fields,
     this_rank,
     together,
 )
 from opsd_lightning.types import Rollouts, UserError
-from opsd_lightning.vllm_servers import Adapter, ServerPool
+from opsd_lightning.vllm_servers import Adapter, Server, ServerPool, check_urls
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may be
 
@@ -53,7 +56,8 @@ class VLLMServerEngine(RolloutEngine):
             Servers on other machines need a shared file system.
         adapter_name: What the servers call the student's adapter, followed by the run and the version; the teacher's, if
             it has one, gets ``-teacher`` in between.
-        timeout_seconds: How long one completion may take, above 0.
+        timeout_seconds: Time limit of one completion, above 0: from connecting to the last byte of the answer. Questions to
+            a server (10 seconds) and loading an adapter (120) have lower limits where this one is higher.
         retries: Failures in a row, with growing pauses between, after which a server is given up for the step: beyond the
             first, 0 or more.
         max_concurrency: The most requests, one a completion, that are under way on each server, at least 1. A server
@@ -87,6 +91,7 @@ class VLLMServerEngine(RolloutEngine):
                 "model.rollouts.init_args.urls is a list of at least one server, such as [http://localhost:8000]"
             )
         self.urls = list(urls)
+        check_urls(self.urls)
         self.adapter_folder, self.adapter_name = adapter_folder, adapter_name
         self.timeout_seconds = PositiveFloat(timeout_seconds)
         self.retries = NonNegativeInt(retries)
@@ -100,16 +105,21 @@ class VLLMServerEngine(RolloutEngine):
         self._pool: ServerPool | None = None
         self._versions: AdapterVersions | None = None
         self._ahead: _Ahead | None = None
+        self._end: weakref.finalize[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies have the settings and connect for themselves.
-        return self.__dict__ | {"_pool": None, "_versions": None, "_ahead": None}
+        return self.__dict__ | {"_pool": None, "_versions": None, "_ahead": None, "_end": None}
 
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         asked = _Asked(tuple(map(tuple, prompts)), sampling, seed)
         if self._ahead is not None and all(of_every_rank(self._ahead.asked == asked)):
             ahead, self._ahead = self._ahead, None
-            return together(ahead.result)
+            try:
+                return together(ahead.result)
+            except BaseException:  # interrupted
+                ahead.stop()
+                raise
         task = self._task(model, asked)
         return together(task)
 
@@ -125,11 +135,9 @@ class VLLMServerEngine(RolloutEngine):
 
     def close(self) -> None:
         self._forget()
-        if self._pool is not None:
-            if self._versions is not None:
-                self._pool.drop(self._versions.remove_all())
-            self._pool.close()
-        self._pool = self._versions = None
+        if self._end is not None:
+            self._end()
+        self._pool = self._versions = self._end = None
 
     def _forget(self) -> None:
         if self._ahead is not None:
@@ -142,6 +150,7 @@ class VLLMServerEngine(RolloutEngine):
         adapter = self._served = self._refresh(pool, model)
         stop, vocabulary = eos_ids(model), base_of(model).config.get_text_config().vocab_size
         with_logprobs = self.logprob_tolerance is not None or self.max_importance_ratio is not None
+        expected = Expected(asked.sampling.max_new_tokens, stop, vocabulary, with_logprobs)
         bodies = [
             {"prompt": list(prompt)}
             | sampling_fields(asked.sampling, stop, seed_for(asked.seed, row * asked.sampling.n + copy), with_logprobs)
@@ -150,34 +159,44 @@ class VLLMServerEngine(RolloutEngine):
             for copy in range(asked.sampling.n)
         ]
 
-        def send(cancelled: threading.Event | None = None) -> Rollouts:
-            choices = pool.post_all(bodies, adapter, this_rank(), cancelled)
-            return as_rollouts([read_choice(choice, with_logprobs) for choice in choices], asked.sampling, stop, vocabulary)
-
-        # Not a rank's own mistake to raise: the others would wait for it.
-        fits = min((server.max_model_len for server in pool.alive()), default=0)
-
-        def checked(cancelled: threading.Event | None = None) -> Rollouts:
-            check_length(asked.prompts, asked.sampling, fits, "start the servers with --max-model-len")
-            for server in pool.alive():
+        def unfit(server: Server) -> str | None:
+            if not server.max_model_len:  # this rank has not seen it
+                return None
+            try:
+                check_length(asked.prompts, asked.sampling, server.max_model_len, "start the servers with --max-model-len")
                 sampler_length(base_of(model), server.max_model_len, f"--max-model-len of {server.url}")
-            return send(cancelled)
+            except UserError as error:
+                return str(error)
+            return None
 
-        return checked if fits else send
+        def send(cancelled: threading.Event | None = None) -> Rollouts:
+            # Not a rank's own mistake to raise before: the others would wait for it.
+            pool.require(unfit)
+            read = partial(read_answer, expected=expected)
+            rows = pool.post_all(bodies, adapter, read, this_rank(), cancelled)
+            return as_rollouts(rows, expected, asked.sampling.n)
+
+        return send
 
     def _connected(self) -> ServerPool:
         if self._pool is None:
             pool = ServerPool(self.urls, self.timeout_seconds, self.retries, self.max_concurrency, self.api_key_env)
-            together(pool.connect)
-            self._pool = pool
+            try:
+                together(pool.connect)
+            except BaseException:
+                pool.close()
+                raise
+            parent = Path(self.adapter_folder).expanduser().absolute()
+            self._pool, self._versions = pool, AdapterVersions(parent, self.adapter_name)
+            # At the latest when the process ends; a killed one's are removed at the next run's start.
+            self._end = weakref.finalize(self, _end, pool, self._versions)
         return self._pool
 
     def _refresh(self, pool: ServerPool, model: PeftModel) -> Adapter | None:
         """The version of the active adapter, held by every living server; None for the base model. Every rank must call."""
         role = active_adapter(model)
-        if self._versions is None:
-            self._versions = AdapterVersions(Path(self.adapter_folder).expanduser().absolute(), self.adapter_name)
         versions = self._versions
+        assert versions is not None
         weights = None if role is None else adapter_weights(model, role)
 
         def push() -> tuple[Adapter | None, list[str]]:
@@ -186,9 +205,11 @@ class VLLMServerEngine(RolloutEngine):
             if role is not None and weights is not None:
                 adapter = versions.write(model, role, weights)
                 in_use = [] if self._ahead is None else [self._ahead.adapter]
-                old = versions.outdated(keep=in_use)
-                pool.hold(adapter, [version.name for version in old])
-                versions.remove(old)
+                first = versions.count == 1
+                pool.hold(adapter, versions.stale(keep=in_use))
+                versions.remove(versions.outdated(keep=in_use))
+                if first:
+                    versions.sweep()
             return adapter, [server.url for server in pool.alive()]
 
         adapter, living = from_rank_zero(push)
@@ -247,9 +268,10 @@ class VLLMEngine(RolloutEngine):
         self._llm: Any = None
         self._versions: AdapterVersions | None = None
         self._numbers: dict[str, int] = {}
+        self._end: weakref.finalize[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_llm": None, "_versions": None, "_numbers": {}}
+        return self.__dict__ | {"_llm": None, "_versions": None, "_numbers": {}, "_end": None}
 
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         role = active_adapter(model)
@@ -267,8 +289,10 @@ class VLLMEngine(RolloutEngine):
     ) -> Rollouts:
         vllm = _import_vllm()
         if self._versions is None:
-            folder = self.adapter_folder or tempfile.mkdtemp(prefix="opsd-adapters-")
-            self._versions = AdapterVersions(Path(folder).expanduser().absolute() / f"rank{this_rank()}", "opsd")
+            parent = Path(self.adapter_folder or tempfile.gettempdir()).expanduser().absolute()
+            self._versions = AdapterVersions(parent, "opsd")
+            self._versions.sweep()
+            self._end = weakref.finalize(self, self._versions.remove_all)
         request = None
         if role is not None and weights is not None:
             adapter = self._versions.write(model, role, weights)
@@ -295,6 +319,8 @@ class VLLMEngine(RolloutEngine):
         if self.sleep:
             self._llm.sleep(level=1)
         self._versions.remove(self._versions.outdated())
+        if len(outputs) != len(rows):
+            raise RuntimeError(f"vLLM returned {len(outputs)} completions for {len(rows)} prompts")
         found = []
         for output in outputs:
             ids = list(output.outputs[0].token_ids)
@@ -302,7 +328,8 @@ class VLLMEngine(RolloutEngine):
             if with_logprobs:
                 logprobs = [place[token].logprob for place, token in zip(output.outputs[0].logprobs, ids, strict=True)]
             found.append(Row(ids, logprobs, str(output.outputs[0].finish_reason)))
-        return as_rollouts(found, sampling, stop, base_of(model).config.get_text_config().vocab_size)
+        vocabulary = base_of(model).config.get_text_config().vocab_size
+        return as_rollouts(found, Expected(sampling.max_new_tokens, stop, vocabulary, with_logprobs), sampling.n)
 
     def _start(self, vllm: Any, model: PeftModel) -> Any:
         name = base_of(model).config._name_or_path
@@ -326,10 +353,17 @@ class VLLMEngine(RolloutEngine):
             raise UserError(f"model.rollouts: vLLM cannot load {name} ({error})") from error
 
     def close(self) -> None:
-        if self._versions is not None:
-            self._versions.remove_all()
-        self._llm = self._versions = None
+        if self._end is not None:
+            self._end()
+        self._llm = self._versions = self._end = None
         self._numbers = {}
+
+
+def _end(pool: ServerPool, versions: AdapterVersions) -> None:
+    """Remove a run's adapters, from disk and from the servers."""
+    if names := versions.remove_all():
+        pool.drop(names)
+    pool.close()
 
 
 class _Asked(NamedTuple):

@@ -35,7 +35,7 @@ from opsd_lightning.objectives import token_logprobs
 from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.rollouts import Sampling, TransformersEngine
 from opsd_lightning.scoring import score, score_all
-from opsd_lightning.serving import Row, as_rollouts
+from opsd_lightning.serving import Expected, Row, as_rollouts
 from opsd_lightning.teachers import EMATeacher, FixedTeacher
 from opsd_lightning.types import Rollouts, UserError
 from opsd_lightning.vllm_rollouts import VLLMServerEngine
@@ -188,11 +188,12 @@ def test_a_stale_adapter_or_another_model_stops_training(
 
     def always_the_first(body: dict[str, Any]) -> Any:
         first.append(body["model"])
-        return complete(body | {"model": first[0]})
+        status, found = complete(body | {"model": first[0]})
+        return status, found | {"model": body["model"]}
 
     stale.complete = always_the_first  # type: ignore[method-assign]
     # The first version stays loaded, as a server would have it that forgot to replace it.
-    monkeypatch.setattr("opsd_lightning.serving.AdapterVersions.outdated", lambda self, keep=(): [])
+    monkeypatch.setattr("opsd_lightning.adapter_versions.AdapterVersions.outdated", lambda self, keep=(): [])
     watch = Watch()
     with pytest.raises(UserError, match=r"logprob_tolerance = 0\.02.*adapter of an earlier step"):
         train(
@@ -269,7 +270,7 @@ def test_none_left(
     engine = make_engine(server, retries=1)
     engine.generate(model, PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server.kill()
-    with pytest.raises(UserError, match=r"no vLLM server of model\.rollouts\.init_args\.urls"), pytest.warns(RuntimeWarning):
+    with pytest.raises(UserError, match=r"model\.rollouts\.init_args\.urls: no vLLM server"), pytest.warns(RuntimeWarning):
         engine.generate(model, PROMPTS, Sampling(max_new_tokens=2), seed=0)
 
 
@@ -500,10 +501,10 @@ def test_evaluation_refuses_another_models_completions(
 
 
 def test_a_token_that_the_policy_does_not_have() -> None:
-    row = Row([5, 97], None, "stop")
-    with pytest.raises(UserError, match=r"sampled token 97, and model\.policy\.model has 97 tokens"):
-        as_rollouts([row], Sampling(max_new_tokens=2), frozenset(), 97)
-    assert as_rollouts([row], Sampling(max_new_tokens=2), frozenset(), 98).completions == [[5, 97]]
+    row = Row([5, 97], None, "length")
+    with pytest.raises(UserError, match=r"97.*model\.policy\.model has 97 tokens"):
+        as_rollouts([row], Expected(2, frozenset(), 97, False), 1)
+    assert as_rollouts([row], Expected(2, frozenset(), 98, False), 1).completions == [[5, 97]]
 
 
 @pytest.mark.parametrize("answer", [b"<html>hello</html>", b"[]", b'{"data": [3]}', b'{"data": []}'])

@@ -151,7 +151,7 @@ class ProtocolServer:
         if body["logprobs"] is not None:
             choice["logprobs"] = {"token_logprobs": logprobs, "tokens": [f"token_id:{token}" for token in ids]}
         if body["return_token_ids"]:
-            choice["token_ids"] = ids
+            choice |= {"token_ids": ids, "prompt_token_ids": body["prompt"]}
         return 200, {"choices": [choice], "model": body["model"]}
 
     @staticmethod
