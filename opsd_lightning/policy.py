@@ -20,7 +20,6 @@ from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_ty
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from opsd_lightning.base_checks import check_adapted, check_config, check_tensors, check_vocabulary, not_adapted
+from opsd_lightning.gguf_header import check_gguf
 from opsd_lightning.rope import constant_length, fix_frequencies, row_limit
 from opsd_lightning.types import ConfigError, UserError
 
@@ -148,6 +148,7 @@ class Policy:
             raise UserError(f"{self.setting}.model: {self.model} does not exist; give a Hugging Face id, folder or .gguf")
         common = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         if gguf:
+            check_gguf(path, f"{self.setting}.model")
             return common | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return common | {"pretrained_model_name_or_path": str(path) if local else self.model}
 
@@ -155,7 +156,7 @@ class Policy:
         where = self._where()
         try:
             return loader(**where, **kwargs)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # loaders raise of every kind: tokenizers a bare Exception, numpy an IndexError
             reason = str(error).strip().splitlines()
             raise UserError(
                 f"{self.setting}.model: cannot load {self.model!r} ({reason[0] if reason else type(error).__name__}); give "
