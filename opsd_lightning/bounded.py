@@ -14,8 +14,8 @@ _FAILED, _MEMORY = 1, 2
 def overruns(run: Callable[[], object], seconds: float, memory: int) -> str:
     """Run a function in a forked child and return what it runs out of: ``time``, ``memory`` or nothing.
 
-    The child ends by the system's alarm, also where no code of Python runs. Its exceptions are for the caller to meet, who runs
-    the function again. Where processes cannot be forked, nothing is run.
+    The system's alarm ends the child, also where no code of Python runs. Its exceptions are left to the caller, who runs the
+    function again. Where processes cannot be forked, nothing is run.
 
     Args:
         run: The function. It must start no thread, and use none.

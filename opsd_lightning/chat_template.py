@@ -3,8 +3,8 @@
 Templates for vision models take the content of a message as a list of parts, and templates such as Llama 3's write today's
 date: the first is found out for each template, and the second is given a fixed day.
 
-A template is a program, which may come with a downloaded model. transformers keeps it from this process' files and objects, but
-not from running for ever: each is first rendered in a child process with a time limit.
+A template is a program, which may come with a downloaded model. transformers keeps it from files and from objects of Python,
+but not from running for ever: each is first rendered in a child process with a time limit.
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ def render(
 
 
 def _check_ends(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], kwargs: dict[str, Any], day: date, generation: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    kwargs: dict[str, Any],
+    day: date,
+    generation: bool,
 ) -> None:
     """Raise unless the template ends with these arguments, within a time and a memory limit."""
     key = (str(tokenizer.chat_template), repr(sorted(kwargs.items())), generation)

@@ -56,9 +56,7 @@ class Evaluator(nn.Module):
                 for role in roles
             }
         )
-        self.problems = nn.ModuleDict(
-            {role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles}
-        )
+        self.problems = nn.ModuleDict({role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles})
         self.finished: Mapping[int, Records] = {}
 
     def count_over(self, group: dist.ProcessGroup | None) -> None:

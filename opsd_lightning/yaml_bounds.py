@@ -43,7 +43,9 @@ def check_yaml(text: str) -> None:
                     sizes[anchor] = values - before
                 continue
             if isinstance(event, yaml.AliasEvent):
-                values += sizes.get(event.anchor, 1) if not any(anchor == event.anchor for anchor, _ in opened) else MOST_VALUES
+                values += (
+                    sizes.get(event.anchor, 1) if not any(anchor == event.anchor for anchor, _ in opened) else MOST_VALUES
+                )
             elif isinstance(event, yaml.NodeEvent):
                 values += 1
             if isinstance(event, yaml.ScalarEvent) and len(event.value) > MOST_DIGITS and _NUMBER.fullmatch(event.value):

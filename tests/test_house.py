@@ -15,7 +15,19 @@ import opsd_lightning
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
-    {"types", "files", "bounded", "yaml_bounds", "texts", "metric_directions", "idle", "answer_text", "quantities", "math_worker", "math_pool"},
+    {
+        "types",
+        "files",
+        "bounded",
+        "yaml_bounds",
+        "texts",
+        "metric_directions",
+        "idle",
+        "answer_text",
+        "quantities",
+        "math_worker",
+        "math_pool",
+    },
     {"answer_forms"},
     {"answers"},
     {"tokens", "control_tokens", "chat_template", "grading", "redaction", "token_text", "findings"},

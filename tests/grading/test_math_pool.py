@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -105,26 +106,17 @@ def test_what_is_written_alike_is_compared_once() -> None:
 
 
 def test_a_worker_killed_at_work_costs_a_retry() -> None:
-    """Half of the questions lose their worker once."""
-    pid = server()
-    stop = threading.Event()
-    killed = []
-
-    def kill() -> None:
-        while not stop.is_set() and len(killed) < 10:
-            for worker in children(pid):
-                if busy(worker):
-                    os.kill(worker, signal.SIGKILL)
-                    killed.append(worker)
-                    time.sleep(0.2)
-            time.sleep(0.001)
-
-    killer = in_thread(kill)
-    hard = [rf"\boxed{{(x+{n})^{{7}}-x^{{7}}}}" for n in range(1, 25)]
-    found = MathGrader(timeout_seconds=20.0).grades(hard, [rf"(x+{n})^7-x^7-0" for n in range(1, 25)])
-    stop.set()
-    killer.join(10)
-    assert killed and [grade.correct for grade in found] == [True] * 24
+    pid, grader = server(), MathGrader(timeout_seconds=60.0)
+    for n in range(1, 4):
+        found = list[Grade]()
+        texts = [rf"\boxed{{(x+{n})^{{40}}(x+5)^{{40}}}}"]
+        thread = in_thread(lambda texts=texts, n=n: found.extend(grader.grades(texts, [f"(x^2+{n + 5}x+{5 * n})^{{40}}"])))
+        assert eventually(lambda: any(busy(worker) for worker in children(pid)))
+        for worker in children(pid):
+            if busy(worker):
+                os.kill(worker, signal.SIGKILL)
+        thread.join(60)
+        assert [grade.correct for grade in found] == [True]
 
 
 def test_a_question_that_ends_two_workers_is_wrong_and_counted() -> None:
@@ -309,7 +301,7 @@ def test_workers_by_cores_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 class Lenient(MathGrader):
     """A user's: any number of words is right that holds the reference."""
 
-    threads: list[int] = []
+    threads: ClassVar[list[int]] = []
 
     def find_answer(self, text: str) -> str | None:
         self.threads.append(threading.get_ident())
@@ -339,22 +331,21 @@ def test_a_slow_answer_votes_by_its_text_without_waiting_again() -> None:
 
 
 def test_a_slow_pattern_is_a_time_out_and_runs_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math_pool, "workers", lambda: 4)
+    monkeypatch.setattr(math_pool, "workers", lambda: 8)
     grader = MathGrader(answer_pattern=r"((?:\w+\s?)+)=", timeout_seconds=0.5)
     started = time.monotonic()
-    found = grader.grades(["a" * 50_000 + f"{n}!=" for n in range(8)] + ["7="], ["7"] * 9)
+    found = grader.grades(["a" * 5_000 + f"{n}!=" for n in range(8)] + ["7="], ["7"] * 9)
     assert found == [Grade(None, False, "timeout")] * 8 + [Grade("7", True)]
-    assert time.monotonic() - started < 8 * 0.5 / 4 + 2.0
+    assert time.monotonic() - started < 8 * 0.5 - 0.2
 
 
 def test_the_first_time_out_is_told() -> None:
     server()
     grading._warned.clear()
     grader = MathGrader(timeout_seconds=0.3)
-    with pytest.warns(UserWarning, match="grading_timeouts") as told:
-        for answer in SLOW[:2]:
-            assert not grader.equal(answer, "3x")
-    assert len(told) == 1
+    with pytest.warns(UserWarning) as told:
+        assert [grader.equal(answer, "3x") for answer in SLOW[:2]] == [False, False]
+    assert ["grading_timeouts" in str(warning.message) for warning in told] == [True]
 
 
 def test_one_comparison_takes_its_time_once() -> None:
