@@ -33,6 +33,7 @@ _FORMATS: set[str] = set()
 _PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 _WORD = "Pangolin"
 _SECONDS, _MEMORY = 10.0, 1 << 29  # of a first rendering
+_LONGEST = 1 << 24  # characters of it, far more than any model reads
 _ENDING: set[tuple[str, str, bool]] = set()  # templates and their arguments that stayed within
 
 
@@ -84,7 +85,8 @@ def _check_ends(
     def both() -> None:
         for written in (messages, _as_parts(messages)):
             try:
-                _apply(tokenizer, written, kwargs, day, generation)
+                if len(_apply(tokenizer, written, kwargs, day, generation)) > _LONGEST:
+                    raise MemoryError
             except MemoryError:
                 raise
             except Exception:  # a template may take one of them only

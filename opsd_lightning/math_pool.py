@@ -5,8 +5,8 @@ same time (``math_worker``). So a time-out costs a fork, not an import.
 
 The pools of the standard library, `loky` and `pebble` were considered. Of these only `pebble` ends a task at its deadline.
 But a spawned worker of theirs imports the program's main module, and with it torch (363 MB each, against 57 MB here, most of
-it shared), and needs one that can be imported; a forked one copies the locks and the devices of a training process. None ends
-a busy worker when the parent is killed, survives a fork of the parent, limits memory or repeats a question whose worker was
+it shared), and needs one that can be imported; a forked one copies the locks and devices of a training process. None ends a
+busy worker when the parent is killed, survives a fork of the parent, limits memory or repeats a question whose worker was
 killed, so that most of this module would remain. `pebble` is under the LGPL.
 """
 

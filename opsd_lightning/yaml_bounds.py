@@ -1,7 +1,7 @@
 """YAML that is refused before it is loaded: too deep, or too large once its aliases are written out.
 
-A few lines of aliases of aliases stand for billions of values. Loaders make references of them, but whatever walks the result
-takes each as often as it occurs.
+A few lines of aliases of aliases stand for billions of values. Loaders make references of them, but whatever walks the
+result takes each as often as it occurs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHORT = 2 * DEEPEST  # too short to be too deep
 
 
 def check_yaml(text: str) -> None:
-    """Raise ``yaml.YAMLError`` where a document is too long, too deep or too large. Errors of its form are left to the loader."""
+    """Raise ``yaml.YAMLError`` where a document is too long, too deep or too large. Other errors are left to the loader."""
     if len(text) < _SHORT and "*" not in text:
         return
     import yaml

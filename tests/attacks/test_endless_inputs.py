@@ -11,7 +11,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,10 @@ def within(seconds: float, case: object) -> Iterator[None]:
 
 TEMPLATES = [
     "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}{% endfor %}{% endfor %}{% endfor %}",
-    "{{ 10 ** 10 ** 10 }}",
+    "{{ 10 ** (10 ** 10) }}",
     "{{ 'a' * 10 ** 10 }}",
     "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
+    "{% for a in range(300) %}{{ 'a' * 99999 }}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
     "{{ ('a' * 90000000) | list | length }}{% for a in range(90000) %}{{ 'a' * 90000000 }}{% endfor %}",
 ]
@@ -204,11 +205,8 @@ def test_model_files_of_any_depth(name: str, folders: dict[str, str], tmp_path: 
         (folder / name).write_text(text)
         policy = Policy(model=str(folder), dtype="float32")
         for load in (policy.load_config, policy.load_tokenizer):
-            with within(60, (name, depth)):
-                try:
-                    load()
-                except UserError as error:
-                    assert "model.policy.model" in str(error)
+            with within(60, (name, depth)), suppress(UserError):
+                load()
 
 
 # -- answers -------------------------------------------------------------------------------------------------------------
@@ -341,11 +339,8 @@ def test_reports_of_hostile_records(damage: Callable[[Path, random.Random], None
     for number in range(attack.tries(sample=40, whole=600)):
         folder = record_of(tmp_path / str(number))
         damage(folder, attack.random)
-        with within(20, (attack.round, number)):
-            try:
-                write_report([folder], tmp_path / "page.html")
-            except UserError as error:
-                assert "\n" not in str(error)
+        with within(20, (attack.round, number)), suppress(UserError):
+            write_report([folder], tmp_path / "page.html")
         shutil.rmtree(folder)
         attack.tried("hostile records")
     assert read_run(record_of(tmp_path / "good")).accuracy == "val/avg@1"

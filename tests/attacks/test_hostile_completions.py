@@ -76,7 +76,7 @@ def _bomb(rng: random.Random) -> str:
 
 
 def _nested(rng: random.Random) -> str:
-    depth = rng.choice([50, 300, 900, 100_000])
+    depth = rng.choice([50, 300, 900, 900, 20_000, LONG])
     opening, closing = rng.choice(
         [("{", "}"), ("(", ")"), (r"\sqrt{", "}"), (r"\frac{1}{", "}"), ("[", "]"), (r"\left(", r"\right)"), ("x^{", "}")]
     )
@@ -111,7 +111,7 @@ def children(pid: int) -> list[int]:
 
 def test_hostile_completions(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
     """In batches, as an evaluation grades them; right and wrong answers between them keep their verdicts."""
-    rng, count = attack.random, attack.tries(sample=60, whole=2_000)
+    rng, count = attack.random, attack.tries(sample=50, whole=2_000)
     bombs = max(2, count // 20)
     hostile = [(rng.choice(FAMILIES)(rng), rng.choice(["5", "x", r"\frac{1}{2}", "3x+1"])) for _ in range(count - bombs)]
     hostile += [(_bomb(rng), "3x+1") for _ in range(bombs)]
@@ -129,8 +129,9 @@ def test_hostile_completions(attack: Attack, monkeypatch: pytest.MonkeyPatch) ->
             spent = time.thread_time() - started
             assert spent < 1.0 + 10e-6 * len(text), f"{spent:.1f} s to read {len(text)} characters: {text[:80]!r}"
         attack.tried("hostile completions", len(cases))
+        known = len(cases) // 6
         for forms, verdict in ((RIGHT, True), (WRONG, False)):
-            for text, reference in rng.choices(forms, k=len(cases) // 4):
+            for text, reference in rng.choices(forms, k=known):
                 n = rng.randint(10, 10_000)
                 cases.append((text.format(n=n), reference.format(n=n), verdict))
         rng.shuffle(cases)
