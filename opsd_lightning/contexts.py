@@ -50,7 +50,8 @@ def read_attempts(
     """Completions as text, with their answers and grades."""
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rollouts.completions]
     grades = grader.grades(texts, [batch.examples[i // rollouts.n].answer for i in range(len(texts))])
-    answers, correct, problems = ([grade[part] for grade in grades] for part in range(3))
+    answers, correct = [grade.answer for grade in grades], [grade.correct for grade in grades]
+    problems = [grade.problem for grade in grades]
     return Attempts(batch.examples, texts, answers, correct, rollouts.terminated, rollouts.n, grader, problems)
 
 

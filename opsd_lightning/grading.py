@@ -58,7 +58,8 @@ class MathGrader:
             "The answer is 42", "**Answer:** 3 1/2" or a last line "#### 42", or none where its end is not clear.
             Null: only what is boxed counts. Otherwise a regular expression whose first group is the answer; the last
             match counts. It is run for at most ``timeout_seconds``.
-        timeout_seconds: The longest that one comparison may take before it counts as wrong.
+        timeout_seconds: The longest that one comparison may take before it counts as wrong. Such completions are counted as
+            ``val/grading_timeouts``.
     """
 
     answer_pattern: str | None = AUTO
@@ -104,8 +105,8 @@ class MathGrader:
     def grades(self, completions: Sequence[str], references: Sequence[str]) -> list[Grade]:
         """Grade many completions, several at the same time, by `find_answer` and `equal`.
 
-        What is written alike is compared once. A subclass's own `find_answer` and `equal` are called in this thread, one
-        after the other.
+        What is written alike is compared once. A subclass's own `find_answer`, `equal` and `grade` are called in this
+        thread, one after the other; its `grade` decides in the place of `equal`.
 
         Args:
             completions: Texts.
@@ -113,6 +114,9 @@ class MathGrader:
         """
         in_turn = type(self).find_answer is not MathGrader.find_answer or self.answer_pattern in (None, AUTO)
         found = _each(self.find_answer, [(text,) for text in completions], in_turn)
+        if type(self).grade is not MathGrader.grade:
+            graded = _each(self.grade, list(zip(completions, references, strict=True)), in_turn=True)
+            return [Grade(answer, *verdict) for (answer, _), verdict in zip(found, graded, strict=True)]
         pairs = [(answer, reference) for (answer, _), reference in zip(found, references, strict=True)]
         different = list(dict.fromkeys(pairs))
         verdicts = _each(self.equal, different, in_turn=type(self).equal is not MathGrader.equal)
@@ -226,7 +230,7 @@ def _note(problem: Problem, example: str) -> None:
 
 # -- comparing -----------------------------------------------------------------------------------------------------------
 
-_KEPT, _LONGEST_KEPT = 65536, 500
+_KEPT, _LONGEST_KEPT = 16384, 500
 _verdicts: dict[tuple[str, str], bool] = {}  # time-outs are not remembered: a busy machine may have caused them
 
 

@@ -160,7 +160,7 @@ class Pool:
             self._process = subprocess.Popen(
                 # -P: our types.py must not shadow the standard one
                 [sys.executable, "-P", str(_SCRIPT), str(os.getpid())],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONHASHSEED": "0"},  # the order of sympy's terms, and so its verdicts

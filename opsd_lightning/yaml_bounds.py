@@ -44,7 +44,9 @@ def check_yaml(text: str) -> None:
                 continue
             if isinstance(event, yaml.AliasEvent):
                 values += (
-                    sizes.get(event.anchor, 1) if not any(anchor == event.anchor for anchor, _ in opened) else MOST_VALUES
+                    sizes.get(event.anchor or "", 1)
+                    if not any(anchor == event.anchor for anchor, _ in opened)
+                    else MOST_VALUES
                 )
             elif isinstance(event, yaml.NodeEvent):
                 values += 1

@@ -321,6 +321,20 @@ def test_a_subclass_grades_many_in_turn_on_this_thread() -> None:
     assert set(Lenient.threads) == {threading.get_ident()}
 
 
+class ByGrade(MathGrader):
+    """A user's: grades whole texts."""
+
+    def grade(self, completion: str, reference: str) -> bool:
+        return completion.endswith(reference) or super().grade(completion, reference)
+
+
+def test_a_subclass_that_grades_whole_texts() -> None:
+    found = ByGrade(timeout_seconds=1.0).grades(
+        ["so it is a cat", r"\boxed{x/2}", r"\boxed{9!!!!!!}"], ["cat", "0.5x", "3x"]
+    )
+    assert found == [Grade(None, True), Grade("x/2", True), Grade("9!!!!!!", False, "timeout")]
+
+
 def test_a_slow_answer_votes_by_its_text_without_waiting_again() -> None:
     server()
     grader = MathGrader(timeout_seconds=0.5)
