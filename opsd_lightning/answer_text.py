@@ -88,6 +88,7 @@ _PAIRS = [
     ("*", "*"), ("_", "_"), ('"', '"'), ("'", "'"), ("``", "''"),
 ]  # fmt: skip
 _TRAILING = re.compile(r"(?:[\s,;:]|\\\\|\\(?=$)|\\[,;:!.](?=$)|(?<!\.\.)\.(?=$))+$")
+_TAIL = 40  # characters at the end that are looked at in one go
 _LEADING = re.compile(
     r"^(?:[\s:]|=|(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|:)|\\(?:approx|simeq|sim)(?![A-Za-z])|(?:approximately|approx\.?|about|roughly|around|exactly|only|either|both)\s)+",
     re.IGNORECASE,
@@ -117,13 +118,22 @@ def clean(text: str) -> str:
     return text
 
 
+def _without_trailing(text: str) -> str:
+    """Take punctuation off the end. A search from the front would take quadratic time where there is much inside."""
+    while (found := _TRAILING.search(text, bound := max(0, len(text) - _TAIL))) is not None:
+        text = text[: found.start()]
+        if found.start() > bound:
+            break
+    return text
+
+
 def _vulgar(found: re.Match[str]) -> str:
     fraction = unicodedata.normalize("NFKC", found[2]).replace("\u2044", "/")
     return f"{found[1]} {fraction}" if found[1] else fraction
 
 
 def _undecorated(text: str) -> str:
-    text = _LEADING.sub("", _TRAILING.sub("", text.strip()))
+    text = _LEADING.sub("", _without_trailing(text.strip()))
     if re.fullmatch(r"\\?\{ ?\\?\}", text):
         return r"\emptyset"
     for opening, closing in _PAIRS:

@@ -8,6 +8,7 @@ the clause ends, and is an answer only if all of it is one: a number with its un
 from __future__ import annotations
 
 import re
+from collections import deque
 
 from opsd_lightning.answer_forms import EQUALS, choice, clock, has_words, is_label, strip_unit
 from opsd_lightning.answer_text import balanced, clean, split
@@ -15,6 +16,8 @@ from opsd_lightning.quantities import quantity
 
 _FARTHEST = 600  # characters behind a phrase that are looked at
 _MARKERS = 50  # phrases that are looked at, from the last one back
+_WORDS = 1000  # words "answer" that are looked at, from the last one back
+_PREFIX = 80  # characters in front of that word that belong to a phrase
 _BOXES = 20  # boxes that are joined to one answer
 
 # -- thinking blocks -----------------------------------------------------------------------------------------------------
@@ -121,6 +124,7 @@ _MARKER = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
+_ANSWER = re.compile("answer", re.IGNORECASE)
 _FILLER = re.compile(
     r"""(?:[\s:：=]|therefore\b|thus\b|hence\b|then\b|indeed\b|simply\b|just\b|exactly\b|clearly\b|now\b|also\b|actually\b|still\b
     |equal\s+to\b|given\s+by\b|as\s+follows\b|the\s+following\b|approximately\b|about\b|roughly\b|around\b|either\b
@@ -159,7 +163,7 @@ def final_answer(text: str) -> str | None:
     boxed = last_boxed(rest)
     if boxed is not None:
         return boxed
-    markers = list(_MARKER.finditer(rest))[-_MARKERS:]
+    markers = list(_MARKER.finditer(rest, _start(rest)))[-_MARKERS:]
     for place in reversed(range(len(markers))):
         marker = markers[place]
         if marker["conditional"]:
@@ -178,6 +182,12 @@ def final_answer(text: str) -> str | None:
         if re.search(r"[\d\\$=]", clause):
             return None  # an answer is given here, but where it ends is not clear
     return None
+
+
+def _start(text: str) -> int:
+    """Return where the search for phrases begins: a text that repeats one word without end is read from its last part on."""
+    words = deque((found.start() for found in _ANSWER.finditer(text)), maxlen=_WORDS)
+    return max(0, words[0] - _PREFIX) if len(words) == _WORDS else 0
 
 
 def _last_line(text: str, start: int) -> str | None:

@@ -2,6 +2,9 @@
 
 Templates for vision models take the content of a message as a list of parts, and templates such as Llama 3's write today's
 date: the first is found out for each template, and the second is given a fixed day.
+
+A template is a program, which may come with a downloaded model. transformers keeps it from files and from objects of Python,
+but not from running for ever: each is first rendered in a child process with a time limit.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from opsd_lightning.bounded import overruns
 from opsd_lightning.types import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +32,9 @@ _ASKS = "opsd: format of a date: "
 _FORMATS: set[str] = set()
 _PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 _WORD = "Pangolin"
+_SECONDS, _MEMORY = 10.0, 1 << 29  # of a first rendering
+_LONGEST = 1 << 24  # characters of it, far more than any model reads
+_ENDING: set[tuple[str, str, bool]] = set()  # templates and their arguments that stayed within
 
 
 def render(
@@ -49,6 +56,7 @@ def render(
     Raises:
         ConfigError: The template fails.
     """
+    _check_ends(tokenizer, messages, kwargs, day, generation)
     try:
         if takes_parts(tokenizer):
             return _apply(tokenizer, _as_parts(messages), kwargs, day, generation)
@@ -60,6 +68,36 @@ def render(
             SETTING,
             "Check data.prompts.system and the chat_template_kwargs, or give another template",
         ) from None
+
+
+def _check_ends(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    kwargs: dict[str, Any],
+    day: date,
+    generation: bool,
+) -> None:
+    """Raise unless the template ends with these arguments, within a time and a memory limit."""
+    key = (str(tokenizer.chat_template), repr(sorted(kwargs.items())), generation)
+    if key in _ENDING:
+        return
+
+    def both() -> None:
+        for written in (messages, _as_parts(messages)):
+            try:
+                if len(_apply(tokenizer, written, kwargs, day, generation)) > _LONGEST:
+                    raise MemoryError
+            except MemoryError:
+                raise
+            except Exception:  # a template may take one of them only
+                continue
+
+    taken = overruns(both, _SECONDS, _MEMORY)
+    if taken:
+        limit = f"{_SECONDS:g} seconds" if taken == "time" else f"{_MEMORY >> 20} MiB"
+        problem = f"rendering one prompt through the chat template takes more than {limit} of {taken}"
+        raise ConfigError(problem, SETTING, "Give another template, and look at where this one comes from")
+    _ENDING.add(key)
 
 
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:

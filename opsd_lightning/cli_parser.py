@@ -18,6 +18,7 @@ from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from opsd_lightning.types import ConfigError
+from opsd_lightning.yaml_bounds import check_yaml
 
 # Options and their values, as the command line has them.
 _typed: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("typed", default=())
@@ -88,7 +89,11 @@ def load_yaml(text: str, path: str | None = None) -> Any:
     A value that is a YAML comment is that text: a system message ``# You are a tutor`` would otherwise become null. A key
     that stands twice in a mapping is an error. ``AdamW`` as an optimizer is torch's: bitsandbytes has one of that name, too.
     """
-    loaded = _jsonargparse_loader(text)
+    check_yaml(text)
+    try:
+        loaded = _jsonargparse_loader(text)
+    except (ValueError, RecursionError) as error:  # such as the date 2001-99-99, or an integer of too many digits
+        raise yaml.YAMLError(str(error)) from None
     if loaded is None and path is None and text.lstrip().startswith("#"):
         return text
     if isinstance(loaded, (dict, list)):

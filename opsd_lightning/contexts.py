@@ -31,6 +31,7 @@ class Attempts(NamedTuple):
         finished: Whether it ended by itself.
         n: Completions of each question.
         grader: Which graded them.
+        problems: Why grading of each gave no verdict, see `Grade`.
     """
 
     examples: Sequence[Example]
@@ -40,6 +41,7 @@ class Attempts(NamedTuple):
     finished: Sequence[bool]
     n: int
     grader: MathGrader = MathGrader()
+    problems: Sequence[str] = ()
 
 
 def read_attempts(
@@ -47,9 +49,10 @@ def read_attempts(
 ) -> Attempts:
     """Completions as text, with their answers and grades."""
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rollouts.completions]
-    answers = [grader.find_answer(text) for text in texts]
-    correct = [grader.equal(answer, batch.examples[i // rollouts.n].answer) for i, answer in enumerate(answers)]
-    return Attempts(batch.examples, texts, answers, correct, rollouts.terminated, rollouts.n, grader)
+    grades = grader.grades(texts, [batch.examples[i // rollouts.n].answer for i in range(len(texts))])
+    answers, correct = [grade.answer for grade in grades], [grade.correct for grade in grades]
+    problems = [grade.problem for grade in grades]
+    return Attempts(batch.examples, texts, answers, correct, rollouts.terminated, rollouts.n, grader, problems)
 
 
 #: Has the teacher's weights answer one user message each: message texts, and what to sample, to texts; None where message

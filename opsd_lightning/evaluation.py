@@ -13,10 +13,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from opsd_lightning.grading import MathGrader
+from opsd_lightning.grading import PROBLEMS, MathGrader
 from opsd_lightning.importance import check_difference, log_ratios
 from opsd_lightning.metrics import AccuracyAtK, pass_sizes
 from opsd_lightning.policy import Policy
@@ -56,6 +56,7 @@ class Evaluator(nn.Module):
                 for role in roles
             }
         )
+        self.problems = nn.ModuleDict({role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles})
         self.finished: Mapping[int, Records] = {}
 
     def count_over(self, group: dist.ProcessGroup | None) -> None:
@@ -105,30 +106,31 @@ class Evaluator(nn.Module):
         return found
 
     def _records(self, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, rollouts: Rollouts) -> list[dict[str, Any]]:
+        n = rollouts.n
+        places = [place for place, counted in enumerate(batch.counted) if counted]
+        rows = [row for place in places for row in range(place * n, (place + 1) * n)]
+        texts = [str(tokenizer.decode(rollouts.completions[row], skip_special_tokens=True)) for row in rows]
+        grades = self.grader.grades(texts, [batch.examples[row // n].answer for row in rows])
+        votes = self.grader.votes_of([grades[start : start + n] for start in range(0, len(grades), n)])
+        cast = [vote for question in votes for vote in question]
         records: list[dict[str, Any]] = []
-        for place, (example, counted) in enumerate(zip(batch.examples, batch.counted, strict=True)):
-            if not counted:
-                continue
-            rows = range(place * rollouts.n, (place + 1) * rollouts.n)
-            texts = [str(tokenizer.decode(rollouts.completions[row], skip_special_tokens=True)) for row in rows]
-            answers = [self.grader.find_answer(text) for text in texts]
-            correct = [self.grader.equal(answer, example.answer) for answer in answers]
-            votes = self.grader.votes(answers, correct)
-            for sample, row in enumerate(rows):
-                records.append(
-                    {
-                        "index": batch.indices[place] if batch.indices else None,
-                        "sample": sample,
-                        "question": example.question,
-                        "reference": example.answer,
-                        "completion": texts[sample],
-                        "answer": answers[sample],
-                        "correct": correct[sample],
-                        "vote": votes[sample],
-                        "completion_tokens": len(rollouts.completions[row]),
-                        "truncated": not rollouts.terminated[row],
-                    }
-                )
+        for row, text, grade, vote in zip(rows, texts, grades, cast, strict=True):
+            place, sample = divmod(row, n)
+            records.append(
+                {
+                    "index": batch.indices[place] if batch.indices else None,
+                    "sample": sample,
+                    "question": batch.examples[place].question,
+                    "reference": batch.examples[place].answer,
+                    "completion": text,
+                    "answer": grade.answer,
+                    "correct": grade.correct,
+                    "vote": vote,
+                    "completion_tokens": len(rollouts.completions[row]),
+                    "truncated": not rollouts.terminated[row],
+                }
+                | ({"grading_problem": grade.problem} if grade.problem else {})
+            )
         return records
 
     def count(self, found: Records) -> None:
@@ -141,6 +143,8 @@ class Evaluator(nn.Module):
                 for record in group:
                     self.lengths[role]["completion_tokens"].update(record["completion_tokens"])  # type: ignore[index]
                     self.lengths[role]["truncated_fraction"].update(float(record["truncated"]))  # type: ignore[index]
+                    for name, problem in PROBLEMS.items():
+                        self.problems[role][name].update(float(record.get("grading_problem") == problem))  # type: ignore[index]
 
     def names(self, stage: str) -> set[str]:
         """Names of all that `compute` gives."""
@@ -149,7 +153,7 @@ class Evaluator(nn.Module):
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
             for score in (f"avg@{n}", f"maj@{n}", *(f"pass@{j}" for j in pass_sizes(n))):
                 found |= {f"{prefix}{score}{ending}" for ending in ("", "_se", *(["_se_samples"] if n > 1 else []))}
-            found |= {f"{prefix}{name}" for name in self.lengths[role]}  # type: ignore[attr-defined]
+            found |= {f"{prefix}{name}" for name in (*self.lengths[role], *self.problems[role])}  # type: ignore[misc]
         return found
 
     def compute(self, stage: str) -> dict[str, Tensor]:
@@ -157,7 +161,7 @@ class Evaluator(nn.Module):
         values: dict[str, Tensor] = {}
         for role, accuracy in self.accuracy.items():
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
-            for metric in (accuracy, self.lengths[role]):
+            for metric in (accuracy, self.lengths[role], self.problems[role]):
                 values |= {f"{prefix}{name}": value for name, value in metric.compute().items()}  # type: ignore[operator]
                 metric.reset()  # type: ignore[operator]
         return values

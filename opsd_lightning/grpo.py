@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opsd_lightning.anchors import Anchor
 from opsd_lightning.contexts import Attempts, read_attempts
+from opsd_lightning.grading import PROBLEMS
 from opsd_lightning.objectives import NegativeLogLikelihood, Objective, Term
 from opsd_lightning.policy import Policy
 from opsd_lightning.rollouts import Sampling
@@ -108,7 +109,8 @@ class GRPOModule(PolicyModule):
         return [] if self.anchor is None else [self.anchor.teacher]
 
     def logged_names(self) -> set[str]:
-        return super().logged_names() | {"train/reward", "train/groups_without_signal", "train/clipped_fraction"}
+        own = {"train/reward", "train/groups_without_signal", "train/clipped_fraction"}
+        return super().logged_names() | own | {f"train/{name}" for name in PROBLEMS}
 
     def attach(self) -> None:
         if self.anchor is not None:
@@ -116,6 +118,7 @@ class GRPOModule(PolicyModule):
 
     def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> _Prepared:
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
+        self.log_grading(attempts.problems)
         rewards = torch.tensor(self.reward(attempts), dtype=torch.float32).view(-1, rollouts.n)
         spread = rewards.std(dim=1, keepdim=True)
         advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-4)

@@ -156,7 +156,8 @@ class Health(Callback):
         if "teacher_logprob" in measured:
             gaps = [measured["teacher_logprob"][row] - measured["student_logprob"][row] for row in rows]
         split = CorrectnessGap().to(module.device)
-        split.update(gaps, [grader.grade(texts[row], answers[row]) for row in rows])
+        graded = grader.grades([texts[row] for row in rows], [answers[row] for row in rows])
+        split.update(gaps, [grade.correct for grade in graded])
         names = {"accuracy": "accuracy", "correct": "teacher_gap_correct", "wrong": "teacher_gap_wrong"}
         return {names[name]: value for name, value in split.compute().items()}
 

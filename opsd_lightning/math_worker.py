@@ -1,96 +1,41 @@
-"""Run math-verify in a process of its own, so that every comparison ends in bounded time on any thread.
+"""Run math-verify in processes of its own, forked from one that has imported it.
 
-math-verify's own time-out uses ``signal.alarm``, which works on the main thread of a Unix process only, and an answer
-such as ``10**10**10`` keeps sympy busy for ever. So this file is started as a script: a question that takes too long
-costs that process its life. It imports nothing of this package.
+A script, started by ``math_pool``; it imports nothing of this package. It forks a worker for each socket that it is sent. A
+question that takes too long ends its worker by the system's alarm: no code of Python runs while sympy computes
+``10**10**10``.
 """
 
 from __future__ import annotations
 
-import atexit
+import gc
 import json
-import queue
-import subprocess
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import struct
 import sys
-import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
-_STARTUP_SECONDS = 120.0  # importing sympy on a busy machine
+MEMORY = 1 << 30
+"""Address space of a worker in bytes. macOS does not limit it."""
 
+# A request: "f" and 0 with a socket asks for a worker on it, "k" and a worker's process id ends that worker.
+_REQUEST = struct.Struct("!ci")
+_WATCH_SECONDS = 1.0  # between two looks at whether the process above is still there
 
-class Worker:
-    """A process that runs math-verify, restarted when a question outlasts its time. Safe from any thread."""
-
-    _shared: Worker | None = None
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[str] | None = None
-        self.replies = queue.Queue[str]()
-
-    @classmethod
-    def shared(cls) -> Worker:
-        if cls._shared is None:
-            cls._shared = cls()
-            atexit.register(cls._shared.stop)
-        return cls._shared
-
-    def start(self) -> subprocess.Popen[str]:
-        self.process = process = subprocess.Popen(
-            [sys.executable, "-P", __file__],  # -P: our types.py must not shadow the standard one
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )
-        self.replies = replies = queue.Queue[str]()
-        assert process.stdout is not None
-        lines = process.stdout
-
-        def listen() -> None:
-            for line in lines:
-                replies.put(line)
-
-        threading.Thread(target=listen, daemon=True).start()
-        if self._reply(_STARTUP_SECONDS) != "ready":
-            self.stop()
-            raise RuntimeError("the math-verify process did not start: is `pip install math-verify` complete?")
-        return process
-
-    def verify(self, reference: str, answer: str, timeout_seconds: float) -> bool:
-        with self.lock:
-            process = self.process
-            if process is None or process.poll() is not None:
-                process = self.start()
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps([reference, answer]) + "\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                pass
-            reply = self._reply(timeout_seconds)
-            if reply is None:
-                self.stop()
-                raise TimeoutError
-            return reply == "equal"
-
-    def _reply(self, timeout_seconds: float) -> str | None:
-        try:
-            return self.replies.get(timeout=timeout_seconds).strip()
-        except queue.Empty:
-            return None
-
-    def stop(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            process.kill()
-            process.wait()
+Compare = Callable[[str, str], bool]
 
 
-def _serve() -> None:
-    """The worker's loop: a JSON line ``[reference, answer]`` in, ``equal`` or ``different`` out."""
+def _load() -> Compare:
+    """Import math-verify and let its parser learn usual expressions, which every worker then knows."""
     import logging
 
+    import sympy.core.random
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -102,19 +47,89 @@ def _serve() -> None:
     forms = [LatexExtractionConfig(normalization_config=spelling), ExprExtractionConfig()]
 
     def understood(text: str) -> list[object]:
-        # The time limits of math-verify are off: ours ends the whole process.
+        # The time limits of math-verify are off: the alarm ends the whole process.
         found = parse(rf"$\boxed{{{text}}}$", forms, parsing_timeout=None)
         return found or parse(text, forms, parsing_timeout=None)
 
-    print("ready", flush=True)
-    for line in sys.stdin:
+    def compare(reference: str, answer: str) -> bool:
+        random.seed(0)  # sympy tries random numbers: a verdict must not depend on what was asked before
+        sympy.core.random.seed(0)
         try:
-            reference, answer = json.loads(line)
-            same = verify(understood(reference), understood(answer), timeout_seconds=None)
+            return bool(verify(understood(reference), understood(answer), timeout_seconds=None))
+        except MemoryError:
+            raise
         except Exception:  # whatever a model wrote that the parser cannot take is a wrong answer
-            same = False
-        print("equal" if same else "different", flush=True)
+            return False
+
+    for reference, answer in ((r"\frac{x}{2}", "0.5x"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x^2+2x+1", "(x+1)^2")):
+        compare(reference, answer)
+    return compare
+
+
+def _work(connection: socket.socket, parent: int, compare: Compare) -> NoReturn:
+    """Answer questions until the socket is closed or the process above is gone.
+
+    A question is a JSON line ``[reference, answer, seconds]``, the reply ``equal``, ``different`` or ``memory``.
+    """
+    for number in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
+        with suppress(OSError, ValueError):  # not on every system
+            resource.setrlimit(limit, (most, most))
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory is short, the system ends this process rather than the training
+    connection.sendall(f"{os.getpid()}\n".encode())
+    questions = connection.makefile("rb")
+    while True:
+        while not select.select([connection], [], [], _WATCH_SECONDS)[0]:
+            if os.getppid() != parent:
+                os._exit(0)
+        line = questions.readline()
+        if not line:
+            os._exit(0)
+        reference, answer, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            reply = b"equal\n" if compare(reference, answer) else b"different\n"
+        except MemoryError:
+            reply = b"memory\n"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.sendall(reply)
+
+
+def _serve(control: socket.socket, parent: int) -> None:
+    """Fork and end workers as requested, until the parent is gone; then end all of them."""
+    compare = _load()
+    gc.freeze()  # what workers share with this process stays shared
+    own = os.getpid()
+    workers: set[int] = set()
+    control.sendall(b"ready\n")
+    try:
+        while os.getppid() == parent:
+            if select.select([control], [], [], _WATCH_SECONDS)[0]:
+                request, descriptors, _, _ = socket.recv_fds(control, _REQUEST.size, 1)
+                if len(request) < _REQUEST.size:
+                    break
+                kind, number = _REQUEST.unpack(request)
+                if kind == b"k" and number in workers:
+                    os.kill(number, signal.SIGKILL)
+                for descriptor in descriptors:
+                    if pid := os.fork():
+                        workers.add(pid)
+                        os.close(descriptor)
+                    else:
+                        control.close()
+                        _work(socket.socket(fileno=descriptor), own, compare)
+            with suppress(ChildProcessError):
+                while (ended := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                    workers.discard(ended)
+    finally:
+        if os.getpid() == own:
+            for number in workers:
+                os.kill(number, signal.SIGKILL)
+        os._exit(0)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(socket.socket(fileno=os.dup(0)), int(sys.argv[1]))

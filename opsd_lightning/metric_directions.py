@@ -8,9 +8,9 @@ from typing import Literal
 # By pattern of the whole name. A metric that stands in no line has no better direction: an entropy, a length, an error bar.
 _BETTER: dict[str, Literal["min", "max"]] = {
     r"(val|test)/(teacher_)?(avg|pass|maj)@\d+": "max",
-    r"(val|test)/(teacher_)?truncated_fraction": "min",
+    r"(val|test)/(teacher_)?(truncated_fraction|grading_timeouts|grading_failures)": "min",
     r"train/(loss|forward_kl|reverse_kl|first_token_forward_kl)": "min",
-    r"train/(truncated_fraction|context_missing_fraction|groups_without_signal)": "min",
+    r"train/(truncated_fraction|context_missing_fraction|groups_without_signal|grading_timeouts|grading_failures)": "min",
     r"train/rollout_logprob_difference(_max)?": "min",
     r"train/(reward|eos_rate|tokens_generated)": "max",
     r"health/(accuracy|distinct_3)": "max",

@@ -17,7 +17,7 @@ from torch import Tensor
 from opsd_lightning.anchors import Anchor
 from opsd_lightning.contexts import OnlineContext, ReasonFirst, read_attempts
 from opsd_lightning.evaluation import Evaluator
-from opsd_lightning.grading import MathGrader
+from opsd_lightning.grading import PROBLEMS, MathGrader
 from opsd_lightning.objectives import DivergenceObjective, Objective, Term
 from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import Prompts
@@ -162,7 +162,9 @@ class OPSDModule(PolicyModule):
         found = super().logged_names()
         if self.updates_per_batch > 1:
             found |= {"train/update_ratio", "train/update_ratio_max", "train/update_ratio_clipped"}
-        return found if self.context is None else found | {"train/context_missing_fraction"}
+        if self.context is not None:
+            found |= {"train/context_missing_fraction", *(f"train/{name}" for name in PROBLEMS)}
+        return found
 
     def attach(self) -> None:
         limit = self.policy.context_length()
@@ -216,6 +218,7 @@ class OPSDModule(PolicyModule):
             return prompts, known
         limit = min(length or sys.maxsize for length in (self.policy.context_length(), self.teacher.context_length()))
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
+        self.log_grading(attempts.problems)
         # What is made of traces is made of them cut, and then whole: an analysis below a long trace must not fall off.
         cut = [example._replace(trace=self.prompts.cut(self.tokenizer, example.trace)) for example in batch.examples]
         for row, text in enumerate(self.context.texts(attempts._replace(examples=cut), self._write)):

@@ -41,6 +41,7 @@ from opsd_lightning.base_checks import (
     check_vocabulary,
     not_adapted,
 )
+from opsd_lightning.gguf_header import check_gguf
 from opsd_lightning.rope import constant_length, fix_frequencies, row_limit
 from opsd_lightning.types import ConfigError, UserError
 
@@ -156,6 +157,7 @@ class Policy:
             check_folder(path, f"{self.setting}.model")
         common = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         if gguf:
+            check_gguf(path, f"{self.setting}.model")
             return common | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         return common | {"pretrained_model_name_or_path": str(path) if local else self.model}
 

@@ -56,7 +56,11 @@ def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.
     if output.is_dir():
         raise UserError(f"{output} is a folder: give the page's own name, such as {output / 'report.html'}")
     check_page(output, "output")
-    html = render(found, output)
+    try:
+        html = render(found, output)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no page can be made of these runs, whose files hold what no run writes ({reason})") from error
     try:
         replace(output, html)
     except OSError as error:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from opsd_lightning.redaction import redact
 from opsd_lightning.types import UserError
+from opsd_lightning.yaml_bounds import check_yaml
 
 RECORD = "record"
 # What the report reads of a graded completion.
@@ -232,7 +233,9 @@ def _config(path: Path) -> dict[str, Any]:
 
     with _reading(path):
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            check_yaml(text)
+            found = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(str(error)) from None
     return redact(found) if isinstance(found, dict) else {}

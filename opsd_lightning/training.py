@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -27,7 +27,7 @@ from opsd_lightning import checkpoint_file, checkpoint_io, checkpoint_record, di
 from opsd_lightning.checkpoint_record import Configured
 from opsd_lightning.evaluation import EvaluatedModule, Evaluator
 from opsd_lightning.fingerprint import base_record
-from opsd_lightning.grading import MathGrader
+from opsd_lightning.grading import PROBLEMS, MathGrader
 from opsd_lightning.idle import IdleSteps
 from opsd_lightning.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.objectives import Objective, Term, Update
@@ -420,6 +420,11 @@ class PolicyModule(EvaluatedModule, ABC):
         agree, temperature = self.most_over_ranks, self.objective.temperature
         found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, agree, temperature)
         return [row.exp() for row in found]
+
+    def log_grading(self, problems: Sequence[str]) -> None:
+        """Log how many of a step's completions are wrong for want of a verdict. Every rank must call."""
+        counts = self.over_ranks([sum(found == problem for found in problems) for problem in PROBLEMS.values()], "sum")
+        self.log_dict({f"train/{name}": count for name, count in zip(PROBLEMS, counts, strict=True)}, batch_size=1)
 
     def cut_off(self, ratios: list[Tensor], limit: float, name: str) -> list[Tensor]:
         """Ratios of at most ``limit``; logs their mean, maximum and how many were above. Every rank must call."""

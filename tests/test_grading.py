@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from opsd_lightning import math_pool
 from opsd_lightning.answers import last_boxed
 from opsd_lightning.grading import MathGrader
-from opsd_lightning.math_worker import Worker
 
 GRADER = MathGrader(timeout_seconds=3.0)
 
@@ -118,6 +118,6 @@ def test_pattern() -> None:
 
 def test_plain_integers_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("07", "7"), ("-0", "0"), ("8", "7"), ("-7", "7"), ("70", "7")]
-    said = [Worker.shared().verify(reference, answer, 30.0) for answer, reference in pairs]
-    monkeypatch.setattr(Worker, "shared", lambda: pytest.fail("math-verify was asked"))
+    said = [math_pool.shared().ask(reference, answer, 30.0)[0] for answer, reference in pairs]
+    monkeypatch.setattr(math_pool, "shared", lambda: pytest.fail("math-verify was asked"))
     assert [GRADER.equal(answer, reference) for answer, reference in pairs] == said == [True, True, False, False, False]

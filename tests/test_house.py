@@ -15,13 +15,25 @@ import opsd_lightning
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
-    {"types", "files", "texts", "metric_directions", "idle", "answer_text", "quantities", "math_worker"},
+    {
+        "types",
+        "files",
+        "bounded",
+        "yaml_bounds",
+        "texts",
+        "metric_directions",
+        "idle",
+        "answer_text",
+        "quantities",
+        "math_worker",
+        "math_pool",
+    },
     {"answer_forms", "folders"},
     {"answers", "csv_tables"},
     {"tokens", "control_tokens", "chat_template", "grading", "redaction", "token_text", "findings", "exchange"},
     {"prompts", "divergences", "shaping", "runs", "tables"},
     {"template_checks", "objectives", "sources", "record", "curves"},
-    {"rope", "base_checks"},
+    {"rope", "base_checks", "gguf_header"},
     {"policy", "report"},
     {"tensor_parallel", "optimization", "precision", "fingerprint", "checkpoint_file", "shards", "disk_errors"},
     {"checkpoint_io"},
