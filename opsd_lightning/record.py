@@ -30,9 +30,11 @@ class Record:
     Args:
         folder: Where they are. A record of another run in it is moved aside.
         step: Optimizer steps made when this start begins: above 0 for a resumed run.
+        validates: A resumed run begins with the validation of that step, which then takes the place of an earlier one's.
+            Defaults to false.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, validates: bool = False) -> None:
         self.folder, self._started = folder, time.monotonic()
         lines = read_lines(folder / "metrics.jsonl")
         self.resumed = step > 0 and max((line["step"] for line in lines if line["kind"] == "train"), default=-1) >= step
@@ -42,11 +44,15 @@ class Record:
         elif self.resumed and self._read().get("status") in ("finished", "idle"):
             shutil.copytree(folder, aside)  # a branch off a finished run, whose own end is not thrown away
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in lines if line["step"] <= step] if self.resumed else []
+
+        def keep(line: dict[str, Any]) -> bool:
+            return bool(line["step"] < step + (not validates or line["kind"] == "train"))
+
+        kept = [line for line in lines if keep(line)] if self.resumed else []
         self._before = max((line["seconds"] for line in kept), default=0.0)
         if self.resumed:  # steps after the checkpoint are made again
             replace(folder / "metrics.jsonl", "".join(_line(line) for line in kept))
-            samples = [line for line in read_lines(folder / "samples.jsonl") if line["step"] <= step]
+            samples = [line for line in read_lines(folder / "samples.jsonl") if keep(line)]
             replace(folder / "samples.jsonl", "".join(_line(line) for line in samples))
 
     def seconds(self) -> float:
@@ -87,6 +93,16 @@ class Record:
 
     def _write(self) -> None:
         replace(self.folder / "run.json", json.dumps(self._info, indent=2, ensure_ascii=False))
+
+
+def is_open(folder: Path, step: int) -> bool:
+    """Return whether a run has trained up to a step, and nobody has written its end."""
+    try:
+        status = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError):
+        return False
+    steps = [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "train"]
+    return status not in ("finished", "stopped", "idle") and max(steps, default=-1) == step
 
 
 def described(value: Any, depth: int = 0) -> Any:

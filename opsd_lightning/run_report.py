@@ -20,10 +20,12 @@ from opsd_lightning.contexts import read_attempts
 from opsd_lightning.evaluation import Records
 from opsd_lightning.guard import CollapseGuard
 from opsd_lightning.loggers import log_page
-from opsd_lightning.record import Record, commit, described, devices, launcher, now, path_of, versions
+from opsd_lightning.record import Record, commit, described, devices, is_open, launcher, now, path_of, versions
 from opsd_lightning.redaction import redact, redact_arguments, redact_text
 from opsd_lightning.report import write_report
+from opsd_lightning.resuming import validates_first
 from opsd_lightning.runs import RECORD, read_lines
+from opsd_lightning.signals import Stopped
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, Rollouts, UserError
 
@@ -133,12 +135,23 @@ class RunReport(Callback):
             idle = pl_module.idle.verdict if isinstance(pl_module, PolicyModule) else None
             self._end(trainer, pl_module, "stopped" if stopped else "idle" if idle else "finished", idle or "")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that ended after its last checkpoint, before its record did: there was nothing left to train.
+        if (
+            self._record is None
+            and trainer.global_step
+            and is_open(Path(trainer.default_root_dir) / RECORD, trainer.global_step)
+        ):
+            self._begin(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._record is None:
             return
         self._flush(None)
-        interrupted = isinstance(exception, KeyboardInterrupt)
-        reason = "" if interrupted else redact_text(f"{type(exception).__name__}: {exception}")[:600]
+        interrupted = isinstance(exception, (KeyboardInterrupt, Stopped))
+        reason = redact_text(f"{type(exception).__name__}: {exception}")[:600]
+        if interrupted:
+            reason = exception.signal_name if isinstance(exception, Stopped) else "SIGINT"
         self._end(trainer, pl_module, "interrupted" if interrupted else "failed", reason)
 
     # -- the record --------------------------------------------------------------------------------------------------------
@@ -147,7 +160,7 @@ class RunReport(Callback):
         if self._record is not None or not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
-        self._record = Record(root / RECORD, trainer.global_step)
+        self._record = Record(root / RECORD, trainer.global_step, validates_first(trainer))
         saved = next((c for c in _callbacks(trainer) if isinstance(c, SaveConfigCallback)), None)
         start = {
             "command": None if self.arguments is None else launcher() + redact_arguments(self.arguments),
