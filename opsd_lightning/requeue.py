@@ -1,7 +1,7 @@
 """SLURM jobs that are started again: the checkpoint for the next start, and which checkpoint a start goes on from.
 
-Lightning's names and places are kept: ``hpc_ckpt_N.ckpt`` in the trainer's ``default_root_dir``. Lightning saves in the midst of
-a step, and resumes whatever lies there, also that of another job or of an earlier part of the run.
+Lightning's names and places are kept: ``hpc_ckpt_N.ckpt`` in the trainer's ``default_root_dir``. Lightning itself saves in the
+midst of a step, and resumes whatever lies there, also that of another job or of an earlier part of the run.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -74,6 +74,9 @@ class _Loop(_FitLoop):
             loop.pending = "validation"
         elif loop._is_training_done or stopped:
             loop.pending = "end"
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.last_model_path == str(trainer.ckpt_path):
+                callback._last_checkpoint_saved = callback.last_model_path  # else it is saved once more, after the epoch
         if loop.pending is not None:  # its step is finished: Lightning would skip what comes after it
             for progress in (loop.batch_progress.total, loop.batch_progress.current):
                 progress.completed = progress.processed  # type: ignore[attr-defined]

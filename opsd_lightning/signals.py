@@ -285,8 +285,8 @@ class _Watch:
                 other.close()
             self._others = {}
             rank_zero_warn(
-                "the ranks could not connect to each other beside their process group (a firewall?): where one is killed, the "
-                "others notice it when a collective fails or times out"
+                "the ranks could not connect to each other beside their process group (a firewall?): where one is killed, "
+                "the others notice it when a collective fails or times out"
             )
         self._run()
 
@@ -369,8 +369,8 @@ class _Watch:
             if not self._first:
                 self._first = now
                 _say(
-                    f"rank {self.rank} received {name}: the run ends after this step (again after {SECOND_SIGNAL_SECONDS:.0f} "
-                    "seconds: at once, without a checkpoint)"
+                    f"rank {self.rank} received {name}: the run ends after this step (again after "
+                    f"{SECOND_SIGNAL_SECONDS:.0f} seconds: at once, without a checkpoint)"
                 )
             elif now - self._first >= SECOND_SIGNAL_SECONDS:
                 self._again, self._again_at = number, self._again_at or now
