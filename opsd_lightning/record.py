@@ -53,6 +53,8 @@ class Record:
         if self.resumed:  # steps after the checkpoint are made again
             replace(folder / "metrics.jsonl", "".join(_line(line) for line in kept))
             samples = [line for line in read_lines(folder / "samples.jsonl") if keep(line)]
+            ends = [line for line in samples if line["kind"] == "train"][1:]  # of an earlier stop
+            samples = [line for line in samples if line not in ends]
             replace(folder / "samples.jsonl", "".join(_line(line) for line in samples))
 
     def seconds(self) -> float:
@@ -82,6 +84,10 @@ class Record:
 
     def samples(self, kind: str, step: int, records: list[dict[str, Any]]) -> None:
         self._append("samples.jsonl", {"kind": kind, "step": step, "records": records})
+
+    def drop_training_samples(self) -> None:
+        samples = [line for line in read_lines(self.folder / "samples.jsonl") if line["kind"] != "train"]
+        replace(self.folder / "samples.jsonl", "".join(_line(line) for line in samples))
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:

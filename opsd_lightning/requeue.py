@@ -1,7 +1,7 @@
 """SLURM jobs that are started again: the checkpoint for the next start, and which checkpoint a start goes on from.
 
-Lightning's names and places are kept: ``hpc_ckpt_N.ckpt`` in the trainer's ``default_root_dir``. Lightning itself saves in the
-midst of a step, and resumes whatever lies there, also that of another job or of an earlier part of the run.
+Lightning's names and places are kept: ``hpc_ckpt_N.ckpt`` in the trainer's ``default_root_dir``. Lightning itself saves in
+the midst of a step, and resumes whatever lies there, also that of another job or of an earlier part of the run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
 
 from opsd_lightning.types import ConfigError
 
@@ -65,9 +65,9 @@ def ask_to_requeue(path: str) -> bool:
     except (OSError, subprocess.SubprocessError) as error:
         problem = str(error)
     if problem is None:
-        rank_zero_info(f"SLURM starts job {name} again; it goes on from {path}")
+        _tell(f"SLURM starts job {name} again; it goes on from {path}")
     else:
-        rank_zero_info(f"SLURM did not take `{' '.join(command)}` ({problem}). Submit the job again with --ckpt_path {path}")
+        _tell(f"SLURM did not take `{' '.join(command)}` ({problem}). Submit the job again with --ckpt_path {path}")
     return problem is None
 
 
@@ -117,13 +117,17 @@ def put_aside(root: Path, name: str | None = None) -> None:
             os.replace(path, aside)
         except FileNotFoundError:
             continue  # another rank was faster
-        rank_zero_info(f"{path} is not resumed by itself any more, and is now {aside}")
+        _tell(f"{path} is not resumed by itself any more, and is now {aside}")
 
 
 def finished(trainer: Trainer) -> None:
     """Put the checkpoints of a requeue aside at the end of a fit."""
     if trainer.is_global_zero and isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment):
         put_aside(Path(trainer.default_root_dir))
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _saved(root: Path) -> dict[int, Path]:

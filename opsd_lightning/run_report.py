@@ -210,8 +210,11 @@ class RunReport(Callback):
     def _end(self, trainer: Trainer, module: Any, status: str, reason: str) -> None:
         assert self._record is not None
         try:
-            if not any(line["kind"] == "val" for line in read_lines(self._record.folder / "samples.jsonl")):
-                self._keep_training_samples(module)
+            kinds = {line["kind"] for line in read_lines(self._record.folder / "samples.jsonl")}
+            if "val" not in kinds:
+                self._keep_training_samples(module, "train" not in kinds)
+            elif "train" in kinds:  # of a run that was stopped before its first validation
+                self._record.drop_training_samples()
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
             self._record.end(status, reason, [redact_text(text) for guard in guards for text in guard.said])
         except Exception as error:  # what ended the run is more important
@@ -225,10 +228,11 @@ class RunReport(Callback):
                 warnings.warn(f"RunReport: a logger did not take {page} ({error!r})", stacklevel=2)
         self._record = None
 
-    def _keep_training_samples(self, module: Any) -> None:
+    def _keep_training_samples(self, module: Any, with_first: bool) -> None:
         if not isinstance(module, PolicyModule) or self._first is None or self._last is None or self._record is None:
             return
-        for step, batch, rollouts in [self._first] if self._first[0] == self._last[0] else [self._first, self._last]:
+        several = with_first and self._first[0] != self._last[0]
+        for step, batch, rollouts in [self._first, self._last] if several else [self._last]:
             n, count = rollouts.n, self.questions
             shown = rollouts._replace(
                 completions=rollouts.completions[: count * n], terminated=rollouts.terminated[: count * n]

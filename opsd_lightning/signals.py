@@ -15,6 +15,7 @@ import re
 import secrets
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import threading
@@ -30,7 +31,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from opsd_lightning.requeue import ask_to_requeue, save_for_requeue
@@ -105,6 +106,11 @@ class Signals(_SignalConnector):
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
         if (own := self.requeue_signal) is not None:
             numbers.append(signal.Signals(own))
+            if shutil.which("scontrol") is None:
+                rank_zero_warn(
+                    f"scontrol is not on PATH: after {numbers[-1].name} a checkpoint is saved and the run ends, but SLURM is "
+                    "not asked to start the job again"
+                )
         for number in numbers:
             if (before := signal.getsignal(number)) is not signal.SIG_IGN:  # nohup
                 self._previous[number] = before
@@ -176,28 +182,27 @@ def stop_if_asked(trainer: Trainer, command: str | None = None) -> None:
     if not asked or not isinstance(connector, Signals):
         return
     connector.asked = asked
-    name = signal.Signals(asked).name
-    if trainer.state.fn != "fit" or trainer.sanity_checking:
-        rank_zero_info(f"Stopped by {name}")
-    elif trainer.fast_dev_run:  # type: ignore[attr-defined]
-        rank_zero_info(f"Stopped by {name} after step {trainer.global_step}. fast_dev_run saves nothing")
-    elif asked == connector.requeue_signal:
-        path = save_for_requeue(trainer)
-        if trainer.is_global_zero:
-            connector.requeued = ask_to_requeue(path)
-    elif not trainer.checkpoint_callbacks:
-        rank_zero_info(
-            f"Stopped by {name} after step {trainer.global_step}. Nothing was saved: the trainer has no ModelCheckpoint"
-        )
-    else:
-        path = _saved(trainer) or _save(trainer)
-        rank_zero_info(f"Stopped by {name} after step {trainer.global_step}. {_how_to_go_on(path, command)}")
+    how = f"Stopped by {signal.Signals(asked).name}"
+    if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        how += f" after step {trainer.global_step}. {_checkpoint(trainer, connector, command)}"
+    if trainer.is_global_zero:
+        _say(how)
     connector.agreed = True
     environment = trainer._accelerator_connector.cluster_environment
     raise Stopped(asked, launched=isinstance(environment, LightningEnvironment) and trainer.global_rank > 0)
 
 
-def _how_to_go_on(path: str, command: str | None) -> str:
+def _checkpoint(trainer: Trainer, connector: Signals, command: str | None) -> str:
+    """Have one checkpoint of this step; returns how to go on from it. Every rank must call."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return "fast_dev_run saves nothing"
+    if connector.asked == connector.requeue_signal:
+        path = save_for_requeue(trainer)
+        connector.requeued = trainer.is_global_zero and ask_to_requeue(path)
+        return f"The checkpoint is {path}"
+    if not trainer.checkpoint_callbacks:
+        return "Nothing was saved: the trainer has no ModelCheckpoint"
+    path = _saved(trainer) or _save(trainer)
     if command is None:
         return f"Go on with trainer.fit(..., ckpt_path={path!r})"
     return f"Go on with: {command} --ckpt_path {shlex.quote(path)}"

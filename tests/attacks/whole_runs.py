@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -10,27 +11,35 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from conftest import write_jsonl
+from conftest import free_port, write_jsonl
 from opsd_lightning.main import main
 
 STEPS = 6
 
 
-def configure(folder: Path, model: str, **trainer: Any) -> list[str]:
-    """Write the configuration of a small run that uses much; return the command's arguments."""
+def configure(folder: Path, model: str, every: int = 1, **trainer: Any) -> list[str]:
+    """Write the configuration of a small run that uses much; return the command's arguments.
+
+    Args:
+        folder: Where everything goes.
+        model: Folder of the base model.
+        every: Steps between checkpoints.
+        trainer: The trainer's further settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"problem": f"{n}+1?", "solution": f"The answer is {n + 1}.", "gold": str(n + 1)} for n in range(14)]
     path = write_jsonl(folder / "rows.jsonl", rows)
     callbacks = [
         # Its metric is of no value, but it changes.
         ("ModelCheckpoint", {"dirpath": str(folder / "best"), "monitor": "val/completion_tokens", "mode": "min"}),
-        ("ModelCheckpoint", {"dirpath": str(folder / "steps"), "every_n_train_steps": 1, "save_last": True}),
+        ("ModelCheckpoint", {"dirpath": str(folder / "steps"), "every_n_train_steps": every, "save_last": True}),
         ("AdapterExport", {}),
         ("RolloutTable", {"every_n_steps": 1, "rows": 2}),
         ("RunReport", {"questions": 2}),
@@ -91,6 +100,8 @@ class Child:
         if self.pid == 0:
             self._run(work, environment or {})
         self.code: int | None = None
+        #: From its start to its end.
+        self.seconds = 0.0
 
     def _run(self, work: Callable[[], Any], environment: Mapping[str, str]) -> None:
         code = 1
@@ -108,10 +119,8 @@ class Child:
             traceback.print_exc()
         finally:
             for stream in (sys.stdout, sys.stderr):
-                try:
+                with contextlib.suppress(OSError):
                     stream.flush()
-                except OSError:
-                    pass
             os._exit(code)
 
     def ended(self, seconds: float) -> bool:
@@ -120,7 +129,7 @@ class Child:
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self.code = os.waitstatus_to_exitcode(status)
+                self.code, self.seconds = os.waitstatus_to_exitcode(status), time.monotonic() - self.started
             elif time.monotonic() > deadline:
                 return False
             else:
@@ -152,11 +161,41 @@ def fit(folder: Path, arguments: list[str], environment: Mapping[str, str] | Non
     return Child(lambda: main(["fit", *arguments]), folder / "output.log", environment)
 
 
+_known: dict[str | None, tuple[dict[str, Any], float]] = {}
+
+
+def never_stopped(folder: Path, model: str, strategy: str | None = None) -> tuple[dict[str, Any], float]:
+    """What a run that is never stopped leaves, and its seconds; made once. On two ranks where a strategy is given."""
+    if strategy not in _known:
+        arguments = configure(folder, model)
+        ranks = [fit(folder, arguments)] if strategy is None else on_two_ranks(folder, arguments, strategy)
+        codes = [rank.end(300) for rank in ranks]
+        assert not any(codes), ranks[codes[0] == 0].said()
+        _known[strategy] = left_by(folder), ranks[0].seconds
+    return _known[strategy]
+
+
+def on_two_ranks(folder: Path, arguments: list[str], strategy: str) -> list[Child]:
+    """A fit in two processes, as torchrun starts them: each with half of a step's questions."""
+    port, ranks = str(free_port()), []
+    settings = ["--data.batch_size=1", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    for rank in map(str, range(2)):
+        environment = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0",
+            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test",
+        }  # fmt: skip
+        work = partial(main, ["fit", *arguments, *settings])
+        ranks.append(Child(work, folder / f"rank{rank}.log", environment))
+    return ranks
+
+
 def left_by(folder: Path) -> dict[str, Any]:
     """What must not depend on how often a run was stopped, by name."""
     found: dict[str, Any] = {}
     last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
-    found |= {f"last {key}": last[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")}
+    found |= {
+        f"last {key}": last[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    }
     found["adapter"] = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (folder / "record" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
