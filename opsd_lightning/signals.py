@@ -108,8 +108,8 @@ class Signals(_SignalConnector):
             numbers.append(signal.Signals(own))
             if shutil.which("scontrol") is None:
                 rank_zero_warn(
-                    f"scontrol is not on PATH: after {numbers[-1].name} a checkpoint is saved and the run ends, but SLURM is "
-                    "not asked to start the job again"
+                    f"scontrol is not on PATH: after {numbers[-1].name} a checkpoint is saved and the run ends, but SLURM "
+                    "is not asked to start the job again"
                 )
         for number in numbers:
             if (before := signal.getsignal(number)) is not signal.SIG_IGN:  # nohup
