@@ -192,10 +192,10 @@ def on_two_ranks(folder: Path, arguments: list[str], strategy: str) -> list[Chil
 def left_by(folder: Path) -> dict[str, Any]:
     """What must not depend on how often a run was stopped, by name."""
     found: dict[str, Any] = {}
-    last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
-    found |= {
-        f"last {key}": last[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
-    }
+    if (folder / "steps" / "last.ckpt").exists():
+        last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
+        keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+        found |= {f"last {key}": last[key] for key in keys}
     found["adapter"] = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (folder / "record" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:

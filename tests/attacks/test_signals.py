@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_runs import configure, differences, fit, left_by, never_stopped, on_two_ranks
+import torch
+from whole_runs import STEPS, configure, differences, fit, left_by, never_stopped, on_two_ranks
 
 from conftest import Attack
 
@@ -30,7 +31,7 @@ def test_one_process_saves_and_says_how_to_go_on(number: signal.Signals, attack:
         pytest.skip("one signal is enough for a sample")
     expected, folder = never_stopped(tmp_path / "whole", roomy)[0], tmp_path / "run"
     # It has no checkpoint of the step where it is stopped, and saves one.
-    arguments = configure(folder, roomy, every=5)
+    arguments = configure(folder, roomy, every=STEPS)
     child = fit(folder, arguments)
     while last_step(folder) < 3:
         assert not child.ended(0.02), child.said()
@@ -52,7 +53,7 @@ def test_ranks_end_together(strategy: str, attack: Attack, roomy: str, tmp_path:
     """One of two gets a signal at any time, is killed, or raises; both are resumed, and end as ranks that never stopped."""
     if not attack.round and strategy == "fsdp2":
         pytest.skip("one strategy is enough for a sample")
-    expected, seconds = never_stopped(tmp_path / "whole", roomy, strategy)
+    expected, seconds = never_stopped(tmp_path / "whole", roomy, strategy) if attack.round else ({}, 0.0)
     kinds = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGUSR1]
     for number in range(attack.tries(sample=1, whole=8)):
         folder, kind = tmp_path / f"run{number}", kinds[number % len(kinds)]
@@ -74,6 +75,9 @@ def test_ranks_end_together(strategy: str, attack: Attack, roomy: str, tmp_path:
         if kind in GENTLE and trains and codes != [0, 0]:
             assert codes == [128 + kind] * 2, f"{case}\n{ranks[0].said()}{ranks[1].said()}"
             assert json.loads((folder / "record" / "run.json").read_text())["status"] == "interrupted", case
+            assert torch.load(folder / "steps" / "last.ckpt", weights_only=True)["global_step"] >= last_step(folder), case
+        if not attack.round:
+            return
         ranks = on_two_ranks(folder, [*arguments, "--ckpt_path", "last"], strategy)
         assert [rank.end(300) for rank in ranks] == [0, 0], f"{case}\n{ranks[0].said()}{ranks[1].said()}"
         assert not differences(expected, left_by(folder)), case
