@@ -17,6 +17,7 @@ from opsd_lightning.checkpoint_io import check_weights_only
 from opsd_lightning.grading import MathGrader
 from opsd_lightning.policy import Policy
 from opsd_lightning.prompts import NoContext, PrivilegedContext, Prompt, Prompts, TraceContext
+from opsd_lightning.signals import watch
 from opsd_lightning.sources import ExampleSource
 from opsd_lightning.strategies import replica
 from opsd_lightning.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
@@ -108,6 +109,8 @@ class OPSDDataModule(LightningDataModule):
             UserError: A source is missing, or leaves no usable row, or holds an invalid one under ``on_invalid: error``.
             ConfigError: Something that is set does not reach the prompts.
         """
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            watch(self.trainer)  # reading takes long
         stage = str(getattr(stage, "value", stage))  # the trainer passes a member of an enumeration
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:

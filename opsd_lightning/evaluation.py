@@ -20,8 +20,10 @@ from opsd_lightning.grading import PROBLEMS, MathGrader
 from opsd_lightning.importance import check_difference, log_ratios
 from opsd_lightning.metrics import AccuracyAtK, pass_sizes
 from opsd_lightning.policy import Policy
+from opsd_lightning.resuming import batches_trained
 from opsd_lightning.rollouts import RolloutEngine, Sampling, seed_for
 from opsd_lightning.self_checks import Agreement, check_policy
+from opsd_lightning.signals import release, stop_if_asked, watch
 from opsd_lightning.strategies import replica, replicas
 from opsd_lightning.teachers import Teacher
 from opsd_lightning.types import PromptBatch, Rollouts, UserError
@@ -186,6 +188,8 @@ class EvaluatedModule(LightningModule):
         objective: The method's, for how much memory logits may take.
         token_budget: Of a scoring pass.
         seed: Of rollouts.
+        command: The command line of the run, for the message that says how to go on; None for a run that Python started.
+        validated: Batches trained on when a fit's last validation ended.
     """
 
     policy: Policy
@@ -196,6 +200,11 @@ class EvaluatedModule(LightningModule):
     objective: Any
     token_budget: int
     seed: int
+    command: str | None = None
+    validated: int = 0
+
+    def setup(self, stage: str) -> None:
+        watch(self.trainer)
 
     def logged_names(self) -> set[str]:
         """Names of all metrics that a fit logs, for the check of callbacks. A subclass that logs more adds its own."""
@@ -236,8 +245,19 @@ class EvaluatedModule(LightningModule):
         """Graded completions of a batch, one record a completion."""
         return self._sampled(batch, batch_idx, ["student"])["student"]
 
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        stop_if_asked(self.trainer, self.command)
+
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        stop_if_asked(self.trainer, self.command)
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        stop_if_asked(self.trainer, self.command)
+
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.validated = batches_trained(self.trainer)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
@@ -248,6 +268,7 @@ class EvaluatedModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollouts.close()
+        release(self.trainer)
 
     def over_ranks(self, values: Sequence[float], operation: str) -> list[float]:
         """Each value reduced (``sum``, ``max``) over the ranks that hold different data. Every rank must call."""

@@ -5,6 +5,7 @@ Rooms are imported here so that YAML may name their classes without their module
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from opsd_lightning.checkpoint_io import check_weights_only, recover
 from opsd_lightning.cli_parser import Parser, check_nulls, remembering
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.precision import precision_problem
+from opsd_lightning.record import launcher
+from opsd_lightning.redaction import redact_arguments
+from opsd_lightning.requeue import checkpoint_to_resume, refuse_evaluation
 from opsd_lightning.run_checks import check_folders, check_last, open_loggers
 from opsd_lightning.run_report import RunReport
 from opsd_lightning.strategies import check_name, refusal
@@ -149,6 +153,7 @@ class OPSDCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+            self.model.command = shlex.join(launcher() + redact_arguments(_without_checkpoint(self.arguments)))
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunReport):
                     callback.arguments = self.arguments
@@ -164,8 +169,12 @@ class OPSDCLI(LightningCLI):
                     raise
                 return  # refused again in `fit`, on all ranks together; nothing is written until then
         try:
-            if self.config.fit.get("ckpt_path") == "best":
+            path = self.config.fit.get("ckpt_path")
+            if path == "best":
                 check_last(self.trainer, "best")
+            if path is None and (found := checkpoint_to_resume(self.trainer)) is not None:
+                check_file(found)
+                self.config_init.fit.ckpt_path = found
             check_trainer(self.trainer, self.model, self.datamodule)
             self._check_surroundings()
         except BaseException:
@@ -185,6 +194,8 @@ class OPSDCLI(LightningCLI):
 
     def _before_evaluation(self) -> None:
         check_last(self.trainer, self.config[self.subcommand].get("ckpt_path"))
+        if self.config[self.subcommand].get("ckpt_path") is None:
+            refuse_evaluation(self.trainer)
         self._check_surroundings()
 
     def _check_surroundings(self) -> None:
@@ -197,6 +208,16 @@ def _reason(error: BaseException) -> BaseException:
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _without_checkpoint(arguments: list[str]) -> list[str]:
+    """The arguments of a run but for ``--ckpt_path`` and its value."""
+    kept, skipped = [], False
+    for argument in arguments:
+        if not skipped and argument != "--ckpt_path" and not argument.startswith("--ckpt_path="):
+            kept.append(argument)
+        skipped = not skipped and argument == "--ckpt_path"
+    return kept
 
 
 def _longest(*samplings: Any) -> int:

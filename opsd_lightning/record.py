@@ -76,6 +76,8 @@ class Record:
     Args:
         folder: Folder of the files.
         step: Optimizer steps made when this start begins: above 0 for a resumed run.
+        validates: A resumed run begins with the validation of that step, which then takes the place of an earlier one's.
+            Defaults to false.
         checkpoint: Identifier (`CHECKPOINT_ID`) of the checkpoint that the run goes on from, if it has one.
         failed: Called with the name and the error of a file that cannot be written.
     """
@@ -84,6 +86,7 @@ class Record:
         self,
         folder: Path,
         step: int,
+        validates: bool = False,
         checkpoint: str | None = None,
         failed: Callable[[str, OSError], None] = lambda name, error: None,
     ) -> None:
@@ -102,10 +105,16 @@ class Record:
                 self._copy()
         folder.mkdir(parents=True, exist_ok=True)
         self._reserve()
-        kept = [line for line in lines if line["step"] <= step] if self.resumed else []
+
+        def keep(line: dict[str, Any]) -> bool:
+            return bool(line["step"] < step + (not validates or line["kind"] == "train"))
+
+        kept = [line for line in lines if keep(line)] if self.resumed else []
         self._before = max((line["seconds"] for line in kept), default=0.0)
         if self.resumed:  # steps after the checkpoint are made again
-            samples = [line for line in read_lines(folder / _SAMPLES) if line["step"] <= step]
+            samples = [line for line in read_lines(folder / _SAMPLES) if keep(line)]
+            ends = [line for line in samples if line["kind"] == "train"][1:]  # of an earlier stop
+            samples = [line for line in samples if line not in ends]
             replace(folder / _SAMPLES, "".join(_line(line) for line in samples))
             replace(folder / _METRICS, "".join(_line(line) for line in kept))
 
@@ -172,6 +181,10 @@ class Record:
     def samples(self, kind: str, step: int, records: list[dict[str, Any]]) -> None:
         self._append(_SAMPLES, {"kind": kind, "step": step, "records": records})
 
+    def drop_training_samples(self) -> None:
+        samples = [line for line in read_lines(self.folder / _SAMPLES) if line["kind"] != "train"]
+        replace(self.folder / _SAMPLES, "".join(_line(line) for line in samples))
+
     def _append(self, name: str, line: dict[str, Any]) -> None:
         self._waiting[name].append(_line(line))
         self._flush()
@@ -211,6 +224,13 @@ def _info_of(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_open(folder: Path, step: int) -> bool:
+    """Return whether a run has trained up to a step, and nobody has written its end."""
+    info = _info_of(folder)
+    steps = [line["step"] for line in read_lines(folder / _METRICS) if line["kind"] == "train"]
+    return bool(info) and info.get("status") not in ("finished", "stopped", "idle") and max(steps, default=-1) == step
 
 
 def described(value: Any, depth: int = 0) -> Any:

@@ -179,7 +179,8 @@ def _status(run: Run, step: int) -> dict[str, str]:
     if status == "failed":
         return {"kind": "bad", "text": f"ended by an error after step {step}: {reason}"}
     if status == "interrupted":
-        return {"kind": "warn", "text": f"interrupted by hand (Ctrl-C) after step {step}"}
+        how = "by hand (Ctrl-C)" if reason in ("", "SIGINT") else f"by {reason}"
+        return {"kind": "warn", "text": f"interrupted {how} after step {step}"}
     return {"kind": "warn", "text": f"at step {step} when this page was made: still running, or killed since"}
 
 

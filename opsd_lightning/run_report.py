@@ -29,6 +29,7 @@ from opsd_lightning.record import (
     commit,
     described,
     devices,
+    is_open,
     launcher,
     now,
     path_of,
@@ -36,8 +37,10 @@ from opsd_lightning.record import (
 )
 from opsd_lightning.redaction import redact, redact_arguments, redact_text
 from opsd_lightning.report import write_report
+from opsd_lightning.resuming import validates_first
 from opsd_lightning.runs import RECORD, read_lines
 from opsd_lightning.serving import together
+from opsd_lightning.signals import Stopped
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, Rollouts, UserError
 
@@ -168,12 +171,23 @@ class RunReport(Callback):
             idle = pl_module.idle.verdict if isinstance(pl_module, PolicyModule) else None
             self._end(trainer, pl_module, "stopped" if stopped else "idle" if idle else "finished", idle or "")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that ended after its last checkpoint, before its record did: there was nothing left to train.
+        if (
+            self._record is None
+            and trainer.global_step
+            and is_open(Path(trainer.default_root_dir) / RECORD, trainer.global_step)
+        ):
+            self._begin(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._record is None:
             return
         self._flush(None)
-        interrupted = isinstance(exception, KeyboardInterrupt)
-        reason = "" if interrupted else redact_text(f"{type(exception).__name__}: {exception}")[:600]
+        interrupted = isinstance(exception, (KeyboardInterrupt, Stopped))
+        reason = redact_text(f"{type(exception).__name__}: {exception}")[:600]
+        if interrupted:
+            reason = exception.signal_name if isinstance(exception, Stopped) else "SIGINT"
         self._end(trainer, pl_module, "interrupted" if interrupted else "failed", reason)
 
     # -- the record --------------------------------------------------------------------------------------------------------
@@ -186,7 +200,11 @@ class RunReport(Callback):
         folder = Path(trainer.default_root_dir) / RECORD
         try:
             self._record = Record(
-                folder, self._start, self._loaded, lambda name, error: note(trainer, str(folder / name), error)
+                folder,
+                self._start,
+                validates_first(trainer),
+                self._loaded,
+                lambda name, error: note(trainer, str(folder / name), error),
             )
         except OSError as error:
             note(trainer, str(folder), error)
@@ -240,8 +258,11 @@ class RunReport(Callback):
     def _end(self, trainer: Trainer, module: Any, status: str, reason: str) -> None:
         assert self._record is not None
         try:
-            if not any(line["kind"] == "val" for line in read_lines(self._record.folder / "samples.jsonl")):
-                self._keep_training_samples(module)
+            kinds = {line["kind"] for line in read_lines(self._record.folder / "samples.jsonl")}
+            if "val" not in kinds:
+                self._keep_training_samples(module, "train" not in kinds)
+            elif "train" in kinds:  # of a run that was stopped before its first validation
+                self._record.drop_training_samples()
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
             self._ended = status, reason, [redact_text(text) for guard in guards for text in guard.said]
             self._record.end(*self._ended, self._unwritten(trainer))
@@ -263,10 +284,11 @@ class RunReport(Callback):
         found = unwritten([trainer, *trainer.loggers])  # of the record's own files it knows better itself
         return {name: reason for name, reason in found.items() if Path(name).parent != self._record.folder}
 
-    def _keep_training_samples(self, module: Any) -> None:
+    def _keep_training_samples(self, module: Any, with_first: bool) -> None:
         if not isinstance(module, PolicyModule) or self._first is None or self._last is None or self._record is None:
             return
-        for step, batch, rollouts in [self._first] if self._first[0] == self._last[0] else [self._first, self._last]:
+        several = with_first and self._first[0] != self._last[0]
+        for step, batch, rollouts in [self._first, self._last] if several else [self._last]:
             n, count = rollouts.n, self.questions
             shown = rollouts._replace(
                 completions=rollouts.completions[: count * n], terminated=rollouts.terminated[: count * n]

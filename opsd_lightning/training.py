@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from opsd_lightning import checkpoint_file, checkpoint_io, checkpoint_record, disk_errors, run_lock
+from opsd_lightning import checkpoint_file, checkpoint_io, checkpoint_record, disk_errors, requeue, run_lock
 from opsd_lightning.checkpoint_record import Configured
 from opsd_lightning.evaluation import EvaluatedModule, Evaluator
 from opsd_lightning.fingerprint import base_record
@@ -34,8 +34,10 @@ from opsd_lightning.objectives import Objective, Term, Update
 from opsd_lightning.optimization import make_optimizer, make_scheduler
 from opsd_lightning.policy import Policy, base_of, eos_ids, is_adapter_key
 from opsd_lightning.precision import check_dtypes
+from opsd_lightning.resuming import do_what_is_due, say_what_is_due
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
 from opsd_lightning.scoring import score, split_rows
+from opsd_lightning.signals import stop_if_asked
 from opsd_lightning.strategies import (
     FSDP2Strategy,
     check_precision,
@@ -221,7 +223,7 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def on_fit_start(self) -> None:
         self._check_trainer()  # also of a module that another trainer built
-        self.idle, self._diverged = IdleSteps(self.idle_limit), None
+        self.idle, self._diverged, self.validated = IdleSteps(self.idle_limit), None, 0
         self.check_policy()
 
     @property
@@ -266,6 +268,12 @@ class PolicyModule(EvaluatedModule, ABC):
         if self._settings_changed and self.configured is not None:
             self._settings_changed = False
             self.configured.apply(self.trainer.optimizers[0], self.lr_schedulers(), self.global_step)  # type: ignore[arg-type]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stop_if_asked(self.trainer, self.command)  # after callbacks, of which one may have saved this step
+
+    def on_fit_end(self) -> None:
+        requeue.finished(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # ragged lists; tensors are made where they are used
@@ -524,6 +532,9 @@ class PolicyModule(EvaluatedModule, ABC):
             raise self._diverged
         checkpoint["opsd_tokens_generated"] = self.tokens_generated
         checkpoint[checkpoint_record.KEY] = checkpoint_record.record_of(self)
+        requeue.say_the_job(checkpoint)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            say_what_is_due(self.trainer, checkpoint, self.validated)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -563,6 +574,8 @@ class PolicyModule(EvaluatedModule, ABC):
                 checkpoint["opsd_compared"] = True
                 self._settings_changed = checkpoint_record.compare(self, checkpoint)
             checkpoint_record.check_weights(self, checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            do_what_is_due(self._trainer, checkpoint)
 
 
 @contextmanager

@@ -1,0 +1,136 @@
+"""Checkpoints within an epoch, resumed where they were saved: the validation and the epoch's end that were still due.
+
+`ModelCheckpoint` saves by steps before the validation of its step. Lightning takes that validation, and the hooks of the
+epoch's end, for done when such a checkpoint is resumed, and does nothing at all after the last step of a run. Here a
+checkpoint says what was due, and the loops of the run that resumes it begin with that.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.utilities import rank_zero_info
+
+_KEY = "opsd_within_epoch"
+
+
+class _EpochLoop(_TrainingEpochLoop):
+    """Begins with the validation of the last step, or with the end of the epoch."""
+
+    pending: Literal["validation", "end"] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.pending == "end" if self.pending else super().done
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        if self.pending is None:
+            super().advance(data_fetcher)
+        else:
+            self.val_loop.restarting = False  # it begins with its first batch
+
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        super().on_advance_end(data_fetcher)
+        self.pending = None
+
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        return self.pending == "validation" or super()._should_check_val_fx(data_fetcher)
+
+
+class _Loop(_FitLoop):
+    """Resumes a checkpoint that was saved within an epoch, after a step.
+
+    Attributes:
+        saved: What the checkpoint says of it, until `run`.
+    """
+
+    saved: dict[str, bool] | None = None
+
+    def run(self) -> None:
+        self.setup_data()
+        if self.saved is not None:
+            self._begin(self.saved)
+            self.saved = None
+        super().run()
+
+    def _begin(self, saved: dict[str, bool]) -> None:
+        """Decide what comes first: by the limits of this run, which need not be those of the run that was stopped."""
+        loop, trainer = self.epoch_loop, self.trainer
+        assert isinstance(loop, _EpochLoop)
+        due = saved["validation_due"] and trainer.enable_validation and trainer.limit_val_batches != 0
+        if (due and saved["should_stop"]) or any(_has_stopped(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.should_stop = True
+            rank_zero_info(
+                "A callback had stopped the run at the step of this checkpoint, and the run ends there. To train on, leave "
+                "the callback out (CollapseGuard: set action to warn)"
+            )
+        stopped = trainer.should_stop and self._can_stop_early
+        if due:
+            loop.pending = "validation"
+        elif loop._is_training_done or stopped:
+            loop.pending = "end"
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.last_model_path == str(trainer.ckpt_path):
+                callback._last_checkpoint_saved = callback.last_model_path  # else it is saved once more, after the epoch
+        if loop.pending is not None:  # its step is finished: Lightning would skip what comes after it
+            for progress in (loop.batch_progress.total, loop.batch_progress.current):
+                progress.completed = progress.processed  # type: ignore[attr-defined]
+
+    @property
+    def done(self) -> bool:
+        return self.epoch_loop.pending is None and super().done  # type: ignore[attr-defined]
+
+    def on_advance_end(self) -> None:
+        loop = self.epoch_loop
+        assert isinstance(loop, _EpochLoop)
+        if loop.pending == "end":
+            loop._batches_that_stepped += 1
+            loop.restarting, loop.pending = False, None
+        super().on_advance_end()
+
+
+def say_what_is_due(trainer: Trainer, checkpoint: dict[str, Any], validated: int) -> None:
+    """Note in a checkpoint of a fit what its step and epoch still have before them.
+
+    Args:
+        trainer: That of the fit.
+        checkpoint: What is about to be saved.
+        validated: Batches that were trained on when the last validation ended, over all epochs.
+    """
+    fit = trainer.fit_loop
+    loop, epochs = fit.epoch_loop, fit.epoch_progress.total
+    now, total = loop.batch_progress.current, loop.batch_progress.total
+    if not (now.ready == now.processed > 0 and epochs.processed == epochs.started - 1) or fit._data_fetcher is None:  # type: ignore[attr-defined]
+        return
+    due = total.ready != validated and loop._should_check_val_fx(fit._data_fetcher)
+    checkpoint[_KEY] = {"validation_due": bool(due), "should_stop": bool(trainer.should_stop)}
+
+
+def batches_trained(trainer: Trainer) -> int:
+    """Batches that a fit has trained on, over all epochs."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def do_what_is_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a fit begin with what a checkpoint says is due. Older checkpoints say nothing."""
+    saved = checkpoint.pop(_KEY, None)
+    fit: Any = trainer.fit_loop
+    if saved is None or type(fit) not in (_FitLoop, _Loop) or type(fit.epoch_loop) not in (_TrainingEpochLoop, _EpochLoop):
+        return
+    # The trainer and its connectors hold on to these objects, which are the same but for a few methods.
+    fit.__class__, fit.epoch_loop.__class__ = _Loop, _EpochLoop
+    fit.saved, fit.epoch_loop.pending = dict(saved), None
+
+
+def validates_first(trainer: Trainer) -> bool:
+    """Return whether a resumed fit begins with a validation: asked in ``on_train_start``."""
+    return getattr(trainer.fit_loop.epoch_loop, "pending", None) == "validation"
+
+
+def _has_stopped(callback: Any) -> bool:
+    return isinstance(callback, EarlyStopping) and callback.wait_count >= max(callback.patience, 1)

@@ -1,0 +1,83 @@
+"""Signals to one of two ranks, and ranks that are gone: every rank ends within seconds, and the run can be resumed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from whole_runs import STEPS, configure, differences, fit, left_by, never_stopped, on_two_ranks
+
+from conftest import Attack
+
+SECONDS = 20  # within which every rank ends, on a machine with other work
+GENTLE = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+def last_step(folder: Path) -> int:
+    """The last step of the record; 0 before it is begun."""
+    path = folder / "record" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+@pytest.mark.parametrize("number", GENTLE, ids=lambda number: number.name)
+def test_one_process_saves_and_says_how_to_go_on(number: signal.Signals, attack: Attack, roomy: str, tmp_path: Path) -> None:
+    """It ends with 128 plus the signal's number, and what it saved is what a run that never stopped had there."""
+    if not attack.round and number != signal.SIGTERM:
+        pytest.skip("one signal is enough for a sample")
+    expected, folder = never_stopped(tmp_path / "whole", roomy)[0], tmp_path / "run"
+    # It has no checkpoint of the step where it is stopped, and saves one.
+    arguments = configure(folder, roomy, every=STEPS)
+    child = fit(folder, arguments)
+    while last_step(folder) < 3:
+        assert not child.ended(0.02), child.said()
+    child.send(number)
+    assert child.end(SECONDS) == 128 + number, child.said()
+    attack.tried("signals to one process")
+    record = json.loads((folder / "record" / "run.json").read_text())
+    assert (record["status"], record["reason"]) == ("interrupted", number.name)
+    assert "--ckpt_path" in child.said()
+    saved = [path.name for path in (folder / "steps").iterdir() if path.name.startswith("last")]
+    assert saved == ["last.ckpt"]
+    again = fit(folder, [*arguments, "--ckpt_path", "last"])
+    assert again.end(300) == 0, again.said()
+    assert not differences(expected, left_by(folder))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_end_together(strategy: str, attack: Attack, roomy: str, tmp_path: Path) -> None:
+    """One of two gets a signal at any time, is killed, or raises; both are resumed, and end as ranks that never stopped."""
+    if not attack.round and strategy == "fsdp2":
+        pytest.skip("one strategy is enough for a sample")
+    expected, seconds = never_stopped(tmp_path / "whole", roomy, strategy) if attack.round else ({}, 0.0)
+    kinds = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGUSR1]
+    for number in range(attack.tries(sample=1, whole=8)):
+        folder, kind = tmp_path / f"run{number}", kinds[number % len(kinds)]
+        arguments = configure(folder, roomy)
+        ranks = on_two_ranks(folder, arguments, strategy)
+        target, at = attack.random.choice(ranks), attack.random.uniform(0.2, 0.9) * seconds
+        if not attack.round:
+            while not last_step(folder):
+                assert not target.ended(0.02), target.said()
+        else:
+            target.ended(at)
+        trains = last_step(folder) > 0
+        target.send(kind)
+        start = time.monotonic()
+        codes = [rank.end(SECONDS) for rank in ranks]
+        case = f"{strategy} {kind.name} to rank {ranks.index(target)} at {at:.1f} s: {codes}"
+        attack.tried("signals to one of two ranks")
+        assert time.monotonic() - start < SECONDS, case
+        if kind in GENTLE and trains and codes != [0, 0]:
+            assert codes == [128 + kind] * 2, f"{case}\n{ranks[0].said()}{ranks[1].said()}"
+            assert json.loads((folder / "record" / "run.json").read_text())["status"] == "interrupted", case
+            assert torch.load(folder / "steps" / "last.ckpt", weights_only=True)["global_step"] >= last_step(folder), case
+        if not attack.round:
+            return
+        ranks = on_two_ranks(folder, [*arguments, "--ckpt_path", "last"], strategy)
+        assert [rank.end(300) for rank in ranks] == [0, 0], f"{case}\n{ranks[0].said()}{ranks[1].said()}"
+        assert not differences(expected, left_by(folder)), case

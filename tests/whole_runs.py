@@ -1,0 +1,225 @@
+"""Runs of the command line in processes forked from this one, to be killed, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from conftest import free_port, write_jsonl
+from opsd_lightning.main import main
+
+STEPS = 6
+
+
+def configure(folder: Path, model: str, every: int = 1, **trainer: Any) -> list[str]:
+    """Write the configuration of a small run that uses much; return the command's arguments.
+
+    Args:
+        folder: Where everything goes.
+        model: Folder of the base model.
+        every: Steps between checkpoints.
+        trainer: The trainer's further settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"problem": f"{n}+1?", "solution": f"The answer is {n + 1}.", "gold": str(n + 1)} for n in range(14)]
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    callbacks = [
+        # Its metric is of no value, but it changes.
+        ("ModelCheckpoint", {"dirpath": str(folder / "best"), "monitor": "val/completion_tokens", "mode": "min"}),
+        ("ModelCheckpoint", {"dirpath": str(folder / "steps"), "every_n_train_steps": every, "save_last": True}),
+        ("AdapterExport", {}),
+        ("RolloutTable", {"every_n_steps": 1, "rows": 2}),
+        ("RunReport", {"questions": 2}),
+    ]
+    config = {
+        "model": {
+            "policy": {"model": model, "dtype": "float32", "lora": {"r": 4, "alpha": 8.0, "dropout": 0.3}},
+            "sampling": {"max_new_tokens": 6},
+            "eval_sampling": {"max_new_tokens": 6, "n": 2},
+            "teacher": {"class_path": "EMATeacher", "init_args": {"decay": 0.7}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}},
+            "lr_scheduler": {
+                "class_path": "torch.optim.lr_scheduler.LinearLR",
+                "init_args": {"start_factor": 1.0, "end_factor": 0.1, "total_iters": STEPS},
+            },
+        },
+        "data": {
+            split: {"class_path": "FileSource", "init_args": {"path": str(path), "columns": {"answer": "gold"}}}
+            for split in ("train", "val", "test")
+        }
+        | {"batch_size": 2, "eval_batch_size": 2},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": STEPS,
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "version": "log"}},
+            "log_every_n_steps": 1,
+            "callbacks": [{"class_path": name, "init_args": settings} for name, settings in callbacks],
+            "default_root_dir": str(folder),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        | trainer,
+    }
+    config["data"]["train"]["init_args"]["split"] = "train[6:]"  # four steps an epoch
+    config["data"]["val"]["init_args"]["split"] = "train[:3]"
+    config["data"]["test"]["init_args"]["split"] = "train[:6]"
+    (folder / "base.yaml").write_text(yaml.safe_dump(config))
+    return [f"--config={folder / 'base.yaml'}"]
+
+
+class Child:
+    """A process forked from this one: imports cost nothing again.
+
+    Args:
+        work: What it does.
+        log: File to which its output is appended.
+        environment: Variables to set.
+    """
+
+    def __init__(self, work: Callable[[], Any], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.log, self.started = log, time.monotonic()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(work, environment or {})
+        self.code: int | None = None
+        #: From its start to its end.
+        self.seconds = 0.0
+
+    def _run(self, work: Callable[[], Any], environment: Mapping[str, str]) -> None:
+        code = 1
+        try:
+            out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            os.environ.update(environment)
+            work()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
+            os._exit(code)
+
+    def ended(self, seconds: float) -> bool:
+        """Wait so long for its end."""
+        deadline = time.monotonic() + seconds
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code, self.seconds = os.waitstatus_to_exitcode(status), time.monotonic() - self.started
+            elif time.monotonic() > deadline:
+                return False
+            else:
+                time.sleep(0.01)
+        return True
+
+    def end(self, seconds: float) -> int:
+        """Its exit status, minus the signal's number where one killed it. It must end within so many seconds."""
+        try:
+            assert self.ended(seconds), f"it still runs after {seconds} seconds:\n{self.said()}"
+        finally:
+            self.kill()
+        assert self.code is not None
+        return self.code
+
+    def send(self, number: int) -> None:
+        if self.code is None and not self.ended(0):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.ended(60)
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")[-6000:] if self.log.exists() else ""
+
+
+def fit(folder: Path, arguments: list[str], environment: Mapping[str, str] | None = None) -> Child:
+    return Child(lambda: main(["fit", *arguments]), folder / "output.log", environment)
+
+
+_known: dict[str | None, tuple[dict[str, Any], float]] = {}
+
+
+def never_stopped(folder: Path, model: str, strategy: str | None = None) -> tuple[dict[str, Any], float]:
+    """What a run that is never stopped leaves, and its seconds; made once. On two ranks where a strategy is given."""
+    if strategy not in _known:
+        arguments = configure(folder, model)
+        ranks = [fit(folder, arguments)] if strategy is None else on_two_ranks(folder, arguments, strategy)
+        codes = [rank.end(300) for rank in ranks]
+        assert not any(codes), ranks[codes[0] == 0].said()
+        _known[strategy] = left_by(folder), ranks[0].seconds
+    return _known[strategy]
+
+
+def on_two_ranks(folder: Path, arguments: list[str], strategy: str) -> list[Child]:
+    """A fit in two processes, as torchrun starts them: each with half of a step's questions."""
+    port, ranks = str(free_port()), []
+    settings = ["--data.batch_size=1", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    for rank in map(str, range(2)):
+        environment = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0",
+            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test",
+        }  # fmt: skip
+        work = partial(main, ["fit", *arguments, *settings])
+        ranks.append(Child(work, folder / f"rank{rank}.log", environment))
+    return ranks
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """What must not depend on how often a run was stopped, by name."""
+    found: dict[str, Any] = {}
+    if (folder / "steps" / "last.ckpt").exists():
+        last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
+        keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+        found |= {f"last {key}": last[key] for key in keys}
+    found["adapter"] = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (folder / "record" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds")
+        line["metrics"] = {name: value for name, value in line["metrics"].items() if not name.startswith("time/")}
+    found["record's metrics"] = lines
+    found["record's samples"] = (folder / "record" / "samples.jsonl").read_text().splitlines()
+    found["status"] = json.loads((folder / "record" / "run.json").read_text())["status"]
+    with (folder / "rollouts.csv").open(newline="") as file:
+        found["rollouts.csv"] = list(csv.reader(file))
+    found["page"] = (folder / "report.html").stat().st_size > 10_000
+    return found
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two runs' remains differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if set(one) != set(other):
+            return [f"{path}: {sorted(map(str, set(one) ^ set(other)))} in one alone"]
+        return [text for key in one for text in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        if len(one) != len(other):
+            return [f"{path}: {len(one)} and {len(other)} entries"]
+        return [text for i, pair in enumerate(zip(one, other, strict=True)) for text in differences(*pair, f"{path}/{i}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [f"{path}: tensors differ"]
+    return [] if one == other or (one != one and other != other) else [f"{path}: {str(one)[:200]} and {str(other)[:200]}"]
