@@ -15,7 +15,7 @@ import opsd_lightning
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "opsd_lightning").glob("*.py") if path.stem != "__init__"}
 LAYERS = [
-    {"types", "files", "texts", "metric_directions", "idle", "answer_text", "quantities", "math_worker"},
+    {"types", "files", "import_path", "texts", "metric_directions", "idle", "answer_text", "quantities", "math_worker"},
     {"answer_forms"},
     {"answers"},
     {"tokens", "control_tokens", "chat_template", "grading", "redaction", "token_text", "findings"},
