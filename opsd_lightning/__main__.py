@@ -21,6 +21,7 @@ def entry() -> None:
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else ""
     with without_folder():
+        import_module("opsd_lightning.terminal").guard_tracebacks()
         module = import_module(COMMANDS.get(command, "opsd_lightning.main"))
         if command not in COMMANDS and command in ("-h", "--help"):
             print(f"Beside the subcommands below: {', '.join(f'opsd {name}' for name in COMMANDS)} (see their own --help)\n")

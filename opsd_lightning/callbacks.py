@@ -25,6 +25,7 @@ from opsd_lightning.loggers import append_rows, log_table
 from opsd_lightning.results import Results, identity
 from opsd_lightning.serving import from_rank_zero, of_every_rank
 from opsd_lightning.strategies import read_adapters, replica, whole
+from opsd_lightning.terminal import marked, say
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, UserError
 
@@ -57,12 +58,12 @@ class AdapterExport(Callback):
         root = Path(trainer.default_root_dir)
         folder = write_adapter(pl_module.model, root / self.folder, weights)
         what = "model" if pl_module.policy.trains_all else "adapter"
-        print(f"The {what} of {best or 'the last step'} is in {folder}")
+        say(f"The {what} of {best or 'the last step'} is in {folder}")
         if pl_module.policy.trains_all:
             pl_module.tokenizer.save_pretrained(str(folder))
         elif self.merged_folder is not None:
             merged = merge_adapter(pl_module.policy, folder, root / self.merged_folder)
-            print(f"The merged model is in {merged}")
+            say(f"The merged model is in {merged}")
 
 
 def due(trainer: Trainer, module: PolicyModule, every_n_steps: int) -> bool:
@@ -214,7 +215,7 @@ class RolloutWriter(Callback):
         of_every_rank(None)  # all have written
         path = from_rank_zero(lambda: results.join(metrics))
         if trainer.is_global_zero:
-            print(f"Graded completions are in {path} and {results.folder}")
+            say(f"Graded completions are in {path} and {results.folder}")
 
 
 def print_metrics(values: Mapping[str, float]) -> None:
@@ -223,13 +224,13 @@ def print_metrics(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if "_se" in name:
             continue
-        label = name.replace("_", " ")
+        label = marked(name.replace("_", " "))
         if "@" in name:
             errors = [values.get(f"{name}{error}") for error in ("_se", "_se_samples")]
             table.add_row(label, f"{value:.1%}", *("" if error is None else f"{error:.1%}" for error in errors))
         else:
             table.add_row(label, f"{value:.1%}" if name.endswith("fraction") else f"{value:.1f}", "", "")
-    Console(width=100).print(table)
+    Console(width=100, emoji=False).print(table)
 
 
 class ProgressLines(ProgressBar):
@@ -278,7 +279,7 @@ class ProgressLines(ProgressBar):
 
     def _print(self, trainer: Trainer, line: str) -> None:
         if self.is_enabled and trainer.is_global_zero:
-            print(line, flush=True)
+            say(line)
 
     def enable(self) -> None:
         self.is_enabled = True

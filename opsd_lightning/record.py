@@ -78,7 +78,7 @@ class Record:
         self._append("samples.jsonl", {"kind": kind, "step": step, "records": records})
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
+        with (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(_line(line))
 
     def _read(self) -> dict[str, Any]:
@@ -146,13 +146,20 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The Git commit of the current folder, and whether files that it holds were changed since."""
 
+    # A repository's own settings may name commands: its monitor, its hooks, and filters of files that changed.
+    safe = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "--no-optional-locks"]
+
     def git(*arguments: str) -> str:
-        command = ["git", *arguments]
+        command = ["git", *safe, *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+        head = git("rev-parse", "HEAD")
+        names = git("config", "--show-scope", "--name-only", "--list").splitlines()
+        if any(not name.startswith(("system\t", "global\t", "command\t")) and "\tfilter." in name.lower() for name in names):
+            return head
+        changed = bool(git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all"))
+        return head + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

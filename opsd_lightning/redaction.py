@@ -35,12 +35,12 @@ _PAIRS: dict[str, Set[str]] = {
     "key": set(
         "api access secret private signing encryption account storage shared master subscription license deploy ssh service "
         "client auth app admin ingestion instrumentation server webhook hmac session security consumer token function sas "
-        "kaggle wandb comet openai anthropic azure google gemini neptune hf huggingface mistral cohere groq together deepseek "
-        "replicate pinecone algolia stripe sendgrid twilio mailgun datadog dd cosmos".split()
+        "kaggle wandb comet openai anthropic azure google gemini neptune hf huggingface mistral cohere groq together "
+        "deepseek replicate pinecone algolia stripe sendgrid twilio mailgun datadog dd cosmos".split()
     ),
     "pass": set(
-        "db user smtp mail email ftp ldap admin root http proxy redis mysql pg postgres sudo rabbitmq mqtt sql database login "
-        "imap basic".split()
+        "db user smtp mail email ftp ldap admin root http proxy redis mysql pg postgres sudo rabbitmq mqtt sql database "
+        "login imap basic".split()
     ),
     "tokens": set("api access auth bearer refresh secret hub bot session security hf github gitlab slack".split()),
     "pat": set("github gitlab azure devops ado bitbucket".split()),
@@ -55,10 +55,10 @@ _PAIRS: dict[str, Set[str]] = {
 # Tokens of a vocabulary, which are no secrets, by the word before.
 _VOCABULARY = set(
     "pad eos bos unk sep cls mask stop think thinking image audio video boi eoi eot eom end start begin open close special "
-    "sampled first last next new prev previous extra additional tool response answer question turn prompt completion per each "
-    "single a the any every one this that of message system assistant vision object row col newline word sub soft draft bonus "
-    "accepted target label ignore blank control chat im header call calls fim middle prefix suffix file repo text input output "
-    "max min total mean likeliest student teacher".split()
+    "sampled first last next new prev previous extra additional tool response answer question turn prompt completion per "
+    "each single a the any every one this that of message system assistant vision object row col newline word sub soft "
+    "draft bonus accepted target label ignore blank control chat im header call calls fim middle prefix suffix file repo "
+    "text input output max min total mean likeliest student teacher".split()
 )
 
 
@@ -180,7 +180,7 @@ def hidden_names(value: Any, name: str = "") -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for place, part in enumerate(value):
             yield from hidden_names(part, f"{name}.{place}")
-    elif isinstance(value, str) and HIDDEN in value and (value == HIDDEN or f"://{HIDDEN}@" in value or f"={HIDDEN}" in value):
+    elif isinstance(value, str) and (value == HIDDEN or (HIDDEN in value and _URL.search(value))):
         yield name
 
 
@@ -227,7 +227,8 @@ _FORMS = re.compile(
     r")"
 )
 _PEM = re.compile(
-    r"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----(?!\*)(?:(?!-----END )[\w+/=\s\\:;,.()\-]|[\"'|>])*+(?:-----END \1-----)?"
+    r"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----(?!\*)"
+    r"(?:(?!-----END )[\w+/=\s\\:;,.()\-]|[\"'|>])*+(?:-----END \1-----)?"
 )
 _SCHEME = re.compile(r"(?i)(?<![\w\-])(bearer|basic|token|negotiate|apikey|api-key)(\\?[ \t]+|%20|\+)([\w\-.~+/=:|%]{6,}+)")
 _DIGEST = re.compile(r"(?i)\b(digest|hawk|oauth|aws4-hmac-sha256|signature)([ \t]+)(?=[\w\-]+=)([^\n]+)")
@@ -247,15 +248,22 @@ _ENCODED_URL = re.compile(r"(?i)(%3A(?:%2F){2})((?:(?!%40|%2F)[\w.~%\-]){1,200}+
 _ORACLE = re.compile(r"(?i)(jdbc:oracle:\w{1,20}:)[^\s/]{1,200}/[^\s@]{1,200}(?=@)")
 _NETRC = re.compile(r"(?i)(\blogin\s+\S+\s+(?:account\s+\S+\s+)?password\s+)(\S+)")
 _CLIENT = re.compile(
-    r"(?<![\w./\-])(curl|wget|https?|sshpass|mysql\w*|mariadb|mongo\w*|redis-cli|docker|podman|smbclient|ldap\w+)\b(?=[ \t])([^\n|;]+)"
+    r"(?<![\w./\-])(curl|wget|https?|sshpass|mysql\w*|mariadb|mongo\w*|redis-cli|docker|podman|smbclient|ldap\w+)\b"
+    r"(?=[ \t])([^\n|;]+)"
 )
-_CLIENT_OPTION = re.compile(r"([ \t]--?(u|user|proxy-user|U|p|a|w)(?:[ \t]+|=|(?<=-p)))(\"[^\"]*\"|'[^']*'|[^\s\"'\-][^\s\"']*)")
+_CLIENT_OPTION = re.compile(
+    r"([ \t]--?(u|user|proxy-user|U|p|a|w)(?:[ \t]+|=|(?<=-p)))(\"[^\"]*\"|'[^']*'|[^\s\"'\-][^\s\"']*)"
+)
 _OPTION = re.compile(
     r"(?<![\w\-])(--?[A-Za-z][\w.\-]*+)([ \t]+|\\?[\"'],[ \t]*(?=\\?[\"']))(?!-)"
     r"(\\?\"[^\"\n]*\"|\\?'[^'\n]*'|\$'[^'\n]*'|[^\s\"']\S*)"
 )
-_AFTER_OPTION = {*"is to or and for with was must needs requires option flag cannot has not argument if are can without".split()}
-_NAMED = re.compile(r"(?<![\w.\-])([\w.\-]++)((?:\\*[\"'`]|\\*[\"']?\])?[ \t]*(?:=>|:=|={1,2}|:(?!//)|%3D|%3A(?!%2F))[ \t]*)")
+_AFTER_OPTION = {
+    *"is to or and for with was must needs requires option flag cannot has not argument if are can without".split()
+}
+_NAMED = re.compile(
+    r"(?<![\w.\-])([\w.\-]++)((?:\\*[\"'`]|\\*[\"']?\])?[ \t]*(?:=>|:=|={1,2}|:(?!//)|%3D|%3A(?!%2F))[ \t]*)"
+)
 _ANNOTATION = re.compile(r"(?:str|bytes|SecretStr|Optional\[str\]|str \| None)[ \t]*=[ \t]*")
 _QUOTED = re.compile(r"[bBrRuUfF$]{0,2}(?:\"\"\"(?s:.*?)\"\"\"|'''(?s:.*?)'''|\"(?:[^\"\\]|\\.)*+\"|'(?:[^'\\]|\\.|'')*+')")
 _ESCAPED = re.compile(r"(\\+[\"'])(?:(?!\1)[^\n])*+(?:\1)?")
@@ -339,10 +347,10 @@ def _url(found: re.Match[str]) -> str:
         within = [place for place in ends if place < end]
         # Behind the last @ that a host follows; a path may hold one, too, behind a host that is whole.
         at = within[-1] if within and web else ends[-1] if ends else -1
-        if within and web and (later := [p for p in ends if p > end]) and not _HOST.match(rest, within[-1] + 1):
-            at = later[-1]
-        elif within and web and later and "." not in rest[within[-1] + 1 : end] and "localhost" not in authority:
-            at = later[-1]
+        if within and web and (later := [place for place in ends if place > end]):
+            host = rest[within[-1] + 1 : end]
+            if not _HOST.match(rest, within[-1] + 1) or ("." not in host and "localhost" not in authority):
+                at = later[-1]
     elif "@" in authority:
         user = authority.rpartition("@")[0]
         if scheme.rpartition("+")[2] in ("ssh", "git", "sftp", "scp") and re.fullmatch(r"[a-z][a-z0-9_\-]{0,31}", user):
@@ -402,7 +410,9 @@ def _client(found: re.Match[str]) -> str:
         user, colon, password = value.partition(sign)
         takes = program in ("curl", "wget", "http", "https", "smbclient")
         tail = value[-1] if value[-1] in "\"'" else ""
-        return f"{before}{user}{sign}{HIDDEN}{tail}" if takes and colon and not _harmless(password.strip("\"'")) else option[0]
+        return (
+            f"{before}{user}{sign}{HIDDEN}{tail}" if takes and colon and not _harmless(password.strip("\"'")) else option[0]
+        )
 
     return program + _CLIENT_OPTION.sub(hide, rest)
 
@@ -551,5 +561,3 @@ def _closing(text: str, place: int) -> int:
             if not depth:
                 return n + 1
     return len(text)
-
-

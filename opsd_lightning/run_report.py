@@ -21,9 +21,10 @@ from opsd_lightning.evaluation import Records
 from opsd_lightning.guard import CollapseGuard
 from opsd_lightning.loggers import log_page
 from opsd_lightning.record import Record, commit, described, devices, launcher, now, path_of, versions
-from opsd_lightning.redaction import redact, redact_arguments, redact_text
+from opsd_lightning.redaction import redact, redact_arguments
 from opsd_lightning.report import write_report
 from opsd_lightning.runs import RECORD, read_lines
+from opsd_lightning.terminal import message, say
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, Rollouts, UserError
 
@@ -138,7 +139,7 @@ class RunReport(Callback):
             return
         self._flush(None)
         interrupted = isinstance(exception, KeyboardInterrupt)
-        reason = "" if interrupted else redact_text(f"{type(exception).__name__}: {exception}")[:600]
+        reason = "" if interrupted else message(f"{type(exception).__name__}: {exception}")[:600]
         self._end(trainer, pl_module, "interrupted" if interrupted else "failed", reason)
 
     # -- the record --------------------------------------------------------------------------------------------------------
@@ -200,16 +201,16 @@ class RunReport(Callback):
             if not any(line["kind"] == "val" for line in read_lines(self._record.folder / "samples.jsonl")):
                 self._keep_training_samples(module)
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
-            self._record.end(status, reason, [redact_text(text) for guard in guards for text in guard.said])
+            self._record.end(status, reason, [message(text) for guard in guards for text in guard.said])
         except Exception as error:  # what ended the run is more important
-            warnings.warn(f"RunReport: the end of the run could not be recorded ({error!r})", stacklevel=2)
+            warnings.warn(f"RunReport: the end of the run could not be recorded ({message(repr(error))})", stacklevel=2)
         page = self._page(trainer)
         if page is not None:
-            print(f"The report of the run is in {page}")
+            say(f"The report of the run is in {page}")
             try:
                 log_page(trainer.loggers, "run_report", page, trainer.global_step)
             except Exception as error:
-                warnings.warn(f"RunReport: a logger did not take {page} ({error!r})", stacklevel=2)
+                warnings.warn(f"RunReport: a logger did not take {page} ({message(repr(error))})", stacklevel=2)
         self._record = None
 
     def _keep_training_samples(self, module: Any) -> None:
@@ -245,7 +246,8 @@ class RunReport(Callback):
             self._next_page = start + 100 * (time.monotonic() - start)  # a hundredth of the run's time at most
             return page
         except Exception as error:  # a full disk must not end a run
-            warnings.warn(f"RunReport: the page could not be written ({error!r}); try `opsd report` later", stacklevel=2)
+            text = f"RunReport: the page could not be written ({message(repr(error))}); try `opsd report` later"
+            warnings.warn(text, stacklevel=2)
             return None
 
 

@@ -25,6 +25,7 @@ from opsd_lightning.callbacks import due
 from opsd_lightning.files import replace, script_json
 from opsd_lightning.loggers import log_figure, log_page, takes_pictures
 from opsd_lightning.objectives import Update
+from opsd_lightning.redaction import redact_text
 from opsd_lightning.token_scores import Predictions, score_tokens
 from opsd_lightning.token_text import Pieces
 from opsd_lightning.training import PolicyModule
@@ -192,7 +193,7 @@ class TokenReport(Callback):
     def _write(self, path: Path, module: PolicyModule) -> None:
         run = {
             "version": opsd_lightning.__version__,
-            "model": module.policy.model,
+            "model": redact_text(module.policy.model),
             "method": type(module).__name__,
             "objective": type(module.objective).__name__,
             "teacher": type(module.teacher).__name__ if hasattr(module, "teacher") else None,

@@ -39,7 +39,11 @@ def test_a_secret_goes_and_the_rest_stays(text: str, gone: list[str], kept: list
     assert HIDDEN in found and not [part for part in gone if part in found], found
     assert not [part for part in kept if part not in found], found
     assert redact_text(found) == found
-    within = redact_text(f"RuntimeError: 500 of the server\n{text}\nat step 3 of 12" if "\n" in text else f"RuntimeError: 500 of the server ({text})\nat step 3 of 12")
+    within = redact_text(
+        f"RuntimeError: 500 of the server\n{text}\nat step 3 of 12"
+        if "\n" in text
+        else f"RuntimeError: 500 of the server ({text})\nat step 3 of 12"
+    )
     assert not [part for part in gone if part in within] and "500 of the server" in within, within
 
 
@@ -86,7 +90,9 @@ def test_everything_below_a_secret_name_is_hidden() -> None:
     assert found["env"] == [{"name": "API_KEY", "value": "***"}, {"name": "PORT", "value": "80"}]
     assert found["headers"] == [["X-Api-Key", "***"], ["Accept", "text/html"]]
     assert found["command"] == ["serve", "--api-key", "***", "--port", "80"]
-    assert found["kept"] == "***" and found["raw"] == b"password=*** port=80" and found["set"] == ["***"] and found["***"] == 1
+    assert (
+        found["kept"] == "***" and found["raw"] == b"password=*** port=80" and found["set"] == ["***"] and found["***"] == 1
+    )
     assert str(found["key_file"]) == "/data/token=***"
     assert not [n for n in range(1, 13) if f"'k{n}'" in repr(found)]
     assert set(hidden_names(found)) >= {"api_keys.a", "credentials.init_args.pass", "client.url", "client.api_key"}
@@ -95,7 +101,9 @@ def test_everything_below_a_secret_name_is_hidden() -> None:
 def test_names_of_secrets() -> None:
     secret = "api_key apiKey APIKey API_KEY OPENAI_KEY dbPassword PGPASSWORD user.password clientSecret hub_token HF_TOKEN".split()
     secret += "x-api-key authToken accessToken cookie set-cookie passphrase private_key aws_secret_access_key DB_PWD token_2".split()
-    plain = "max_new_tokens token_budget eos_token PWD OLDPWD api_key_env token_file answer_key pass@1 SSH_AUTH_SOCK key".split()
+    plain = (
+        "max_new_tokens token_budget eos_token PWD OLDPWD api_key_env token_file answer_key pass@1 SSH_AUTH_SOCK key".split()
+    )
     plain += "first_token tokens_per_second seconds_per_token stop_token image_token tokenizer secretary compass".split()
     assert [name for name in secret if not is_secret(name)] == [] and [name for name in plain if is_secret(name)] == []
 
