@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Attack
 from lightning.pytorch.utilities import rank_zero_info
 
+from conftest import Attack
 from opsd_lightning import doctor, quickstart, report
 from opsd_lightning.callbacks import ProgressLines, print_metrics
 from opsd_lightning.findings import Diagnosis, Finding
