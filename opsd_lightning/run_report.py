@@ -39,7 +39,7 @@ class RunReport(Callback):
     ``metrics.jsonl`` (every step and validation, whatever loggers there are) and ``samples.jsonl``. A resumed run goes on in
     it; the record of another run that is there already is moved to ``record-1`` and so on. The page is made at
     the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
-    ``opsd report`` makes one of several runs. Values of settings that look like secrets are left out.
+    ``opsd report`` makes one of several runs. Secrets of settings and messages are left out (`redaction`).
 
     Args:
         path: The page, relative to the trainer's ``default_root_dir``; W&B and MLflow get it as well at the end.
