@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from opsd_lightning.import_path import add_folder, without_folder
+from opsd_lightning.record import commit
 
 ROOT = Path(__file__).parents[2]
 # Modules of the standard library and of dependencies, some of which are absent from the environment.
@@ -163,3 +164,36 @@ def test_nothing_else_brings_the_folder(here: Path, words: list[str]) -> None:
     before = list(sys.path)
     add_folder(words)
     assert sys.path == before
+
+
+@pytest.mark.parametrize("setting", ["fsmonitor", "hooks", "filter"])
+def test_a_repository_whose_settings_name_commands(here: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    """A run asks git for the commit of its folder."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.org", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    (here / "file.txt").write_text("one")
+    git("add", "file.txt")
+    git("commit", "--quiet", "-m", "one")
+    head = git("rev-parse", "HEAD")
+    (here / "file.txt").write_text("two")
+    assert commit() == f"{head} with uncommitted changes"
+    script = here / "evil.sh"
+    script.write_text("#!/bin/sh\ntouch MARK\ncat\n")
+    script.chmod(0o755)
+    if setting == "fsmonitor":
+        git("config", "core.fsmonitor", str(script))
+    elif setting == "hooks":
+        (here / "hooks").mkdir()
+        for name in ("post-index-change", "fsmonitor-watchman", "post-checkout"):
+            (here / "hooks" / name).write_text(script.read_text())
+            (here / "hooks" / name).chmod(0o755)
+        git("config", "core.hooksPath", str(here / "hooks"))
+    else:
+        git("config", "filter.evil.clean", str(script))
+        (here / ".gitattributes").write_text("* filter=evil\n")
+    found = commit()
+    assert found is not None and found.startswith(head) and not (here / "MARK").exists()
