@@ -35,6 +35,7 @@ from opsd_lightning.run_checks import outputs_of
 from opsd_lightning.runs import RECORD
 from opsd_lightning.serving import from_rank_zero, of_every_rank, together
 from opsd_lightning.strategies import read_adapters, replica, whole
+from opsd_lightning.terminal import marked, say
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import ConfigError, PromptBatch, UserError
 
@@ -96,7 +97,7 @@ class AdapterExport(Callback):
             lambda folder: write_adapter(pl_module.model, folder, weights, tokenizer, _SETTING, kept),
         )
         what = "model" if policy.trains_all else "adapter"
-        print(f"The {what} of {best or 'the last step'} is in {folder}")
+        say(f"The {what} of {best or 'the last step'} is in {folder}")
         if self.merged_folder is not None and not policy.trains_all:
             setting, adapter = "trainer.callbacks.merged_folder", folder
             merged = _written(
@@ -106,7 +107,7 @@ class AdapterExport(Callback):
                 best,
                 lambda folder: merge_adapter(policy, adapter, folder, setting=setting, kept=kept),
             )
-            print(f"The merged model is in {merged}")
+            say(f"The merged model is in {merged}")
 
 
 _SETTING = "trainer.callbacks.folder"
@@ -335,7 +336,7 @@ class RolloutWriter(Callback):
         path = from_rank_zero(lambda: results.join(metrics))
         self._release(trainer)
         if trainer.is_global_zero:
-            print(f"Graded completions are in {path} and {results.folder}")
+            say(f"Graded completions are in {path} and {results.folder}")
 
     def _release(self, trainer: Trainer) -> None:
         if self._lock is not None:
@@ -348,13 +349,13 @@ def print_metrics(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if "_se" in name:
             continue
-        label = name.replace("_", " ")
+        label = marked(name.replace("_", " "))
         if "@" in name:
             errors = [values.get(f"{name}{error}") for error in ("_se", "_se_samples")]
             table.add_row(label, f"{value:.1%}", *("" if error is None else f"{error:.1%}" for error in errors))
         else:
             table.add_row(label, f"{value:.1%}" if name.endswith("fraction") else f"{value:.1f}", "", "")
-    Console(width=100).print(table)
+    Console(width=100, emoji=False).print(table)
 
 
 class ProgressLines(ProgressBar):
@@ -403,7 +404,7 @@ class ProgressLines(ProgressBar):
 
     def _print(self, trainer: Trainer, line: str) -> None:
         if self.is_enabled and trainer.is_global_zero:
-            print(line, flush=True)
+            say(line)
 
     def enable(self) -> None:
         self.is_enabled = True

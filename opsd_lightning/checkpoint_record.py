@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler, Mu
 
 from opsd_lightning.checkpoint_file import unfit_weights
 from opsd_lightning.fingerprint import adapter_record, base_record, described, digest, plain
+from opsd_lightning.redaction import redact
 from opsd_lightning.strategies import replica
 from opsd_lightning.teachers import FixedTeacher, ModelTeacher
 from opsd_lightning.types import ConfigError, PromptBatch
@@ -262,7 +263,7 @@ def _method_settings(module: Any) -> dict[str, Any]:
         found["model.sampling"] = module.sampling
     if module._trainer is not None:
         found["trainer.precision"] = str(module._trainer.precision)
-    return {name: described(value, _WITHOUT_EFFECT) for name, value in found.items()}
+    return {name: redact(described(value, _WITHOUT_EFFECT), name) for name, value in found.items()}
 
 
 def _second_adapter(module: Any, theirs: Mapping[str, Any], setting: str) -> str:

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
+from opsd_lightning.terminal import message
 from opsd_lightning.types import ConfigError
 from opsd_lightning.yaml_bounds import check_yaml
 
@@ -35,6 +36,9 @@ class Parser(LightningArgumentParser):
         else:
             args = qualified([str(argument) for argument in (sys.argv[1:] if args is None else args)])
         return super().parse_args(args, *more, **options)
+
+    def error(self, text: str, ex: Exception | None = None) -> NoReturn:
+        super().error(message(text), ex)
 
 
 @contextmanager

@@ -5,11 +5,9 @@ Takes exactly the arguments of ``opsd fit``. Nothing is trained, and nothing is 
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -28,7 +26,9 @@ from opsd_lightning.files import replace
 from opsd_lightning.findings import Diagnosis, Finding
 from opsd_lightning.main import OPSDCLI, cli_settings
 from opsd_lightning.probe import LOOKED_AT
+from opsd_lightning.redaction import redact
 from opsd_lightning.report import duration
+from opsd_lightning.terminal import Arguments, guarded, marked, message, say
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import UserError
 
@@ -38,7 +38,7 @@ _MARKS = {"error": "[bold red]fix[/]", "warning": "[yellow]look[/]", "note": "[d
 
 def main(argv: list[str] | None = None) -> None:
     """``opsd doctor``. Exits with status 1 where something needs a fix, 2 where its own arguments are wrong."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="opsd doctor",
         description="Examine data, prompts and settings before any training.",
         epilog="All other arguments are those of `opsd fit`: --config, overlays, single settings. Nothing is trained. "
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             write_json(found, options.json)
         except OSError as error:
-            print(f"error: --json: cannot write {options.json} ({error.strerror})", file=sys.stderr)
+            say(f"error: --json: cannot write {options.json} ({error.strerror})", error=True)
             raise SystemExit(2) from None
     if not found.healthy:
         raise SystemExit(1)
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def examine(arguments: list[str], examples: int = 4, with_model: bool = True) -> Diagnosis:
     """Build what ``opsd fit`` with these arguments would run, and `diagnose` it."""
-    say = lambda text: print(text, flush=True)  # noqa: E731
-    with _quietly():
+    with _quietly(), guarded():
         cli, problems = _parts(arguments, with_model)
         if cli is None:
             return Diagnosis(problems)
@@ -157,8 +156,8 @@ def write_json(found: Diagnosis, path: Path) -> None:
     content = {
         "opsd_lightning": __version__,
         "healthy": found.healthy,
-        "findings": [finding._asdict() for finding in found.findings],
-        "facts": asdict(found)["facts"],
+        "findings": [{k: message(v) for k, v in finding._asdict().items()} for finding in found.findings],
+        "facts": redact(asdict(found)["facts"]),
     }
     replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -170,7 +169,7 @@ def show(found: Diagnosis) -> None:
     """Print the report."""
     from rich.console import Console
 
-    console = Console(width=_WIDTH, highlight=False)
+    console = Console(width=_WIDTH, highlight=False, emoji=False)
     facts = found.facts
     if "data" in facts:
         _show_data(console, facts["data"])
@@ -198,11 +197,11 @@ def _table(title: str, *headings: str) -> Any:
 
 
 def _show_data(console: Any, facts: Mapping[str, Any]) -> None:
-    table = _table("Data", "", *(f"data.{split}" for split in facts))
+    table = _table("Data", "", *(marked(f"data.{split}") for split in facts))
     reasons = list(dict.fromkeys(reason for each in facts.values() for reason in each["left_out"]))
     table.add_row("rows", *(str(each["rows"]) for each in facts.values()))
     for reason in reasons:
-        table.add_row(f"  left out: {reason}", *(str(each["left_out"].get(reason, 0)) for each in facts.values()))
+        table.add_row(marked(f"  left out: {reason}"), *(str(each["left_out"].get(reason, 0)) for each in facts.values()))
     table.add_row("kept", *(str(each["kept"]) for each in facts.values()))
     console.print(table)
 
@@ -230,11 +229,9 @@ def _show_lengths(console: Any, facts: Mapping[str, Any]) -> None:
 
 
 def _show_template(console: Any, facts: Mapping[str, Any]) -> None:
-    from rich.markup import escape
-
     table = _table("Prompts", "", "ends with", "thinking")
     for name, end in facts["template"].get("prompts_end_with", {}).items():
-        table.add_row(name, escape(repr(end)), facts["thinking"]["prompts"][name])
+        table.add_row(marked(name), marked(repr(end)), marked(facts["thinking"]["prompts"][name]))
     console.print(table)
     if "agreement" in facts:
         agreed, total = facts["agreement"]["agreed"], facts["agreement"]["tokens"]
@@ -242,13 +239,11 @@ def _show_template(console: Any, facts: Mapping[str, Any]) -> None:
 
 
 def _show_divergence(console: Any, facts: list[dict[str, Any]]) -> None:
-    from rich.markup import escape
-
     title = f"Divergence on the first {LOOKED_AT} tokens of traces (forward KL, nats)"
     table = _table(title, "", "first token", "mean of the next", "student would begin", "teacher would begin")
     for number, line in enumerate(facts, 1):
         rest = "-" if line["next_forward_kl"] is None else f"{line['next_forward_kl']:.3f}"
-        begins = [f"{escape(repr(line[f'{r}_first']))} {line[f'{r}_probability']:.0%}" for r in ("student", "teacher")]
+        begins = [f"{marked(repr(line[f'{r}_first']))} {line[f'{r}_probability']:.0%}" for r in ("student", "teacher")]
         table.add_row(str(number), f"{line['first_forward_kl']:.3f}", rest, *begins)
     console.print(table)
 
@@ -257,12 +252,12 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
     table = _table("Memory of one device, estimated", "", "MiB")
     for name, value in facts["bytes"].items():
         if value and name != "total":
-            table.add_row(name, f"{value / 2**20:,.1f}")
+            table.add_row(marked(name), f"{value / 2**20:,.1f}")
     table.add_row("[bold]at most at one time[/]", f"[bold]{facts['bytes']['total'] / 2**20:,.1f}[/]")
     console.print(table)
     console.print(
-        f"{facts['device']} has {facts['device_bytes'] / GIB:.1f} GiB. With all completions at full length; libraries, a "
-        "CUDA context and its allocator's reserve come on top (about 1 GiB)\n"
+        f"{marked(facts['device'])} has {facts['device_bytes'] / GIB:.1f} GiB. With all completions at full length; "
+        "libraries, a CUDA context and its allocator's reserve come on top (about 1 GiB)\n"
     )
 
 
@@ -270,7 +265,7 @@ def _show_time(console: Any, facts: Mapping[str, Any]) -> None:
     low, high = facts["step_seconds"]
     table = _table("Time, extrapolated", "", "all completions at full length")
     for phase, seconds in facts["phases"].items():
-        table.add_row(phase, duration(seconds))
+        table.add_row(marked(phase), duration(seconds))
     console.print(table)
     text = f"A step takes {_between(low, high)}"
     if "run_seconds" in facts:
@@ -285,14 +280,12 @@ def _show_time(console: Any, facts: Mapping[str, Any]) -> None:
 
 
 def _show_findings(console: Any, found: Diagnosis) -> None:
-    from rich.markup import escape
-
     for level in ("note", "warning", "error"):
         for finding in found.of(level):  # type: ignore[arg-type]
-            console.print(f"{_MARKS[level]} [bold]{finding.part}[/]: {escape(finding.text)}", soft_wrap=True)
+            console.print(f"{_MARKS[level]} [bold]{marked(finding.part)}[/]: {marked(finding.text)}", soft_wrap=True)
             if finding.fix:
                 where = f"{finding.setting}: " if finding.setting else ""
-                console.print(f"     -> {escape(where + finding.fix)}", soft_wrap=True)
+                console.print(f"     -> {marked(where + finding.fix)}", soft_wrap=True)
     fixes, looks = len(found.of("error")), len(found.of("warning"))
     warned = f"{looks} warning{'s' * (looks != 1)}"
     if fixes:

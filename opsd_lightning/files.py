@@ -14,14 +14,14 @@ def replace(path: Path, content: str | bytes, lasting: bool = False) -> None:
 
     Args:
         path: The file.
-        content: Text is written in UTF-8.
+        content: Text is written in UTF-8; halves of surrogate pairs as ``\\udc80``.
         lasting: Wait until the disk has it, where it must outlive the machine's end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             if lasting:
                 file.flush()
                 os.fsync(file.fileno())

@@ -40,7 +40,9 @@ from opsd_lightning.redaction import redact_arguments
 from opsd_lightning.requeue import checkpoint_to_resume, refuse_evaluation
 from opsd_lightning.run_checks import check_folders, check_last, open_loggers
 from opsd_lightning.run_report import RunReport
+from opsd_lightning.saved_config import SavedConfig, check_hidden
 from opsd_lightning.strategies import check_name, refusal
+from opsd_lightning.terminal import guarded, say
 from opsd_lightning.trainer_checks import check_trainer
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import ConfigError, UserError
@@ -115,6 +117,7 @@ class OPSDCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_hidden(config)
         path = config.get("ckpt_path")
         check_weights_only(config.get("weights_only"))
         if path not in (None, "best", "last", "hpc"):
@@ -232,6 +235,7 @@ def cli_settings() -> dict[str, Any]:
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "subclass_mode_model": True,
+        "save_config_callback": SavedConfig,
         "save_config_kwargs": {"overwrite": True},
         "parser_class": Parser,
         "parser_kwargs": {"version": opsd_lightning.__version__},
@@ -250,8 +254,9 @@ def main(args: ArgsType = None) -> OPSDCLI:
     Raises:
         SystemExit: With status 2, after one message, for a user's mistake.
     """
-    try:
-        return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
-    except (UserError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    with guarded():
+        try:
+            return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
+        except (UserError, MisconfigurationException) as error:
+            say(f"error: {error}", error=True)
+            raise SystemExit(2) from error

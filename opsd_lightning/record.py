@@ -195,7 +195,7 @@ class Record:
         for name, waiting in self._waiting.items():
             count = len(waiting)
             while waiting:
-                content = "".join(waiting[:count]).encode()
+                content = "".join(waiting[:count]).encode("utf-8", "backslashreplace")
                 if self._try(name, partial(append, self.folder / name, content)):
                     del waiting[:count]
                     written = True
@@ -290,13 +290,20 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The Git commit of the current folder, and whether files that it holds were changed since."""
 
+    # A repository's own settings may name commands: its monitor, its hooks, and filters of files that changed.
+    safe = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "--no-optional-locks"]
+
     def git(*arguments: str) -> str:
-        command = ["git", *arguments]
+        command = ["git", *safe, *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+        head = git("rev-parse", "HEAD")
+        names = git("config", "--show-scope", "--name-only", "--list").splitlines()
+        if any(not name.startswith(("system\t", "global\t", "command\t")) and "\tfilter." in name.lower() for name in names):
+            return head
+        changed = bool(git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all"))
+        return head + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

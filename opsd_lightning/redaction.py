@@ -1,79 +1,563 @@
 """Secrets kept out of what a run leaves behind: keys, tokens and passwords in settings, commands and messages.
 
-A secret is known by the name of its setting (``api_key``, ``password``, ``token`` ...), by its form (``hf_...``, a password
-in a URL), or because an environment variable with such a name holds it. In its place stands ``***``.
+A secret is known by the name of its setting (``api_key``, ``dbPassword``), by its form (``hf_...``, a password in a URL), or
+because an environment variable with such a name holds it. In its place stands ``***``. What has neither a name nor a form,
+such as a password in the middle of a sentence, is not found.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import PurePath
 from typing import Any
+from urllib.parse import quote
 
 HIDDEN = "***"
-_WORD = (
-    r"(?:api[_-]?key|access[_-]?key|private[_-]?key|secret(?:[_-]?key)?|passw(?:or)?d|passphrase|credentials?|authorization"
-    r"|token)"
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+_WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_A-Za-z]+")
+# A name's last word, also where words are written together (PGPASSWORD).
+_LAST = re.compile(
+    r"(?:passwords?|passwds?|passphrases?|passcodes?|passwort|kennwort|contraseña|senha|пароль|密码|密碼|パスワード"
+    r"|secrets?|credentials?|authorization|(?:web)?hooks?(?<=webhooks)|webhook|jwt|dsn|sas|mnemonic"
+    r"|(?:api|secret|access|private|account|auth|signing)keys?"
+    r"|(?:auth|access|identity|registry|refresh|session|api|bearer|id|bot|user|secret)token)$"
 )
-_NAME = re.compile(rf"(?:^|[_.\-]){_WORD}$", re.IGNORECASE)
-# Settings of tokenizers, whose values are no secrets.
-_HARMLESS = re.compile(r"(?:pad|eos|bos|unk|sep|cls|mask|stop|think|image)_token$", re.IGNORECASE)
-_FORMS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w\-]{16,}"
-    r"|AKIA[0-9A-Z]{16}|xox[abprs]-[\w\-]{10,}|eyJ[\w\-]{10,}\.[\w\-]{10,}\.[\w\-]+)"
+_COOKIES = {"cookie", "cookies"}
+# What makes a secret of the last word together with the word before it.
+_PAIRS: dict[str, Set[str]] = {
+    "key": set(
+        "api access secret private signing encryption account storage shared master subscription license deploy ssh service "
+        "client auth app admin ingestion instrumentation server webhook hmac session security consumer token function sas "
+        "kaggle wandb comet openai anthropic azure google gemini neptune hf huggingface mistral cohere groq together "
+        "deepseek replicate pinecone algolia stripe sendgrid twilio mailgun datadog dd cosmos".split()
+    ),
+    "pass": set(
+        "db user smtp mail email ftp ldap admin root http proxy redis mysql pg postgres sudo rabbitmq mqtt sql database "
+        "login imap basic".split()
+    ),
+    "tokens": set("api access auth bearer refresh secret hub bot session security hf github gitlab slack".split()),
+    "pat": set("github gitlab azure devops ado bitbucket".split()),
+    "signature": set("amz access goog".split()),
+    "code": set("recovery backup auth authorization".split()),
+    "string": {"connection", "conn"},
+    "str": {"connection", "conn"},
+    "url": {"webhook", "hook", "sas"},
+    "uri": {"webhook", "hook", "sas"},
+    "phrase": {"seed"},
+}
+# Tokens of a vocabulary, which are no secrets, by the word before.
+_VOCABULARY = set(
+    "pad eos bos unk sep cls mask stop think thinking image audio video boi eoi eot eom end start begin open close special "
+    "sampled first last next new prev previous extra additional tool response answer question turn prompt completion per "
+    "each single a the any every one this that of message system assistant vision object row col newline word sub soft "
+    "draft bonus accepted target label ignore blank control chat im header call calls fim middle prefix suffix file repo "
+    "text input output max min total mean likeliest student teacher".split()
 )
-_IN_URL = re.compile(r"(://)[^/@\s]+@")
-# {"api_key": "..."} or api_key=... inside a longer text
-_IN_TEXT = re.compile(rf"""((?:[\w.\-]*[_.\-])?{_WORD}["']?\s*[:=]\s*)(["']?)([^\s"',}}]+)""", re.IGNORECASE)
 
 
 def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a secret."""
-    return bool(_NAME.search(name)) and not _HARMLESS.search(name)
+    words = [word.lower() for word in _WORDS.findall(name[-200:])]
+    while words and words[-1].isdigit():
+        words.pop()
+    if not words:
+        return False
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    if len(words) > 2 and last in ("id", "data") and before == "key":  # an access key's id, a client key's data
+        last, before = before, words[-3]
+    if last == "token":
+        return before not in _VOCABULARY
+    if last == "pwd":  # alone it is the current folder
+        return before not in ("", "old", "current", "cur")
+    if last in _COOKIES or last == "auth" or name == "pass" or _LAST.search(last):
+        return True
+    return before in _PAIRS.get(last, ()) or before in _PAIRS.get(last.removesuffix("s"), ())
+
+
+def _of_vocabulary(name: str) -> bool:
+    """Whether a name may be that of a token of a vocabulary."""
+    return _WORDS.findall(name)[-1:] in (["token"], ["Token"], ["TOKEN"])
+
+
+def _harmless(value: str, name: str = "") -> bool:
+    """Whether a value below a secret's name shows nothing: none at all, a type, a place to fill in, a control token."""
+    if not value or value == HIDDEN or _PLACEHOLDER.fullmatch(value):
+        return True
+    return _of_vocabulary(name) and bool(_CONTROL.fullmatch(value))
+
+
+_PLACEHOLDER = re.compile(
+    r"(?i:null|none|true|false|required|optional|missing|str|int|bool|bytes|secretstr|<class '\w+'>|<[a-z _\-.]+>|~)"
+    r"|Optional\[\w+\]|\*+|\$\w+|\$\{[^}]*\}|\$\{\{[^}]*\}\}|%s|%\(\w+\)s|\{\w*\}|\.\.\.|\u2026"
+)
+_CONTROL = re.compile(r"[<\[|(].*[>\])|]", re.DOTALL)
+
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """Settings, however nested, without secrets.
+    """Return settings, however nested, without secrets.
+
+    Mappings, namespaces and dataclasses become dictionaries, other collections lists; everything below a secret's name is
+    hidden.
 
     Args:
-        value: Mappings, sequences and plain values.
-        name: Of the setting.
+        value: Collections and plain values.
+        name: Name of the setting.
     """
-    if isinstance(value, Mapping):
-        return {key: redact(part, str(key)) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(part, name) for part in value]
-    if is_secret(name) and value not in (None, "", HIDDEN) and not isinstance(value, bool):
+    return _redact(value, name, bool(name) and is_secret(name), 0)
+
+
+def _redact(value: Any, name: str, hide: bool, depth: int) -> Any:
+    if depth > 100:
         return HIDDEN
+    if isinstance(value, Namespace):
+        value = vars(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        value = dict(zip(value._fields, value, strict=True))
+    if isinstance(value, Mapping):
+        return _redact_mapping(value, name, hide, depth)
+    if isinstance(value, (list, tuple, Set)):
+        return _redact_list(list(value), name, hide, depth)
+    if hasattr(value, "get_secret_value"):
+        return HIDDEN
+    if isinstance(value, (bytes, bytearray)):
+        text = bytes(value).decode("utf-8", "surrogateescape")
+        return _redact(text, name, hide, depth).encode("utf-8", "surrogateescape")
+    if isinstance(value, PurePath):
+        text = _redact(str(value), name, hide, depth)
+        return value if text == str(value) else text
+    if hide and value is not None and not isinstance(value, bool):
+        text = str(value)
+        number = isinstance(value, (int, float)) and _of_vocabulary(name) and len(text) < 6
+        return value if number or _harmless(text, name) else HIDDEN
     return redact_text(value) if isinstance(value, str) else value
 
 
-def redact_text(text: str) -> str:
-    """A text without secrets that can be told by their form, by a name before them, or by the environment."""
-    for name, value in os.environ.items():
-        if is_secret(name) and len(value) >= 8:
-            text = text.replace(value, HIDDEN)
-    text = _IN_URL.sub(rf"\1{HIDDEN}@", _FORMS.sub(HIDDEN, text))
+def _redact_mapping(value: Mapping[Any, Any], name: str, hide: bool, depth: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    # [{name: API_KEY, value: x}], as for containers
+    named = value.get("name") or value.get("key")
+    pair = isinstance(named, str) and is_secret(named)
+    for key, part in value.items():
+        shown = redact_text(key) if isinstance(key, str) else key
+        if hide and key == "class_path":
+            found[shown] = part
+            continue
+        own = str(key)
+        secret = is_secret(own) or (pair and own == "value")
+        found[shown] = _redact(part, own if secret else name if hide else own, hide or secret, depth + 1)
+    return found
 
-    def hide(found: re.Match[str]) -> str:
-        named = re.split(r"[\"'\s:=]", found[1])[0]
-        plain = found[3] in ("null", "None", "true", "false") or not is_secret(named)
-        return found[0] if plain else f"{found[1]}{found[2]}{HIDDEN}"
 
-    return _IN_TEXT.sub(hide, text)
+def _redact_list(values: list[Any], name: str, hide: bool, depth: int) -> list[Any]:
+    texts = bool(values) and all(isinstance(part, (str, bytes)) for part in values)
+    if texts and not hide:
+        plain = [part.decode("utf-8", "replace") if isinstance(part, bytes) else part for part in values]
+        if len(plain) == 2 and is_secret(plain[0]) and " " not in plain[0]:  # a header or another pair
+            return [values[0], _redact(values[1], plain[0], True, depth + 1)]
+        if any(isinstance(part, str) and part.startswith("-") for part in values):
+            return list(redact_arguments(plain))
+    return [_redact(part, name, hide, depth + 1) for part in values]
+
+
+def hidden_names(value: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of settings whose value is hidden, whole or in a part."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from hidden_names(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for place, part in enumerate(value):
+            yield from hidden_names(part, f"{name}.{place}")
+    elif isinstance(value, str) and (value == HIDDEN or (HIDDEN in value and _URL.search(value))):
+        yield name
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line's arguments without secrets: ``--api_key X`` as well as ``--api_key=X``."""
+    """Return the arguments of a command line without secrets: ``--api_key X`` as well as ``--api_key=X``."""
     found: list[str] = []
-    hides = False  # the value of the option before
+    hides = ""  # the secret's name, whose value follows
     for argument in arguments:
         name, _, value = argument.partition("=")
         option = name.startswith("-")
         if hides and not option:
-            found.append(HIDDEN)
+            found.append(argument if _harmless(argument, hides) else HIDDEN)
+        elif option and value and is_secret(name):
+            found.append(argument if _harmless(value, name) else f"{name}={HIDDEN}")
+        elif option and value:
+            found.append(f"{name}={redact_text(value)}")
         else:
-            found.append(f"{name}={HIDDEN}" if option and value and is_secret(name) else redact_text(argument))
-        hides = option and not value and is_secret(name)
+            found.append(redact_text(argument))
+        hides = name if option and not value and is_secret(name) else ""
     return found
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+_FORMS = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|sk-[A-Za-z0-9_\-]{16,}|sess-[A-Za-z0-9]{20,}|gsk_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}|pplx-[A-Za-z0-9]{20,}"
+    r"|r8_[A-Za-z0-9]{20,}|nvapi-[\w\-]{20,}|fw_[A-Za-z0-9]{20,}|tgp_v\d_[\w\-]{20,}|csk-[A-Za-z0-9]{20,}"  # models
+    r"|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl(?:pat|dt|rt|cbt|ptt|soat|ft|imt|agent)-[\w\-.]{16,}"
+    r"|(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}|AIza[\w\-]{30,}|ya29\.[\w\-]{10,}|1//0[\w\-]{20,}|GOCSPX-[\w\-]{16,}"
+    r"|LTAI[A-Za-z0-9]{12,}|[\w~.]{3}\dQ~[\w~.\-]{30,}"  # Alibaba, Azure AD
+    r"|xox[abeprs](?:\.xox[abeprs])?-[\w\-]{10,}|xapp-[\w\-]{10,}|(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{10,}|whsec_[\w+/=]{16,}"
+    r"|npm_[A-Za-z0-9]{20,}|pypi-[\w\-]{16,}|rubygems_[0-9a-f]{20,}|dckr_(?:pat|oat)_[\w\-]{16,}|oy2[a-z0-9]{43}"
+    r"|SG\.[\w\-]{16,}\.[\w\-]{16,}|SK[0-9a-f]{32}|key-[0-9a-f]{32}|[0-9a-f]{32}-us\d{1,2}|xkeysib-[\w\-]{20,}"
+    r"|\d{8,10}:[A-Za-z0-9_\-]{35}|(?:bot)?\d{8,10}:AA[\w\-]{30,}|[MNO][\w\-]{23,27}\.[\w\-]{6}\.[\w\-]{27,}"  # chat bots
+    r"|dapi[0-9a-f]{32}(?:-\d)?|do[opr]_v1_[0-9a-f]{32,}|shp(?:at|ca|pa|ss)_[0-9a-fA-F]{20,}|sq0(?:atp|csp)-[\w\-]{20,}"
+    r"|NRAK-[A-Z0-9]{20,}|NRII-[\w\-]{20,}|lin_api_\w{20,}|ntn_\w{20,}|secret_[A-Za-z0-9]{40,}|figd_[\w\-]{20,}"
+    r"|PMAK-[\w\-]{20,}|hv[sbr]\.[\w\-]{16,}|\w{14}\.atlasv1\.[\w\-]{30,}|gl(?:c|sa)_[\w+/=]{20,}|pscale_\w+_[\w.\-]{20,}"
+    r"|CFPAT-[\w\-]{20,}|ATATT3x[\w\-=]{20,}|ATBB[A-Za-z0-9]{20,}|ATCTT3x[\w\-=]{20,}|sgp_[\w]{20,}|pat[A-Za-z0-9]{14}\.[0-9a-f]{32,}"
+    r"|wandb_v\d_\w{20,}|eyJhcGlf[\w+/\-]{20,}={0,2}"  # W&B, Neptune
+    r"|eyJ[\w\-]{10,}\.[\w\-]{10,}\.[\w\-]*|eyJ[\w\-]{10,}\.[\w\-]*\.[\w\-]*\.[\w\-]*\.[\w\-]*"  # JWT, JWE
+    r"|AGE-SECRET-KEY-1[0-9A-Z]{20,}|(?:EAA|IGQ)[A-Za-z0-9]{40,}|AAAA[A-Za-z0-9_\-]{7}:[\w\-]{100,}"
+    r")"
+)
+_PEM = re.compile(
+    r"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----(?!\*)"
+    r"(?:(?!-----END )[\w+/=\s\\:;,.()\-]|[\"'|>])*+(?:-----END \1-----)?"
+)
+_SCHEME = re.compile(r"(?i)(?<![\w\-])(bearer|basic|token|negotiate|apikey|api-key)(\\?[ \t]+|%20|\+)([\w\-.~+/=:|%]{6,}+)")
+_DIGEST = re.compile(r"(?i)\b(digest|hawk|oauth|aws4-hmac-sha256|signature)([ \t]+)(?=[\w\-]+=)([^\n]+)")
+_WEB_HOOK = re.compile(
+    r"(?i)((?:hooks\.slack\.com/(?:services|workflows|triggers)|discord(?:app)?\.com/api/webhooks|hooks\.zapier\.com/hooks"
+    r"|(?:[\w\-]+\.)?webhook\.office(?:365)?\.com|outlook\.office(?:365)?\.com/webhook|[\w.\-]*/(?:web-?)?hooks?(?:s?/catch)?"
+    r"|maker\.ifttt\.com/trigger/\w+/(?:json/)?with/key|open\.feishu\.cn/open-apis/bot/v2/hook"
+    r"|(?:[\w\-]+\.)?pipedream\.net|api\.telegram\.org))/([^\s\"'<>\\?#]+)"
+)
+_QUERY = re.compile(
+    r"(?i)([?&;]|%26|%3F)(sig|signature|key|code|auth|hmac|x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)"
+    r"|googleaccessid|policy|assertion|ticket|pw|pass|sid|session|sessionid|sv?token|secret|salt|otp)(=|%3D)([^&\s\"'<>\\]{5,})"
+)
+_URL = re.compile(r"(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+)(:(?:\\?/){2})([^\s\"'<>`]+)")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s/?#@:,\\]+)(?::\d+)?(?=[/?#,;)\]}.]|$)|(?=/)")
+_ENCODED_URL = re.compile(r"(?i)(%3A(?:%2F){2})((?:(?!%40|%2F)[\w.~%\-]){1,200}+)(%40)")
+_ORACLE = re.compile(r"(?i)(jdbc:oracle:\w{1,20}:)[^\s/]{1,200}/[^\s@]{1,200}(?=@)")
+_NETRC = re.compile(r"(?i)(\blogin\s+\S+\s+(?:account\s+\S+\s+)?password\s+)(\S+)")
+_CLIENT = re.compile(
+    r"(?<![\w./\-])(curl|wget|https?|sshpass|mysql\w*|mariadb|mongo\w*|redis-cli|docker|podman|smbclient|ldap\w+)\b"
+    r"(?=[ \t])([^\n|;]+)"
+)
+_CLIENT_OPTION = re.compile(
+    r"([ \t]--?(u|user|proxy-user|U|p|a|w)(?:[ \t]+|=|(?<=-p)))(\"[^\"]*\"|'[^']*'|[^\s\"'\-][^\s\"']*)"
+)
+_OPTION = re.compile(
+    r"(?<![\w\-])(--?[A-Za-z][\w.\-]*+)([ \t]+|\\?[\"'],[ \t]*(?=\\?[\"']))(?!-)"
+    r"(\\?\"[^\"\n]*\"|\\?'[^'\n]*'|\$'[^'\n]*'|[^\s\"']\S*)"
+)
+_AFTER_OPTION = {
+    *"is to or and for with was must needs requires option flag cannot has not argument if are can without".split()
+}
+_NAMED = re.compile(
+    r"(?<![\w.\-])([\w.\-]++)((?:\\*[\"'`]|\\*[\"']?\])?[ \t]*(?:=>|:=|={1,2}|:(?!//)|%3D|%3A(?!%2F))[ \t]*)"
+)
+_ANNOTATION = re.compile(r"(?:str|bytes|SecretStr|Optional\[str\]|str \| None)[ \t]*=[ \t]*")
+_QUOTED = re.compile(r"[bBrRuUfF$]{0,2}(?:\"\"\"(?s:.*?)\"\"\"|'''(?s:.*?)'''|\"(?:[^\"\\]|\\.)*+\"|'(?:[^'\\]|\\.|'')*+')")
+_ESCAPED = re.compile(r"(\\+[\"'])(?:(?!\1)[^\n])*+(?:\1)?")
+_OPEN_QUOTE = re.compile(r"[bBrRuU]{0,2}[\"'][^\n]*")
+_CALL = re.compile(r"[A-Za-z_][\w.]*(?=[(\[])")
+_PLAIN = re.compile(
+    r"(?:(?!,(?:\s|$|[\"']|[\w.\-]+[\"']?[ \t]*[:=]))(?!;(?:\s|$|[\w .\-]+=))(?!(?:&|%26)[\w.\-]+(?:=|%3D))"
+    r"(?![)\]}]+(?:$|[\s,;:.)\]}\"']))[^\s\"'<>`]|(?<=\w)['\"](?=\w))++"
+)
+_VARIABLE = re.compile(r"\$(?:\w+|\{[^}\n]*\}|\{\{[^}\n]*\}\})(?![^\s,;&)\]}\"'])")
+_COOKIE = re.compile(r"[^\s;\"']+(?:;[ \t]*[^\s;\"']+)*+;?")
+_BLOCK = re.compile(r"(?<![\w.\-])([\w.\-]++)[\"']?[ \t]*:[ \t]*([|>][+\-\d]*)?[ \t\r]*$")
+
+
+def redact_text(text: str) -> str:
+    """Return a text without secrets that can be told by their form, by a name before them, or by the environment."""
+    if not text:
+        return text
+    for value, pattern in _of_environment():
+        if value in text:
+            text = pattern.sub(HIDDEN, text)
+    if "PRIVATE KEY" in text:
+        text = _PEM.sub(rf"-----BEGIN \1-----{HIDDEN}", text)
+    text = _FORMS.sub(HIDDEN, text)
+    if "://" in text or ":\\/" in text:
+        text = _URL.sub(_url, text)
+    if "%3A" in text or "%3a" in text:
+        text = _ENCODED_URL.sub(rf"\1{HIDDEN}\3", text)
+    text = _ORACLE.sub(rf"\1{HIDDEN}", text)
+    text = _QUERY.sub(_query, text)
+    if "\n" in text and ":" in text:
+        text = _blocks(text)
+    text = _named(text)
+    text = _DIGEST.sub(rf"\1\2{HIDDEN}", _SCHEME.sub(_scheme, text))
+    text = _OPTION.sub(_option, text)
+    text = _CLIENT.sub(_client, text)
+    return _NETRC.sub(lambda found: found[1] + (found[2] if _harmless(found[2]) else HIDDEN), text)
+
+
+_known: tuple[dict[str, str], list[tuple[str, re.Pattern[str]]]] = ({}, [])
+
+
+def _of_environment() -> list[tuple[str, re.Pattern[str]]]:
+    """Values of environment variables that hold secrets, in every way that they may be written, longest first."""
+    global _known
+    held = {name: value for name, value in os.environ.items() if is_secret(name) and _telling(value)}
+    if held != _known[0]:
+        forms: dict[str, re.Pattern[str]] = {}
+        for value in held.values():
+            quoted = {value, value.strip(), quote(value), quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]}
+            for form in quoted:
+                # A short value may be part of a word that is no secret.
+                edge = len(value) < 16
+                around = (r"(?<![^\W_])", r"(?![^\W_])") if edge else ("", "")
+                forms[form] = re.compile(around[0] + re.escape(form) + around[1])
+        _known = held, sorted(forms.items(), key=lambda item: -len(item[0]))
+    return _known[1]
+
+
+def _telling(value: str) -> bool:
+    """Whether a value of the environment is looked for: not a word, a number or a path that texts hold for other reasons."""
+    value = value.strip()
+    kinds = sum(bool(re.search(kind, value)) for kind in (r"[a-z]", r"[A-Z]", r"\d", r"[^\w\s]|_", r"[^\W\d_a-zA-Z]"))
+    if len(value) < (6 if kinds > 1 else 8) or is_secret(value) or _harmless(value):
+        return False
+    if re.match(r"(?:~|\.{1,2})?/|[A-Za-z]:\\", value) and re.fullmatch(r"[\w./~\\: \-]+", value):
+        return not (os.path.exists(os.path.expanduser(value)) or re.fullmatch(r"(?:[~.]{0,2}/[\w.\- ]*){2,}", value))
+    return True
+
+
+def _url(found: re.Match[str]) -> str:
+    scheme, slashes, rest = found[1].lower(), found[2], found[3]
+    end = min((place for sign in "/?#" if (place := rest.find(sign)) >= 0), default=len(rest))
+    authority = rest[:end]
+    name, colon, behind = authority.partition(":")
+    at = -1
+    web = re.search(r"(?:^|\+)(?:https?|wss?|ftp)$", scheme) is not None
+    if colon and not (re.fullmatch(r"\d+", behind) and (web or not name)):  # user:password, which may hold anything
+        places = [place for place, sign in enumerate(rest[:2000]) if sign == "@"]
+        ends = [place for place in places if _HOST.match(rest, place + 1)]
+        within = [place for place in ends if place < end]
+        # Behind the last @ that a host follows; a path may hold one, too, behind a host that is whole.
+        at = within[-1] if within and web else ends[-1] if ends else -1
+        if within and web and (later := [place for place in ends if place > end]):
+            host = rest[within[-1] + 1 : end]
+            if not _HOST.match(rest, within[-1] + 1) or ("." not in host and "localhost" not in authority):
+                at = later[-1]
+    elif "@" in authority:
+        user = authority.rpartition("@")[0]
+        if scheme.rpartition("+")[2] in ("ssh", "git", "sftp", "scp") and re.fullmatch(r"[a-z][a-z0-9_\-]{0,31}", user):
+            return _hook(found[0])
+        at = authority.rindex("@")
+    if at >= 0:
+        rest = HIDDEN + rest[at:]
+    return _hook(found[1] + slashes + rest)
+
+
+def _hook(url: str) -> str:
+    def hide(found: re.Match[str]) -> str:
+        known = re.search(r"(?i)slack|discord|zapier|office|ifttt|feishu|telegram|pipedream", found[1])
+        telling = re.search(r"[\w\-]{16,}", found[2]) or (
+            re.search(r"\d", found[2]) and re.search(r"[A-Za-z]", found[2]) and len(found[2]) >= 8
+        )
+        return f"{found[1]}/{HIDDEN}" if known or telling else found[0]
+
+    return _WEB_HOOK.sub(hide, url)
+
+
+def _query(found: re.Match[str]) -> str:
+    return found[0] if _harmless(found[4]) else f"{found[1]}{found[2]}{found[3]}{HIDDEN}"
+
+
+def _scheme(found: re.Match[str]) -> str:
+    value = found[3].rstrip(".:")
+    # A word of a sentence about tokens has no digits, is short or is in one case.
+    random = re.search(r"\d|[+/=~|]", value) or (value.lower() != value and not value.istitle()) or len(value) >= 24
+    if found[1].lower() in ("token", "basic", "apikey", "api-key"):
+        random = random and (len(value) >= 12 or "=" in value) and not re.fullmatch(r"[\w]+[=:].*", value)
+    return f"{found[1]}{found[2]}{HIDDEN}{found[3][len(value) :]}" if random and not _harmless(value) else found[0]
+
+
+def _option(found: re.Match[str]) -> str:
+    name, between, value = found.groups()
+    bare = value.strip("\\\"'$")
+    if not is_secret(name) or _harmless(bare, name) or bare in _AFTER_OPTION or value.startswith(HIDDEN):
+        return found[0]
+    return f"{name}{between}{_within_quotes(value)}"
+
+
+def _client(found: re.Match[str]) -> str:
+    """Hide the password among the options of a known program."""
+    program, rest = found.groups()
+    alone = {"p": ("sshpass", "mysql", "mariadb", "mongo", "docker", "podman"), "a": ("redis",), "w": ("ldap",)}
+
+    def hide(option: re.Match[str]) -> str:
+        before, name, value = option.groups()
+        if name in alone:
+            spaced = before[-1] in " \t="
+            other = (program.startswith(("docker", "podman")) and " login" not in rest) or (
+                program.startswith(("mysql", "maria")) and spaced
+            )
+            return before + _within_quotes(value) if program.startswith(alone[name]) and not other else option[0]
+        sign = "%" if program == "smbclient" else ":"
+        user, colon, password = value.partition(sign)
+        takes = program in ("curl", "wget", "http", "https", "smbclient")
+        tail = value[-1] if value[-1] in "\"'" else ""
+        return (
+            f"{before}{user}{sign}{HIDDEN}{tail}" if takes and colon and not _harmless(password.strip("\"'")) else option[0]
+        )
+
+    return program + _CLIENT_OPTION.sub(hide, rest)
+
+
+def _within_quotes(value: str) -> str:
+    """Return ``***`` in the quotes of a value."""
+    quotes = re.match(r"[bBrRuUfF$]{0,2}(\\*(?:\"\"\"|'''|[\"']))", value)
+    if quotes is None:
+        return HIDDEN
+    closed = len(value) >= 2 * len(quotes[1]) and value.endswith(quotes[1])
+    return f"{quotes[0]}{HIDDEN}{quotes[1] if closed else ''}"
+
+
+def _blocks(text: str) -> str:
+    """Hide what is indented below a secret's name, as in YAML."""
+    found: list[str] = []
+    below: int | None = None  # indentation of the secret's name
+    listed = False
+    for line in text.split("\n"):
+        bare = line.strip()
+        indent = len(line) - len(line.lstrip())
+        if below is not None:
+            if not bare or indent > below or (listed and indent == below and bare.startswith("- ")):
+                if bare and found[-1].strip() != HIDDEN:
+                    found.append(" " * (below + 2) + HIDDEN)
+                continue
+            below = None
+        match = _BLOCK.search(line, max(len(line) - 300, 0))
+        if match is not None and is_secret(match[1]):
+            before = line[: match.start()].strip("\"' \t-")
+            if not before or match[2] or not _of_vocabulary(match[1]):  # else a sentence about a token
+                own = re.match(r"[ \t]*(?:-[ \t]+)*", line)
+                below, listed = len(own[0]) if own else 0, not match[2]
+        found.append(line)
+    return "\n".join(found)
+
+
+def _named(text: str) -> str:
+    """Hide values behind a secret's name: ``api_key=x``, ``{"api_key": "x"}``, ``Authorization: Bearer x``."""
+    pieces: list[str] = []
+    done = place = 0
+    while (match := _NAMED.search(text, place)) is not None:
+        place = match.end()
+        name = match[1]
+        if not is_secret(name) or (name.lower() in ("authorization", "auth") and "==" in match[2]):
+            continue
+        if annotation := _ANNOTATION.match(text, place):
+            place = annotation.end()
+        hidden, end = _value(text, place, match)
+        if end > place:
+            pieces += [text[done:place], hidden]
+            done = place = end
+    return "".join([*pieces, text[done:]])
+
+
+def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
+    """What stands for the value at a place, and where the value ends; nothing is changed where that is the place."""
+    name, sign = match[1], match[2]
+    if text.startswith(HIDDEN, place):
+        return "", place
+    for pattern in (_QUOTED, _ESCAPED):
+        if quoted := pattern.match(text, place):
+            inner = re.sub(r"^[bBrRuUfF$]{0,2}(\\*[\"'])+|(\\*[\"'])+$", "", quoted[0])
+            return (quoted[0] if _harmless(inner, name) else _within_quotes(quoted[0])), quoted.end()
+    if open_quote := _OPEN_QUOTE.match(text, place):  # cut off
+        return _within_quotes(open_quote[0]), open_quote.end()
+    if text[place : place + 1] in ("{", "[", "("):
+        if _of_vocabulary(name) and re.compile(r"\[\w{1,40}\]").match(text, place):  # [MASK]
+            return "", place
+        end = _closing(text, place)
+        return (HIDDEN if text[place + 1 : end - 1].strip() else text[place:end]), end
+    if (call := _CALL.match(text, place)) is not None:
+        end = call.end() + _closing(text[call.end() : call.end() + 500], 0)
+        if re.search(r"[\"']", text[call.end() : end]) and not call[0].endswith(("environ", "getenv")):
+            return f"{call[0]}{text[call.end()]}{HIDDEN}{text[end - 1]}", end
+        return "", place
+    before = text[match.start() - 1 : match.start()]
+    enclosing = before if before in ("'", '"', "`") and sign[0] not in "\"'`\\" else ""
+    kind = _WORDS.findall(name)[-1].lower()
+    if kind in _COOKIES:
+        return _until(_COOKIE, text, place, enclosing)
+    if kind == "authorization" or (enclosing and kind not in ("token",)):
+        return _header(text, place, enclosing)
+    plain = _PLAIN.match(text, place)
+    if plain is None or _VARIABLE.match(text, place):
+        return "", place
+    value, end = plain[0], plain.end()
+    # A sentence's full stop is none of the value's.
+    shown = value.rstrip(".,;:!?") if re.search(r"[.,;:!?]$", value) and ":" in sign else value
+    if _harmless(shown, name) or _harmless(shown.rstrip(")]}"), name):
+        return "", place
+    end -= len(value) - len(shown)
+    line = text[end : end + 1000].partition("\n")[0]
+    start = text.rfind("\n", max(match.start() - 100, 0), match.start()) + 1 or max(match.start() - 100, 0)
+    if ":" in sign and re.fullmatch(r"[ \t]*(?:-[ \t]+)*[\"']?", text[start : match.start()]):
+        # A YAML line: a plain value may have spaces.
+        if kind in ("token", "tokens") and re.fullmatch(r"[a-z]+", shown) and line.startswith(" "):
+            return "", place  # a sentence
+        if "." not in name and line.startswith((" ", ",")) and not re.search(r"[:=]", line):
+            comment = re.search(r"[ \t]+#", line)
+            return HIDDEN, end + (comment.start() if comment else len(line.rstrip()))
+    elif kind == "token" and ":" in sign and re.fullmatch(r"[a-z]+", shown) and line[:1] in ("", " ") and sign[0] == ":":
+        return "", place
+    if "==" in sign:
+        return "", place
+    return HIDDEN, end
+
+
+def _until(pattern: re.Pattern[str], text: str, place: int, enclosing: str) -> tuple[str, int]:
+    found = pattern.match(text, place)
+    if found is None or _harmless(found[0]):
+        return "", place
+    end = found.end()
+    if enclosing and (stop := text.find(enclosing, place)) >= 0:
+        end = stop
+    return HIDDEN, end
+
+
+_AUTHORIZATION = re.compile(
+    r"(?i)(?:(?:bearer|basic|token|negotiate|ntlm|apikey|api-key|key|bot|splunk|genie\w*)(?:[ \t]+|%20)[^\s\"',;]+"
+    r"|[\w\-]+[ \t]+(?=[\w\-]+=)[^\n\"']*(?:\"[^\"\n]*\"[^\n\"]*)*+|[^\s\"',;]+)"
+)
+
+
+def _header(text: str, place: int, enclosing: str) -> tuple[str, int]:
+    if enclosing:
+        stop = next((n for n in range(place, min(len(text), place + 10_000)) if text[n] in (enclosing, "\n")), len(text))
+        return (text[place:stop] if _harmless(text[place:stop].strip()) else HIDDEN), stop
+    return _until(_AUTHORIZATION, text, place, "")
+
+
+def _closing(text: str, place: int) -> int:
+    """Where the bracket that opens at a place is closed; the text's end where it is not."""
+    depth, quoted = 0, ""
+    for n in range(place, len(text)):
+        sign = text[n]
+        if quoted:
+            if sign == quoted and text[n - 1] != "\\":
+                quoted = ""
+        elif sign in "\"'" and text[n - 1 : n] in ("", *"([{,: =\n"):
+            quoted = sign
+        elif sign in "([{":
+            depth += 1
+        elif sign in ")]}":
+            depth -= 1
+            if not depth:
+                return n + 1
+    return len(text)

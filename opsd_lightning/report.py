@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -31,6 +29,7 @@ from opsd_lightning.runs import (
     wilson,
     wilson_interval,
 )
+from opsd_lightning.terminal import Arguments, say
 from opsd_lightning.types import UserError
 
 _NOTHING = "\N{EN DASH}"
@@ -70,16 +69,16 @@ def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.
 
 def main(argv: list[str] | None = None) -> None:
     """``opsd report``."""
-    parser = argparse.ArgumentParser(prog="opsd report", description="One HTML page of one run, or of several side by side.")
+    parser = Arguments(prog="opsd report", description="One HTML page of one run, or of several side by side.")
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's folder: its trainer.default_root_dir, or a CSV log's version folder"
     )
     parser.add_argument("--output", default="report.html", help="the page (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
-        print(f"The report is in {write_report(options.runs, options.output)}")
+        say(f"The report is in {write_report(options.runs, options.output)}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         raise SystemExit(2) from error
 
 

@@ -26,6 +26,7 @@ from opsd_lightning.evaluation import Evaluator, Records
 from opsd_lightning.files import replace
 from opsd_lightning.fingerprint import digest, plain
 from opsd_lightning.policy import base_of, device_of, eos_ids
+from opsd_lightning.redaction import redact
 from opsd_lightning.rollouts import RolloutEngine
 from opsd_lightning.serving import of_every_rank
 from opsd_lightning.types import ConfigError, PromptBatch, UserError
@@ -101,8 +102,9 @@ class Results:
 
     def __init__(self, root: Path, stage: str, settings: Mapping[str, Any]) -> None:
         self.root, self.stage = root, stage
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
-        key = digest([json.dumps(self.settings, sort_keys=True)])[:12]
+        plain_settings = json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
+        key = digest([json.dumps(plain_settings, sort_keys=True)])[:12]
+        self.settings: dict[str, Any] = redact(plain_settings)
         self.folder = root / "results" / f"{stage}-{key}"
 
     def create(self, resume: bool) -> list[str]:

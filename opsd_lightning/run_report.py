@@ -35,12 +35,13 @@ from opsd_lightning.record import (
     path_of,
     versions,
 )
-from opsd_lightning.redaction import redact, redact_arguments, redact_text
+from opsd_lightning.redaction import redact, redact_arguments
 from opsd_lightning.report import write_report
 from opsd_lightning.resuming import validates_first
 from opsd_lightning.runs import RECORD, read_lines
 from opsd_lightning.serving import together
 from opsd_lightning.signals import Stopped
+from opsd_lightning.terminal import message, say
 from opsd_lightning.training import PolicyModule
 from opsd_lightning.types import PromptBatch, Rollouts, UserError
 
@@ -57,7 +58,7 @@ class RunReport(Callback):
     earlier checkpoint than the newest leaves a copy of the record there, as it was. Where the disk is full, training goes on,
     and ``run.json`` names at the end what could not be written. The page is made at
     the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
-    ``opsd report`` makes one of several runs. Values of settings that look like secrets are left out.
+    ``opsd report`` makes one of several runs. Secrets of settings and messages are left out (`redaction`).
 
     Args:
         path: The page, relative to the trainer's ``default_root_dir``; W&B and MLflow get it as well at the end.
@@ -185,7 +186,7 @@ class RunReport(Callback):
             return
         self._flush(None)
         interrupted = isinstance(exception, (KeyboardInterrupt, Stopped))
-        reason = redact_text(f"{type(exception).__name__}: {exception}")[:600]
+        reason = message(f"{type(exception).__name__}: {exception}")[:600]
         if interrupted:
             reason = exception.signal_name if isinstance(exception, Stopped) else "SIGINT"
         self._end(trainer, pl_module, "interrupted" if interrupted else "failed", reason)
@@ -264,19 +265,19 @@ class RunReport(Callback):
             elif "train" in kinds:  # of a run that was stopped before its first validation
                 self._record.drop_training_samples()
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
-            self._ended = status, reason, [redact_text(text) for guard in guards for text in guard.said]
+            self._ended = status, reason, [message(text) for guard in guards for text in guard.said]
             self._record.end(*self._ended, self._unwritten(trainer))
         except Exception as error:  # what ended the run is more important
-            warnings.warn(f"RunReport: the end of the run could not be recorded ({error!r})", stacklevel=2)
+            warnings.warn(f"RunReport: the end of the run could not be recorded ({message(repr(error))})", stacklevel=2)
         page = self._page(trainer)
         if page is None and self._ended is not None:
             self._record.end(*self._ended, self._unwritten(trainer))
         if page is not None:
-            print(f"The report of the run is in {page}")
+            say(f"The report of the run is in {page}")
             try:
                 log_page(trainer.loggers, "run_report", page, trainer.global_step)
             except Exception as error:
-                warnings.warn(f"RunReport: a logger did not take {page} ({error!r})", stacklevel=2)
+                warnings.warn(f"RunReport: a logger did not take {page} ({message(repr(error))})", stacklevel=2)
         self._record = None
 
     def _unwritten(self, trainer: Trainer) -> dict[str, str]:

@@ -27,6 +27,7 @@ from opsd_lightning.files import replace, script_json
 from opsd_lightning.folders import check_page
 from opsd_lightning.loggers import log_figure, log_page, takes_pictures
 from opsd_lightning.objectives import Update
+from opsd_lightning.redaction import redact_text
 from opsd_lightning.serving import together
 from opsd_lightning.token_scores import Predictions, score_tokens
 from opsd_lightning.token_text import Pieces
@@ -159,8 +160,8 @@ class TokenReport(Callback):
                     "question": example.question,
                     "trace": example.trace,
                     "reference": example.answer,
-                    "student_prompt": module.tokenizer.decode(update.students[row]),
-                    "teacher_prompt": read,
+                    "student_prompt": redact_text(str(module.tokenizer.decode(update.students[row]))),
+                    "teacher_prompt": None if read is None else redact_text(str(read)),
                     **self._grade(module, completion, example.answer),
                     "truncated": not rollouts.terminated[row],
                     "sampled": rollouts.sampled,
@@ -204,7 +205,7 @@ class TokenReport(Callback):
     def _write(self, trainer: Trainer, module: PolicyModule) -> None:
         run = {
             "version": opsd_lightning.__version__,
-            "model": module.policy.model,
+            "model": redact_text(module.policy.model),
             "method": type(module).__name__,
             "objective": type(module.objective).__name__,
             "teacher": type(module.teacher).__name__ if hasattr(module, "teacher") else None,

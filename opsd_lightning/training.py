@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -34,8 +35,10 @@ from opsd_lightning.objectives import Objective, Term, Update
 from opsd_lightning.optimization import make_optimizer, make_scheduler
 from opsd_lightning.policy import Policy, base_of, eos_ids, is_adapter_key
 from opsd_lightning.precision import check_dtypes
+from opsd_lightning.redaction import redact
 from opsd_lightning.resuming import do_what_is_due, say_what_is_due
 from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine, seed_for
+from opsd_lightning.saved_config import check_hidden
 from opsd_lightning.scoring import score, split_rows
 from opsd_lightning.signals import stop_if_asked
 from opsd_lightning.strategies import (
@@ -120,6 +123,10 @@ class PolicyModule(EvaluatedModule, ABC):
             # Built in Python, not by the CLI: the parts are objects, which a safe checkpoint cannot hold.
             self._hparams: Any = {}
             self._hparams_initial: Any = {}
+        else:  # checkpoints and loggers keep them
+            check_hidden(dict(self.hparams))
+            self._hparams = AttributeDict(redact(self._hparams))
+            self._hparams_initial = AttributeDict(redact(self._hparams_initial))
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold the adapters, not the base model
         self.policy = policy

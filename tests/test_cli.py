@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -127,26 +126,6 @@ def test_a_part_of_ones_own(base: list[str], tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     cli = main(["fit", *base, "--model.objective.init_args.divergence=own_parts.SquaredDistance"])
     assert type(cli.model.objective.divergence).__name__ == "SquaredDistance" and cli.trainer.global_step == 2
-
-
-def test_the_command_finds_parts_in_the_current_folder(tmp_path: Path) -> None:
-    (tmp_path / "my_parts.py").write_text(
-        "from opsd_lightning import LiveTeacher\nclass MyTeacher(LiveTeacher):\n    'Mine.'\n"
-    )
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        "from opsd_lightning.__main__ import entry; entry()",
-        "fit",
-        "--model.teacher=my_parts.MyTeacher",
-        "--print_config",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    out = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=True
-    ).stdout
-    assert "my_parts.MyTeacher" in out
 
 
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -512,9 +512,10 @@ def test_secrets_are_left_out(base: list[str], tmp_path: Path, monkeypatch: pyte
     assert run.settings["model.policy.pad_token"] == "<pad>"
     assert run.info["reason"] == "RuntimeError: no answer from https://***@host/x: uses ***"
     assert run.info["starts"][0]["command"].count("--model.policy.pad_token=<pad>") == 1
-    # A configuration that Lightning left as it was is shown without them too.
+    # A configuration that an earlier version left is shown without them too.
     older = next((tmp_path / "lightning_logs").iterdir())
-    assert "topsecret" in (older / "config.yaml").read_text()
+    assert "topsecret" not in (older / "config.yaml").read_text()
+    (older / "config.yaml").write_text(json.dumps({"trainer": {"callbacks": [notifier]}}))
     shutil.rmtree(tmp_path / "record")
     assert "topsecret" not in write_report([older], tmp_path / "older.html").read_text()
 

@@ -1,0 +1,66 @@
+"""The ``config.yaml`` that Lightning leaves beside the logs, without secrets, and the refusal to run from hidden values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.cli import SaveConfigCallback
+
+from opsd_lightning.files import replace
+from opsd_lightning.redaction import HIDDEN, hidden_names, redact
+from opsd_lightning.terminal import message
+from opsd_lightning.types import ConfigError
+
+
+class SavedConfig(SaveConfigCallback):
+    """Lightning's callback, whose file holds ``***`` in the place of secrets and lists them at its top."""
+
+    def __init__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_Parser(parser), *args, **kwargs)  # type: ignore[arg-type]
+
+
+class _Parser:
+    """A parser that saves without secrets.
+
+    Args:
+        parser: Parser that does all else.
+    """
+
+    def __init__(self, parser: Any) -> None:
+        self._parser = parser
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_parser":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self._parser, name)
+
+    def save(self, config: Any, path: str, **settings: Any) -> None:
+        found = yaml.safe_load(self._parser.dump(config, skip_none=settings.get("skip_none", True)))
+        redacted = redact(found)
+        if redacted == found:
+            self._parser.save(config, path, **settings)
+            return
+        names = ", ".join(hidden_names(redacted))
+        head = f"# Hidden here ({HIDDEN}): {message(names)}\n# Give these again to run from this file.\n"
+        text = head.replace("\t", " ") + yaml.safe_dump(redacted, sort_keys=False, allow_unicode=True)
+        files = get_filesystem(path)
+        if "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,)):
+            replace(Path(path), text)
+        else:
+            with files.open(path, "w") as file:
+                file.write(text)
+
+
+def check_hidden(settings: Any) -> None:
+    """Refuse settings whose values are hidden, as those of a saved ``config.yaml`` or of a checkpoint.
+
+    Raises:
+        ConfigError: With the first setting.
+    """
+    for name in hidden_names(settings):
+        setting = name.replace("model.init_args.", "model.", 1)
+        problem = f"its value is hidden ({HIDDEN}), as secrets are in a saved config.yaml and in checkpoints"
+        raise ConfigError(problem, setting, "Give it again on the command line or in a further --config")
