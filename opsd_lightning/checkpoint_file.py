@@ -43,6 +43,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 #: State of optimizers of torch that has the shape of its parameter.
 _MOMENTS = {"exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum"}
+#: What the loops of Lightning count.
+_COUNTS = {"ready", "started", "processed", "completed", "total_ready", "total_completed"}
 #: Settings that name a class or a function to call.
 _CALLED = ("class_path", "optimizer", "lr_scheduler")
 #: Packages whose classes the settings of a checkpoint may name; others must have been imported before.
@@ -313,6 +315,9 @@ def _check_contents(found: Any, path: Any) -> None:
     for name, value in found["state_dict"].items():
         if not isinstance(name, str) or not _is_plain(value):
             raise refuse(f"{name!r} in its state_dict is no plain tensor")
+    for name, value in _walk(found.get("loops", {})):
+        if name in _COUNTS and not (type(value) is int and 0 <= value < 2**62):
+            raise refuse(f"its loops count {value!r}")
     for state in found.get("optimizer_states", []):
         _check_optimizer(state, refuse)
     if any(not isinstance(state, Mapping) for state in found.get("lr_schedulers", [])):
@@ -332,8 +337,11 @@ def _check_optimizer(state: Any, refuse: Any) -> None:
             raise refuse("the state of a parameter is no mapping")
         if any(isinstance(value, Tensor) and not _is_plain(value) for value in values.values()):
             raise refuse("its optimizer holds tensors that are larger than their memory")
-        moments = [value for name, value in values.items() if name in _MOMENTS and value is not None]
-        if len({value.shape if isinstance(value, Tensor) else None for value in moments}) > 1:
+        # SGD without momentum writes down that it has none.
+        moments = [
+            value for name, value in values.items() if name in _MOMENTS and not (name == "momentum_buffer" and value is None)
+        ]
+        if not all(isinstance(value, Tensor) for value in moments) or len({value.shape for value in moments}) > 1:
             raise refuse("moments of one parameter differ in shape")
 
 

@@ -138,6 +138,7 @@ class PolicyModule(EvaluatedModule, ABC):
         self.updates_per_batch = PositiveInt(updates_per_batch)
         self.seed = seed
         self.allow_checkpoint_changes = allow_checkpoint_changes
+        self._resumed = False  # a checkpoint was loaded, and no step made since
         self._settings_changed = False  # the checkpoint's optimizer settings are not this run's
         self.tokens_generated = 0
         self.idle = IdleSteps(self.idle_limit)
@@ -343,12 +344,15 @@ class PolicyModule(EvaluatedModule, ABC):
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
         if not math.isfinite(grad_norm):
             self._stop(f"the gradient's norm is {grad_norm} at step {self.global_step}, loss {loss}")
-        optimizer.step()
+        with checkpoint_file.restoring(None) if self._resumed else nullcontext():  # its state is used for the first time
+            optimizer.step()
         adapter_norm = float(whole(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
         if not math.isfinite(adapter_norm):  # before a teacher follows, or a checkpoint is written
             self._stop(f"the norm of the trained weights is {adapter_norm} after step {self.global_step}, loss {loss}")
         if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            with checkpoint_file.restoring(None) if self._resumed else nullcontext():
+                scheduler.step()  # type: ignore[union-attr, call-arg]
+        self._resumed = False
         self.after_update()
         self.log_dict({"train/grad_norm": grad_norm, "train/adapter_norm": adapter_norm}, batch_size=1)
 
@@ -574,6 +578,7 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint_file.check_callbacks(checkpoint)
+        self._resumed = True
         self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
         self.configure_model()
         with checkpoint_file.restoring(None):

@@ -201,6 +201,8 @@ def wrong_contents(good: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "a wider weight": changed(good, "state_dict", key, value=torch.cat([weight, weight])),
         "a huge moment": changed(good, "optimizer_states", 0, "state", 0, "exp_avg", value=huge),
         "unlike moments": changed(good, "optimizer_states", 0, "state", 0, "exp_avg", value=weight[:1]),
+        "no moments": changed(good, "optimizer_states", 0, "state", 0, "exp_avg", value=None),
+        "a count below 0": changed(good, "loops", "fit_loop", "epoch_progress", "current", "ready", value=-1),
         "no groups": changed(good, "optimizer_states", 0, "param_groups", value=[]),
         "an old version": changed(good, "pytorch-lightning_version", value="0.7.6"),
         "no version": changed(good, "pytorch-lightning_version", value="x"),
@@ -547,9 +549,8 @@ def test_hostile_models_and_adapters(
                 f"{name} in adapter_model.bin",
                 {"adapter_model.safetensors": None, "adapter_model.bin": pickle.dumps(gadget)},
             )
-        core = {"megatron_config": {}, "megatron_core": "evil"}
+        core = {"megatron_config": {"x": 1}, "megatron_core": "evil"}
         yield "a module to import", {"adapter_config.json": settings | core}
-        yield "another module to import", {"adapter_config.json": settings | core | {"megatron_config": {"x": 1}}}
         for kind in ("PREFIX_TUNING", "IA3", "XLORA", "evil", None, 5):
             yield f"of kind {kind}", {"adapter_config.json": settings | {"peft_type": kind}}
         for name, value in {"r": -1, "target_modules": 5, "lora_alpha": "x", "rank_pattern": []}.items():
