@@ -215,6 +215,7 @@ class VLLMServerEngine(RolloutEngine):
         adapter, living = from_rank_zero(push)
         for server in pool.servers:  # every rank goes by what the first has seen
             if this_rank():
+                server.returned |= not server.alive
                 server.alive, server.failures = server.url in living, 0
             if adapter is not None and server.alive:
                 server.adapters.setdefault(adapter.name, adapter.folder)
