@@ -176,7 +176,7 @@ class ServerPool:
         self.model = living[0].model
 
     def revive(self) -> None:
-        """Ask servers that were given up if they are back. Until one has completed something, one failure gives it up again."""
+        """Ask servers that were given up if they are back. One failure before a completion gives such a one up again."""
         for server in self.servers:
             if not server.alive:
                 try:
