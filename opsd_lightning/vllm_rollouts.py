@@ -51,11 +51,11 @@ class VLLMServerEngine(RolloutEngine):
     Start them with ``--enable-lora --max-lora-rank R`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` (docs/vllm.md).
 
     Args:
-        urls: The servers, such as ``[http://localhost:8000, http://node2:8000]``.
-        adapter_folder: Where adapters are handed over: a folder that the trainer and all servers see under the same path.
-            Servers on other machines need a shared file system.
+        urls: The servers, such as ``[http://localhost:8000, http://node2:8000]``, each once, without a user or password.
+        adapter_folder: Where adapters are handed over, each run's in a folder of its own: a folder that the trainer and all
+            servers see under the same path. Servers on other machines need a shared file system.
         adapter_name: What the servers call the student's adapter, followed by the run and the version; the teacher's, if
-            it has one, gets ``-teacher`` in between.
+            it has one, gets ``-teacher`` in between. Letters, digits, ``.``, ``_`` and ``-``.
         timeout_seconds: Time limit of one completion, above 0: from connecting to the last byte of the answer. Questions to
             a server (10 seconds) and loading an adapter (120) have lower limits where this one is higher.
         retries: Failures in a row, with growing pauses between, after which a server is given up for the step: beyond the
@@ -215,6 +215,7 @@ class VLLMServerEngine(RolloutEngine):
         adapter, living = from_rank_zero(push)
         for server in pool.servers:  # every rank goes by what the first has seen
             if this_rank():
+                server.returned |= not server.alive
                 server.alive, server.failures = server.url in living, 0
             if adapter is not None and server.alive:
                 server.adapters.setdefault(adapter.name, adapter.folder)
@@ -230,7 +231,8 @@ class VLLMEngine(RolloutEngine):
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take, for its weights and cache, above 0 to below 1.
         sleep: Between rollouts, give that memory back to the trainer: weights go to the host's memory.
         max_model_len: The most tokens of a prompt and its completion, at least 1; the model's own context unless given.
-        adapter_folder: Where adapters are handed over; a temporary folder unless given.
+        adapter_folder: Where adapters are handed over, each run's in a folder of its own. Defaults to the system's temporary
+            folder.
         logprob_tolerance: As for every engine: training stops where vLLM's log-probabilities and the trainer's own differ by
             more, in nats and on average over a step's tokens. Null neither checks nor asks for them.
         max_importance_ratio: As for every engine: losses are weighted by the ratio of a token's probability under the

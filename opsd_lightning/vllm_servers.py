@@ -90,6 +90,7 @@ class Server:
     model: str = ""  # the name it serves its base model under
     max_model_len: int = 0
     adapters: dict[str, str] = field(default_factory=dict)  # by name, the folder each was read from, as the server says
+    returned: bool = False  # after it was given up: until it has completed something, the next failure gives it up again
     failures: int = 0  # in a row; requests that were under way together count once
     failed_at: float = 0.0
     not_before: float = 0.0  # as its Retry-After asks
@@ -175,14 +176,14 @@ class ServerPool:
         self.model = living[0].model
 
     def revive(self) -> None:
-        """Ask servers that were given up if they are back. The next failure gives such a one up again."""
+        """Ask servers that were given up if they are back. One failure before a completion gives such a one up again."""
         for server in self.servers:
             if not server.alive:
                 try:
                     self._look(server)
                 except _Unavailable:
                     continue
-                server.alive, server.failures, server.not_before = True, self.retries, 0.0
+                server.alive, server.returned, server.failures, server.not_before = True, True, 0, 0.0
 
     def require(self, unfit: Callable[[Server], str | None]) -> None:
         """Give up servers that cannot do what is asked.
@@ -317,7 +318,7 @@ class ServerPool:
             if began < server.failed_at:
                 return  # under way when another one failed
             server.failures, server.failed_at, server.reason = server.failures + 1, time.monotonic(), reason
-            if server.failures > self.retries:
+            if server.failures > (0 if server.returned else self.retries):
                 self._give_up(server, reason)
             elif not isinstance(error, _Unavailable) or isinstance(error, BadAnswer):
                 self._news.append(f"vLLM server {server.url} gave a wrong answer ({reason}); the request is sent again")
@@ -417,7 +418,7 @@ class ServerPool:
                     self._failed(server, began, error)
                 run.give_back(index, server)
             else:
-                server.failures = 0
+                server.failures, server.returned = 0, False
                 run.finish(index, found)
 
     def _complete(
