@@ -15,13 +15,18 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from opsd_lightning.types import ConfigError
 
+_MOST_LAYERS = 10_000
+
 
 def check_config(config: PretrainedConfig, setting: str) -> None:
-    """Refuse an encoder-decoder.
+    """Refuse an encoder-decoder, and more layers than any model has: building them would not end.
 
     Raises:
         ConfigError: The configuration is of one.
     """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ConfigError(f"its configuration tells of {layers:.0e} layers", setting, "Download the model again")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{config.model_type} is an encoder-decoder, and completions here continue their prompts",
