@@ -209,6 +209,16 @@ def test_model_files_of_any_depth(name: str, folders: dict[str, str], tmp_path: 
                 load()
 
 
+def test_a_model_of_endless_layers(folders: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    for layers in (10**6, 10**12, 10**300):
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        with within(20, layers), pytest.raises(UserError, match=r"model\.policy\.model"):
+            Policy(model=str(folder), dtype="float32").build()
+
+
 # -- answers -------------------------------------------------------------------------------------------------------------
 
 
