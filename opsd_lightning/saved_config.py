@@ -58,9 +58,10 @@ def check_hidden(settings: Any) -> None:
     """Refuse settings whose values are hidden, as those of a saved ``config.yaml`` or of a checkpoint.
 
     Raises:
-        ConfigError: With the first setting.
+        ConfigError: With the settings.
     """
-    for name in hidden_names(settings):
-        setting = name.replace("model.init_args.", "model.", 1)
-        problem = f"its value is hidden ({HIDDEN}), as secrets are in a saved config.yaml and in checkpoints"
-        raise ConfigError(problem, setting, "Give it again on the command line or in a further --config")
+    names = [name.replace("model.init_args.", "model.", 1) for name in hidden_names(settings)]
+    if names:
+        others = f" and those of {', '.join(names[1:])} are" if names[1:] else " is"
+        problem = f"its value{others} hidden ({HIDDEN}), as secrets are in a saved config.yaml and in checkpoints"
+        raise ConfigError(problem, names[0], "Give them again on the command line or in a further --config")

@@ -121,7 +121,6 @@ class PolicyModule(EvaluatedModule, ABC):
             self._hparams: Any = {}
             self._hparams_initial: Any = {}
         else:  # checkpoints and loggers keep them
-            check_hidden(dict(self.hparams))
             self._hparams = AttributeDict(redact(self._hparams))
             self._hparams_initial = AttributeDict(redact(self._hparams_initial))
         self.automatic_optimization = False
@@ -518,6 +517,8 @@ class PolicyModule(EvaluatedModule, ABC):
         checkpoint[checkpoint_record.KEY] = checkpoint_record.record_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is None:  # the module is made of the checkpoint's settings
+            check_hidden(checkpoint.get("hyper_parameters", {}))
         self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
         self.configure_model()
         if "opsd_compared" not in checkpoint:  # a strategy may have called this before
