@@ -507,10 +507,11 @@ def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
     end -= len(value) - len(shown)
     line = text[end : end + 1000].partition("\n")[0]
     start = text.rfind("\n", max(match.start() - 100, 0), match.start()) + 1 or max(match.start() - 100, 0)
-    if ":" in sign and re.fullmatch(r"[ \t]*(?:-[ \t]+)*[\"']?", text[start : match.start()]):
+    if ":" in sign and re.fullmatch(r"[ \t]*(?:error: |-[ \t]+)*[\"']?", text[start : match.start()]):
         # A YAML line: a plain value may have spaces.
-        if kind in ("token", "tokens") and re.fullmatch(r"[a-z]+", shown) and line.startswith(" "):
-            return "", place  # a sentence
+        sentence = re.fullmatch(r"[a-z]+", shown) and re.match(r" [a-z(]", line)
+        if sentence and ("." in name or kind in ("token", "tokens")):  # as of `ConfigError`
+            return "", place
         if "." not in name and line.startswith((" ", ",")) and not re.search(r"[:=]", line):
             comment = re.search(r"[ \t]+#", line)
             return HIDDEN, end + (comment.start() if comment else len(line.rstrip()))

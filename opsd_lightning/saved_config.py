@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from opsd_lightning.files import replace
 from opsd_lightning.redaction import HIDDEN, hidden_names, redact
@@ -43,7 +47,7 @@ class _Parser:
         if redacted == found:
             self._parser.save(config, path, **settings)
             return
-        names = ", ".join(hidden_names(redacted))
+        names = ", ".join(_changed(found, redacted))
         head = f"# Hidden here ({HIDDEN}): {message(names)}\n# Give these again to run from this file.\n"
         text = head.replace("\t", " ") + yaml.safe_dump(redacted, sort_keys=False, allow_unicode=True)
         files = get_filesystem(path)
@@ -54,13 +58,44 @@ class _Parser:
                 file.write(text)
 
 
+def _changed(before: Any, after: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the values in which settings differ."""
+    if isinstance(before, dict) and isinstance(after, dict) and len(before) == len(after):
+        for (key, part), other in zip(before.items(), after.values(), strict=True):
+            yield from _changed(part, other, f"{name}.{key}" if name else str(key))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for place, (part, other) in enumerate(zip(before, after, strict=True)):
+            yield from _changed(part, other, f"{name}.{place}")
+    elif before != after:
+        yield name
+
+
 def check_hidden(settings: Any) -> None:
     """Refuse settings whose values are hidden, as those of a saved ``config.yaml`` or of a checkpoint.
 
+    Warns of ``***`` inside a longer text, which may also be meant so.
+
     Raises:
-        ConfigError: With the first setting.
+        ConfigError: With the settings.
     """
-    for name in hidden_names(settings):
-        setting = name.replace("model.init_args.", "model.", 1)
-        problem = f"its value is hidden ({HIDDEN}), as secrets are in a saved config.yaml and in checkpoints"
-        raise ConfigError(problem, setting, "Give it again on the command line or in a further --config")
+    names = [name.replace("model.init_args.", "model.", 1) for name in hidden_names(settings)]
+    if names:
+        others = f" and those of {', '.join(names[1:])} are" if names[1:] else " is"
+        problem = f"its value{others} hidden ({HIDDEN}), as secrets are in a saved config.yaml and in checkpoints"
+        raise ConfigError(problem, names[0], "Give them again on the command line or in a further --config")
+    for name, text in _texts(settings):
+        if re.search(r"(?<![\w*])\*{3}(?![\w*])", text) and not re.search(r"(?m)^\s*\*{3}\s*$", text):
+            rank_zero_warn(f"{name} holds {HIDDEN}: if that stands for a hidden secret, give the setting again")
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _texts(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for place, part in enumerate(value):
+            yield from _texts(part, f"{name}.{place}")
+    elif isinstance(value, str) and HIDDEN in value:
+        yield name, value

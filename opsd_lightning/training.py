@@ -124,7 +124,6 @@ class PolicyModule(EvaluatedModule, ABC):
             self._hparams: Any = {}
             self._hparams_initial: Any = {}
         else:  # checkpoints and loggers keep them
-            check_hidden(dict(self.hparams))
             self._hparams = AttributeDict(redact(self._hparams))
             self._hparams_initial = AttributeDict(redact(self._hparams_initial))
         self.automatic_optimization = False
@@ -579,6 +578,8 @@ class PolicyModule(EvaluatedModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint_file.check_callbacks(checkpoint)
         self._resumed = True
+        if self._trainer is None:  # the module is made of the checkpoint's settings
+            check_hidden(checkpoint.get("hyper_parameters", {}))
         self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
         self.configure_model()
         with checkpoint_file.restoring(None):

@@ -17,6 +17,7 @@ from vllm_protocol import ProtocolServer
 from opsd_lightning import doctor
 from opsd_lightning.main import main
 from opsd_lightning.module import OPSDModule
+from opsd_lightning.saved_config import SavedConfig
 from opsd_lightning.types import ConfigError
 
 PARTS = '''
@@ -119,7 +120,9 @@ def test_nothing_of_a_run_holds_a_secret(
     engine = config["model"]["init_args"]["rollouts"]["init_args"]
     assert engine["api_key"] == "***" and engine["url"] == "https://***@host.org/v1?sig=***&page=2"
     assert engine["headers"]["Accept"] == "text/html" and cli.model.rollouts.api_key == "canary-of-a-key"
-    assert config["trainer"]["max_steps"] == 2 and "model.init_args.rollouts.init_args.api_key" in text.splitlines()[0]
+    assert config["trainer"]["max_steps"] == 2 and all(
+        name in text.splitlines()[0] for name in ("model.init_args.rollouts.init_args.api_key", "data.prompts.system")
+    )
     checkpoint = next(path for path in left if path.suffix == ".ckpt")
     hyper_parameters = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
     assert hyper_parameters["rollouts"]["init_args"]["api_key"] == "***"
@@ -133,18 +136,21 @@ def test_nothing_of_a_run_holds_a_secret(
         OPSDModule.load_from_checkpoint(checkpoint, weights_only=True)
     assert refused.value.setting == "rollouts.init_args.api_key"
     again = [f"--model.rollouts={json.dumps({'class_path': 'own_parts.Engine', 'init_args': ENGINE})}"]
-    again += ["--trainer.callbacks=[]", f"--trainer.logger.init_args.save_dir={run}", "--trainer.logger=CSVLogger"]
-    main(
-        ["fit", f"--config={saved}", *again, "--data.prompts.system=x", f"--ckpt_path={checkpoint}", "--trainer.max_steps=3"]
-    )
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(run)}}
+    again += [
+        "--trainer.callbacks=[]",
+        f"--trainer.logger={json.dumps(logger)}",
+        "--data.prompts.system=uses canary-of-the-environment",
+    ]
+    main(["fit", f"--config={saved}", *again, f"--ckpt_path={checkpoint}", "--trainer.max_steps=3"])
     assert not canaries(run)
 
 
 def test_a_config_without_secrets_is_lightnings_own(base: list[str], tmp_path: Path) -> None:  # noqa: F811
-    main(["fit", *base, "--trainer.max_steps=1"])
-    saved = next(tmp_path.rglob("config.yaml"))
-    assert not saved.read_text().startswith("# Hidden") and "'***'" not in saved.read_text()
-    main(["fit", f"--config={saved}"])
+    cli = main(["validate", *base])
+    callback = next(c for c in cli.trainer.callbacks if isinstance(c, SavedConfig))
+    saved = next(tmp_path.rglob("config.yaml")).read_text()
+    assert saved.endswith(callback.parser.dump(callback.config, skip_none=False)) and "Hidden" not in saved
 
 
 def test_a_run_that_fails(
