@@ -158,7 +158,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged: {f'{reason} is missing' if isinstance(error, KeyError) else reason}") from None
 
@@ -301,8 +301,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
     with _reading(path):
+        lines = path.read_bytes().splitlines(keepends=True)
         found = [json.loads(line) for line in lines if line.endswith(b"\n") and line.strip()]
         for value in found:
             _check(value, {})

@@ -301,7 +301,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
         del inner[path[-1]]
     elif change < 0.3:
         deep: Any = 1
-        for _ in range(rng.choice([50, 200, 400])):
+        for _ in range(rng.choice([50, 150])):
             deep = {"a": deep} if rng.random() < 0.5 else [deep]
         inner[path[-1]] = deep
     else:
