@@ -33,7 +33,7 @@ from opsd_lightning.checkpoint_file import check_file
 from opsd_lightning.cli_parser import Parser, check_nulls, remembering
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.precision import precision_problem
-from opsd_lightning.run_checks import check_folders, check_last, open_loggers
+from opsd_lightning.run_checks import check_folders, check_last, keep_configs, open_loggers
 from opsd_lightning.run_report import RunReport
 from opsd_lightning.strategies import check_name, refusal
 from opsd_lightning.trainer_checks import check_trainer
@@ -176,6 +176,7 @@ class OPSDCLI(LightningCLI):
 
     def _check_surroundings(self) -> None:
         check_folders(self.trainer)
+        keep_configs(self.trainer, self.config[self.subcommand].get("config") or [])
         open_loggers(self.trainer)
 
 
