@@ -137,7 +137,7 @@ def _written(folder: Path, root: Path, setting: str, checkpoint: str, write: Cal
     except (OSError, SafetensorError) as error:
         where = checkpoint or "the run's checkpoints, if it wrote any"
         raise UserError(
-            f"{setting}: {folder} could not be written ({error}). The earlier export stays; the trained weights are in {where}"
+            f"{setting}: {folder} could not be written ({error}). The earlier one stays; the trained weights are in {where}"
         ) from error
 
 

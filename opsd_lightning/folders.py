@@ -2,8 +2,8 @@
 
 A folder is replaced only where nothing else can be lost. Each folder that is written here holds `MANIFEST`, which lists its
 files. A folder that exists is replaced if it is empty, or if it holds the files of its manifest and nothing else. The new
-folder is written beside it, the old one is renamed aside (``NAME.old-...``) and removed file by file once the new one is in its
-place. A process that is killed in between leaves the old or the new folder whole, under its name or beside it.
+folder is written beside it, the old one is renamed aside (``NAME.old-...``) and removed file by file once the new one is in
+its place. A process that is killed in between leaves the old or the new folder whole, under its name or beside it.
 """
 
 from __future__ import annotations
