@@ -45,8 +45,9 @@ class AdapterExport(Callback):
 
     Best is what the first `ModelCheckpoint` with a ``monitor`` says; without one, the last.
 
-    A folder that exists is replaced if it is empty or holds an earlier export and nothing else; another one is refused before
-    training. A folder that can no longer be replaced at the end stays, and the export goes to ``NAME-1`` and so on beside it.
+    A folder that exists is replaced if it is empty or holds an earlier export and nothing else; another one is refused
+    before training. A folder that can no longer be replaced at the end stays, and the export goes to ``NAME-1`` and so on
+    beside it.
 
     Args:
         folder: Folder for the export, relative to the trainer's ``default_root_dir``.
@@ -137,7 +138,7 @@ def _written(folder: Path, root: Path, setting: str, checkpoint: str, write: Cal
     except (OSError, SafetensorError) as error:
         where = checkpoint or "the run's checkpoints, if it wrote any"
         raise UserError(
-            f"{setting}: {folder} could not be written ({error}). What was there before stays; the trained weights are in {where}"
+            f"{setting}: {folder} could not be written ({error}). The earlier one stays; the trained weights are in {where}"
         ) from error
 
 

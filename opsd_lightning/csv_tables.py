@@ -1,8 +1,8 @@
 """CSV files that grow row by row, also over kills, full disks and resumed runs, and that spreadsheets do not execute.
 
-A text cell that begins with a character that a spreadsheet takes for the start of a formula (``= + - @``, tab, carriage return,
-line feed) gets an apostrophe in front, and so does one that begins with apostrophes before such a character. `text` takes it away
-again. Numbers and truth values are written as they are.
+A text cell that begins with a character that a spreadsheet takes for the start of a formula (``= + - @``, tab, carriage
+return, line feed) gets an apostrophe in front, and so does one that begins with apostrophes before such a character. `text`
+takes it away again. Numbers and truth values are written as they are.
 """
 
 from __future__ import annotations

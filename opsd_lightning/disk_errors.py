@@ -1,7 +1,7 @@
 """Failures to write pages, tables and logs: a warning each, and training goes on.
 
-A full disk must not end a run for the sake of a page. What could not be written is warned of once, tried again as later
-occasions come, and told in ``run.json`` (`run_report`). Checkpoints and exports are no matter of this module: they fail loudly.
+A full disk must not end a run for the sake of a page. A file that could not be written is warned of once, tried again when
+it is next due, and named in ``run.json`` (`run_report`). Checkpoints and exports do not use this module: they fail.
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ def merge_adapter(
 
     Raises:
         UserError: ``dequantize`` of a policy that is not quantized to 4 bits.
-        ConfigError: The folder may not be replaced. Or the merged model, read back, does not compute what the policy does, or cannot hold the adapter. An
-            earlier export stays.
+        ConfigError: The folder may not be replaced. Or the merged model, read back, does not compute what the policy does,
+            or cannot hold the adapter. An earlier export stays.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
     policy = dataclasses.replace(policy, adapter=str(adapter), lora=LoRA())

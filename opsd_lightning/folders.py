@@ -1,8 +1,8 @@
 """Folders and pages that the package replaces and removes: exports, model folders, reports.
 
-A folder is replaced only where nothing of anybody else's can be lost. Each folder that is written here holds `MANIFEST`, which
-lists its files. A folder that exists is replaced if it is empty, or if it holds the files of its manifest and nothing else. The
-new folder is written beside it, the old one is renamed aside (``NAME.old-...``) and removed file by file once the new one is in
+A folder is replaced only where nothing else can be lost. Each folder that is written here holds `MANIFEST`, which lists its
+files. A folder that exists is replaced if it is empty, or if it holds the files of its manifest and nothing else. The new
+folder is written beside it, the old one is renamed aside (``NAME.old-...``) and removed file by file once the new one is in
 its place. A process that is killed in between leaves the old or the new folder whole, under its name or beside it.
 """
 
@@ -58,17 +58,17 @@ def check(folder: str | Path, setting: str, kind: str, kept: Iterable[Kept] = ()
         Where the folder really lies.
 
     Raises:
-        ConfigError: It is in use, a link, a file or a mount point, cannot be written, or holds anything but an earlier export.
+        ConfigError: It is in use, a link, a file or a mount point, cannot be written, or holds more than an earlier export.
     """
     place = place_of(folder)
     here: list[Kept] = [("the current folder", os.getcwd()), ("the home folder", Path.home())]
     for words, path in [*here, *kept]:
-        for other in {place_of(path), Path(path).resolve()}:
+        for other in (place_of(path), Path(path).resolve()):
             if place == other or place in other.parents:
                 problem = f"{place} is {words}" if place == other else f"{place} holds {words} ({other})"
                 raise ConfigError(problem, setting, "Choose a folder of its own")
-    if (problem := _state(place, kind)) is not None:
-        raise ConfigError(problem, setting, _FIX)
+    if (reason := _state(place, kind)) is not None:
+        raise ConfigError(reason, setting, _FIX)
     parent = next(path for path in place.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"cannot write to {parent}", setting, "Choose a folder that can be written")

@@ -67,8 +67,8 @@ def check_record(folder: Path) -> None:
 class Record:
     """The files of a record, and the clock of its run.
 
-    The record of another run in the folder is moved to ``record-1`` and so on. A run that goes on drops the lines of the steps
-    that it makes again; a copy of the record is kept there before, where the run had finished or goes on from another
+    The record of another run in the folder is moved to ``record-1`` and so on. A run that goes on drops the lines of the
+    steps that it makes again; a copy of the record is kept there before, where the run had finished or goes on from another
     checkpoint than its newest, so that those lines are not made again alike.
 
     Lines that cannot be written, because the disk is full, wait in memory and are written when it has room.
@@ -91,6 +91,7 @@ class Record:
         failed: Callable[[str, OSError], None] = lambda name, error: None,
     ) -> None:
         self.folder, self._started, self._failed = folder, time.monotonic(), failed
+        self._info: dict[str, Any] = {}
         self._waiting: dict[str, list[str]] = {_METRICS: [], _SAMPLES: []}
         self._checkpoint: tuple[int, str] | None = None  # the newest of this start: its step and identifier
         lines, info = read_lines(folder / _METRICS), _info_of(folder)

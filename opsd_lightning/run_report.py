@@ -55,8 +55,8 @@ class RunReport(Callback):
     The record is the folder ``record`` in the trainer's ``default_root_dir``: ``run.json``, ``config.yaml``,
     ``metrics.jsonl`` (every step and validation, whatever loggers there are) and ``samples.jsonl``. A resumed run goes on in
     it; the record of another run that is there already is moved to ``record-1`` and so on, and a run that goes on from an
-    earlier checkpoint than the newest leaves a copy of the record there, as it was. Where the disk is full, training goes on,
-    and ``run.json`` names at the end what could not be written. The page is made at
+    earlier checkpoint than the newest leaves a copy of the record there. Where the disk is full, training goes on, and
+    ``run.json`` names at the end the files that could not be written. The page is made at
     the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
     ``opsd report`` makes one of several runs. Secrets of settings and messages are left out (`redaction`).
 

@@ -216,7 +216,7 @@ def test_the_latest_steps_are_kept_and_a_resumed_run_goes_on(make_policy: Callab
     first = fit(5, saved)  # its steps after the checkpoint did not happen, for the run that resumes
     assert [step["step"] for step in first] == [2, 3, 4, 5]
     assert fit(6, ckpt_path=tmp_path / "at.ckpt") == whole
-    (tmp_path / "out" / "tokens.html").write_text("<p>something else</p>")
+    (tmp_path / "out" / "tokens.html").write_text('<meta name="generator" content="opsd-lightning"><p>damaged</p>')
     with pytest.warns(UserWarning, match="begun anew"):
         assert fit(6, ckpt_path=tmp_path / "at.ckpt") == whole[1:]
     assert [step["step"] for step in fit(1)] == [1]  # a run of its own

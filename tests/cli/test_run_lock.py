@@ -262,3 +262,17 @@ def test_a_file_system_without_locks_is_warned_of(
     monkeypatch.setattr(fcntl, "flock", refuses)
     with pytest.warns(UserWarning, match="cannot be locked"):
         trainer(tmp_path / "run").fit(*parts(folders["llama"]))
+
+
+def test_the_file_that_a_run_was_given_is_kept(folders: dict[str, str], tmp_path: Path) -> None:
+    """Without a logger the run's own ``config.yaml`` goes to the same place."""
+    mine = tmp_path / "config.yaml"
+    mine.write_text("# mine\ntrainer:\n  logger: false\n  enable_checkpointing: false\n  enable_progress_bar: false\n")
+    content = mine.read_bytes()
+    for _ in range(2):
+        rest = ["--data.batch_size=2", "--model.sampling.max_new_tokens=4"]
+        rest += ["--data.prompts.student_template={question}", "--data.prompts.teacher_template={question} {context}"]
+        main([*command(folders["llama"], tmp_path)[:1], f"--config={mine}", *command(folders["llama"], tmp_path)[1:], *rest])
+        assert (tmp_path / "config-1.yaml").read_bytes() == content and mine.read_bytes() != content
+        mine.write_bytes(content)
+    assert not (tmp_path / "config-2.yaml").exists()

@@ -93,9 +93,14 @@ def test_a_folder_that_holds_more_than_an_export_stays(touch: Callable[[Path], N
 
 def test_what_is_added_while_an_export_is_written_stays(tmp_path: Path) -> None:
     folder = export(tmp_path / "adapter")
-    with pytest.raises(ConfigError), replacing(folder, "folder", "adapter") as temporary:
-        (temporary / "new").write_text("new")
-        add(folder)
+
+    def work() -> None:
+        with replacing(folder, "folder", "adapter") as temporary:
+            (temporary / "new").write_text("new")
+            add(folder)
+
+    with pytest.raises(ConfigError):
+        work()
     assert (folder / "notes.txt").read_text() == "mine" and (folder / "sub" / "weights").read_text() == "weights"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
