@@ -15,6 +15,7 @@ import re
 import secrets
 import stat
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,6 +83,7 @@ class AdapterVersions:
         self._judged: dict[tuple[str, str], bool] = {}
         self._owner: int | None = None
         self._process = os.getpid()
+        _living.add(self)
 
     def write(self, model: PeftModel, role: str, weights: dict[str, Tensor]) -> Adapter:
         """The version with these weights; a new one if they have changed.
@@ -174,6 +176,21 @@ class AdapterVersions:
         for name in entries:
             if name != self.folder.name:
                 _is_dead(self.parent / name, remove=True)
+
+
+_living: weakref.WeakSet[AdapterVersions] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    """Close the locks that a forked process shares: one that outlives the run must not hold its folder."""
+    for versions in _living:
+        if versions._owner is not None:
+            os.close(versions._owner)  # not unlocked: that would unlock the parent's
+            versions._owner = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _claim(folder: Path) -> int:

@@ -192,7 +192,7 @@ class PolicyModule(EvaluatedModule, ABC):
         disk_errors.begin([self.trainer, *self.trainer.loggers])
         if run_lock.is_first(self.trainer):
             disk_errors.guard_loggers(self.trainer.loggers)
-        return []
+        return super().configure_callbacks()
 
     def configure_model(self) -> None:
         """Build the policy and what the method keeps in it. Called by Lightning, once its devices are known.
