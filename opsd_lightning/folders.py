@@ -104,7 +104,7 @@ def replacing(
         if lasting:
             _sync(place.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_temporary(temporary)
         if descriptor is not None:
             os.close(descriptor)
 
@@ -282,7 +282,7 @@ def _temporary(place: Path, kind: str) -> tuple[Path, int | None]:
         except OSError as error:
             os.close(descriptor)
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove_temporary(folder)
                 raise
             return folder, None
         return folder, descriptor
@@ -295,7 +295,7 @@ def _sweep(place: Path) -> None:
         if folder.is_symlink() or not folder.is_dir():
             continue
         manifest = _manifest(folder)
-        if manifest is None and any(folder.iterdir()):
+        if manifest is None and {path.name for path in folder.iterdir()} - {f".{MANIFEST}.partial"}:
             continue
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -304,7 +304,7 @@ def _sweep(place: Path) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if manifest is None or manifest.get("partial") or place.exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove_temporary(folder)
         except OSError:
             pass  # of a process that lives, or a file system without locks
         finally:
@@ -322,6 +322,18 @@ def _sweep(place: Path) -> None:
             found = _survey(folder)
             if all(_same(folder, name, size, manifest["files"], True) for name, size in found.items()):
                 _discard(folder, list(found))
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Remove a temporary folder of `replacing`; its manifest last, so that a rest is still known for one."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != MANIFEST:
+                path.unlink()
+        (folder / MANIFEST).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _put(temporary: Path, place: Path, setting: str, kind: str) -> None:
