@@ -141,8 +141,8 @@ def test_a_hostile_text_is_read_in_time() -> None:
     rng = random.Random(0)
     pieces = ["token=", "password: ", "://", "@", "a:b@", '"', "'", "{", "[", "(", "\\", "\n", " ", "x" * 50, "Bearer ", "--token ",
               "curl -u ", "jdbc:oracle:a:b/", "%3A%2F%2F", "eyJ", "-----BEGIN PRIVATE KEY-----", "Cookie: a=b; ", "token=f("]  # fmt: skip
-    texts = [piece * (60_000 // len(piece)) for piece in pieces]
-    texts += ["".join(rng.choices(pieces, k=4000)) for _ in range(5)]
+    texts = [piece * (20_000 // len(piece)) for piece in pieces]
+    texts += ["".join(rng.choices(pieces, k=2000)) for _ in range(3)]
     for text in texts:
         start = time.perf_counter()
         redact_text(text)
