@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from opsd_lightning.checkpoint_file import is_remote, load_file
+from opsd_lightning.files import sync
 from opsd_lightning.shards import is_part, is_shards
 from opsd_lightning.types import ConfigError
 
@@ -195,11 +196,11 @@ def put_in_place(temporary: Path, target: Path) -> None:
             os.rename(target, aside)  # found by `recover`, should this be the end
             os.rename(temporary, target)
             os.rename(aside, temporary)
-        _sync(target.parent)
+        sync(target.parent)
         _discard(temporary)
     else:
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def recover(path: Path) -> None:
@@ -311,13 +312,3 @@ def _exchange(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     names = (os.fsencode(one), os.fsencode(other))
     return rename is not None and rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the disk has a folder's names."""
-    with suppress(OSError):  # not every file system takes it
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

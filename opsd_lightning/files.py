@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -26,10 +27,25 @@ def replace(path: Path, content: str | bytes, lasting: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+        if lasting:
+            sync(path.parent)
     except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # on a full disk it would only take room
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's contents, or a folder's names, where the file system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise
 
 
 def append(path: Path, content: bytes, lasting: bool = False) -> None:

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from opsd_lightning.files import replace
+from opsd_lightning.files import replace, sync
 from opsd_lightning.types import ConfigError
 
 #: The file that marks a folder as written by this package, and lists what it holds.
@@ -102,7 +102,7 @@ def replacing(
         _write_manifest(temporary, kind, lasting)
         _put(temporary, place, setting, kind)
         if lasting:
-            _sync(place.parent)
+            sync(place.parent)
     finally:
         _remove_temporary(temporary)
         if descriptor is not None:
@@ -247,22 +247,11 @@ def _write_manifest(folder: Path, kind: str, lasting: bool, partial: bool = Fals
         if name != MANIFEST and size is not None and size != _EMPTY:
             files[name] = [size, _digest(folder / name) if lasting else None]
             if lasting:
-                _sync(folder / name)
+                sync(folder / name)
     content: dict[str, Any] = {"made_by": _MADE_BY, "kind": kind, "files": files} | ({"partial": True} if partial else {})
     replace(folder / MANIFEST, json.dumps(content, indent=1) + "\n", lasting=lasting)
     if lasting:
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without fsync of folders
-            raise
-    finally:
-        os.close(descriptor)
+        sync(folder)
 
 
 def _temporary(place: Path, kind: str) -> tuple[Path, int | None]:
