@@ -53,7 +53,7 @@ def survived(owner: Any, name: str) -> Iterator[None]:
 
     Args:
         owner: The trainer or logger that it belongs to.
-        name: Of what is written inside, whole: success clears an earlier failure.
+        name: Name of the page, table or log that is written inside. Success clears an earlier failure.
     """
     try:
         yield

@@ -51,7 +51,7 @@ def check(folder: str | Path, setting: str, kind: str, kept: Iterable[Kept] = ()
     Args:
         folder: The folder to be written.
         setting: Name of the setting that it comes from.
-        kind: What is written, such as ``adapter``. A folder of another kind is refused.
+        kind: Kind of export, such as ``adapter``. A folder of another kind is refused.
         kept: Files and folders that the run reads or writes elsewhere. The folder is none of them and holds none of them.
 
     Returns:

@@ -84,7 +84,7 @@ def check_gguf(path: Path, setting: str) -> None:
 
     Args:
         path: The file.
-        setting: What names it in messages.
+        setting: Its name in messages.
 
     Raises:
         ConfigError: It does not, or is not of that format.

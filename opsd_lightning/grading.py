@@ -36,7 +36,7 @@ class Grade(NamedTuple):
 
     Args:
         answer: Its final answer, or None.
-        correct: Whether that equals the reference.
+        correct: True if that equals the reference.
         problem: ``timeout`` where it counts as wrong because the time was over, ``failure`` because comparing it ended its
             worker twice or needed too much memory, otherwise empty.
     """
@@ -235,7 +235,7 @@ _verdicts: dict[tuple[str, str], bool] = {}  # time-outs are not remembered: a b
 
 
 def _compare(reference: str, answer: str, timeout_seconds: float) -> bool | None:
-    """Whether two answers are equal; None where that takes too long or fails."""
+    """Return whether two answers are equal; None where that takes too long or fails."""
     left = timeout_seconds
 
     def algebra(reference: str, answer: str) -> bool:

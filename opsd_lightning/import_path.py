@@ -92,7 +92,7 @@ def _texts(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _is_module(folder: str, name: str) -> bool:
-    """Whether a folder holds a module of this name."""
+    """Return whether a folder holds a module of this name."""
     try:
         entries = os.listdir(folder)
         inner = os.listdir(os.path.join(folder, name)) if os.path.isdir(os.path.join(folder, name)) else []

@@ -42,7 +42,7 @@ def is_newest(folder: Path, checkpoint: str | None) -> bool:
 
     Args:
         folder: The record's.
-        checkpoint: What the checkpoint holds under `CHECKPOINT_ID`, if anything.
+        checkpoint: Value of the checkpoint's entry `CHECKPOINT_ID`, if it has one.
     """
     return checkpoint is not None and _info_of(folder).get("checkpoint") == checkpoint
 

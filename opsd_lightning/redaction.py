@@ -82,12 +82,12 @@ def is_secret(name: str) -> bool:
 
 
 def _of_vocabulary(name: str) -> bool:
-    """Whether a name may be that of a token of a vocabulary."""
+    """Return whether a name may be that of a token of a vocabulary."""
     return _WORDS.findall(name)[-1:] in (["token"], ["Token"], ["TOKEN"])
 
 
 def _harmless(value: str, name: str = "") -> bool:
-    """Whether a value below a secret's name shows nothing: none at all, a type, a place to fill in, a control token."""
+    """Return whether a value below a secret's name shows nothing: none at all, a type, a place to fill in, a control token."""
     if not value or value == HIDDEN or _PLACEHOLDER.fullmatch(value):
         return True
     return _of_vocabulary(name) and bool(_CONTROL.fullmatch(value))
@@ -324,7 +324,7 @@ def _of_environment() -> list[tuple[str, re.Pattern[str]]]:
 
 
 def _telling(value: str) -> bool:
-    """Whether a value of the environment is looked for: not a word, a number or a path that texts hold for other reasons."""
+    """Return whether to look for a value of the environment: not for words, numbers and paths, which are in other texts too."""
     value = value.strip()
     kinds = sum(bool(re.search(kind, value)) for kind in (r"[a-z]", r"[A-Z]", r"\d", r"[^\w\s]|_", r"[^\W\d_a-zA-Z]"))
     if len(value) < (6 if kinds > 1 else 8) or is_secret(value) or _harmless(value):
@@ -469,7 +469,7 @@ def _named(text: str) -> str:
 
 
 def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
-    """What stands for the value at a place, and where the value ends; nothing is changed where that is the place."""
+    """Return the replacement of the value at a place, and the end of the value, which is the place itself if nothing changes."""
     name, sign = match[1], match[2]
     if text.startswith(HIDDEN, place):
         return "", place
@@ -546,7 +546,7 @@ def _header(text: str, place: int, enclosing: str) -> tuple[str, int]:
 
 
 def _closing(text: str, place: int) -> int:
-    """Where the bracket that opens at a place is closed; the text's end where it is not."""
+    """Return the place of the bracket that closes the one at a place, or the end of the text."""
     depth, quoted = 0, ""
     for n in range(place, len(text)):
         sign = text[n]

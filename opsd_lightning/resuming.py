@@ -46,7 +46,7 @@ class _Loop(_FitLoop):
     """Resumes a checkpoint that was saved within an epoch, after a step.
 
     Attributes:
-        saved: What the checkpoint says of it, until `run`.
+        saved: Entry of the checkpoint, until `run`.
     """
 
     saved: dict[str, bool] | None = None
@@ -99,7 +99,7 @@ def say_what_is_due(trainer: Trainer, checkpoint: dict[str, Any], validated: int
 
     Args:
         trainer: That of the fit.
-        checkpoint: What is about to be saved.
+        checkpoint: The checkpoint that is about to be saved.
         validated: Batches that were trained on when the last validation ended, over all epochs.
     """
     fit = trainer.fit_loop

@@ -1,4 +1,4 @@
-"""What both vLLM engines share: what is asked, the check of what comes back, and ranks that succeed or fail together."""
+"""Parts that both vLLM engines share: requests, checks of answers, and ranks that succeed or fail together."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What every completion of a rollout must be.
+    """Properties that every completion of a rollout must have.
 
     Args:
         max_new_tokens: Its length, unless an EOS ends it.
@@ -85,7 +85,7 @@ def read_answer(body: dict[str, Any], model: str, answer: Any, expected: Expecte
         body: The request.
         model: The model that it asked for.
         answer: The answer's JSON.
-        expected: What the completion must be.
+        expected: Required properties of the completion.
 
     Raises:
         BadAnswer: It is not the answer to the request, or a completion that cannot be.
@@ -162,8 +162,8 @@ def as_rollouts(rows: Sequence[Row], expected: Expected, n: int) -> Rollouts:
     """Completions of a rollout.
 
     Args:
-        rows: What vLLM sampled.
-        expected: What they must be.
+        rows: Completions that vLLM sampled.
+        expected: Required properties of each.
         n: Completions for each prompt.
 
     Raises:

@@ -51,7 +51,7 @@ class Stopped(SIGTERMException):
     """Ends a run that a signal asked to stop. A `SystemExit` with the status 128 plus the signal's number.
 
     Args:
-        number: Of the signal.
+        number: Number of the signal.
         launched: The process was started by the first rank, which ends the run with the status. Defaults to false.
     """
 
@@ -169,7 +169,7 @@ def stop_if_asked(trainer: Trainer, command: str | None = None) -> None:
 
     Args:
         trainer: That of the run.
-        command: What the run was started with, where that was a command line.
+        command: Command line of the run. None for a run that Python started.
 
     Raises:
         Stopped: On all ranks, where one was asked.

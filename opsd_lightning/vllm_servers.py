@@ -70,7 +70,7 @@ class _Unavailable(Exception):
 
 
 class BadAnswer(_Unavailable):
-    """What came is not the answer to what was asked."""
+    """The response does not answer the request."""
 
 
 class _Refused(_Unavailable):
@@ -100,7 +100,7 @@ class Server:
     loading: threading.Lock = field(default_factory=threading.Lock)
 
     def pause_seconds(self) -> float:
-        """How long to leave it alone."""
+        """Return the seconds until the next request to this server."""
         until = self.not_before
         if self.failures:
             backoff = min(_FIRST_BACKOFF_SECONDS * 2 ** (self.failures - 1), _LONGEST_BACKOFF_SECONDS)
@@ -189,7 +189,7 @@ class ServerPool:
         """Give up servers that cannot do what is asked.
 
         Args:
-            unfit: Of a living server, why it cannot; None where it can.
+            unfit: Returns why a living server cannot serve the request, or None.
 
         Raises:
             ConfigError: None is left.
@@ -230,7 +230,7 @@ class ServerPool:
 
         Args:
             adapter: The one to hold.
-            stale: Of an adapter's name and folder, as a server lists them, True where it shall be unloaded.
+            stale: Returns True for the name and folder of an adapter to unload, as a server lists them.
 
         Raises:
             ConfigError: No server holds it.
@@ -360,7 +360,7 @@ class ServerPool:
         Args:
             bodies: Of ``/v1/completions``, without ``model``.
             adapter: Which one to sample from. None for the base model.
-            read: Of a body, the model that was asked for and the answer's JSON, what the answer says. It raises `BadAnswer`
+            read: Reads the answer's JSON, given the request's body and model. It raises `BadAnswer`
                 where the answer is not right.
             start: The server that gets the first request, so that ranks do not all begin with the same one.
             stop: Once set, no further request is sent, those under way end, and the call raises.

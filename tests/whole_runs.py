@@ -87,7 +87,7 @@ class Child:
     """A process forked from this one: imports cost nothing again.
 
     Args:
-        work: What it does.
+        work: Work of the process.
         log: File to which its output is appended.
         environment: Variables to set.
     """
@@ -165,7 +165,7 @@ _known: dict[str | None, tuple[dict[str, Any], float]] = {}
 
 
 def never_stopped(folder: Path, model: str, strategy: str | None = None) -> tuple[dict[str, Any], float]:
-    """What a run that is never stopped leaves, and its seconds; made once. On two ranks where a strategy is given."""
+    """Remains of a run that is never stopped, and its seconds; made once. On two ranks if a strategy is given."""
     if strategy not in _known:
         arguments = configure(folder, model)
         ranks = [fit(folder, arguments)] if strategy is None else on_two_ranks(folder, arguments, strategy)
@@ -190,7 +190,7 @@ def on_two_ranks(folder: Path, arguments: list[str], strategy: str) -> list[Chil
 
 
 def left_by(folder: Path) -> dict[str, Any]:
-    """What must not depend on how often a run was stopped, by name."""
+    """Return the remains that must not depend on how often a run was stopped, by name."""
     found: dict[str, Any] = {}
     if (folder / "steps" / "last.ckpt").exists():
         last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
@@ -211,7 +211,7 @@ def left_by(folder: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two runs' remains differ."""
+    """Return the differences between two runs' remains."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         if set(one) != set(other):
             return [f"{path}: {sorted(map(str, set(one) ^ set(other)))} in one alone"]

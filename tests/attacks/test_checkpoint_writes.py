@@ -107,7 +107,7 @@ def test_kills_while_a_checkpoint_is_written(attack: Attack, tmp_path: Path, oth
 
 
 def test_kills_while_shards_take_a_name(attack: Attack, tmp_path: Path) -> None:
-    """Of a folder there is at every instant a whole one under its name, the earlier or the new."""
+    """A folder's name holds a whole folder at every instant, the earlier or the new."""
     from opsd_lightning.checkpoint_io import replacing
     from opsd_lightning.shards import write_rest, write_shards
 
@@ -312,7 +312,7 @@ class _Alone:
 
 
 def test_a_checkpoint_that_was_put_aside_comes_back(tmp_path: Path) -> None:
-    """Where names cannot be exchanged in one step, a kill in between leaves it beside its name."""
+    """A kill leaves the checkpoint beside its name if names cannot be exchanged in one step."""
     last = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint(state(5), last)
     shutil.move(last, tmp_path / ".last.ckpt.old")

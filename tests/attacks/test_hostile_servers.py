@@ -66,7 +66,7 @@ class Exchange(NamedTuple):
 
     Args:
         sock: The connection.
-        answer: What a right server answers.
+        answer: Answer of a right server.
         asked: The request's JSON.
         random: Where chance decides.
         ended: Set when the test is over.
@@ -539,7 +539,7 @@ class Result(NamedTuple):
 
 
 def judge(found: Result, expected: Rollouts, url: str, alone: bool, harmless: bool) -> str | None:
-    """What is wrong with the outcome of an attack."""
+    """Return the fault in the outcome of an attack."""
     if found.seconds >= BOUND_SECONDS:
         return f"it took {found.seconds:.1f} seconds"
     if found.error is None:

@@ -70,7 +70,7 @@ def test_evaluations_end_as_one_that_was_never_killed(command: str, attack: Atta
 
 @in_rounds
 def test_ranks_end_as_ranks_that_were_never_killed(attack: Attack, roomy: str, tmp_path: Path) -> None:
-    """Where one of two is killed the other ends by itself, and both are resumed."""
+    """If one of two ranks is killed, the other ends by itself, and both are resumed."""
     expected, seconds = never_stopped(tmp_path / "whole", roomy, "ddp")
     left, run = attack.tries(sample=0, whole=6), 0
     while left:

@@ -172,7 +172,7 @@ def test_a_terminal_that_lacks_characters(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_any_text(attack: Attack) -> None:
-    """Of all code points: what comes out has no control character and can be encoded."""
+    """No code point leaves a control character or text that cannot be encoded."""
     for _ in range(attack.tries(sample=200, whole=20_000)):
         text = "".join(chr(attack.random.randrange(0x110000)) for _ in range(30)) + hostile(attack.random)
         found = message(text)

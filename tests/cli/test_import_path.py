@@ -1,4 +1,4 @@
-"""What a downloaded folder may hold, and which of it a command imports from there."""
+"""Modules of a downloaded folder, and those that a command imports from there."""
 
 from __future__ import annotations
 

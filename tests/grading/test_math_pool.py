@@ -73,7 +73,7 @@ def alive(pid: int) -> bool:
 
 
 def busy(pid: int) -> bool:
-    """Whether a process computes: a worker that waits does not."""
+    """Return whether a process computes; a worker that waits does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "R"
     except OSError:

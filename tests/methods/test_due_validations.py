@@ -17,7 +17,7 @@ from opsd_lightning.policy import Policy
 
 
 class Seen(Callback):
-    """What happens, in order; ends as a killed process does where it is told to."""
+    """Events in order. Ends like a killed process where it is told to."""
 
     def __init__(self, die_at: tuple[str, int] | None = None) -> None:
         self.die_at = die_at

@@ -1,4 +1,4 @@
-"""What a run leaves on vLLM servers and on disk, however it ends; and what servers cannot make it do."""
+"""Remains of a run on vLLM servers and on disk, however it ends, and limits of what servers can make it do."""
 
 from __future__ import annotations
 
