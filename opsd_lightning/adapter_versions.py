@@ -133,8 +133,8 @@ class AdapterVersions:
         return [adapter for adapter in self.written if adapter not in newest and adapter not in keep]
 
     def stale(self, keep: Sequence[Adapter | None] = ()) -> Callable[[str, str], bool]:
-        """Return a test of an adapter's name and folder as a server lists them. It is True for an outdated version of this run
-        and for one of a dead run in the same ``parent``."""
+        """Return a test of an adapter's name and folder as a server lists them. True for outdated versions of this run and
+        for versions of dead runs in the same ``parent``."""
         living = {adapter.name for adapter in self.written} - {adapter.name for adapter in self.outdated(keep)}
 
         def found(name: str, root: str) -> bool:

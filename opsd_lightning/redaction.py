@@ -87,7 +87,7 @@ def _of_vocabulary(name: str) -> bool:
 
 
 def _harmless(value: str, name: str = "") -> bool:
-    """Return whether a value below a secret's name shows nothing: none at all, a type, a place to fill in, a control token."""
+    """Return whether a value below a secret's name is harmless: none, a type, a place to fill in, a control token."""
     if not value or value == HIDDEN or _PLACEHOLDER.fullmatch(value):
         return True
     return _of_vocabulary(name) and bool(_CONTROL.fullmatch(value))
@@ -324,7 +324,7 @@ def _of_environment() -> list[tuple[str, re.Pattern[str]]]:
 
 
 def _telling(value: str) -> bool:
-    """Return whether to look for a value of the environment: not for words, numbers and paths, which are in other texts too."""
+    """Return whether to look for a value of the environment. Words, numbers and paths are in other texts too."""
     value = value.strip()
     kinds = sum(bool(re.search(kind, value)) for kind in (r"[a-z]", r"[A-Z]", r"\d", r"[^\w\s]|_", r"[^\W\d_a-zA-Z]"))
     if len(value) < (6 if kinds > 1 else 8) or is_secret(value) or _harmless(value):
@@ -469,7 +469,7 @@ def _named(text: str) -> str:
 
 
 def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
-    """Return the replacement of the value at a place, and the end of the value, which is the place itself if nothing changes."""
+    """Return the replacement of the value at a place and the end of the value: the place itself if nothing changes."""
     name, sign = match[1], match[2]
     if text.startswith(HIDDEN, place):
         return "", place
