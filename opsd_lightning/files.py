@@ -21,7 +21,8 @@ def replace(path: Path, content: str | bytes, lasting: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a link that somebody put there
+        with temporary.open("xb") as file:
             file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             if lasting:
                 file.flush()
@@ -57,9 +58,10 @@ def append(path: Path, content: bytes, lasting: bool = False) -> None:
         lasting: Wait until the disk has it.
 
     Raises:
-        OSError: It cannot be written. The file is as it was.
+        OSError: It cannot be written, or is a link. The file is as it was.
     """
-    with path.open("ab", buffering=0) as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
         size, rest = file.seek(0, os.SEEK_END), memoryview(content)
         try:
             while rest:

@@ -16,13 +16,16 @@ from contextlib import contextmanager
 def without_folder() -> Iterator[None]:
     """Take the current folder off the import path, where ``python -m``, ``python -c`` or a script put it first.
 
-    A folder that ``PYTHONPATH`` names stays. At the end the path is as before.
+    A folder that ``PYTHONPATH`` names stays. At the end the path is as before. Processes that this one starts, such as
+    spawned ranks, run with ``PYTHONSAFEPATH``, unless this package itself is imported from the current folder.
     """
     before = list(sys.path)
     if sys.flags.safe_path:
-        os.environ["PYTHONSAFEPATH"] = "1"  # also of the processes that a launcher starts
+        os.environ["PYTHONSAFEPATH"] = "1"
     try:
         here = os.path.realpath(os.getcwd())
+        if os.path.dirname(os.path.dirname(os.path.realpath(__file__))) != here:
+            os.environ["PYTHONSAFEPATH"] = "1"
         parts = [] if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "").split(os.pathsep)
         explicit = any(part and os.path.realpath(part) == here for part in parts)
         leading = 0 if sys.flags.safe_path else 1  # the interpreter's own entry

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from opsd_lightning import __version__
 from opsd_lightning.evaluation import Evaluator, Records
-from opsd_lightning.files import replace
+from opsd_lightning.files import append, replace
 from opsd_lightning.fingerprint import digest, plain
 from opsd_lightning.policy import base_of, device_of, eos_ids
 from opsd_lightning.redaction import redact
@@ -185,10 +185,7 @@ class Results:
     def append(self, rank: int, records: Records) -> None:
         """Add a batch's records to a rank's file; they are on disk when this returns."""
         lines = [json.dumps({"role": role} | r, ensure_ascii=False) + "\n" for role, rows in records.items() for r in rows]
-        with (self.folder / f"rank{rank}.jsonl").open("ab") as file:
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.folder / f"rank{rank}.jsonl", "".join(lines).encode("utf-8", "backslashreplace"), lasting=True)
 
     def join(self, metrics: Mapping[str, float] | None = None) -> Path:
         """Put all ranks' records into one file, also as ``<root>/<stage>.jsonl``, which it returns. For one rank alone, when

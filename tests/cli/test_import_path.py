@@ -83,7 +83,8 @@ def test_the_doctor_in_a_hostile_folder(hostile: Path) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # is put back at the end
+    monkeypatch.delenv("PYTHONSAFEPATH")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     return tmp_path
 
@@ -105,6 +106,13 @@ def test_the_interpreters_entry_goes(
         assert sys.path == (before[1:])
         assert (str(here) in sys.path) == stays
     assert sys.path == before
+
+
+def test_processes_that_are_spawned_import_nothing_from_the_folder(here: Path) -> None:
+    (here / "json.py").write_text("open('MARK', 'w').close()\n")
+    with without_folder():
+        subprocess.run([sys.executable, "-c", "import json"], check=True)
+    assert not (here / "MARK").exists()
 
 
 def test_a_folder_that_is_gone(here: Path) -> None:

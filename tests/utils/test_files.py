@@ -1,0 +1,34 @@
+"""Files that are written whole, in folders that others may have prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from opsd_lightning.files import append, replace
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Path, lasting: bool) -> None:
+    mine, page = tmp_path / "mine.txt", tmp_path / "report.html"
+    mine.write_text("mine")
+    (tmp_path / ".report.html.partial").symlink_to(mine)
+    replace(page, "page", lasting)
+    assert mine.read_text() == "mine" and page.read_text() == "page" and not page.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "report.html"]
+
+
+def test_a_link_is_not_appended_to(tmp_path: Path) -> None:
+    mine, table = tmp_path / "mine.txt", tmp_path / "rollouts.csv"
+    mine.write_text("mine")
+    table.symlink_to(mine)
+    with pytest.raises(OSError, match="rollouts"):
+        append(table, b"row")
+    assert mine.read_text() == "mine"
+
+
+def test_rows_are_appended_to_a_file_that_is_made(tmp_path: Path) -> None:
+    for row in (b"one\n", b"two\n"):
+        append(tmp_path / "rows", row, lasting=True)
+    assert (tmp_path / "rows").read_bytes() == b"one\ntwo\n"
