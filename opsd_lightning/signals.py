@@ -42,7 +42,9 @@ SECOND_SIGNAL_SECONDS = 2.0
 DEADLINE_SECONDS = 900.0
 # Seconds after a rank is gone: until collectives are aborted, until the process ends, and until it ends though it is
 # writing its report.
-_ABORT_SECONDS, _END_SECONDS, _LAST_SECONDS = 3.0, 10.0, 40.0
+_ABORT_SECONDS, _END_SECONDS, _LAST_SECONDS = 2.0, 6.0, 40.0
+# Seconds from a second signal until the process ends though the main thread waits for other ranks.
+_STUCK_SECONDS = 4.0
 _CONNECT_SECONDS = 60.0
 _BYE = "bye"
 
@@ -406,7 +408,10 @@ class _Watch:
             self._send(f"failed {rank}")
         if self._signals.trainer.state.status != TrainerStatus.INTERRUPTED:
             _say(f"error: rank {rank} {how}: rank {self.rank} ends as well")
-            _thread.interrupt_main(signal.SIGTERM)
+            if signal.getsignal(signal.SIGTERM) == self._signals._note:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # ends a sleep, too
+            else:  # the run has not begun or is over: it may be about to say why it ends
+                _thread.interrupt_main(signal.SIGTERM)
 
     def _send(self, text: str) -> None:
         with self._lock:
@@ -427,7 +432,7 @@ class _Watch:
         if self._first and self.lost is None and now - self._first > DEADLINE_SECONDS:
             _say(f"rank {self.rank} has not come to the end of a step in {DEADLINE_SECONDS:.0f} seconds, and ends at once")
             os._exit(128 + (self._signals.asked or signal.SIGTERM))
-        if self._again and now - self._again_at > _END_SECONDS:
+        if self._again and now - self._again_at > _STUCK_SECONDS:
             _say(f"rank {self.rank} is stuck, and ends at once")
             os._exit(128 + self._again)
         if self.lost is None:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -111,6 +112,7 @@ class Child:
             os.dup2(out, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             os.environ.update(environment)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
             work()
             code = 0
         except SystemExit as stop:
@@ -196,6 +198,7 @@ def left_by(folder: Path) -> dict[str, Any]:
         last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
         keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
         found |= {f"last {key}": last[key] for key in keys}
+        found |= {f"last {name}": _chosen(state) for name, state in last["callbacks"].items() if "Checkpoint" in name}
     found["adapter"] = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (folder / "record" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -208,6 +211,13 @@ def left_by(folder: Path) -> dict[str, Any]:
         found["rollouts.csv"] = list(csv.reader(file))
     found["page"] = (folder / "report.html").stat().st_size > 10_000
     return found
+
+
+def _chosen(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint that a callback holds for the best. A file that a kill has left there already may get another name."""
+    path = Path(state["best_model_path"])
+    assert not state["best_model_path"] or path.is_file(), path
+    return {"name": re.sub(r"-v\d+$", "", path.stem), "score": state["best_model_score"]}
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
