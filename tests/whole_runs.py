@@ -198,7 +198,9 @@ def left_by(folder: Path) -> dict[str, Any]:
         last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
         keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
         found |= {f"last {key}": last[key] for key in keys}
-        found |= {f"last {name}": _chosen(state) for name, state in last["callbacks"].items() if "Checkpoint" in name}
+        found |= {
+            f"best by {state['monitor']}": _best(state) for state in last["callbacks"].values() if state.get("monitor")
+        }
     found["adapter"] = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (folder / "record" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -213,11 +215,9 @@ def left_by(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _chosen(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint that a callback holds for the best. A file that a kill has left there already may get another name."""
-    path = Path(state["best_model_path"])
-    assert not state["best_model_path"] or path.is_file(), path
-    return {"name": re.sub(r"-v\d+$", "", path.stem), "score": state["best_model_score"]}
+def _best(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint that a callback takes for the best. Where a kill has left its file, it gets another name."""
+    return {"name": re.sub(r"-v\d+$", "", Path(state["best_model_path"]).stem), "score": state["best_model_score"]}
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:

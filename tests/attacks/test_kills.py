@@ -19,7 +19,7 @@ FIT, RANKS, TEST = "kills of a fit", "kills of one of two ranks", "kills of test
 def test_fits_end_as_one_that_was_never_killed(attack: Attack, roomy: str, tmp_path: Path) -> None:
     """Start-up, rollouts, backward passes, checkpoints, validations, the export and the page."""
     expected, seconds = never_stopped(tmp_path / "whole", roomy)
-    left, run = attack.tries(sample=2, whole=60), 0
+    left, run = attack.tries(sample=1, whole=60), 0
     while left:
         folder, times, more, killed = tmp_path / f"run{run}", [], [], True
         run += 1

@@ -29,7 +29,7 @@ def test_one_process_saves_and_says_how_to_go_on(number: signal.Signals, attack:
     """It ends with 128 plus the signal's number, and what it saved is what a run that never stopped had there."""
     if not attack.round and number != signal.SIGTERM:
         pytest.skip("one signal is enough for a sample")
-    expected, folder = never_stopped(tmp_path / "whole", roomy)[0], tmp_path / "run"
+    folder = tmp_path / "run"
     # It has no checkpoint of the step where it is stopped, and saves one.
     arguments = configure(folder, roomy, every=STEPS)
     child = fit(folder, arguments)
@@ -43,9 +43,10 @@ def test_one_process_saves_and_says_how_to_go_on(number: signal.Signals, attack:
     assert "--ckpt_path" in child.said()
     saved = [path.name for path in (folder / "steps").iterdir() if path.name.startswith("last")]
     assert saved == ["last.ckpt"]
-    again = fit(folder, [*arguments, "--ckpt_path", "last"])
-    assert again.end(300) == 0, again.said()
-    assert not differences(expected, left_by(folder))
+    if attack.round:
+        again = fit(folder, [*arguments, "--ckpt_path", "last"])
+        assert again.end(300) == 0, again.said()
+        assert not differences(never_stopped(tmp_path / "whole", roomy)[0], left_by(folder))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
