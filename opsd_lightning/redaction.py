@@ -7,8 +7,8 @@ such as a password in the middle of a sentence, is not found.
 
 from __future__ import annotations
 
-import functools
 import dataclasses
+import functools
 import json
 import os
 import re
