@@ -112,7 +112,8 @@ class Child:
             os.dup2(out, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             os.environ.update(environment)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background,
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup
             work()
             code = 0
         except SystemExit as stop:
