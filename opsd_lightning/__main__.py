@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from importlib import import_module
 
 from opsd_lightning.import_path import add_folder, without_folder
@@ -52,7 +53,8 @@ def end_with_first_rank() -> None:
         while os.getppid() == int(first):
             time.sleep(1)
         time.sleep(_END_SECONDS)
-        os.write(2, f"error: the first rank is gone: rank {rank} ends as well\n".encode())
+        with suppress(OSError):
+            os.write(2, f"error: the first rank is gone: rank {rank} ends as well\n".encode())
         os._exit(1)
 
     threading.Thread(target=watch, name="opsd-first-rank", daemon=True).start()

@@ -110,7 +110,7 @@ class Child:
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
             os.environ.update(environment)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background,
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup
