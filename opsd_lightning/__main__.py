@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from importlib import import_module
 
+from opsd_lightning import early_signals
 from opsd_lightning.import_path import add_folder, without_folder
 
 #: Commands beside LightningCLI's, and the modules whose ``main`` runs them.
@@ -26,6 +27,7 @@ _END_SECONDS = 10.0
 def entry() -> None:
     """Run the command that the process's arguments name."""
     end_with_first_rank()
+    early_signals.begin()
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else ""
     with without_folder():

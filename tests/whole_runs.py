@@ -180,16 +180,26 @@ def never_stopped(folder: Path, model: str, strategy: str | None = None) -> tupl
 
 def on_two_ranks(folder: Path, arguments: list[str], strategy: str) -> list[Child]:
     """A fit in two processes, as torchrun starts them: each with half of a step's questions."""
-    port, ranks = str(free_port()), []
     settings = ["--data.batch_size=1", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    return two_ranks(folder, partial(main, ["fit", *arguments, *settings]))
+
+
+def two_ranks(folder: Path, work: Callable[[], Any]) -> list[Child]:
+    """Do something in two processes, in the environments of torchrun's ranks."""
+    port, ranks = str(free_port()), []
     for rank in map(str, range(2)):
         environment = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0",
             "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test",
         }  # fmt: skip
-        work = partial(main, ["fit", *arguments, *settings])
         ranks.append(Child(work, folder / f"rank{rank}.log", environment))
     return ranks
+
+
+def wait_until_joined(ranks: list[Child]) -> None:
+    """Wait until the ranks are connected: before, none can know that another was killed."""
+    while "data.train" not in ranks[0].said() and not any(rank.ended(0.01) for rank in ranks):
+        pass
 
 
 def left_by(folder: Path) -> dict[str, Any]:

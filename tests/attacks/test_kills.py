@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import Child, configure, differences, fit, left_by, never_stopped, on_two_ranks
+from whole_runs import Child, configure, differences, fit, left_by, never_stopped, on_two_ranks, wait_until_joined
 
 from conftest import Attack
 from opsd_lightning.main import main
@@ -82,6 +82,7 @@ def test_ranks_end_as_ranks_that_were_never_killed(attack: Attack, roomy: str, t
             target = attack.random.choice(ranks)
             times.append(attack.random.uniform(0.3, 1.0) * seconds if left else 300.0)
             killed = not target.ended(times[-1])
+            wait_until_joined(ranks)
             target.kill()
             codes = [rank.end(60) for rank in ranks]
             assert killed or codes == [0, 0], f"{times} {codes}\n{ranks[0].said()}"
