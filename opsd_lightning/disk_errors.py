@@ -7,6 +7,7 @@ it is next due, and named in ``run.json`` (`run_report`). Checkpoints and export
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import io
 import warnings
@@ -21,6 +22,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from opsd_lightning.files import append, replace
 from opsd_lightning.folders import free_name
 
+#: Numbers of the system's errors where there is no room.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _METHODS = ("log_metrics", "log_hyperparams", "save", "finalize")
 _problems: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 _warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -202,6 +203,8 @@ class EvaluatedModule(LightningModule):
     seed: int
     command: str | None = None
     validated: int = 0
+    # Every rank evaluates as many batches.
+    _even: bool = False
 
     def setup(self, stage: str) -> None:
         watch(self.trainer)
@@ -211,13 +214,16 @@ class EvaluatedModule(LightningModule):
         return self.evaluator.names("val")
 
     def on_validation_start(self) -> None:
+        self._compare_batches(self.trainer.num_val_batches)
         if self.trainer.state.fn != TrainerFn.FITTING:  # in training it was checked at the start
             self.check_policy()
 
     def on_test_start(self) -> None:
+        self._compare_batches(self.trainer.num_test_batches)
         self.check_policy()
 
     def on_predict_start(self) -> None:
+        self._compare_batches(self.trainer.num_predict_batches)
         self.check_policy()
 
     def check_policy(self) -> Agreement:
@@ -246,20 +252,39 @@ class EvaluatedModule(LightningModule):
         return self._sampled(batch, batch_idx, ["student"])["student"]
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        stop_if_asked(self.trainer, self.command)
+        self._stop_if_asked()
 
     def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        stop_if_asked(self.trainer, self.command)
+        self._stop_if_asked()
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Leave after a batch, if every rank has as many of them."""
+        if self._even:
+            stop_if_asked(self.trainer, self.command)
+
+    def _compare_batches(self, batches: Sequence[int | float]) -> None:
+        """Find out whether every rank has as many batches. Every rank must call."""
+        if self.trainer.world_size == 1:
+            self._even = True
+            return
+        counts = torch.tensor([sum(batches), -sum(batches)], dtype=torch.float64, device=self.trainer.strategy.root_device)
+        most, least = self.trainer.strategy.reduce(counts, None, "max").tolist()  # type: ignore[union-attr]
+        self._even = most == -least < math.inf
+
+    def on_predict_epoch_end(self) -> None:
         stop_if_asked(self.trainer, self.command)
 
     def on_validation_epoch_end(self) -> None:
+        stop_if_asked(self.trainer, self.command)
         self._log_evaluation("val")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated = batches_trained(self.trainer)
 
     def on_test_epoch_end(self) -> None:
+        stop_if_asked(self.trainer, self.command)
         self._log_evaluation("test")
 
     def configure_callbacks(self) -> list[Callback]:

@@ -28,12 +28,13 @@ import opsd_lightning.sources
 import opsd_lightning.teachers
 import opsd_lightning.token_report
 import opsd_lightning.vllm_rollouts
-from opsd_lightning import run_lock
+from opsd_lightning import early_signals, run_lock
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.checkpoint_file import check_file, is_remote, local_path, restoring
 from opsd_lightning.checkpoint_io import check_weights_only, recover
 from opsd_lightning.cli_parser import Parser, check_nulls, remembering
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.disk_errors import FULL
 from opsd_lightning.precision import precision_problem
 from opsd_lightning.record import launcher
 from opsd_lightning.redaction import redact_arguments
@@ -255,9 +256,17 @@ def main(args: ArgsType = None) -> OPSDCLI:
     Raises:
         SystemExit: With status 2, after one message, for a user's mistake.
     """
+    early_signals.begin()
     with guarded():
         try:
             return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
         except (UserError, MisconfigurationException) as error:
             say(f"error: {error}", error=True)
             raise SystemExit(2) from error
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            say(f"error: {error}. Make room, and go on from the last checkpoint (ckpt_path)", error=True)
+            raise SystemExit(2) from error
+        finally:
+            early_signals.end()

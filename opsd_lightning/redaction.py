@@ -8,6 +8,7 @@ such as a password in the middle of a sentence, is not found.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -62,6 +63,7 @@ _VOCABULARY = set(
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a secret."""
     words = [word.lower() for word in _WORDS.findall(name[-200:])]

@@ -34,15 +34,17 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from opsd_lightning import early_signals
+from opsd_lightning.early_signals import SECOND_SIGNAL_SECONDS
 from opsd_lightning.requeue import ask_to_requeue, save_for_requeue
 
-#: From this many seconds after a signal on, another one ends the process: launchers may send one twice.
-SECOND_SIGNAL_SECONDS = 2.0
 #: Seconds after a signal until the process ends though it has not come to the end of a step.
 DEADLINE_SECONDS = 900.0
 # Seconds after a rank is gone: until collectives are aborted, until the process ends, and until it ends though it is
 # writing its report.
-_ABORT_SECONDS, _END_SECONDS, _LAST_SECONDS = 3.0, 10.0, 40.0
+_ABORT_SECONDS, _END_SECONDS, _LAST_SECONDS = 2.0, 6.0, 40.0
+# Seconds from a second signal until the process ends though the main thread waits for other ranks.
+_STUCK_SECONDS = 4.0
 _CONNECT_SECONDS = 60.0
 _BYE = "bye"
 
@@ -93,11 +95,13 @@ class Signals(_SignalConnector):
             return None
         return environment.requeue_signal
 
-    def connect(self) -> None:
-        """Connect the ranks, once their process group is there. Every rank must call."""
+    def connect(self) -> bool:
+        """Connect the ranks, once their process group is there; return whether that is now. Every rank must call."""
         if self._watch is None and self.trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
             self._watch = _Watch(self)
             self._watch.connect(self.trainer)
+            return True
+        return False
 
     def register_signal_handlers(self) -> None:
         self.asked, self.agreed, self.requeued = 0, False, False
@@ -153,7 +157,14 @@ def watch(trainer: Trainer) -> None:
     """Take the trainer's signals over, and connect its ranks. To be called on every rank in ``setup``, before long work."""
     if not isinstance(trainer._signal_connector, Signals):
         trainer._signal_connector = Signals(trainer)
-    trainer._signal_connector.connect()
+    connected, number = trainer._signal_connector.connect(), early_signals.end()
+    if connected:
+        number = _most(trainer, number)
+    if number:
+        if trainer.is_global_zero:
+            _say(f"Stopped by {signal.Signals(number).name} before the run began")
+        trainer._signal_connector.agreed = True
+        raise _stopped(trainer, number)
 
 
 def release(trainer: Trainer) -> None:
@@ -177,8 +188,7 @@ def stop_if_asked(trainer: Trainer, command: str | None = None) -> None:
     connector = trainer._signal_connector
     asked = connector.asked if isinstance(connector, Signals) else 0
     if trainer.world_size > 1:
-        found = torch.tensor(asked, device=trainer.strategy.root_device)
-        asked = int(trainer.strategy.reduce(found, None, "max"))
+        asked = _most(trainer, asked)
     if not asked or not isinstance(connector, Signals):
         return
     connector.asked = asked
@@ -188,8 +198,17 @@ def stop_if_asked(trainer: Trainer, command: str | None = None) -> None:
     if trainer.is_global_zero:
         _say(how)
     connector.agreed = True
+    raise _stopped(trainer, asked)
+
+
+def _most(trainer: Trainer, number: int) -> int:
+    """The largest of all ranks' numbers. Every rank must call."""
+    return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), None, "max"))
+
+
+def _stopped(trainer: Trainer, number: int) -> Stopped:
     environment = trainer._accelerator_connector.cluster_environment
-    raise Stopped(asked, launched=isinstance(environment, LightningEnvironment) and trainer.global_rank > 0)
+    return Stopped(number, launched=isinstance(environment, LightningEnvironment) and trainer.global_rank > 0)
 
 
 def _checkpoint(trainer: Trainer, connector: Signals, command: str | None) -> str:
@@ -406,7 +425,10 @@ class _Watch:
             self._send(f"failed {rank}")
         if self._signals.trainer.state.status != TrainerStatus.INTERRUPTED:
             _say(f"error: rank {rank} {how}: rank {self.rank} ends as well")
-            _thread.interrupt_main(signal.SIGTERM)
+            if signal.getsignal(signal.SIGTERM) == self._signals._note:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # ends a sleep, too
+            else:  # the run has not begun or is over: it may be about to say why it ends
+                _thread.interrupt_main(signal.SIGTERM)
 
     def _send(self, text: str) -> None:
         with self._lock:
@@ -427,7 +449,7 @@ class _Watch:
         if self._first and self.lost is None and now - self._first > DEADLINE_SECONDS:
             _say(f"rank {self.rank} has not come to the end of a step in {DEADLINE_SECONDS:.0f} seconds, and ends at once")
             os._exit(128 + (self._signals.asked or signal.SIGTERM))
-        if self._again and now - self._again_at > _END_SECONDS:
+        if self._again and now - self._again_at > _STUCK_SECONDS:
             _say(f"rank {self.rank} is stuck, and ends at once")
             os._exit(128 + self._again)
         if self.lost is None:

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -121,6 +122,14 @@ def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> It
             if metric not in logged_names(trainer, module) and not _may_log_more(trainer, module, callback, metric):
                 text = f"{name} has a rule on {metric}, which nothing in this run logs"
                 yield ConfigError(text, "trainer.callbacks.rules", _nearest(metric, logged_names(trainer, module)))
+        saves = isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
+        if saves and trainer.world_size > 1:
+            yield ConfigError(
+                f"{name} saves where an exception is raised, and one that a single rank raises would leave the save waiting "
+                "for the others",
+                "trainer.callbacks.save_on_exception" if isinstance(callback, ModelCheckpoint) else "trainer.callbacks",
+                "Leave it out. A run that a signal ends saves by itself",
+            )
         if isinstance(callback, ModelCheckpoint):
             yield from _checkpoint_problems(callback, trainer, module)
         found = monitor_problem(callback, trainer, module, validates)

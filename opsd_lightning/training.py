@@ -24,7 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from opsd_lightning import checkpoint_file, checkpoint_io, checkpoint_record, disk_errors, requeue, run_lock
+from opsd_lightning import checkpoint_file, checkpoint_io, checkpoint_record, disk_errors, early_signals, requeue, run_lock
 from opsd_lightning.checkpoint_record import Configured
 from opsd_lightning.evaluation import EvaluatedModule, Evaluator
 from opsd_lightning.fingerprint import base_record
@@ -187,6 +187,7 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def configure_callbacks(self) -> list[Callback]:
         """Lock the run's folders and prepare its checkpoints. Called by Lightning before every stage, first of all hooks."""
+        early_signals.joins()
         run_lock.attach(self.trainer)
         checkpoint_io.install(self.trainer)
         disk_errors.begin([self.trainer, *self.trainer.loggers])

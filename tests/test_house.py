@@ -19,6 +19,7 @@ LAYERS = [
         "types",
         "files",
         "import_path",
+        "early_signals",
         "bounded",
         "yaml_bounds",
         "texts",

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -109,8 +110,10 @@ class Child:
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
             os.environ.update(environment)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background,
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup
             work()
             code = 0
         except SystemExit as stop:
@@ -177,16 +180,26 @@ def never_stopped(folder: Path, model: str, strategy: str | None = None) -> tupl
 
 def on_two_ranks(folder: Path, arguments: list[str], strategy: str) -> list[Child]:
     """A fit in two processes, as torchrun starts them: each with half of a step's questions."""
-    port, ranks = str(free_port()), []
     settings = ["--data.batch_size=1", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    return two_ranks(folder, partial(main, ["fit", *arguments, *settings]))
+
+
+def two_ranks(folder: Path, work: Callable[[], Any]) -> list[Child]:
+    """Do something in two processes, in the environments of torchrun's ranks."""
+    port, ranks = str(free_port()), []
     for rank in map(str, range(2)):
         environment = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0",
             "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test",
         }  # fmt: skip
-        work = partial(main, ["fit", *arguments, *settings])
         ranks.append(Child(work, folder / f"rank{rank}.log", environment))
     return ranks
+
+
+def wait_until_joined(ranks: list[Child]) -> None:
+    """Wait until the ranks are connected: before, none can know that another was killed."""
+    while "data.train" not in ranks[0].said() and not any(rank.ended(0.01) for rank in ranks):
+        pass
 
 
 def left_by(folder: Path) -> dict[str, Any]:
@@ -196,6 +209,9 @@ def left_by(folder: Path) -> dict[str, Any]:
         last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
         keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
         found |= {f"last {key}": last[key] for key in keys}
+        found |= {
+            f"best by {state['monitor']}": _best(state) for state in last["callbacks"].values() if state.get("monitor")
+        }
     found["adapter"] = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (folder / "record" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -208,6 +224,11 @@ def left_by(folder: Path) -> dict[str, Any]:
         found["rollouts.csv"] = list(csv.reader(file))
     found["page"] = (folder / "report.html").stat().st_size > 10_000
     return found
+
+
+def _best(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint that a callback takes for the best. Where a kill has left its file, it gets another name."""
+    return {"name": re.sub(r"-v\d+$", "", Path(state["best_model_path"]).stem), "score": state["best_model_score"]}
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import Child, configure, differences, fit, left_by, never_stopped, on_two_ranks
+from whole_runs import Child, configure, differences, fit, left_by, never_stopped, on_two_ranks, wait_until_joined
 
 from conftest import Attack
 from opsd_lightning.main import main
@@ -19,7 +19,7 @@ FIT, RANKS, TEST = "kills of a fit", "kills of one of two ranks", "kills of test
 def test_fits_end_as_one_that_was_never_killed(attack: Attack, roomy: str, tmp_path: Path) -> None:
     """Start-up, rollouts, backward passes, checkpoints, validations, the export and the page."""
     expected, seconds = never_stopped(tmp_path / "whole", roomy)
-    left, run = attack.tries(sample=2, whole=60), 0
+    left, run = attack.tries(sample=1, whole=60), 0
     while left:
         folder, times, more, killed = tmp_path / f"run{run}", [], [], True
         run += 1
@@ -82,6 +82,7 @@ def test_ranks_end_as_ranks_that_were_never_killed(attack: Attack, roomy: str, t
             target = attack.random.choice(ranks)
             times.append(attack.random.uniform(0.3, 1.0) * seconds if left else 300.0)
             killed = not target.ended(times[-1])
+            wait_until_joined(ranks)
             target.kill()
             codes = [rank.end(60) for rank in ranks]
             assert killed or codes == [0, 0], f"{times} {codes}\n{ranks[0].said()}"

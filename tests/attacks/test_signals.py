@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from whole_runs import STEPS, configure, differences, fit, left_by, never_stopped, on_two_ranks
+from lightning.pytorch import Callback, LightningModule, Trainer
+from test_distributed import STRATEGIES, parts, trainer
+from whole_runs import STEPS, configure, differences, fit, left_by, never_stopped, on_two_ranks, two_ranks, wait_until_joined
 
 from conftest import Attack
+from opsd_lightning.policy import Policy
+from opsd_lightning.signals import SECOND_SIGNAL_SECONDS
 
 SECONDS = 20  # within which every rank ends, on a machine with other work
 GENTLE = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -29,7 +35,7 @@ def test_one_process_saves_and_says_how_to_go_on(number: signal.Signals, attack:
     """It ends with 128 plus the signal's number, and what it saved is what a run that never stopped had there."""
     if not attack.round and number != signal.SIGTERM:
         pytest.skip("one signal is enough for a sample")
-    expected, folder = never_stopped(tmp_path / "whole", roomy)[0], tmp_path / "run"
+    folder = tmp_path / "run"
     # It has no checkpoint of the step where it is stopped, and saves one.
     arguments = configure(folder, roomy, every=STEPS)
     child = fit(folder, arguments)
@@ -43,9 +49,51 @@ def test_one_process_saves_and_says_how_to_go_on(number: signal.Signals, attack:
     assert "--ckpt_path" in child.said()
     saved = [path.name for path in (folder / "steps").iterdir() if path.name.startswith("last")]
     assert saved == ["last.ckpt"]
-    again = fit(folder, [*arguments, "--ckpt_path", "last"])
-    assert again.end(300) == 0, again.said()
-    assert not differences(expected, left_by(folder))
+    if attack.round:
+        again = fit(folder, [*arguments, "--ckpt_path", "last"])
+        assert again.end(300) == 0, again.said()
+        assert not differences(never_stopped(tmp_path / "whole", roomy)[0], left_by(folder))
+
+
+class Stuck(Callback):
+    """Makes rank 0 wait in its second step, not for another rank."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 0 and batch_idx == 1:
+            self.sign.touch()
+            time.sleep(300)
+
+
+@pytest.mark.parametrize("how", ["killed", "two signals to it", "two signals to the other"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_that_waits_for_nobody_ends_too(
+    strategy: str, how: str, attack: Attack, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    if not attack.round and (strategy, how) != ("ddp", "killed"):
+        pytest.skip("one is enough for a sample")
+    policy, sign = make_policy(), tmp_path / "sign"
+
+    def work() -> None:
+        run = trainer(tmp_path, Stuck(sign), devices=2, strategy=STRATEGIES[strategy](), enable_checkpointing=False)
+        run.fit(*parts(policy, 2))
+
+    ranks = two_ranks(tmp_path, work)
+    while not sign.exists():
+        assert not ranks[0].ended(0.02), ranks[0].said()
+    target = ranks[how == "two signals to the other" or how == "killed"]
+    start = time.monotonic()
+    if how == "killed":
+        target.kill()
+    else:
+        target.send(signal.SIGTERM)
+        time.sleep(SECOND_SIGNAL_SECONDS + 0.5)
+        target.send(signal.SIGTERM)
+    codes = [rank.end(SECONDS) for rank in ranks]
+    attack.tried("signals to one of two ranks")
+    assert 0 not in codes and time.monotonic() - start < SECONDS, codes
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -59,12 +107,14 @@ def test_ranks_end_together(strategy: str, attack: Attack, roomy: str, tmp_path:
         folder, kind = tmp_path / f"run{number}", kinds[number % len(kinds)]
         arguments = configure(folder, roomy)
         ranks = on_two_ranks(folder, arguments, strategy)
-        target, at = attack.random.choice(ranks), attack.random.uniform(0.2, 0.9) * seconds
+        target, at = attack.random.choice(ranks), attack.random.uniform(0.05, 0.9) * seconds
         if not attack.round:
             while not last_step(folder):
                 assert not target.ended(0.02), target.said()
         else:
             target.ended(at)
+            if kind not in GENTLE:
+                wait_until_joined(ranks)
         trains = last_step(folder) > 0
         target.send(kind)
         start = time.monotonic()
@@ -78,6 +128,7 @@ def test_ranks_end_together(strategy: str, attack: Attack, roomy: str, tmp_path:
             assert torch.load(folder / "steps" / "last.ckpt", weights_only=True)["global_step"] >= last_step(folder), case
         if not attack.round:
             return
-        ranks = on_two_ranks(folder, [*arguments, "--ckpt_path", "last"], strategy)
+        more = ["--ckpt_path", "last"] if (folder / "steps" / "last.ckpt").exists() else []
+        ranks = on_two_ranks(folder, arguments + more, strategy)
         assert [rank.end(300) for rank in ranks] == [0, 0], f"{case}\n{ranks[0].said()}{ranks[1].said()}"
         assert not differences(expected, left_by(folder)), case

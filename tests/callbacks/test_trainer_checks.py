@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 
@@ -275,6 +276,16 @@ class LogsItself(EarlyStopping):
 
 def test_a_callback_may_monitor_what_it_logs_itself(policy: Policy) -> None:
     assert settings_of(policy, LogsItself(monitor="val/gap")) == []
+
+
+def test_checkpoints_of_exceptions_on_several_ranks(policy: Policy) -> None:
+    """One rank's exception would leave the save waiting for the others."""
+    callbacks = [ModelCheckpoint(save_on_exception=True), OnExceptionCheckpoint("here")]
+    assert settings_of(policy, *callbacks) == []
+    two, module = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, max_steps=4), OPSDModule(policy)
+    for callback, setting in zip(callbacks, ("trainer.callbacks.save_on_exception", "trainer.callbacks"), strict=True):
+        two.callbacks = [callback]  # type: ignore[attr-defined]
+        assert [problem.setting for problem in trainer_problems(two, module, data_of(policy))] == [setting]
 
 
 def test_runs_without_a_step(policy: Policy) -> None:
