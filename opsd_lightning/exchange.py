@@ -83,29 +83,38 @@ class Exchanger:
             ExchangeError: No whole answer within the limits.
         """
         headers = self._headers if body is None else self._headers | {"Content-Type": "application/json"}
-        self._backend.local.budget = _Budget(deadline, max_bytes, stop)
+        budget = self._backend.local.budget = _Budget(deadline, max_bytes, stop)
         try:
-            with self._pool.stream(
-                method,
-                url,
-                headers=list(headers.items()),
-                content=body,
-                extensions={"timeout": {"connect": self._connect_seconds}},
-            ) as answer:
-                found = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in answer.headers}
-                encoding = found.get("content-encoding", "identity").strip().lower()
-                if encoding != "identity":
-                    raise ExchangeError(f"an answer in Content-Encoding {encoding[:40]!r}, which was not asked for")
-                whole = bytearray()
-                for piece in answer.iter_stream():
-                    whole += piece
-                return Answer(answer.status, found, bytes(whole))
+            while True:
+                try:
+                    return self._exchange(method, url, headers, body)
+                except (httpcore.NetworkError, httpcore.RemoteProtocolError):
+                    # The server closed a connection that was kept, as it may: ask on a new one.
+                    if budget.connected or budget.left < max_bytes:
+                        raise
         except httpcore.TimeoutException as error:
             raise ExchangeError(str(error) or "no connection in time") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
             raise ExchangeError(f"{type(error).__name__}: {error}") from None
         finally:
             self._backend.local.budget = None
+
+    def _exchange(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+        with self._pool.stream(
+            method,
+            url,
+            headers=list(headers.items()),
+            content=body,
+            extensions={"timeout": {"connect": self._connect_seconds}},
+        ) as answer:
+            found = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in answer.headers}
+            encoding = found.get("content-encoding", "identity").strip().lower()
+            if encoding != "identity":
+                raise ExchangeError(f"an answer in Content-Encoding {encoding[:40]!r}, which was not asked for")
+            whole = bytearray()
+            for piece in answer.iter_stream():
+                whole += piece
+            return Answer(answer.status, found, bytes(whole))
 
     def close(self) -> None:
         """Close all connections."""
@@ -117,6 +126,7 @@ class _Budget:
 
     def __init__(self, deadline: float, max_bytes: int, stop: threading.Event | None) -> None:
         self.deadline, self.max_bytes, self.left, self.stop = deadline, max_bytes, max_bytes, stop
+        self.connected = False  # on a connection of its own, and not on one that was kept
 
     def seconds(self, error: type[Exception], limit: float | None = None) -> float:
         """Time left, at most ``limit``.
@@ -155,6 +165,7 @@ class _Backend(httpcore.NetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
         budget: _Budget = self.local.budget
+        budget.connected = True
         end = budget.deadline if timeout is None else min(budget.deadline, time.monotonic() + timeout)
         addresses = _resolve(host, port, end)
         last: Exception = httpcore.ConnectError(f"{host} has no address")

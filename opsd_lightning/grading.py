@@ -6,9 +6,9 @@ runs in processes of its own (``math_pool``): a question that takes too long cou
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -212,11 +212,41 @@ def _each(function: Callable[..., T], calls: Sequence[tuple[Any, ...]], in_turn:
 
     if in_turn or len(calls) < 2:
         return [watched(arguments) for arguments in calls]
-    executor = ThreadPoolExecutor(min(len(calls), math_pool.workers()), thread_name_prefix="grading")
+    return _in_parallel(watched, calls)
+
+
+def _in_parallel(function: Callable[[tuple[Any, ...]], T], calls: Sequence[tuple[Any, ...]]) -> list[T]:
+    """Call a function with each tuple of arguments, in threads that do not keep the interpreter from ending.
+
+    What is under way ends at once where a call raises, or Ctrl-C is pressed.
+    """
+    found: dict[int, T] = {}
+    errors: list[BaseException] = []
+    waiting = iter(range(len(calls)))  # its next() is one step, also with several threads
+
+    def work() -> None:
+        try:
+            for place in waiting:
+                if errors:
+                    return
+                found[place] = function(calls[place])
+        except BaseException as error:
+            errors.append(error)
+
+    count = min(len(calls), math_pool.workers())
+    threads = [threading.Thread(target=work, name="grading", daemon=True) for _ in range(count)]
     try:
-        return list(executor.map(watched, calls))
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)  # where one raises, or Ctrl-C is pressed, the rest is not run
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        errors.append(error)
+        math_pool.shared().end(threads)
+        raise
+    if errors:
+        raise errors[0]
+    return [found[place] for place in range(len(calls))]
 
 
 def _note(problem: Problem, example: str) -> None:

@@ -21,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,6 +59,8 @@ class Pool:
         self._idle: list[_Worker] = []
         self._busy = 0
         self._open: set[socket.socket] = set()
+        self._working: dict[threading.Thread, _Worker] = {}  # by the thread that asks
+        self._stopped: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._starting = threading.Lock()  # guards what follows
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -75,9 +79,12 @@ class Pool:
             TimeoutError: The time is over.
             Ungradable: There is no reply: memory was short, or two workers ended.
         """
-        question = (json.dumps([reference, answer, min(seconds, _LONGEST_SECONDS)]) + "\n").encode()
+        seconds = min(seconds, _LONGEST_SECONDS)
+        question = (json.dumps([reference, answer, seconds]) + "\n").encode()
+        thread = threading.current_thread()
         for _ in range(_MOST_DEATHS):
             worker = self._borrow()
+            self._working[thread] = worker
             started, reply = time.monotonic(), ""
             try:
                 reply = worker.ask(question, seconds + _GRACE_SECONDS)
@@ -85,12 +92,22 @@ class Pool:
                 if time.monotonic() - started >= seconds:
                     raise TimeoutError from None
             finally:  # also where a signal interrupts the wait
+                del self._working[thread]
                 self._give_back(worker, alive=reply in ("equal", "different"))
+            if thread in self._stopped:
+                raise Ungradable("it was stopped")
             if reply == "memory":
                 raise Ungradable("it needs more memory than a worker may take")
             if reply:
                 return reply == "equal", time.monotonic() - started
         raise Ungradable(f"it ended {_MOST_DEATHS} workers")
+
+    def end(self, threads: Collection[threading.Thread]) -> None:
+        """End the questions that threads ask. They raise `Ungradable` at once; so do their later ones."""
+        for thread in threads:
+            self._stopped.add(thread)
+            if (worker := self._working.get(thread)) is not None:
+                self._end(worker)
 
     def _borrow(self) -> _Worker:
         with self._changed:
@@ -123,10 +140,13 @@ class Pool:
 
     def _drop(self, worker: _Worker) -> None:
         """End a worker. Closing its socket is not enough where it is stopped, or another process has the socket, too."""
+        self._end(worker)
+        self._close(worker.socket)
+
+    def _end(self, worker: _Worker) -> None:
         with self._starting, suppress(OSError):
             if self._control is not None and worker.control is self._control:
                 self._control.sendall(_REQUEST.pack(b"k", worker.pid))
-        self._close(worker.socket)
 
     def _fork(self) -> _Worker:
         for _ in range(2):
@@ -264,7 +284,9 @@ def _line(connection: socket.socket) -> str:
 
 
 def _no_start() -> RuntimeError:
-    return RuntimeError("the math-verify process did not start: is `pip install math-verify` complete?")
+    return RuntimeError(
+        "the math-verify process did not start, or was killed (out of memory?): is `pip install math-verify` complete?"
+    )
 
 
 _pool = Pool()

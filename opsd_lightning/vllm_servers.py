@@ -50,6 +50,8 @@ _REMEDIES = [
     ("target modules", "leave that module out of model.policy.lora.target_modules"),
     ("context length", "start the servers with a larger --max-model-len, or lower max_new_tokens"),
     ("out of vocabulary", "start the servers with the model of model.policy.model"),
+    ("CERTIFICATE_VERIFY_FAILED", "name your certificate authority's file in the environment variable SSL_CERT_FILE"),
+    ("WRONG_VERSION_NUMBER", "write http:// for servers without TLS"),
     ("nauthorized", "give the servers' --api-key in the variable that model.rollouts.init_args.api_key_env names"),
 ]
 
