@@ -283,6 +283,10 @@ class _Watch:
         self._thread: threading.Thread | None = None
         _watches.append(self)
 
+    @property
+    def asked(self) -> int:
+        return self._signals.asked
+
     # -- connections -------------------------------------------------------------------------------------------------------
 
     def connect(self, trainer: Trainer) -> None:
@@ -471,6 +475,11 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def asked() -> int:
+    """Return the number of the signal that asked a run of this process to stop, 0 for none."""
+    return next((watch.asked for watch in list(_watches) if watch.asked), 0)
 
 
 def _say(text: str) -> None:

@@ -382,7 +382,7 @@ class _Ahead:
     def __init__(self, asked: _Asked, task: Callable[..., Rollouts], adapter: Adapter | None) -> None:
         self.asked, self.adapter = asked, adapter
         self.found: Rollouts | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.cancelled = threading.Event()
         self.thread = threading.Thread(target=self._run, args=(task,), name="opsd-ahead", daemon=True)
         self.thread.start()
@@ -390,7 +390,7 @@ class _Ahead:
     def _run(self, task: Callable[..., Rollouts]) -> None:
         try:
             self.found = task(self.cancelled)
-        except Exception as error:
+        except BaseException as error:  # also a stop, which ends the run where the rollout is wanted
             self.error = error
 
     def result(self) -> Rollouts:

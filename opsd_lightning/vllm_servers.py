@@ -26,6 +26,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from opsd_lightning.exchange import Answer, ExchangeError, Exchanger
 from opsd_lightning.redaction import HIDDEN, redact_text
+from opsd_lightning.signals import Stopped, asked
 from opsd_lightning.types import ConfigError
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ _ASKING_SECONDS, _LOADING_SECONDS, _CLOSING_SECONDS = 10.0, 120.0, 5.0
 # The most bytes of an answer: of any, of one that lists models, and what each token and each token of the prompt adds.
 _ANSWER_BYTES, _LIST_BYTES, _TOKEN_BYTES, _PROMPT_TOKEN_BYTES = 2**16, 2**22, 2048, 32
 _MOST_FOREIGN_ADAPTERS = 64  # of dead runs, that are unloaded at one time
+
+#: Seconds without any answer, after a signal asked a run to stop, until it ends within its step.
+PATIENCE_SECONDS = 30.0
 
 # What a server's refusal means to who started it: a part of its message, and what to do.
 _REMEDIES = [
@@ -372,6 +376,7 @@ class ServerPool:
 
         Raises:
             ConfigError: No server is left.
+            Stopped: A signal asked the run to stop, and no server answers.
         """
         run: _Run[T] = _Run(len(bodies), stop or threading.Event(), self.alive)
         while run.left:  # again where a server was given up, with all others, and is back
@@ -389,10 +394,12 @@ class ServerPool:
             try:
                 for thread in threads:
                     thread.start()
+                patience = _Patience()
                 for thread in threads:
                     while thread.is_alive():
                         thread.join(1.0)
                         self._tell()
+                        patience.check(run.left)
             except BaseException:  # interrupted: what waits is not sent any more, and what is under way ends
                 run.stop.set()
                 for thread in threads:
@@ -494,6 +501,25 @@ class ServerPool:
     def said(self, text: object) -> str:
         """Words of a server, as messages repeat them."""
         return said(text, self._key)
+
+
+class _Patience:
+    """Ends the wait for servers that answer nothing any more where a signal asked the run to stop."""
+
+    def __init__(self) -> None:
+        self._left, self._since = -1, 0.0
+
+    def check(self, left: int) -> None:
+        """Raise after `PATIENCE_SECONDS` without an answer since the signal.
+
+        Raises:
+            Stopped: Without a checkpoint: the step is not complete.
+        """
+        number = asked()
+        if not number or left != self._left:
+            self._left, self._since = left, time.monotonic()
+        elif time.monotonic() - self._since >= PATIENCE_SECONDS:
+            raise Stopped(number)
 
 
 class _Run(Generic[T]):

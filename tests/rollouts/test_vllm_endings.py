@@ -22,6 +22,7 @@ from test_training import parts, trainer
 from vllm_protocol import ProtocolServer, hang
 
 from conftest import PROMPTS, perturb
+from opsd_lightning import vllm_servers
 from opsd_lightning.policy import Policy
 from opsd_lightning.rollouts import Sampling
 from opsd_lightning.types import ConfigError
@@ -99,9 +100,11 @@ def test_a_signal_leaves_no_adapter(
     server: ProtocolServer,
     engine: Callable[..., VLLMServerEngine],
     make_policy: Callable[..., Policy],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """SIGTERM between steps, as Lightning takes it; SIGINT in the middle of a rollout that hangs."""
+    """SIGTERM between steps; SIGINT in the middle of a rollout that hangs."""
+    monkeypatch.setattr(vllm_servers, "PATIENCE_SECONDS", 1.0)
     policy = make_policy()
 
     def fit() -> None:
