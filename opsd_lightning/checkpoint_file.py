@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import stat
-import sys
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
+from opsd_lightning.checkpoint_settings import check_settings, walk
 from opsd_lightning.policy import STUDENT, TEACHER, Policy
 from opsd_lightning.types import ConfigError, UserError
 
@@ -45,10 +46,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _MOMENTS = {"exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum"}
 #: What the loops of Lightning count.
 _COUNTS = {"ready", "started", "processed", "completed", "total_ready", "total_completed"}
-#: Settings that name a class or a function to call.
-_CALLED = ("class_path", "optimizer", "lr_scheduler")
-#: Packages whose classes the settings of a checkpoint may name; others must have been imported before.
-_KNOWN = ("opsd_lightning", "torch.optim", "lightning.pytorch", "transformers", "bitsandbytes.optim")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -123,24 +120,34 @@ def load_file(path: str | Path, lightning: bool = True, weights: dict[str, Tenso
 
 
 @contextmanager
-def open_checked(path: Any, keys: Sequence[str], given: Mapping[str, Any]) -> Iterator[IO[bytes]]:
+def open_checked(path: Any, kind: type, keys: Sequence[str], given: Mapping[str, Any]) -> Iterator[IO[bytes]]:
     """Open a checkpoint's file to build a module or data module from, once it and the settings in it are checked.
 
     Args:
         path: A path, as a user gave it.
+        kind: The class of the module or data module.
         keys: Entries with the settings.
         given: Settings that the caller gives in their place.
 
     Raises:
-        ConfigError: As for `check_file` and `check_settings`.
+        ConfigError: As for `check_file` and `check_settings`, or what is built inside cannot be built of these settings.
     """
     found = _read(path, mmap=True)
     _check_contents(found, path)
     for key in keys:
-        check_settings(found.get(key, {}), given)
+        check_settings(found.get(key, {}), given, kind)
     del found
     with open(path, "rb") as file:
-        yield file
+        try:
+            yield file
+        except (UserError, MisconfigurationException, torch.OutOfMemoryError):
+            raise
+        except (ArgumentError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError,
+                TypeError, ValueError) as error:  # fmt: skip
+            words = " ".join(str(error).split())[:200]
+            problem = f"no {kind.__name__} can be built of the settings in {path} ({type(error).__name__}: {words})"
+            fix = "Give a checkpoint of a command-line run, or the parts as arguments"
+            raise ConfigError(problem, "checkpoint_path", fix) from error
 
 
 @contextmanager
@@ -200,56 +207,6 @@ def check_no_hparams(path: Any) -> None:
     """
     if path is not None:
         raise ConfigError("settings are not read from another file", "hparams_file", "Give them as arguments")
-
-
-def check_settings(settings: Any, given: Container[str] = ()) -> None:
-    """Refuse settings in a checkpoint that would import modules or run code of a model's repository.
-
-    Args:
-        settings: Its hyperparameters.
-        given: Those that the caller gives in their place.
-
-    Raises:
-        ConfigError: With what they ask for.
-    """
-    if not isinstance(settings, Mapping):
-        raise ConfigError("the checkpoint's settings are no mapping", "checkpoint_path", _FIX)
-    for name, value in _walk({key: value for key, value in settings.items() if key not in given}):
-        if name == "trust_remote_code" and value not in (False, None):
-            raise ConfigError(
-                "the checkpoint's own settings ask to run code that a model's repository brings (trust_remote_code)",
-                "checkpoint_path",
-                "Give policy=Policy(...) with what you trust",
-            )
-        if name in _CALLED and isinstance(value, str) and not _is_known_class(value):
-            raise ConfigError(
-                f"the checkpoint's own settings name {value!r}, which is no class of this package, of torch.optim or of a "
-                "module that is imported",
-                "checkpoint_path",
-                "Import its module first if you trust it, or give the part as an argument",
-            )
-
-
-def _walk(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    if depth > 32:
-        raise ConfigError("the checkpoint's settings are nested too deeply", "checkpoint_path", _FIX)
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield str(key), part
-            yield from _walk(part, depth + 1)
-    elif isinstance(value, (list, tuple, set)):
-        for part in value:
-            yield from _walk(part, depth + 1)
-
-
-def _is_known_class(path: str) -> bool:
-    """Tell whether a name is a class that is known or imported. Nothing is imported for it."""
-    module, _, name = path.rpartition(".")
-    if not module:
-        return name.isidentifier()  # jsonargparse looks it up among imported subclasses
-    if any(path.startswith(f"{known}.") for known in _KNOWN):
-        return all(part.isidentifier() for part in path.split("."))
-    return isinstance(getattr(sys.modules.get(module), name, None), type)
 
 
 def _read(path: Any, mmap: bool = False) -> Any:
@@ -315,7 +272,7 @@ def _check_contents(found: Any, path: Any) -> None:
     for name, value in found["state_dict"].items():
         if not isinstance(name, str) or not _is_plain(value):
             raise refuse(f"{name!r} in its state_dict is no plain tensor")
-    for name, value in _walk(found.get("loops", {})):
+    for name, value in walk(found.get("loops", {})):
         if name in _COUNTS and not (type(value) is int and 0 <= value < 2**62):
             raise refuse(f"its loops count {value!r}")
     for state in found.get("optimizer_states", []):
