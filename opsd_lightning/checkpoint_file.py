@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from opsd_lightning.checkpoint_settings import check_settings, walk
+from opsd_lightning.checkpoint_values import plain_values
 from opsd_lightning.policy import STUDENT, TEACHER, Policy
 from opsd_lightning.types import ConfigError, UserError
 
@@ -96,6 +98,61 @@ def check_file(path: str | Path) -> None:
     _check_contents(_read(path, mmap=True), path)
 
 
+def check_written(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint that was just written can be loaded again. Its tensors are not read.
+
+    Args:
+        path: Its file.
+        checkpoint: What was written.
+
+    Raises:
+        ConfigError: It holds objects that a safe load refuses. The callback that they are of is named.
+    """
+    if (kind := _unloadable(path)) is not None:
+        raise unwritable(checkpoint, kind)
+
+
+def unwritable(checkpoint: Mapping[str, Any], kind: str) -> ConfigError:
+    """The error for state that no checkpoint can hold.
+
+    Args:
+        checkpoint: The state of everything.
+        kind: The class that cannot be loaded again, or the error.
+    """
+    parts = {f"the state of the callback {name}": state for name, state in checkpoint.get("callbacks", {}).items()}
+    parts |= {f"its {name}": value for name, value in checkpoint.items() if name not in ("callbacks", "state_dict")}
+    where = next((name for name, value in parts.items() if not _is_loadable(value)), "it")
+    return ConfigError(
+        f"the checkpoint could not be loaded again: {where} holds objects other than tensors and plain values ({kind}). "
+        "Earlier checkpoints are whole",
+        "trainer.callbacks",
+        "Save plain values, or allow classes that you trust with torch.serialization.add_safe_globals",
+    )
+
+
+def _is_loadable(value: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+    except Exception:  # pickle's errors are of many kinds
+        return False
+    file.seek(0)
+    return _unloadable(file) is None
+
+
+def _unloadable(file: Path | IO[bytes]) -> str | None:
+    """The class or error that a safe load stops at, if it does."""
+    try:
+        with warnings.catch_warnings(), plain_values() as finished:
+            warnings.simplefilter("ignore")
+            finished(torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path)))
+    except (OSError, MemoryError, RuntimeError) as error:  # of the system; the file itself is as it was written
+        return "it is nested too deeply" if isinstance(error, RecursionError) else None
+    except Exception as error:  # each part of the format fails in its own way
+        return _refused_class(error) or f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
 def load_file(path: str | Path, lightning: bool = True, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Load a checkpoint's file onto the CPU, without running any code that it holds.
 
@@ -139,7 +196,8 @@ def open_checked(path: Any, kind: type, keys: Sequence[str], given: Mapping[str,
     del found
     with open(path, "rb") as file:
         try:
-            yield file
+            with plain_values():
+                yield file
         except (UserError, MisconfigurationException, torch.OutOfMemoryError):
             raise
         except (ArgumentError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError,
@@ -215,9 +273,9 @@ def _read(path: Any, mmap: bool = False) -> Any:
         raise ConfigError(f"{path} is a folder, and no checkpoint's file", "ckpt_path", _FIX)
     _check_archive(found)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_values() as finished:
             warnings.simplefilter("ignore")  # of other protocols, which are then refused
-            return torch.load(found, map_location="cpu", weights_only=True, mmap=mmap)
+            return finished(torch.load(found, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # each part of the format fails in its own way
         if (kind := _refused_class(error)) is not None:
             problem = f"{path} holds objects other than tensors and plain values, and is not loaded ({kind})"

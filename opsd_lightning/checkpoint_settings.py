@@ -169,9 +169,8 @@ def _parts(hint: Any) -> Iterator[Any]:
             yield from _parts(part)
     elif origin is not None and (origin is type or "Callable" in str(origin)):
         yield hint
-    elif isinstance(hint, type) and not issubclass(hint, (*_PLAIN, list, tuple, set, dict, bytes)) and hint is not object:
-        if hint.__module__ != "collections.abc":
-            yield hint
+    elif isinstance(hint, type) and not issubclass(hint, (*_PLAIN, list, tuple, set, dict, bytes)):
+        yield from [hint] if hint is not object and hint.__module__ != "collections.abc" else []
 
 
 def _is_collection(text: str) -> bool:
