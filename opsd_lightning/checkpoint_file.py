@@ -239,22 +239,27 @@ def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
 def check_callbacks(checkpoint: Mapping[str, Any]) -> None:
     """Refuse names of earlier checkpoints that lead out of their folder: Lightning removes files by them.
 
+    Remote names, of a run that wrote elsewhere, are taken out: nothing is loaded or removed there.
+
     Args:
         checkpoint: As loaded.
 
     Raises:
-        ConfigError: A name of a `ModelCheckpoint` is remote, or has ``..`` below a folder.
+        ConfigError: A name of a `ModelCheckpoint` has ``..`` below a folder, or is no name.
     """
     for state in checkpoint.get("callbacks", {}).values():
-        if not isinstance(state, Mapping) or "best_model_path" not in state:
+        if not isinstance(state, dict) or "best_model_path" not in state:
             continue
         best = state.get("best_k_models", {})
-        names = [state.get(key, "") for key in ("best_model_path", "kth_best_model_path", "last_model_path")]
-        for name in [*names, *(best if isinstance(best, Mapping) else [best])]:
+        keys = [key for key in ("best_model_path", "kth_best_model_path", "last_model_path") if key in state]
+        for name in [*(state[key] for key in keys), *(best if isinstance(best, Mapping) else [best])]:
             parts = Path(name).parts if isinstance(name, str) else ("", "..")
             leaves = ".." in [part for place, part in enumerate(parts) if set(parts[:place]) - {".."}]
-            if leaves or _SCHEME.match(name) or "\0" in name:
+            if leaves or "\0" in name:
                 raise ConfigError(f"the checkpoint names {name!r} as one of its run's", "ckpt_path", "Do not use it")
+        state |= {key: "" for key in keys if _SCHEME.match(state[key])}
+        if best:
+            state["best_k_models"] = {name: score for name, score in best.items() if not _SCHEME.match(name)}
 
 
 def check_no_hparams(path: Any) -> None:

@@ -210,7 +210,6 @@ def wrong_contents(good: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "steps below 0": changed(good, "global_step", value=-1),
         "a name outside": changed(good, "callbacks", keep, "best_model_path", value="/tmp/run/../../home"),
         "names outside": changed(good, "callbacks", keep, "best_k_models", value={"a/../../b": torch.tensor(1.0)}),
-        "a remote name": changed(good, "callbacks", keep, "last_model_path", value="s3://bucket/x"),
         "a name of another type": changed(good, "callbacks", keep, "kth_best_model_path", value=5),
     }
     return found
@@ -363,6 +362,10 @@ def test_settings_in_a_checkpoint_run_nothing(attack: Attack, good_file: Path, t
     plain |= {"prompts": {"student_template": "a: {question}\nb: c"}, "grader": {"answer_pattern": "[(](.*)[)]"}}
     torch.save(good | {"hyper_parameters": plain}, tmp_path / "honest.ckpt")
     assert OPSDModule.load_from_checkpoint(tmp_path / "honest.ckpt").policy.model == base
+    for broken in ({}, {"policy": plain["policy"]}, plain | {"seed": "x"}, plain | {"sampling": 3}, {"_instantiator": 5}):
+        torch.save(good | {"hyper_parameters": broken}, tmp_path / "broken.ckpt")
+        with pytest.raises(ConfigError):
+            OPSDModule.load_from_checkpoint(tmp_path / "broken.ckpt")
     sys.path.insert(0, str(tmp_path))
     cases: list[dict[str, Any]] = [
         {"optimizer": {"class_path": "evil.Evil"}}, {"optimizer": "evil.call"}, {"lr_scheduler": "evil.call"},
@@ -408,7 +411,7 @@ def test_settings_in_a_checkpoint_run_nothing(attack: Attack, good_file: Path, t
             ]
             for kind, entries in ways if attack.round else [ways[place % 3]]:
                 torch.save(good | entries, tmp_path / "hostile.ckpt")
-                with pytest.raises((UserError, ValueError)):
+                with pytest.raises(UserError):
                     kind.load_from_checkpoint(tmp_path / "hostile.ckpt")
                 assert not marker.exists() and "evil" not in sys.modules, case
         for value in ("evil.Evil", json.dumps(part), str(texts["part"]), part):

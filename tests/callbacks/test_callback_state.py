@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from opsd_lightning.checkpoint_file import load_file
+from opsd_lightning.checkpoint_file import check_callbacks, load_file
 from opsd_lightning.checkpoint_io import WholeCheckpointIO
 from opsd_lightning.types import ConfigError
 
@@ -89,3 +89,14 @@ def test_classes_of_plain_values_are_not_called_with_others(state: Any, tmp_path
     torch.save(checkpoint(state), tmp_path / "x.ckpt")
     with pytest.raises(ConfigError):
         load_file(tmp_path / "x.ckpt")
+
+
+def test_remote_names_of_a_downloaded_checkpoint_are_taken_out() -> None:
+    score = torch.tensor(1.0)
+    state: dict[str, Any] = {
+        "best_model_path": "memory://bucket/a.ckpt", "kth_best_model_path": "/run/b.ckpt", "last_model_path": "s3://x/c.ckpt",
+        "best_k_models": {"memory://bucket/a.ckpt": score, "/run/b.ckpt": score}, "dirpath": "memory://bucket",
+    }  # fmt: skip
+    check_callbacks({"callbacks": {"ModelCheckpoint": state}})
+    assert state["best_model_path"] == state["last_model_path"] == "" and list(state["best_k_models"]) == ["/run/b.ckpt"]
+    assert state["kth_best_model_path"] == "/run/b.ckpt"
