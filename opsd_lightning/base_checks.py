@@ -21,6 +21,9 @@ from opsd_lightning.types import ConfigError
 _LIMITS = {"num_hidden_layers": 2**11, "hidden_size": 2**18, "intermediate_size": 2**20, "vocab_size": 2**24}
 _LIMITS |= {"num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14, "num_local_experts": 2**14}
 
+#: Layers of bitsandbytes, and what their weights are.
+_QUANTIZED = {"Linear4bit": "Params4bit", "Linear8bitLt": "Int8Params"}
+
 
 def check_folder(folder: Path, setting: str) -> None:
     """Refuse a model's folder that leads elsewhere: to another base model, or to weights outside of it.
@@ -79,6 +82,14 @@ def check_tensors(base: PreTrainedModel, info: Mapping[str, Any], setting: str) 
         ConfigError: Tensors are missing or of another shape, or belong to layers that have no such tensor.
     """
     name = type(base).__name__
+    for module in base.modules():
+        kind = _QUANTIZED.get(type(module).__name__)
+        if kind is not None and type(module.weight).__name__ != kind:
+            raise ConfigError(
+                "its config.json asks for quantization by bitsandbytes, and its weights are not quantized",
+                setting,
+                "Remove quantization_config from config.json, and set quantization where you want it",
+            )
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if absent:
         raise ConfigError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
-import sys
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
+from opsd_lightning.checkpoint_settings import check_settings, walk
+from opsd_lightning.checkpoint_values import plain_values
 from opsd_lightning.policy import STUDENT, TEACHER, Policy
 from opsd_lightning.types import ConfigError, UserError
 
@@ -45,10 +48,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _MOMENTS = {"exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum"}
 #: What the loops of Lightning count.
 _COUNTS = {"ready", "started", "processed", "completed", "total_ready", "total_completed"}
-#: Settings that name a class or a function to call.
-_CALLED = ("class_path", "optimizer", "lr_scheduler")
-#: Packages whose classes the settings of a checkpoint may name; others must have been imported before.
-_KNOWN = ("opsd_lightning", "torch.optim", "lightning.pytorch", "transformers", "bitsandbytes.optim")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -99,6 +98,61 @@ def check_file(path: str | Path) -> None:
     _check_contents(_read(path, mmap=True), path)
 
 
+def check_written(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint that was just written can be loaded again. Its tensors are not read.
+
+    Args:
+        path: Its file.
+        checkpoint: What was written.
+
+    Raises:
+        ConfigError: It holds objects that a safe load refuses. The callback that they are of is named.
+    """
+    if (kind := _unloadable(path)) is not None:
+        raise unwritable(checkpoint, kind)
+
+
+def unwritable(checkpoint: Mapping[str, Any], kind: str) -> ConfigError:
+    """The error for state that no checkpoint can hold.
+
+    Args:
+        checkpoint: The state of everything.
+        kind: The class that cannot be loaded again, or the error.
+    """
+    parts = {f"the state of the callback {name}": state for name, state in checkpoint.get("callbacks", {}).items()}
+    parts |= {f"its {name}": value for name, value in checkpoint.items() if name not in ("callbacks", "state_dict")}
+    where = next((name for name, value in parts.items() if not _is_loadable(value)), "it")
+    return ConfigError(
+        f"the checkpoint could not be loaded again: {where} holds objects other than tensors and plain values ({kind}). "
+        "Earlier checkpoints are whole",
+        "trainer.callbacks",
+        "Save plain values, or allow classes that you trust with torch.serialization.add_safe_globals",
+    )
+
+
+def _is_loadable(value: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+    except Exception:  # pickle's errors are of many kinds
+        return False
+    file.seek(0)
+    return _unloadable(file) is None
+
+
+def _unloadable(file: Path | IO[bytes]) -> str | None:
+    """The class or error that a safe load stops at, if it does."""
+    try:
+        with warnings.catch_warnings(), plain_values() as finished:
+            warnings.simplefilter("ignore")
+            finished(torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path)))
+    except (OSError, MemoryError, RuntimeError) as error:  # of the system; the file itself is as it was written
+        return "it is nested too deeply" if isinstance(error, RecursionError) else None
+    except Exception as error:  # each part of the format fails in its own way
+        return _refused_class(error) or f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
 def load_file(path: str | Path, lightning: bool = True, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Load a checkpoint's file onto the CPU, without running any code that it holds.
 
@@ -123,24 +177,35 @@ def load_file(path: str | Path, lightning: bool = True, weights: dict[str, Tenso
 
 
 @contextmanager
-def open_checked(path: Any, keys: Sequence[str], given: Mapping[str, Any]) -> Iterator[IO[bytes]]:
+def open_checked(path: Any, kind: type, keys: Sequence[str], given: Mapping[str, Any]) -> Iterator[IO[bytes]]:
     """Open a checkpoint's file to build a module or data module from, once it and the settings in it are checked.
 
     Args:
         path: A path, as a user gave it.
+        kind: The class of the module or data module.
         keys: Entries with the settings.
         given: Settings that the caller gives in their place.
 
     Raises:
-        ConfigError: As for `check_file` and `check_settings`.
+        ConfigError: As for `check_file` and `check_settings`, or what is built inside cannot be built of these settings.
     """
     found = _read(path, mmap=True)
     _check_contents(found, path)
     for key in keys:
-        check_settings(found.get(key, {}), given)
+        check_settings(found.get(key, {}), given, kind)
     del found
     with open(path, "rb") as file:
-        yield file
+        try:
+            with plain_values():
+                yield file
+        except (UserError, MisconfigurationException, torch.OutOfMemoryError):
+            raise
+        except (ArgumentError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError,
+                TypeError, ValueError) as error:  # fmt: skip
+            words = " ".join(str(error).split())[:200]
+            problem = f"no {kind.__name__} can be built of the settings in {path} ({type(error).__name__}: {words})"
+            fix = "Give a checkpoint of a command-line run, or the parts as arguments"
+            raise ConfigError(problem, "checkpoint_path", fix) from error
 
 
 @contextmanager
@@ -174,22 +239,27 @@ def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
 def check_callbacks(checkpoint: Mapping[str, Any]) -> None:
     """Refuse names of earlier checkpoints that lead out of their folder: Lightning removes files by them.
 
+    Remote names, of a run that wrote elsewhere, are taken out: nothing is loaded or removed there.
+
     Args:
         checkpoint: As loaded.
 
     Raises:
-        ConfigError: A name of a `ModelCheckpoint` is remote, or has ``..`` below a folder.
+        ConfigError: A name of a `ModelCheckpoint` has ``..`` below a folder, or is no name.
     """
     for state in checkpoint.get("callbacks", {}).values():
-        if not isinstance(state, Mapping) or "best_model_path" not in state:
+        if not isinstance(state, dict) or "best_model_path" not in state:
             continue
         best = state.get("best_k_models", {})
-        names = [state.get(key, "") for key in ("best_model_path", "kth_best_model_path", "last_model_path")]
-        for name in [*names, *(best if isinstance(best, Mapping) else [best])]:
+        keys = [key for key in ("best_model_path", "kth_best_model_path", "last_model_path") if key in state]
+        for name in [*(state[key] for key in keys), *(best if isinstance(best, Mapping) else [best])]:
             parts = Path(name).parts if isinstance(name, str) else ("", "..")
             leaves = ".." in [part for place, part in enumerate(parts) if set(parts[:place]) - {".."}]
-            if leaves or _SCHEME.match(name) or "\0" in name:
+            if leaves or "\0" in name:
                 raise ConfigError(f"the checkpoint names {name!r} as one of its run's", "ckpt_path", "Do not use it")
+        state |= {key: "" for key in keys if _SCHEME.match(state[key])}
+        if best:
+            state["best_k_models"] = {name: score for name, score in best.items() if not _SCHEME.match(name)}
 
 
 def check_no_hparams(path: Any) -> None:
@@ -202,65 +272,15 @@ def check_no_hparams(path: Any) -> None:
         raise ConfigError("settings are not read from another file", "hparams_file", "Give them as arguments")
 
 
-def check_settings(settings: Any, given: Container[str] = ()) -> None:
-    """Refuse settings in a checkpoint that would import modules or run code of a model's repository.
-
-    Args:
-        settings: Its hyperparameters.
-        given: Those that the caller gives in their place.
-
-    Raises:
-        ConfigError: With what they ask for.
-    """
-    if not isinstance(settings, Mapping):
-        raise ConfigError("the checkpoint's settings are no mapping", "checkpoint_path", _FIX)
-    for name, value in _walk({key: value for key, value in settings.items() if key not in given}):
-        if name == "trust_remote_code" and value not in (False, None):
-            raise ConfigError(
-                "the checkpoint's own settings ask to run code that a model's repository brings (trust_remote_code)",
-                "checkpoint_path",
-                "Give policy=Policy(...) with what you trust",
-            )
-        if name in _CALLED and isinstance(value, str) and not _is_known_class(value):
-            raise ConfigError(
-                f"the checkpoint's own settings name {value!r}, which is no class of this package, of torch.optim or of a "
-                "module that is imported",
-                "checkpoint_path",
-                "Import its module first if you trust it, or give the part as an argument",
-            )
-
-
-def _walk(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    if depth > 32:
-        raise ConfigError("the checkpoint's settings are nested too deeply", "checkpoint_path", _FIX)
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield str(key), part
-            yield from _walk(part, depth + 1)
-    elif isinstance(value, (list, tuple, set)):
-        for part in value:
-            yield from _walk(part, depth + 1)
-
-
-def _is_known_class(path: str) -> bool:
-    """Tell whether a name is a class that is known or imported. Nothing is imported for it."""
-    module, _, name = path.rpartition(".")
-    if not module:
-        return name.isidentifier()  # jsonargparse looks it up among imported subclasses
-    if any(path.startswith(f"{known}.") for known in _KNOWN):
-        return all(part.isidentifier() for part in path.split("."))
-    return isinstance(getattr(sys.modules.get(module), name, None), type)
-
-
 def _read(path: Any, mmap: bool = False) -> Any:
     found = local_path(path)
     if found.is_dir():
         raise ConfigError(f"{path} is a folder, and no checkpoint's file", "ckpt_path", _FIX)
     _check_archive(found)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_values() as finished:
             warnings.simplefilter("ignore")  # of other protocols, which are then refused
-            return torch.load(found, map_location="cpu", weights_only=True, mmap=mmap)
+            return finished(torch.load(found, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # each part of the format fails in its own way
         if (kind := _refused_class(error)) is not None:
             problem = f"{path} holds objects other than tensors and plain values, and is not loaded ({kind})"
@@ -315,7 +335,7 @@ def _check_contents(found: Any, path: Any) -> None:
     for name, value in found["state_dict"].items():
         if not isinstance(name, str) or not _is_plain(value):
             raise refuse(f"{name!r} in its state_dict is no plain tensor")
-    for name, value in _walk(found.get("loops", {})):
+    for name, value in walk(found.get("loops", {})):
         if name in _COUNTS and not (type(value) is int and 0 <= value < 2**62):
             raise refuse(f"its loops count {value!r}")
     for state in found.get("optimizer_states", []):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -20,7 +21,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchC
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opsd_lightning.checkpoint_file import is_remote, load_file
+from opsd_lightning.checkpoint_file import check_written, is_remote, load_file, unwritable
 from opsd_lightning.files import sync
 from opsd_lightning.shards import is_part, is_shards
 from opsd_lightning.types import ConfigError
@@ -45,8 +46,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         with replacing(target) as temporary, open(temporary, "xb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except (PicklingError, AttributeError, TypeError) as error:
+                raise unwritable(checkpoint, str(error)[:200]) from error
             file.flush()
+            if target.name != _OF_SPAWNED:
+                check_written(temporary, checkpoint)
             os.fsync(file.fileno())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

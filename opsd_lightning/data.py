@@ -99,7 +99,7 @@ class OPSDDataModule(LightningDataModule):
         """Build a data module from a checkpoint's file, as `PolicyModule.load_from_checkpoint` does a module."""
         check_weights_only(weights_only)
         check_no_hparams(hparams_file)
-        with open_checked(checkpoint_path, (cls.CHECKPOINT_HYPER_PARAMS_KEY,), settings) as file:
+        with open_checked(checkpoint_path, cls, (cls.CHECKPOINT_HYPER_PARAMS_KEY,), settings) as file:
             return super().load_from_checkpoint(file, map_location, None, True, **settings)
 
     def setup(self, stage: str) -> None:

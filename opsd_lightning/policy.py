@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from opsd_lightning.adapter_checks import check_adapter_config
 from opsd_lightning.base_checks import (
     check_adapted,
     check_config,
@@ -365,6 +366,7 @@ class Policy:
             )
         config.inference_mode = False
         try:
+            check_adapter_config(config, weights, base)
             model = _as_peft(get_peft_model(base, config))
             result: Any = set_peft_model_state_dict(model, weights)
             # A parameter that tied layers share is in the file once, and missing under its other names.
@@ -374,7 +376,7 @@ class Policy:
             wrong = list(result.unexpected_keys) + missing
             if wrong:
                 raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # settings of any type
             raise UserError(

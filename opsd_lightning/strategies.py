@@ -34,7 +34,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opsd_lightning.checkpoint_file import check_finite, is_remote, load_file, local_path, restoring
+from opsd_lightning.checkpoint_file import check_finite, check_written, is_remote, load_file, local_path, restoring
 from opsd_lightning.checkpoint_io import check_weights_only, explained, recover, replacing, temporary_name
 from opsd_lightning.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.precision import precision_problem
@@ -203,6 +203,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 write_shards(state, temporary_name(path))
                 if self.is_global_zero:
                     write_rest(checkpoint, temporary_name(path))
+                    check_written(temporary_name(path) / META, checkpoint)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         check_weights_only(weights_only)

@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_warn
 
+from opsd_lightning.checkpoint_file import is_remote
 from opsd_lightning.data import OPSDDataModule
 from opsd_lightning.evaluation import EvaluatedModule
 from opsd_lightning.metric_directions import better
@@ -230,6 +231,12 @@ def _validates(trainer: Trainer, data: Any) -> bool:
 
 def _checkpoint_problems(callback: ModelCheckpoint, trainer: Trainer, module: EvaluatedModule) -> Iterator[ConfigError]:
     every, updates = int(callback._every_n_train_steps or 0), int(getattr(module, "updates_per_batch", 1))
+    if is_remote(folder := callback.dirpath or trainer.default_root_dir):
+        yield ConfigError(
+            f"checkpoints are written to {folder}, and no command loads a checkpoint from a remote folder",
+            "trainer.callbacks.dirpath" if callback.dirpath else "trainer.default_root_dir",
+            "Write to a local or shared folder, and copy it",
+        )
     if callback._train_time_interval is not None:
         yield ConfigError(
             "ModelCheckpoint never saves by time where optimization is manual, as it is here",

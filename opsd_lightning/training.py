@@ -573,7 +573,7 @@ class PolicyModule(EvaluatedModule, ABC):
         checkpoint_io.check_weights_only(weights_only)
         checkpoint_file.check_no_hparams(hparams_file)
         keys = (cls.CHECKPOINT_HYPER_PARAMS_KEY, "hparams", "module_arguments")
-        with checkpoint_file.open_checked(checkpoint_path, keys, settings) as file:
+        with checkpoint_file.open_checked(checkpoint_path, cls, keys, settings) as file:
             return super().load_from_checkpoint(file, map_location, None, strict, True, **settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ LAYERS = [
     {"tokens", "control_tokens", "chat_template", "grading", "redaction", "token_text", "findings", "exchange"},
     {"terminal", "prompts", "divergences", "shaping", "runs", "tables"},
     {"template_checks", "objectives", "sources", "record", "curves"},
-    {"rope", "base_checks", "gguf_header"},
+    {"rope", "base_checks", "gguf_header", "checkpoint_settings", "checkpoint_values", "adapter_checks"},
     {"policy", "report", "requeue", "resuming"},
     {"tensor_parallel", "optimization", "precision", "fingerprint", "checkpoint_file", "shards", "disk_errors", "signals"},
     {"checkpoint_io"},

@@ -25,6 +25,7 @@ from lightning.pytorch import Trainer
 from conftest import Attack, make_model, make_tokenizer
 from opsd_lightning.checkpoint_io import WholeCheckpointIO
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.module import OPSDModule
 from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.sft import SFTModule
 from opsd_lightning.shards import write_rest, write_shards
@@ -209,7 +210,6 @@ def wrong_contents(good: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "steps below 0": changed(good, "global_step", value=-1),
         "a name outside": changed(good, "callbacks", keep, "best_model_path", value="/tmp/run/../../home"),
         "names outside": changed(good, "callbacks", keep, "best_k_models", value={"a/../../b": torch.tensor(1.0)}),
-        "a remote name": changed(good, "callbacks", keep, "last_model_path", value="s3://bucket/x"),
         "a name of another type": changed(good, "callbacks", keep, "kth_best_model_path", value=5),
     }
     return found
@@ -357,6 +357,15 @@ def test_settings_in_a_checkpoint_run_nothing(attack: Attack, good_file: Path, t
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\ndef call(*args): pass\n")
     good = torch.load(good_file, weights_only=True)
     assert SFTModule.load_from_checkpoint(good_file)
+    assert OPSDDataModule.load_from_checkpoint(good_file, policy=Policy(base), batch_size=2).batch_size == 2
+    plain = {"_instantiator": good["hyper_parameters"]["_instantiator"], "policy": good["hyper_parameters"]["policy"]}
+    plain |= {"prompts": {"student_template": "a: {question}\nb: c"}, "grader": {"answer_pattern": "[(](.*)[)]"}}
+    torch.save(good | {"hyper_parameters": plain}, tmp_path / "honest.ckpt")
+    assert OPSDModule.load_from_checkpoint(tmp_path / "honest.ckpt").policy.model == base
+    for broken in ({}, {"policy": plain["policy"]}, plain | {"seed": "x"}, plain | {"sampling": 3}, {"_instantiator": 5}):
+        torch.save(good | {"hyper_parameters": broken}, tmp_path / "broken.ckpt")
+        with pytest.raises(ConfigError):
+            OPSDModule.load_from_checkpoint(tmp_path / "broken.ckpt")
     sys.path.insert(0, str(tmp_path))
     cases: list[dict[str, Any]] = [
         {"optimizer": {"class_path": "evil.Evil"}}, {"optimizer": "evil.call"}, {"lr_scheduler": "evil.call"},
@@ -365,21 +374,59 @@ def test_settings_in_a_checkpoint_run_nothing(attack: Attack, good_file: Path, t
         {"rollouts": {"class_path": "opsd_lightning.TransformersEngine", "init_args": {"x": {"class_path": "evil.Evil"}}}},
         {"policy": {**good["hyper_parameters"]["policy"], "trust_remote_code": True}}, {"policy": {"class_path": "evil.Evil"}},
     ]  # fmt: skip
+    policy = good["hyper_parameters"]["policy"]
+    part, known = {"class_path": "evil.Evil"}, "opsd_lightning.DivergenceObjective"
+    texts = {name: tmp_path / f"{name}.yaml" for name in ("part", "policy", "list")}
+    texts["part"].write_text("class_path: evil.Evil\n")
+    texts["policy"].write_text(json.dumps(policy | {"trust_remote_code": True}))
+    texts["list"].write_text("[{class_path: evil.Evil}]")
+    for name in ("teacher", "objective", "sampling", "eval_sampling", "rollouts", "grader", "context", "prompts", "anchor"):
+        bad = ["evil.Evil", json.dumps(part), "class_path: evil.Evil", "{class_path: evil.Evil}", str(texts["part"])]
+        cases += [{name: value} for value in bad]
+    for value in (json.dumps(policy | {"trust_remote_code": True}), str(texts["policy"]), "evil.Evil", " evil.Evil"):
+        cases += [{"policy": value}, {"optimizer": value}, {"lr_scheduler": value}]
+    for value in ("evil.Evil", json.dumps(part), str(texts["part"])):
+        cases += [
+            {"objective": {"class_path": known, "init_args": {"divergence": value}}},
+            {"objective": {"class_path": known, "dict_kwargs": {"divergence": value}}},
+            {"objective": {"class_path": known, "init_args": value}}, {"objective.divergence": value},
+            {"anchor": {"teacher": value}}, {"anchor": {"init_args": {"teacher": value}}},
+            {"policy": policy | {"quantization": value}}, {"policy": policy | {"lora": value}},
+            {"policy": policy | {"lora": {"options": {"config": {"x": [f"[{{class_path: evil.Evil}}, {value}]"]}}}}},
+        ]  # fmt: skip
+    cases += [
+        {"policy.trust_remote_code": True}, {"policy": policy | {"lora": {"options": json.dumps({"a": part})}}},
+        {"policy": policy | {"lora": {"target_modules": str(texts["list"])}}}, {"teacher": {"__path__": "evil.yaml"}},
+        {"optimizer": "transformers.utils.hub.os.system"}, {"teacher": {"class_path": "opsd_lightning.__main__.main"}},
+    ]  # fmt: skip
+    module = {k: v for k, v in good["hyper_parameters"].items() if k != "_class_path"}
+    data = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "policy": policy}
     try:
-        for case in cases:
+        for place, case in enumerate(cases):
             settings = good["hyper_parameters"] | case
-            for entries in ({"hyper_parameters": settings}, {"module_arguments": settings, "hyper_parameters": {}}):
+            ways: list[tuple[Any, dict[str, Any]]] = [
+                (OPSDModule, {"hyper_parameters": module | case}),
+                (SFTModule, {"hyper_parameters": settings}),
+                (SFTModule, {"module_arguments": settings, "hyper_parameters": {}}),
+            ]
+            for kind, entries in ways if attack.round else [ways[place % 3]]:
                 torch.save(good | entries, tmp_path / "hostile.ckpt")
-                with pytest.raises((UserError, ValueError)):
-                    SFTModule.load_from_checkpoint(tmp_path / "hostile.ckpt")
+                with pytest.raises(UserError):
+                    kind.load_from_checkpoint(tmp_path / "hostile.ckpt")
                 assert not marker.exists() and "evil" not in sys.modules, case
+        for value in ("evil.Evil", json.dumps(part), str(texts["part"]), part):
+            for name in ("train", "val", "policy", "prompts", "grader", "context"):
+                torch.save(good | {"datamodule_hyper_parameters": data | {name: value}}, tmp_path / "hostile.ckpt")
+                with pytest.raises(UserError):
+                    OPSDDataModule.load_from_checkpoint(tmp_path / "hostile.ckpt")
+                assert not marker.exists() and "evil" not in sys.modules, (name, value)
         with pytest.raises(ConfigError):
             SFTModule.load_from_checkpoint(good_file, hparams_file=tmp_path / "evil.yaml")
         with pytest.raises(ConfigError):
             SFTModule.load_from_checkpoint(good_file, weights_only=False)
     finally:
         sys.path.remove(str(tmp_path))
-    attack.tried("hostile settings in a checkpoint", 2 * len(cases))
+    attack.tried("hostile settings in a checkpoint", (3 if attack.round else 1) * len(cases) + 24)
 
 
 def test_remote_checkpoints_are_refused(

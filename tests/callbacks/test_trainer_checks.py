@@ -184,6 +184,13 @@ def test_a_validation_after_every_batch_is_not_one_after_every_epoch(policy: Pol
     assert settings_of(policy, best, val_check_interval=1.0) == []
 
 
+def test_checkpoints_in_a_remote_folder(policy: Policy) -> None:
+    remote = ModelCheckpoint(dirpath="memory://bucket/ck")
+    assert settings_of(policy, remote) == ["trainer.callbacks.dirpath"]
+    found = settings_of(policy, ModelCheckpoint(), default_root_dir="memory://bucket")
+    assert found == ["trainer.default_root_dir"]
+
+
 @pytest.mark.parametrize(
     ("saved", "refused"),
     [

@@ -1,0 +1,163 @@
+"""Plain values beyond torch's own in a checkpoint, such as of numpy and collections, loaded without calling their classes.
+
+A safe load of torch's refuses them. Here each class is stood in for by a function of this module that takes what `pickle`
+writes of a plain value, and nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Kinds and sizes of numpy's types whose values are their bytes.
+_DTYPE = re.compile(r"(b1|[iuf][1248]|c8|c16|[SU]\d{1,6})")
+_FACTORIES = (bool, dict, float, int, list, set, str, tuple)
+
+
+class _DType:
+    """In place of ``numpy.dtype``."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = str(code), "="
+        _need(_DTYPE.fullmatch(self.code))
+
+    def __setstate__(self, state: Any) -> None:
+        _need(isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="))
+        self.order = state[1]
+
+    @property
+    def value(self) -> np.dtype[Any]:
+        return np.dtype(self.order + self.code)
+
+
+class _Array:
+    """In place of ``numpy.ndarray``."""
+
+    __hash__ = None  # type: ignore[assignment]
+    value: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _need(isinstance(state, tuple) and len(state) == 5)
+        _, shape, dtype, fortran, content = state
+        _need(isinstance(dtype, _DType) and isinstance(content, bytes) and isinstance(shape, tuple))
+        self.value = np.frombuffer(content, dtype.value).reshape(shape, order="F" if fortran else "C").copy("K")
+
+
+class _Factory:
+    """In place of a built-in class, which only a ``defaultdict`` may name."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+
+class _Values:
+    """What one load builds, some of it in a shape that torch can fill."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[Any, Callable[[Any], Any]]] = {}
+        self.done: dict[int, Any] = {}
+
+    def stand_ins(self) -> list[tuple[Any, str]]:
+        found: dict[str, Any] = {"numpy.dtype": _DType, "numpy.ndarray": _Array}
+        for package in ("numpy._core", "numpy.core"):  # of numpy 2 and 1
+            found |= {f"{package}.multiarray.scalar": _scalar, f"{package}.multiarray._reconstruct": _array}
+        taken = {_name(one) for one in torch.serialization.get_safe_globals()}
+        if not taken.isdisjoint(found):  # the user allowed numpy's own
+            found = {}
+        for kind in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
+            found[f"datetime.{kind.__name__}"] = _calls(kind, (int, str, bytes, datetime.timedelta, datetime.timezone))
+        for name, path in {"PosixPath": Path, "PurePosixPath": PurePosixPath}.items():
+            found[f"pathlib.{name}"] = found[f"pathlib._local.{name}"] = _calls(path, (str,))
+        found |= {"decimal.Decimal": _calls(Decimal, (str,)), "builtins.frozenset": _calls(frozenset, (list,))}
+        found |= {"builtins.range": _calls(range, (int,)), "builtins.slice": _calls(slice, (int, type(None)))}
+        found |= {"builtins.bytes": _calls(bytes, ())}
+        found |= {f"builtins.{kind.__name__}": _Factory(kind) for kind in _FACTORIES}
+        found |= {"collections.deque": self._deque, "collections.defaultdict": self._defaultdict}
+        return [(value, name) for name, value in found.items() if name not in taken]
+
+    def _deque(self, items: Any = (), maxlen: Any = None) -> list[Any]:
+        _need(isinstance(items, (list, tuple)) and (maxlen is None or type(maxlen) is int))
+        return self._keep(list(items), lambda filled: deque(filled, maxlen))
+
+    def _defaultdict(self, factory: Any = None) -> dict[Any, Any]:
+        _need(factory is None or isinstance(factory, _Factory))
+        return self._keep({}, lambda filled: defaultdict(factory and factory.kind, filled))
+
+    def _keep(self, value: Any, finish: Callable[[Any], Any]) -> Any:
+        self.made[id(value)] = (value, finish)
+        return value
+
+    def finished(self, value: Any) -> Any:
+        """The value with every stand-in in it replaced; containers stay the same objects."""
+        if isinstance(value, (_Array, _DType)):
+            return value.value
+        _need(not isinstance(value, _Factory))
+        if not isinstance(value, (dict, list, tuple)):
+            return value
+        if id(value) in self.done:
+            return self.done[id(value)]
+        self.done[id(value)] = value
+        if isinstance(value, dict):
+            for key, part in value.items():
+                value[key] = self.finished(part)
+        elif isinstance(value, list):
+            value[:] = [self.finished(part) for part in value]
+        elif type(value) is tuple:
+            parts = [self.finished(part) for part in value]
+            if any(new is not old for new, old in zip(parts, value, strict=True)):
+                self.made[id(value)] = (value, lambda _: tuple(parts))
+        if id(value) in self.made:
+            self.done[id(value)] = self.made[id(value)][1](value)
+        return self.done[id(value)]
+
+
+@contextmanager
+def plain_values() -> Iterator[Callable[[Any], Any]]:
+    """Inside, ``torch.load(weights_only=True)`` takes plain values of numpy, collections, datetime, pathlib and decimal.
+
+    Yields:
+        A function that what was loaded has to be passed through.
+    """
+    values = _Values()
+    with torch.serialization.safe_globals(values.stand_ins()):
+        yield values.finished
+
+
+def _name(one: Any) -> str:
+    return str(one[1]) if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}"
+
+
+def _need(holds: object) -> None:
+    if not holds:
+        raise UnpicklingError("it is no plain value")
+
+
+def _calls(kind: Callable[..., Any], takes: tuple[type, ...]) -> Callable[..., Any]:
+    """A function that makes a plain value of arguments of these types."""
+
+    def make(*arguments: Any) -> Any:
+        _need(all(isinstance(one, takes) for one in arguments))
+        return kind(*arguments)
+
+    return make
+
+
+def _scalar(dtype: Any, content: Any) -> Any:
+    _need(isinstance(dtype, _DType) and isinstance(content, bytes) and len(content) == dtype.value.itemsize)
+    return np.frombuffer(content, dtype.value)[0]
+
+
+def _array(*_: Any) -> _Array:
+    return _Array()
