@@ -47,7 +47,7 @@ class AdapterExport(Callback):
 
     A folder that exists is replaced if it is empty or holds an earlier export and nothing else; another one is refused
     before training. A folder that can no longer be replaced at the end stays, and the export goes to ``NAME-1`` and so on
-    beside it.
+    beside it. With ``fast_dev_run`` nothing is written.
 
     Args:
         folder: Folder for the export, relative to the trainer's ``default_root_dir``.
@@ -77,6 +77,8 @@ class AdapterExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         best = next(
             (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), ""
         )
@@ -173,7 +175,7 @@ def newly_logged(metrics: Mapping[str, Any], seen: dict[str, Tensor]) -> dict[st
 class RolloutTable(Callback):
     """Writes some of a step's rollouts to ``rollouts.csv`` and to whatever loggers there are.
 
-    How each logger shows it stands in ``loggers.py``.
+    How each logger shows it stands in ``loggers.py``. With ``fast_dev_run`` no file is written.
 
     Args:
         every_n_steps: Optimizer steps from one table to the next, at least 1. With ``updates_per_batch`` a table is of the
@@ -205,7 +207,7 @@ class RolloutTable(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passed = trainer.global_step // self.every_n_steps
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         paths = [Path(trainer.default_root_dir) / self.path]
         paths += [Path(logger.log_dir) / "rollouts.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
@@ -218,7 +220,7 @@ class RolloutTable(Callback):
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
         before, self._passed = self._passed, trainer.global_step // self.every_n_steps
-        if not trainer.is_global_zero or self._passed == before:
+        if not trainer.is_global_zero or self._passed == before or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rollouts, divergence = outputs["rollouts"], outputs["measured"].get("forward_kl", [])
         table: list[list[Any]] = []
@@ -259,7 +261,8 @@ class RolloutWriter(Callback):
 
     A run that was interrupted goes on where it stopped: batches that are on disk are not sampled again. They are found by
     what decides them (weights, questions, prompts, sampling, seed, engine, grader, number of ranks): with anything else a
-    new folder is begun, beside the old one. At the end of ``test`` it prints the metrics.
+    new folder is begun, beside the old one. At the end of ``test`` it prints the metrics. With ``fast_dev_run`` nothing is
+    written.
 
     Args:
         folder: Where ``predict.jsonl`` or ``test.jsonl`` of the last finished run goes, and ``results/`` with a folder for
@@ -303,6 +306,8 @@ class RolloutWriter(Callback):
             self._release(trainer)
 
     def _begin(self, trainer: Trainer, module: Any, stage: str, loader: Any) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         batches = list(loader)
         if not all(isinstance(batch, PromptBatch) and len(batch.indices) == len(batch.examples) for batch in batches):
             raise UserError("RolloutWriter needs batches that know their questions' places: use OPSDDataModule")
@@ -332,7 +337,8 @@ class RolloutWriter(Callback):
 
     def _end(self, trainer: Trainer, module: Any, metrics: dict[str, float] | None) -> None:
         results, self.results, module.evaluator.finished = self.results, None, {}
-        assert results is not None
+        if results is None:
+            return
         of_every_rank(None)  # all have written
         path = from_rank_zero(lambda: results.join(metrics))
         self._release(trainer)

@@ -58,7 +58,7 @@ class RunReport(Callback):
     earlier checkpoint than the newest leaves a copy of the record there. Where the disk is full, training goes on, and
     ``run.json`` names at the end the files that could not be written. The page is made at
     the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
-    ``opsd report`` makes one of several runs. Secrets of settings and messages are left out (`redaction`).
+    ``opsd report`` makes one of several runs. With ``fast_dev_run`` nothing is written. Secrets of settings and messages are left out (`redaction`).
 
     Args:
         path: The page, relative to the trainer's ``default_root_dir``; W&B and MLflow get it as well at the end.
@@ -194,7 +194,7 @@ class RunReport(Callback):
     # -- the record --------------------------------------------------------------------------------------------------------
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._record is not None or not trainer.is_global_zero:
+        if self._record is not None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self._start is None:
             self._start = trainer.global_step

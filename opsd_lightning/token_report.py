@@ -46,7 +46,7 @@ class TokenReport(Callback):
     Every token is shaded by the divergence, and tells both roles' probability of it, what else each would have written, the
     entropies and the clip; beside it stand the question, the trace, what the teacher read and the grade. The first step is
     always shown. Weights are those before the step's update. Loggers that take pictures get one of the newest rollouts, and
-    those that take pages the page at the end of ``fit``.
+    those that take pages the page at the end of ``fit``. With ``fast_dev_run`` nothing is written.
 
     Args:
         every_n_steps: Optimizer steps from one shown step to the next, at least 1. With ``updates_per_batch`` a batch is
@@ -114,7 +114,7 @@ class TokenReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         rollouts, self._shown = self._shown, None
-        if not trainer.is_global_zero or rollouts is None:
+        if not trainer.is_global_zero or rollouts is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PolicyModule) and self._pieces is not None
         step = {
