@@ -72,7 +72,8 @@ def _write(path: Path, content: bytes, stage: str) -> None:
         path = path.with_name(f"{path.stem}-{stage}{path.suffix}")
     if _differs(path, content):
         before = path.read_bytes()
-        if not any(other.read_bytes() == before for other in path.parent.glob(f"{path.stem}-*{path.suffix}") if other.is_file()):
+        copies = path.parent.glob(f"{path.stem}-*{path.suffix}")
+        if not any(copy.is_file() and copy.read_bytes() == before for copy in copies):
             replace(free_name(path), before)
     replace(path, content)
 

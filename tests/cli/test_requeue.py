@@ -88,7 +88,7 @@ def test_nothing_of_the_users_is_removed_or_replaced(slurm: Path, tmp_path: Path
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=root)
     trainer.strategy.connect(LightningModule())
     monkeypatch.setattr(trainer, "save_checkpoint", lambda path: torch.save({"opsd_slurm_job": "7"}, path))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="hpc_ckpt_1"):
         assert save_for_requeue(trainer) == str(root / "hpc_ckpt_2.ckpt")
     assert mine.read_text() == "mine"
     put_aside(root)
