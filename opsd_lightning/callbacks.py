@@ -29,7 +29,7 @@ from opsd_lightning.evaluation import Records
 from opsd_lightning.export import ADAPTER, MERGED, inputs_of, merge_adapter, write_adapter
 from opsd_lightning.folders import Kept, check, free_name, place_of
 from opsd_lightning.loggers import log_table
-from opsd_lightning.record import CHECKPOINT_ID, is_newest
+from opsd_lightning.record import CHECKPOINT_ID, is_newest, is_of_another_run
 from opsd_lightning.results import Results, identity
 from opsd_lightning.run_checks import outputs_of
 from opsd_lightning.runs import RECORD
@@ -53,6 +53,9 @@ class AdapterExport(Callback):
         folder: Folder for the export, relative to the trainer's ``default_root_dir``.
         merged_folder: Folder for a full model with the adapter merged in. Defaults to none.
     """
+
+    #: Whether it writes to ``default_root_dir`` in a fit, of which `run_lock` lets one write there at a time.
+    writes_to_root = True
 
     def __init__(self, folder: str = "adapter", merged_folder: str | None = None) -> None:
         self.folder, self.merged_folder = folder, merged_folder
@@ -182,10 +185,13 @@ class RolloutTable(Callback):
             first batch that ends at a multiple or has passed one.
         rows: Completions in a table, at least 1.
         path: The file, relative to the trainer's ``default_root_dir``. A run that goes on appends to it, without rows of
-            steps that it makes again. A new run moves the table of an earlier one to ``rollouts-1.csv`` and so on; so does
-            one that goes on from an earlier checkpoint with a copy. Texts that a spreadsheet would take for formulas have an
-            apostrophe in front (see `csv_tables`).
+            steps that it makes again. A new run moves the table of an earlier one to ``rollouts-1.csv`` and so on, as does
+            one that goes on from a checkpoint of another run; one that goes on from an earlier checkpoint keeps a copy
+            there. Texts that a spreadsheet would take for formulas have an apostrophe in front (see `csv_tables`).
     """
+
+    #: Whether it writes to ``default_root_dir`` in a fit, of which `run_lock` lets one write there at a time.
+    writes_to_root = True
 
     COLUMNS = ("step", "question", "completion", "tokens", "truncated", "forward_kl", "first_token_forward_kl")
 
@@ -194,16 +200,18 @@ class RolloutTable(Callback):
         self._passed = 0  # multiples of every_n_steps so far
         self._waiting: list[list[Any]] = []  # rows that could not be written yet
         self._branches = True  # whether the run goes on from another checkpoint than the newest
+        self._begins = False  # whether that is of another run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._waiting, self._branches = [], True
+        self._waiting, self._branches, self._begins = [], True, False
         if stage == "fit":
             path = Path(trainer.default_root_dir) / self.path
             together(lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Before the record of the earlier start is touched.
-        self._branches = not is_newest(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))
+        record, identifier = Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID)
+        self._branches, self._begins = not is_newest(record, identifier), is_of_another_run(record, identifier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passed = trainer.global_step // self.every_n_steps
@@ -213,7 +221,7 @@ class RolloutTable(Callback):
         paths += [Path(logger.log_dir) / "rollouts.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for path in paths:
             with survived(trainer, str(path)):
-                begin(path, self.COLUMNS, trainer.global_step, self._branches)
+                begin(path, self.COLUMNS, 0 if self._begins else trainer.global_step, self._branches)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int

@@ -27,7 +27,9 @@ from opsd_lightning.files import replace, script_json
 from opsd_lightning.folders import check_page
 from opsd_lightning.loggers import log_figure, log_page, takes_pictures
 from opsd_lightning.objectives import Update
+from opsd_lightning.record import CHECKPOINT_ID, is_of_another_run
 from opsd_lightning.redaction import redact_text
+from opsd_lightning.runs import RECORD
 from opsd_lightning.serving import together
 from opsd_lightning.token_scores import Predictions, score_tokens
 from opsd_lightning.token_text import Pieces
@@ -59,6 +61,9 @@ class TokenReport(Callback):
         pictures: Whether loggers get pictures (needs matplotlib, the extra ``plots``).
     """
 
+    #: Whether it writes to ``default_root_dir`` in a fit, of which `run_lock` lets one write there at a time.
+    writes_to_root = True
+
     def __init__(
         self,
         every_n_steps: PositiveInt = 25,
@@ -75,14 +80,19 @@ class TokenReport(Callback):
         self._steps: list[tuple[int, str]] = []  # the optimizer step, and what is shown of it as JSON
         self._shown: list[dict[str, Any]] | None = None  # rollouts of the step that runs
         self._pieces: Pieces | None = None
+        self._begins = False  # whether the run goes on from a checkpoint of another
         self._unwritten = False  # whether the page on disk is older than `_steps`
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._begins = False
         if stage == "fit":
             page = self._page(trainer)
             together(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._begins = is_of_another_run(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -91,7 +101,7 @@ class TokenReport(Callback):
             return
         self._pieces = Pieces(pl_module.tokenizer)
         page = self._page(trainer)
-        if trainer.global_step and page.exists():
+        if trainer.global_step and page.exists() and not self._begins:
             try:
                 earlier = read_tokens(page)["steps"]
                 kept = [step for step in earlier if step["step"] <= trainer.global_step][-self.keep :]

@@ -40,7 +40,13 @@ class Stops(Callback):
 
 
 def fit(
-    model: str, root: Path, stop: int | None, checkpoint: Path | None = None, every: int = 2, *more: Callback, **settings: Any
+    model: str,
+    root: Path,
+    stop: int | None,
+    checkpoint: Path | None = None,
+    every: int = 2,
+    *more: Callback,
+    **settings: Any,
 ) -> None:
     policy = Policy(model=model, dtype="float32", lora=LoRA(r=2, alpha=4, dropout=0.0))
     torch.manual_seed(0)
@@ -94,6 +100,22 @@ def test_going_on_from_the_newest_checkpoint_and_from_an_earlier_one(folders: di
     assert (root / "rollouts-1.csv").read_bytes() == table
     assert json.loads((root / "record" / "run.json").read_text())["status"] == "finished"
     assert not [path.name for path in root.rglob("*") if "partial" in path.name or path.name == ".reserve"]
+
+
+def test_going_on_from_a_checkpoint_of_another_run(folders: dict[str, str], tmp_path: Path) -> None:
+    """Its steps are not put behind those of the run that the folder holds; going on again from its own checkpoint is."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    fit(folders["llama"], mine, 6)
+    fit(folders["llama"], other, 5)
+    before = (mine / "rollouts.csv").read_bytes()
+    fit(folders["llama"], mine, 7, other / "saved" / "step=4.ckpt")
+    assert steps(mine / "record-1") == [1, 2, 3, 4, 5, 6] and steps(mine / "record") == [5, 6, 7]
+    assert (mine / "rollouts-1.csv").read_bytes() == before and rows(mine / "rollouts.csv") == twice(7)[8:]
+    (newest,) = (path for path in (mine / "saved").glob("step=6*.ckpt") if path.stat().st_mtime == max(
+        other.stat().st_mtime for other in (mine / "saved").glob("step=6*.ckpt")))  # fmt: skip
+    fit(folders["llama"], mine, None, newest)
+    assert steps(mine / "record") == [5, 6, 7, 8] and rows(mine / "rollouts.csv") == twice(8)[8:]
+    assert not (mine / "record-2").exists()
 
 
 def test_a_new_run_in_a_folder_begins_its_own_table(folders: dict[str, str], tmp_path: Path) -> None:
