@@ -199,7 +199,15 @@ class OPSDCLI(LightningCLI):
         check_last(self.trainer, self.config[self.subcommand].get("ckpt_path"))
         if self.config[self.subcommand].get("ckpt_path") is None:
             refuse_evaluation(self.trainer)
-        self._check_surroundings()
+        try:
+            if self.trainer.is_global_zero:
+                run_lock.hold_logs(self.trainer)
+            self._check_surroundings()
+        except BaseException:
+            run_lock.release(self.trainer)
+            raise
+        if run_lock.launches_processes(self.trainer):
+            run_lock.release(self.trainer)
 
     def _check_surroundings(self) -> None:
         check_folders(self.trainer)

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from opsd_lightning.disk_errors import keep_logs
 from opsd_lightning.folders import Kept
 from opsd_lightning.runs import RECORD
 from opsd_lightning.types import ConfigError
@@ -58,6 +59,8 @@ def open_loggers(trainer: Trainer) -> None:
     Raises:
         ConfigError: A logger's library fails, for example because it is not logged in.
     """
+    if trainer.is_global_zero:
+        keep_logs(trainer.loggers)
     for logger in trainer.loggers:
         try:
             _ = logger.experiment  # type: ignore[attr-defined]
