@@ -101,12 +101,13 @@ def hold_logs(trainer: Trainer, moves: bool = True) -> None:
     Raises:
         ConfigError: Another run writes to a version that was given, and ``moves`` is false.
     """
-    others = [held.owner() for held in _held.values() if held.owner() not in (trainer, None)]
+    owners = {held.owner() for held in _held.values()} - {trainer, None}
+    others = [owner for owner in owners if owner is not None and owner.state.status == TrainerStatus.RUNNING]
     for logger in trainer.loggers:
         if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # others have runs of their own on a server
             continue
-        if any(logger in other.loggers for other in others if other is not None):
-            continue  # shared with a trainer of this process
+        if any(logger in other.loggers for other in others):
+            continue  # shared with a trainer of this process that runs
         new = logger._version is None
         if new:
             _automatic.add(logger)
@@ -192,7 +193,7 @@ def release(trainer: Trainer, only: Path | None = None) -> None:
 
 def _places(trainer: Trainer) -> Iterator[tuple[Path, Path, str]]:
     """The file of each lock of a fit, the folder that it stands for, and the folder's setting."""
-    if trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     root = Path(trainer.default_root_dir)
     folders: list[Any] = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
@@ -392,7 +393,8 @@ def attach(trainer: Trainer) -> None:
     if not is_first(trainer):
         return
     if trainer.state.fn != "fit":
-        hold_logs(trainer)
+        if trainer.state.fn is not None:  # an evaluation
+            hold_logs(trainer)
         return
     try:
         hold(trainer)
