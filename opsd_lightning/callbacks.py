@@ -29,7 +29,7 @@ from opsd_lightning.evaluation import Records
 from opsd_lightning.export import ADAPTER, MERGED, inputs_of, merge_adapter, write_adapter
 from opsd_lightning.folders import Kept, check, free_name, place_of
 from opsd_lightning.loggers import log_table
-from opsd_lightning.record import CHECKPOINT_ID, is_newest
+from opsd_lightning.record import CHECKPOINT_ID, is_newest, is_of_another_run
 from opsd_lightning.results import Results, identity
 from opsd_lightning.run_checks import outputs_of
 from opsd_lightning.runs import RECORD
@@ -47,12 +47,15 @@ class AdapterExport(Callback):
 
     A folder that exists is replaced if it is empty or holds an earlier export and nothing else; another one is refused
     before training. A folder that can no longer be replaced at the end stays, and the export goes to ``NAME-1`` and so on
-    beside it.
+    beside it. With ``fast_dev_run`` nothing is written.
 
     Args:
         folder: Folder for the export, relative to the trainer's ``default_root_dir``.
         merged_folder: Folder for a full model with the adapter merged in. Defaults to none.
     """
+
+    #: Whether it writes to ``default_root_dir`` in a fit, of which `run_lock` lets one write there at a time.
+    writes_to_root = True
 
     def __init__(self, folder: str = "adapter", merged_folder: str | None = None) -> None:
         self.folder, self.merged_folder = folder, merged_folder
@@ -77,6 +80,8 @@ class AdapterExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         best = next(
             (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), ""
         )
@@ -173,17 +178,20 @@ def newly_logged(metrics: Mapping[str, Any], seen: dict[str, Tensor]) -> dict[st
 class RolloutTable(Callback):
     """Writes some of a step's rollouts to ``rollouts.csv`` and to whatever loggers there are.
 
-    How each logger shows it stands in ``loggers.py``.
+    How each logger shows it stands in ``loggers.py``. With ``fast_dev_run`` no file is written.
 
     Args:
         every_n_steps: Optimizer steps from one table to the next, at least 1. With ``updates_per_batch`` a table is of the
             first batch that ends at a multiple or has passed one.
         rows: Completions in a table, at least 1.
         path: The file, relative to the trainer's ``default_root_dir``. A run that goes on appends to it, without rows of
-            steps that it makes again. A new run moves the table of an earlier one to ``rollouts-1.csv`` and so on; so does
-            one that goes on from an earlier checkpoint with a copy. Texts that a spreadsheet would take for formulas have an
-            apostrophe in front (see `csv_tables`).
+            steps that it makes again. A new run moves the table of an earlier one to ``rollouts-1.csv`` and so on, as does
+            one that goes on from a checkpoint of another run; one that goes on from an earlier checkpoint keeps a copy
+            there. Texts that a spreadsheet would take for formulas have an apostrophe in front (see `csv_tables`).
     """
+
+    #: Whether it writes to ``default_root_dir`` in a fit, of which `run_lock` lets one write there at a time.
+    writes_to_root = True
 
     COLUMNS = ("step", "question", "completion", "tokens", "truncated", "forward_kl", "first_token_forward_kl")
 
@@ -192,33 +200,35 @@ class RolloutTable(Callback):
         self._passed = 0  # multiples of every_n_steps so far
         self._waiting: list[list[Any]] = []  # rows that could not be written yet
         self._branches = True  # whether the run goes on from another checkpoint than the newest
+        self._begins = False  # whether that is of another run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._waiting, self._branches = [], True
+        self._waiting, self._branches, self._begins = [], True, False
         if stage == "fit":
             path = Path(trainer.default_root_dir) / self.path
             together(lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Before the record of the earlier start is touched.
-        self._branches = not is_newest(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))
+        record, identifier = Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID)
+        self._branches, self._begins = not is_newest(record, identifier), is_of_another_run(record, identifier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passed = trainer.global_step // self.every_n_steps
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         paths = [Path(trainer.default_root_dir) / self.path]
         paths += [Path(logger.log_dir) / "rollouts.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for path in paths:
             with survived(trainer, str(path)):
-                begin(path, self.COLUMNS, trainer.global_step, self._branches)
+                begin(path, self.COLUMNS, 0 if self._begins else trainer.global_step, self._branches)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
         before, self._passed = self._passed, trainer.global_step // self.every_n_steps
-        if not trainer.is_global_zero or self._passed == before:
+        if not trainer.is_global_zero or self._passed == before or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rollouts, divergence = outputs["rollouts"], outputs["measured"].get("forward_kl", [])
         table: list[list[Any]] = []
@@ -259,7 +269,8 @@ class RolloutWriter(Callback):
 
     A run that was interrupted goes on where it stopped: batches that are on disk are not sampled again. They are found by
     what decides them (weights, questions, prompts, sampling, seed, engine, grader, number of ranks): with anything else a
-    new folder is begun, beside the old one. At the end of ``test`` it prints the metrics.
+    new folder is begun, beside the old one. At the end of ``test`` it prints the metrics. With ``fast_dev_run`` nothing is
+    written.
 
     Args:
         folder: Where ``predict.jsonl`` or ``test.jsonl`` of the last finished run goes, and ``results/`` with a folder for
@@ -303,6 +314,8 @@ class RolloutWriter(Callback):
             self._release(trainer)
 
     def _begin(self, trainer: Trainer, module: Any, stage: str, loader: Any) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         batches = list(loader)
         if not all(isinstance(batch, PromptBatch) and len(batch.indices) == len(batch.examples) for batch in batches):
             raise UserError("RolloutWriter needs batches that know their questions' places: use OPSDDataModule")
@@ -332,7 +345,8 @@ class RolloutWriter(Callback):
 
     def _end(self, trainer: Trainer, module: Any, metrics: dict[str, float] | None) -> None:
         results, self.results, module.evaluator.finished = self.results, None, {}
-        assert results is not None
+        if results is None:
+            return
         of_every_rank(None)  # all have written
         path = from_rank_zero(lambda: results.join(metrics))
         self._release(trainer)

@@ -78,9 +78,9 @@ def unwritten(owners: Iterable[Any]) -> dict[str, str]:
 
 def guard_loggers(loggers: Iterable[Logger]) -> None:
     """Let training go on where a logger cannot write, and keep the earlier log of a `CSVLogger` that is opened again."""
+    loggers = list(loggers)
+    keep_logs(loggers)
     for logger in loggers:
-        if isinstance(logger, CSVLogger) and "://" not in str(logger.save_dir):
-            _keep_log(logger)
         if "save" in vars(logger):  # guarded before
             continue
         for name in _METHODS:
@@ -103,27 +103,36 @@ def _guarded(logger: Logger, method: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _keep_log(logger: CSVLogger) -> None:
-    """Rename the metrics of an earlier run, which Lightning deletes where a version is opened again."""
-    path = Path(logger.log_dir) / "metrics.csv"
-    if getattr(logger, "_experiment", None) is None and path.is_file():
-        path.rename(free_name(path))
+def keep_logs(loggers: Iterable[Logger]) -> None:
+    """Rename the metrics of an earlier run, which Lightning deletes where a version of `CSVLogger` is opened again."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger) and "://" not in str(logger.save_dir) and logger._experiment is None:
+            path = Path(logger.log_dir) / "metrics.csv"
+            if path.is_file():
+                path.rename(free_name(path))
 
 
 def _save(experiment: Any) -> None:
-    """`ExperimentWriter.save`, but whole or not at all: Lightning's own loses earlier rows where it fails within."""
+    """`ExperimentWriter.save`, but whole or not at all: Lightning's own loses earlier rows where it fails within.
+
+    Columns that the file has already are kept, also those of another writer.
+    """
     if not experiment.metrics:
         return
     path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
-    new = experiment._record_new_keys()
+    experiment._record_new_keys()
     try:
-        rows = experiment.metrics
-        fresh = bool(new) or not path.is_file()
-        if fresh and path.is_file():
+        rows, header = experiment.metrics, list[str]()
+        if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
-                rows = [*csv.DictReader(file), *rows]
+                reader = csv.DictReader(file)
+                header = list(reader.fieldnames or ())
+                experiment.metrics_keys[:] = sorted({*experiment.metrics_keys, *header})
+                if header != experiment.metrics_keys:
+                    rows = [*reader, *rows]
+        fresh = header != experiment.metrics_keys
         buffer = io.StringIO(newline="")
-        writer = csv.DictWriter(buffer, fieldnames=experiment.metrics_keys)
+        writer = csv.DictWriter(buffer, experiment.metrics_keys, extrasaction="ignore")  # a damaged row may be too long
         if fresh:
             writer.writeheader()
         writer.writerows(rows)

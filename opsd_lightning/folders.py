@@ -1,7 +1,9 @@
 """Folders and pages that the package replaces and removes: exports, model folders, reports.
 
 A folder is replaced only where nothing else can be lost. Each folder that is written here holds `MANIFEST`, which lists its
-files. A folder that exists is replaced if it is empty, or if it holds the files of its manifest and nothing else. The new
+files. A folder that exists is replaced if it is empty, or if it holds the files of its manifest and nothing else but what
+systems, Git and notebooks leave: ``.DS_Store``, ``__pycache__`` and ``.cache/huggingface`` are removed with the folder,
+``.gitattributes`` and ``.ipynb_checkpoints`` stay in the folder that was renamed aside, with a warning. The new
 folder is written beside it, the old one is renamed aside (``NAME.old-...``) and removed file by file once the new one is in
 its place. A process that is killed in between leaves the old or the new folder whole, under its name or beside it.
 """
@@ -61,7 +63,11 @@ def check(folder: str | Path, setting: str, kind: str, kept: Iterable[Kept] = ()
         ConfigError: It is in use, a link, a file or a mount point, cannot be written, or holds more than an earlier export.
     """
     place = place_of(folder)
-    here: list[Kept] = [("the current folder", os.getcwd()), ("the home folder", Path.home())]
+    here: list[Kept] = []
+    with suppress(FileNotFoundError):  # it was removed
+        here.append(("the current folder", os.getcwd()))
+    with suppress(RuntimeError):  # the system knows of none
+        here.append(("the home folder", Path.home()))
     for words, path in [*here, *kept]:
         for other in (place_of(path), Path(path).resolve()):
             if place == other or place in other.parents:
@@ -171,6 +177,7 @@ def _state(place: Path, kind: str) -> str | None:
         found = _survey(place)
     except OSError as error:
         return f"{place} cannot be read ({error.strerror})"
+    found = {name: size for name, size in found.items() if size is None or not (_is_remade(name) or _is_left(name))}
     if not found:
         return None
     manifest = _manifest(place)
@@ -234,6 +241,18 @@ def _same(place: Path, name: str, size: int | None, files: dict[str, Any], thoro
     if size is None or not isinstance(listed, list) or len(listed) != 2 or listed[0] != size:
         return False
     return not thorough or listed[1] is None or listed[1] == _digest(place / name)
+
+
+def _is_remade(name: str) -> bool:
+    """Return True for a file that its program makes again, and that is removed with an export."""
+    path = Path(name)
+    compiled = "__pycache__" in path.parts and path.suffix in (".pyc", "")
+    return path.name == ".DS_Store" or compiled or path.is_relative_to(".cache/huggingface")
+
+
+def _is_left(name: str) -> bool:
+    """Return True for a file beside an export that hinders no other, and is kept."""
+    return name == ".gitattributes" or ".ipynb_checkpoints" in Path(name).parts
 
 
 def _digest(path: Path) -> str:
@@ -309,7 +328,7 @@ def _sweep(place: Path) -> None:
                 folder.rmdir()  # only where it is empty
         else:
             found = _survey(folder)
-            if all(_same(folder, name, size, manifest["files"], True) for name, size in found.items()):
+            if all(_is_remade(name) or _same(folder, name, size, manifest["files"], True) for name, size in found.items()):
                 _discard(folder, list(found))
 
 
@@ -350,7 +369,7 @@ def _put(temporary: Path, place: Path, setting: str, kind: str) -> None:
                 raise ConfigError(f"{place} is being changed by another process", setting, _FIX)
             if aside is not None:
                 _discard(aside, files)
-            aside, files = mine, list(before)
+            aside, files = mine, [name for name in before if not _is_left(name)]
         else:
             raise ConfigError(
                 f"{place} is replaced by other processes all the time", setting, "Give each a folder of its own"
@@ -360,7 +379,7 @@ def _put(temporary: Path, place: Path, setting: str, kind: str) -> None:
             _back(aside, place)
         raise
     if aside is not None and not _discard(aside, files):
-        warnings.warn(f"the folder that was at {place} before could not be removed whole: {aside}", stacklevel=4)
+        warnings.warn(f"the folder that was at {place} before was not removed whole: {aside}", stacklevel=4)
 
 
 def _back(aside: Path, place: Path) -> None:

@@ -39,7 +39,7 @@ from opsd_lightning.precision import precision_problem
 from opsd_lightning.record import launcher
 from opsd_lightning.redaction import redact_arguments
 from opsd_lightning.requeue import checkpoint_to_resume, refuse_evaluation
-from opsd_lightning.run_checks import check_folders, check_last, keep_configs, open_loggers
+from opsd_lightning.run_checks import check_folders, check_last, open_loggers
 from opsd_lightning.run_report import RunReport
 from opsd_lightning.saved_config import SavedConfig, check_hidden
 from opsd_lightning.strategies import check_name, refusal
@@ -200,11 +200,18 @@ class OPSDCLI(LightningCLI):
         check_last(self.trainer, self.config[self.subcommand].get("ckpt_path"))
         if self.config[self.subcommand].get("ckpt_path") is None:
             refuse_evaluation(self.trainer)
-        self._check_surroundings()
+        try:
+            if self.trainer.is_global_zero:
+                run_lock.hold_logs(self.trainer)
+            self._check_surroundings()
+        except BaseException:
+            run_lock.release(self.trainer)
+            raise
+        if run_lock.launches_processes(self.trainer):
+            run_lock.release(self.trainer)
 
     def _check_surroundings(self) -> None:
         check_folders(self.trainer)
-        keep_configs(self.trainer, self.config[self.subcommand].get("config") or [])
         open_loggers(self.trainer)
 
 

@@ -47,6 +47,17 @@ def is_newest(folder: Path, checkpoint: str | None) -> bool:
     return checkpoint is not None and _info_of(folder).get("checkpoint") == checkpoint
 
 
+def is_of_another_run(folder: Path, checkpoint: str | None) -> bool:
+    """Return whether a checkpoint is surely of another run than a record.
+
+    Args:
+        folder: The record's.
+        checkpoint: Value of the checkpoint's entry `CHECKPOINT_ID`, if it has one. Those of earlier versions name no run.
+    """
+    run, dash, _ = str(checkpoint or "").partition("-")
+    return bool(dash) and _info_of(folder).get("run") != run
+
+
 def check_record(folder: Path) -> None:
     """Refuse a folder that a record would have to share with other files.
 
@@ -67,7 +78,8 @@ def check_record(folder: Path) -> None:
 class Record:
     """The files of a record, and the clock of its run.
 
-    The record of another run in the folder is moved to ``record-1`` and so on. A run that goes on drops the lines of the
+    The record of another run in the folder is moved to ``record-1`` and so on, also where the run goes on from a checkpoint
+    that is not of that record. A run that goes on drops the lines of the
     steps that it makes again; a copy of the record is kept there before, where the run had finished or goes on from another
     checkpoint than its newest, so that those lines are not made again alike.
 
@@ -97,7 +109,7 @@ class Record:
         lines, info = read_lines(folder / _METRICS), _info_of(folder)
         newest = is_newest(folder, checkpoint)
         last = max((line["step"] for line in lines if line["kind"] == "train"), default=-1)
-        self.resumed = step > 0 and (last >= step or newest)
+        self.resumed = step > 0 and (last >= step or newest) and not is_of_another_run(folder, checkpoint)
         if folder.exists() and not self.resumed:
             os.replace(folder, free_name(folder))
         elif self.resumed:
@@ -138,6 +150,7 @@ class Record:
     def start(self, start: dict[str, Any], logs: list[str], config: str) -> None:
         old = _info_of(self.folder) if self.resumed else {}
         self._info = {
+            "run": old.get("run") or secrets.token_hex(8),
             "starts": [*old.get("starts", []), start],
             "logs": sorted({*old.get("logs", []), *logs}),
             "status": "running",
@@ -153,7 +166,7 @@ class Record:
     def checkpoint(self, step: int) -> str:
         """Note that a checkpoint is being written after an optimizer step; returns its identifier."""
         if self._checkpoint is None or self._checkpoint[0] != step:
-            self._checkpoint = step, secrets.token_hex(8)
+            self._checkpoint = step, f"{self._info['run']}-{secrets.token_hex(8)}"
             self._info["checkpoint"] = self._checkpoint[1]
             self._write()
         return self._checkpoint[1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from opsd_lightning.checkpoint_io import remove_checkpoint
+from opsd_lightning.folders import free_name
 from opsd_lightning.types import ConfigError
 
 _KEY = "opsd_slurm_job"
@@ -48,7 +49,7 @@ def save_for_requeue(trainer: Trainer) -> str:
     if trainer.is_global_zero:
         os.replace(temporary, path)
         for other in old.values():
-            shutil.rmtree(other) if other.is_dir() else other.unlink()
+            remove_checkpoint(other)
     trainer.strategy.barrier()
     return str(path)
 
@@ -113,6 +114,7 @@ def put_aside(root: Path, name: str | None = None) -> None:
     """Rename checkpoints of a requeue that nothing should go on from by itself any more."""
     for number, path in _saved(root).items():
         aside = root / f"requeue-of-job-{name or job()}-{number}.ckpt"
+        aside = free_name(aside) if os.path.lexists(aside) else aside
         try:
             os.replace(path, aside)
         except FileNotFoundError:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opsd_lightning.files import replace
-from opsd_lightning.folders import Kept, free_name
+from opsd_lightning.disk_errors import keep_logs
+from opsd_lightning.folders import Kept
 from opsd_lightning.runs import RECORD
 from opsd_lightning.types import ConfigError
 
@@ -38,25 +37,6 @@ def check_folders(trainer: Trainer) -> None:
             raise ConfigError(problem, setting, "Choose a folder that can be written") from error
 
 
-def keep_configs(trainer: Trainer, given: Iterable[Any]) -> None:
-    """Keep a copy of a configuration file that the run is about to write over, as ``config-1.yaml`` and so on.
-
-    Args:
-        trainer: Its ``config.yaml`` goes to the first logger's folder, or to ``default_root_dir``.
-        given: The files that the command line was given.
-    """
-    logger = trainer.loggers[0] if trainer.loggers else None
-    folder = trainer.default_root_dir if logger is None else (logger.log_dir or logger.save_dir)
-    if not trainer.is_global_zero or folder is None or "://" in str(folder):
-        return
-    path = Path(folder) / "config.yaml"
-    if not path.is_file() or not any(Path(str(other)).exists() and path.samefile(str(other)) for other in given):
-        return
-    content = path.read_bytes()
-    if not any(other.read_bytes() == content for other in path.parent.glob("config-*.yaml")):
-        replace(free_name(path), content)
-
-
 def outputs_of(trainer: Trainer) -> list[Kept]:
     """Return the local folders and files that a fit writes, with words for each."""
     root = Path(trainer.default_root_dir)
@@ -79,6 +59,8 @@ def open_loggers(trainer: Trainer) -> None:
     Raises:
         ConfigError: A logger's library fails, for example because it is not logged in.
     """
+    if trainer.is_global_zero:
+        keep_logs(trainer.loggers)
     for logger in trainer.loggers:
         try:
             _ = logger.experiment  # type: ignore[attr-defined]

@@ -1,8 +1,10 @@
 """One run at a time in a folder: locks of the operating system, which end with the process that holds them.
 
-A fit locks its own folder, the folders of its checkpoints and those of its loggers; an evaluation locks the folder of its
-results. The first rank holds the locks. The file of a lock names the host, the process, the time and the command, to inform
-only. It is removed when the run ends; after a kill it stays, and means nothing.
+A fit locks its own folder if it writes there, the folders of its checkpoints and those of its loggers; an evaluation locks
+the folder of its results and those of its loggers. A logger's version that is not to be had is no reason to end where the
+version was chosen by Lightning, or in an evaluation: it logs to the next free one. The first rank holds the locks. The file
+of a lock names the host, the process, the time and the command, to inform only. It is removed when the run ends; after a
+kill it stays, and means nothing.
 
 ``flock`` belongs to the open file, which children that are forked (data loader workers, math-verify's process) share: they
 close it at once, so that a child that outlives a killed run holds nothing.
@@ -16,6 +18,7 @@ import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import time
 import weakref
@@ -25,7 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -57,6 +63,8 @@ class _Held:
 
 
 _held: dict[Path, _Held] = {}
+_automatic: weakref.WeakSet[Any] = weakref.WeakSet()  # loggers whose version Lightning has chosen
+_START = b'{"host": '
 
 
 def _in_child() -> None:
@@ -77,11 +85,51 @@ def hold(trainer: Trainer) -> None:
     try:
         for path, folder, setting in _places(trainer):
             hold_file(path, folder, setting, trainer)
-            if setting == "trainer.logger":
-                _sweep(path.parent)
+        hold_logs(trainer, moves=False)
     except BaseException:
         release(trainer)
         raise
+
+
+def hold_logs(trainer: Trainer, moves: bool = True) -> None:
+    """Lock the folders of the loggers, and move a logger to its next free version if another run writes to its own.
+
+    Args:
+        trainer: Owner of the loggers.
+        moves: Also move a logger whose version was given, as for an evaluation. Defaults to true.
+
+    Raises:
+        ConfigError: Another run writes to a version that was given, and ``moves`` is false.
+    """
+    owners = {held.owner() for held in _held.values()} - {trainer, None}
+    others = [owner for owner in owners if owner is not None and owner.state.status == TrainerStatus.RUNNING]
+    for logger in trainer.loggers:
+        if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # others have runs of their own on a server
+            continue
+        if any(logger in other.loggers for other in others):
+            continue  # shared with a trainer of this process that runs
+        new = logger._version is None
+        if new:
+            _automatic.add(logger)
+        while _is_local(logger.log_dir):
+            place = Path(logger.log_dir).resolve()
+            lock, free = _lock_beside(place), moves or logger in _automatic
+            try:
+                hold_file(lock, place, "trainer.logger", trainer, waits=not free)
+            except ConfigError as error:
+                if not free:
+                    raise
+                reason = error.problem
+            else:
+                if not (new and place.is_dir() and any(place.iterdir())):
+                    _sweep(place.parent)
+                    break
+                release(trainer, lock)
+                reason = f"{place} is of another run"
+            following: int = logger._get_next_version()
+            logger._version = max(following, logger.version + 1) if isinstance(logger.version, int) else following
+            logger._experiment = None
+            rank_zero_warn(f"{reason}: {type(logger).__name__} logs to {logger.log_dir} instead")
 
 
 def _sweep(folder: Path) -> None:
@@ -99,7 +147,7 @@ def _sweep(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def hold_file(path: Path, folder: Path, setting: str, trainer: Trainer) -> None:
+def hold_file(path: Path, folder: Path, setting: str, trainer: Trainer, waits: bool = True) -> None:
     """Lock a file that stands for a folder.
 
     Args:
@@ -107,9 +155,10 @@ def hold_file(path: Path, folder: Path, setting: str, trainer: Trainer) -> None:
         folder: Folder that it stands for, for errors.
         setting: Setting of the folder, for errors.
         trainer: Owner of the lock.
+        waits: Wait for a run that is ending. Defaults to true.
 
     Raises:
-        ConfigError: Another run holds it.
+        ConfigError: Another run holds it, or what has its name is no lock.
     """
     path = path.parent.resolve() / path.name
     if (known := _held.get(path)) is not None:
@@ -120,8 +169,10 @@ def hold_file(path: Path, folder: Path, setting: str, trainer: Trainer) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path, folder, setting)
+        descriptor = _lock(path, folder, setting, waits)
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _foreign(path, setting) from error
         if error.errno not in _NO_LOCKS:
             raise
         rank_zero_warn(f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
@@ -135,31 +186,50 @@ def release(trainer: Trainer, only: Path | None = None) -> None:
         if held.owner() in (trainer, None) and (only is None or path == only.parent.resolve() / only.name):
             del _held[path]
             with suppress(OSError):
-                path.unlink()  # while it is locked; see `_is_at`
+                if _is_at(held.descriptor, path):
+                    path.unlink()  # while it is locked
             os.close(held.descriptor)
 
 
 def _places(trainer: Trainer) -> Iterator[tuple[Path, Path, str]]:
     """The file of each lock of a fit, the folder that it stands for, and the folder's setting."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
     root = Path(trainer.default_root_dir)
-    if _is_local(root):
+    folders: list[Any] = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    places = [Path(folder).resolve() for folder in folders if folder is not None and _is_local(folder)]
+    if _is_local(root) and (root.resolve() in places or _writes_to_root(trainer)):
         yield root / NAME, root, "trainer.default_root_dir"
-    folders: list[tuple[str, Any]] = [
-        ("trainer.callbacks.dirpath", getattr(callback, "dirpath", None)) for callback in trainer.checkpoint_callbacks
-    ]
-    kinds = (CSVLogger, TensorBoardLogger)  # others have runs of their own on a server
-    folders += [("trainer.logger", logger.log_dir) for logger in trainer.loggers if isinstance(logger, kinds)]
-    for setting, folder in folders:
-        if folder is not None and _is_local(folder) and (place := Path(folder).resolve()) != root.resolve():
-            # Beside it: Lightning warns of folders that are not empty.
-            yield place.with_name(f".{place.name}.lock"), place, setting
+    for place in places:
+        if place != root.resolve():
+            yield _lock_beside(place), place, "trainer.callbacks.dirpath"
+
+
+def _writes_to_root(trainer: Trainer) -> bool:
+    """Return whether a fit writes to ``default_root_dir`` itself, beside the folders of its loggers and checkpoints."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if getattr(callback, "writes_to_root", False):
+            return True
+        if isinstance(callback, Checkpoint) and not isinstance(callback, ModelCheckpoint):
+            return True
+        # Without a logger they have no other place.
+        beside = isinstance(callback, SaveConfigCallback) or (isinstance(callback, Checkpoint) and callback.dirpath is None)
+        if beside and not trainer.loggers:
+            return True
+    return isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment)
+
+
+def _lock_beside(place: Path) -> Path:
+    """Return the file of a folder's lock, beside it: Lightning warns of folders that are not empty."""
+    return place.with_name(f".{place.name}.lock")
 
 
 def _is_local(folder: Any) -> bool:
     return "://" not in str(folder) and not str(folder).startswith(("s3:", "gs:"))
 
 
-def _lock(path: Path, folder: Path, setting: str) -> int:
+def _lock(path: Path, folder: Path, setting: str, waits: bool) -> int:
     end: float | None = None
     while True:
         descriptor = _open(path)
@@ -170,7 +240,7 @@ def _lock(path: Path, folder: Path, setting: str) -> int:
             os.close(descriptor)
             if not isinstance(error, BlockingIOError) and error.errno != errno.EACCES:
                 raise
-            end = end or time.monotonic() + _patience(holder)
+            end = end or time.monotonic() + (_patience(holder) if waits else 0.0)
             if time.monotonic() >= end:
                 raise _refusal(holder, folder, setting) from None
             time.sleep(0.1)
@@ -178,8 +248,26 @@ def _lock(path: Path, folder: Path, setting: str) -> int:
         if not _is_at(descriptor, path):
             os.close(descriptor)
             continue
+        if not _is_lock(descriptor):
+            os.close(descriptor)
+            raise _foreign(path, setting)
         _inform(descriptor)
         return descriptor
+
+
+def _is_lock(descriptor: int) -> bool:
+    """Return whether a file is empty or begins as `_inform` writes it: a full disk may have cut it off."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return False
+    try:
+        start = os.pread(descriptor, len(_START), 0)
+    except OSError:
+        return False
+    return _START.startswith(start)
+
+
+def _foreign(path: Path, setting: str) -> ConfigError:
+    return ConfigError(f"{path} is no lock of a run, which would have this name", setting, "Move it away")
 
 
 def _open(path: Path) -> int:
@@ -257,12 +345,18 @@ def started_together(trainer: Trainer) -> bool:
 
 
 class RunLock(Callback):
-    """Holds the locks of a fit, and refuses one whose folders another run holds. Put first by `attach`."""
+    """Holds the locks of a fit, and refuses one whose folders another run holds. Put first by `attach`.
+
+    Puts `RunUnlock` last, once Lightning has ordered the callbacks: behind a `ModelCheckpoint`, which may save when the run
+    fails.
+    """
 
     def __init__(self) -> None:
         self.refusal: ConfigError | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: isinstance(callback, RunUnlock))
         if stage == "fit":
             together(lambda: self._hold(trainer))
 
@@ -275,7 +369,7 @@ class RunLock(Callback):
 
 
 class RunUnlock(Callback):
-    """Releases the locks of a fit, after all other callbacks."""
+    """Releases the locks of a run, after all other callbacks (see `RunLock`)."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         release(trainer)
@@ -285,13 +379,11 @@ class RunUnlock(Callback):
 
 
 def attach(trainer: Trainer) -> None:
-    """Lock a fit before anything of it is read or written, and see to it that the locks are released.
+    """Lock a fit, or an evaluation's logs, before anything is read or written, and see to it that the locks are released.
 
     Raises:
         ConfigError: Another run holds them, and there is one rank. With several ranks all are refused, by `RunLock`.
     """
-    if trainer.state.fn != "fit":
-        return
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     lock = next((callback for callback in callbacks if isinstance(callback, RunLock)), None)
     if lock is None:
@@ -299,6 +391,10 @@ def attach(trainer: Trainer) -> None:
         callbacks.insert(0, lock)
         callbacks.append(RunUnlock())
     if not is_first(trainer):
+        return
+    if trainer.state.fn != "fit":
+        if trainer.state.fn is not None:  # an evaluation
+            hold_logs(trainer)
         return
     try:
         hold(trainer)

@@ -58,13 +58,17 @@ class RunReport(Callback):
     earlier checkpoint than the newest leaves a copy of the record there. Where the disk is full, training goes on, and
     ``run.json`` names at the end the files that could not be written. The page is made at
     the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
-    ``opsd report`` makes one of several runs. Secrets of settings and messages are left out (`redaction`).
+    ``opsd report`` makes one of several runs. With ``fast_dev_run`` nothing is written. Secrets of
+    settings and messages are left out (`redaction`).
 
     Args:
         path: The page, relative to the trainer's ``default_root_dir``; W&B and MLflow get it as well at the end.
         questions: How many validation questions' completions are kept at every validation, at least 1: the first of the
             validation set. Without validation, completions of the first and of the last training step.
     """
+
+    #: Whether it writes to ``default_root_dir`` in a fit, of which `run_lock` lets one write there at a time.
+    writes_to_root = True
 
     #: Whether it has no use without logged metrics.
     reads_metrics = True
@@ -194,7 +198,7 @@ class RunReport(Callback):
     # -- the record --------------------------------------------------------------------------------------------------------
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._record is not None or not trainer.is_global_zero:
+        if self._record is not None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self._start is None:
             self._start = trainer.global_step
@@ -216,7 +220,7 @@ class RunReport(Callback):
             "time": now(),
             "step": trainer.global_step,
             "seed": getattr(module, "seed", None),
-            "folder": os.getcwd(),
+            "folder": _current_folder(),
             "devices": devices(trainer.strategy.root_device, trainer.world_size),
             "processes": trainer.world_size,
             "versions": versions(),
@@ -258,6 +262,7 @@ class RunReport(Callback):
 
     def _end(self, trainer: Trainer, module: Any, status: str, reason: str) -> None:
         assert self._record is not None
+        told: dict[str, str] = {}
         try:
             kinds = {line["kind"] for line in read_lines(self._record.folder / "samples.jsonl")}
             if "val" not in kinds:
@@ -266,11 +271,12 @@ class RunReport(Callback):
                 self._record.drop_training_samples()
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
             self._ended = status, reason, [message(text) for guard in guards for text in guard.said]
-            self._record.end(*self._ended, self._unwritten(trainer))
+            told = self._unwritten(trainer)
+            self._record.end(*self._ended, told)
         except Exception as error:  # what ended the run is more important
             warnings.warn(f"RunReport: the end of the run could not be recorded ({message(repr(error))})", stacklevel=2)
         page = self._page(trainer)
-        if page is None and self._ended is not None:
+        if self._ended is not None and told != self._unwritten(trainer):  # the page came late, or did not
             self._record.end(*self._ended, self._unwritten(trainer))
         if page is not None:
             say(f"The report of the run is in {page}")
@@ -323,6 +329,13 @@ class RunReport(Callback):
             note(trainer, self.path, error)
             self._next_page = start + 100 * (time.monotonic() - start)
             return None
+
+
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return None
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

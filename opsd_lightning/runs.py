@@ -119,18 +119,33 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
+def _present(path: Path) -> bool:
+    """Return whether a file of a run is there.
+
+    Raises:
+        UserError: A link leads to it, so that the page of a run from elsewhere would show a file of this machine.
+    """
+    if not path.is_file():
+        return False
+    if path.resolve() != path:
+        raise UserError(f"{path} is a symbolic link, or lies behind one, which is not followed: give the folder it leads to")
+    return True
+
+
 def _record(folder: Path) -> Path | None:
     for candidate in (folder, folder / RECORD):
-        if (candidate / "run.json").is_file() and "starts" in _json(candidate / "run.json"):
+        if _present(candidate / "run.json") and "starts" in _json(candidate / "run.json"):
             return candidate
     for parent in list(folder.parents)[:3]:  # a logger's folder of a run that has a record
         path = parent / RECORD / "run.json"
-        if path.is_file() and str(folder) in _json(path).get("logs", []):
+        if _present(path) and str(folder) in _json(path).get("logs", []):
             return path.parent
     return None
 
 
 def _from_record(record: Path) -> Run:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        _present(record / name)
     info = _json(record / "run.json")
     run = Run(record.parent if record.name == RECORD else record, "", info=info)
     run.name = run.root.name if record.name == RECORD else f"{run.root.name}/{record.name}"
@@ -183,6 +198,7 @@ def _point(line: Mapping[str, Any]) -> Point:
 def _log(folder: Path) -> Path | None:
     """The newest metrics.csv of training in or below a folder; tests have one as well."""
     found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}metrics.csv")]
+    found = [path for path in found if _present(path)]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         with _reading(path), path.open(encoding="utf-8") as file:
             if any(name.startswith(("train/", "val/")) for name in next(csv.reader(file), [])):
@@ -220,14 +236,14 @@ def _held_out(root: Path) -> dict[str, list[dict[str, Any]]]:
     for when in ("before", "after"):
         path = root / when / "test.jsonl"
         with _reading(path):
-            for record in read_records(path) if path.is_file() else []:
+            for record in read_records(path) if _present(path) else []:
                 _check(record, _GRADED)
                 found.setdefault(f"{when}: {record.get('role', 'student')}", []).append(record)
     return found
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not _present(path):
         return {}
     import yaml
 

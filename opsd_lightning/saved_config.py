@@ -10,31 +10,41 @@ from typing import Any
 
 import yaml
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from opsd_lightning.files import replace
+from opsd_lightning.folders import free_name
 from opsd_lightning.redaction import HIDDEN, hidden_names, redact
 from opsd_lightning.terminal import message
 from opsd_lightning.types import ConfigError
 
 
 class SavedConfig(SaveConfigCallback):
-    """Lightning's callback, whose file holds ``***`` in the place of secrets and lists them at its top."""
+    """Lightning's callback, whose file holds ``***`` in the place of secrets and lists them at its top.
+
+    A file with another content that is there already is kept as ``config-1.yaml`` and so on. An evaluation leaves it in its
+    place, and writes ``config-test.yaml`` (``config-validate.yaml``, ``config-predict.yaml``) beside it.
+    """
 
     def __init__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(_Parser(parser), *args, **kwargs)  # type: ignore[arg-type]
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.parser.stage = stage  # type: ignore[attr-defined]
+        super().setup(trainer, pl_module, stage)
+
 
 class _Parser:
-    """A parser that saves without secrets.
+    """A parser that saves without secrets, and keeps what it would write over.
 
     Args:
         parser: Parser that does all else.
     """
 
     def __init__(self, parser: Any) -> None:
-        self._parser = parser
+        self._parser, self.stage = parser, "fit"
 
     def __getattr__(self, name: str) -> Any:
         if name == "_parser":  # while it is copied
@@ -42,20 +52,34 @@ class _Parser:
         return getattr(self._parser, name)
 
     def save(self, config: Any, path: str, **settings: Any) -> None:
-        found = yaml.safe_load(self._parser.dump(config, skip_none=settings.get("skip_none", True)))
+        text = self._parser.dump(config, skip_none=settings.get("skip_none", True))
+        found = yaml.safe_load(text)
         redacted = redact(found)
-        if redacted == found:
-            self._parser.save(config, path, **settings)
-            return
-        names = ", ".join(_changed(found, redacted))
-        head = f"# Hidden here ({HIDDEN}): {message(names)}\n# Give these again to run from this file.\n"
-        text = head.replace("\t", " ") + yaml.safe_dump(redacted, sort_keys=False, allow_unicode=True)
+        if redacted != found:
+            names = ", ".join(_changed(found, redacted))
+            head = f"# Hidden here ({HIDDEN}): {message(names)}\n# Give these again to run from this file.\n"
+            text = head.replace("\t", " ") + yaml.safe_dump(redacted, sort_keys=False, allow_unicode=True)
         files = get_filesystem(path)
         if "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,)):
-            replace(Path(path), text)
+            _write(Path(path), text.encode("utf-8", "backslashreplace"), self.stage)
         else:
             with files.open(path, "w") as file:
                 file.write(text)
+
+
+def _write(path: Path, content: bytes, stage: str) -> None:
+    if stage != "fit" and _differs(path, content):
+        path = path.with_name(f"{path.stem}-{stage}{path.suffix}")
+    if _differs(path, content):
+        before = path.read_bytes()
+        copies = path.parent.glob(f"{path.stem}-*{path.suffix}")
+        if not any(copy.is_file() and copy.read_bytes() == before for copy in copies):
+            replace(free_name(path), before)
+    replace(path, content)
+
+
+def _differs(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() != content
 
 
 def _changed(before: Any, after: Any, name: str = "") -> Iterator[str]:

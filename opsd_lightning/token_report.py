@@ -27,7 +27,9 @@ from opsd_lightning.files import replace, script_json
 from opsd_lightning.folders import check_page
 from opsd_lightning.loggers import log_figure, log_page, takes_pictures
 from opsd_lightning.objectives import Update
+from opsd_lightning.record import CHECKPOINT_ID, is_of_another_run
 from opsd_lightning.redaction import redact_text
+from opsd_lightning.runs import RECORD
 from opsd_lightning.serving import together
 from opsd_lightning.token_scores import Predictions, score_tokens
 from opsd_lightning.token_text import Pieces
@@ -46,7 +48,7 @@ class TokenReport(Callback):
     Every token is shaded by the divergence, and tells both roles' probability of it, what else each would have written, the
     entropies and the clip; beside it stand the question, the trace, what the teacher read and the grade. The first step is
     always shown. Weights are those before the step's update. Loggers that take pictures get one of the newest rollouts, and
-    those that take pages the page at the end of ``fit``.
+    those that take pages the page at the end of ``fit``. With ``fast_dev_run`` nothing is written.
 
     Args:
         every_n_steps: Optimizer steps from one shown step to the next, at least 1. With ``updates_per_batch`` a batch is
@@ -58,6 +60,9 @@ class TokenReport(Callback):
         path: The page, relative to the trainer's ``default_root_dir``. A new run replaces it; a resumed one goes on with it.
         pictures: Whether loggers get pictures (needs matplotlib, the extra ``plots``).
     """
+
+    #: Whether it writes to ``default_root_dir`` in a fit, of which `run_lock` lets one write there at a time.
+    writes_to_root = True
 
     def __init__(
         self,
@@ -75,14 +80,19 @@ class TokenReport(Callback):
         self._steps: list[tuple[int, str]] = []  # the optimizer step, and what is shown of it as JSON
         self._shown: list[dict[str, Any]] | None = None  # rollouts of the step that runs
         self._pieces: Pieces | None = None
+        self._begins = False  # whether the run goes on from a checkpoint of another
         self._unwritten = False  # whether the page on disk is older than `_steps`
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._begins = False
         if stage == "fit":
             page = self._page(trainer)
             together(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._begins = is_of_another_run(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -91,7 +101,7 @@ class TokenReport(Callback):
             return
         self._pieces = Pieces(pl_module.tokenizer)
         page = self._page(trainer)
-        if trainer.global_step and page.exists():
+        if trainer.global_step and page.exists() and not self._begins:
             try:
                 earlier = read_tokens(page)["steps"]
                 kept = [step for step in earlier if step["step"] <= trainer.global_step][-self.keep :]
@@ -114,7 +124,7 @@ class TokenReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         rollouts, self._shown = self._shown, None
-        if not trainer.is_global_zero or rollouts is None:
+        if not trainer.is_global_zero or rollouts is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, PolicyModule) and self._pieces is not None
         step = {

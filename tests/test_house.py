@@ -36,9 +36,11 @@ LAYERS = [
     {"terminal", "prompts", "divergences", "shaping", "runs", "tables"},
     {"template_checks", "objectives", "sources", "record", "curves"},
     {"rope", "base_checks", "gguf_header", "checkpoint_settings", "checkpoint_values", "adapter_checks"},
-    {"policy", "report", "requeue", "resuming"},
-    {"tensor_parallel", "optimization", "precision", "fingerprint", "checkpoint_file", "shards", "disk_errors", "signals"},
+    {"policy", "report", "resuming"},
+    {"tensor_parallel", "optimization", "precision", "fingerprint", "checkpoint_file", "shards", "disk_errors"},
     {"checkpoint_io"},
+    {"requeue"},
+    {"signals"},
     {
         "verification",
         "scoring",

@@ -119,3 +119,17 @@ def test_an_export_to_a_full_disk_is_an_error_and_the_old_one_stays(folders: dic
     assert {path.name: path.read_bytes() for path in (root / "adapter").iterdir()} == before
     assert not [path.name for path in root.iterdir() if "adapter" in path.name and path.name != "adapter"]
     assert json.loads((root / "record" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_page_that_is_written_at_the_end_is_not_told_of(folders: dict[str, str], tmp_path: Path) -> None:
+    class Blocks(Callback):
+        def on_train_start(self, *args: Any) -> None:
+            (tmp_path / "report.html").mkdir()
+
+        def on_train_end(self, *args: Any) -> None:
+            (tmp_path / "report.html").rmdir()
+
+    with pytest.warns(UserWarning, match="report.html could not be written"):
+        fit(folders["llama"], tmp_path, Blocks(), RunReport())
+    assert (tmp_path / "report.html").is_file()
+    assert json.loads((tmp_path / "record" / "run.json").read_text())["unwritten"] == {}

@@ -92,6 +92,41 @@ def test_two_exports_inside_each_other_are_refused(folder: str, merged: str, wor
     assert caught.value.setting == "trainer.callbacks.merged_folder"
 
 
+def test_litter_hinders_no_export_and_what_may_be_wanted_is_kept(
+    world: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without a home, and in a current folder that is gone."""
+    model, place = Policy(model=folders["llama"], lora=LoRA(r=2)).build(), world / "export"
+    write_adapter(model, place)
+    for name in (
+        ".DS_Store",
+        "__pycache__/a.pyc",
+        ".cache/huggingface/x.metadata",
+        ".gitattributes",
+        ".ipynb_checkpoints/a",
+    ):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("x")
+    with pytest.warns(UserWarning, match="not removed whole"):
+        write_adapter(model, place)
+    (old,) = world.glob("export.old-*")
+    assert {".gitattributes", ".ipynb_checkpoints/a"} <= tree(old).keys() and ".DS_Store" not in tree(old)
+    assert not tree(place).keys() & {".gitattributes", ".DS_Store"}
+    write_adapter(model, place)
+    assert (old / ".gitattributes").exists()
+    (place / "notes.pyc").write_text("mine")
+    with pytest.raises(ConfigError):
+        write_adapter(model, place)
+    assert (place / "notes.pyc").exists()
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    (world / "cwd" / "deep").rmdir()
+    write_adapter(model, world / "another")
+
+
 def test_exports_of_runs_replace_each_other_and_not_their_own_start(world: Path) -> None:
     base, root = str(world / "base"), world / "run"
     for _ in range(2):

@@ -13,9 +13,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from opsd_lightning.callbacks import RolloutTable
+from opsd_lightning.callbacks import AdapterExport, RolloutTable
 from opsd_lightning.csv_tables import append_rows, begin, cell, check_table, text
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.export import write_adapter
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.policy import LoRA, Policy
 from opsd_lightning.prompts import Prompts
@@ -23,6 +24,7 @@ from opsd_lightning.rollouts import Sampling
 from opsd_lightning.run_report import RunReport
 from opsd_lightning.runs import read_lines
 from opsd_lightning.sources import WordProblems
+from opsd_lightning.token_report import TokenReport
 from opsd_lightning.types import ConfigError
 
 
@@ -37,7 +39,15 @@ class Stops(Callback):
             raise RuntimeError("stop")
 
 
-def fit(model: str, root: Path, stop: int | None, checkpoint: Path | None = None, every: int = 2, **settings: Any) -> None:
+def fit(
+    model: str,
+    root: Path,
+    stop: int | None,
+    checkpoint: Path | None = None,
+    every: int = 2,
+    *more: Callback,
+    **settings: Any,
+) -> None:
     policy = Policy(model=model, dtype="float32", lora=LoRA(r=2, alpha=4, dropout=0.0))
     torch.manual_seed(0)
     module = OPSDModule(policy, sampling=Sampling(max_new_tokens=4), optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
@@ -46,7 +56,7 @@ def fit(model: str, root: Path, stop: int | None, checkpoint: Path | None = None
         max_new_tokens=4,
     )  # fmt: skip
     saved = ModelCheckpoint(root / "saved", filename="{step}", every_n_train_steps=every, save_top_k=-1)
-    callbacks = [RunReport(), RolloutTable(every_n_steps=1, rows=2), saved, *([Stops(stop)] if stop else [])]
+    callbacks = [RunReport(), RolloutTable(every_n_steps=1, rows=2), saved, *more, *([Stops(stop)] if stop else [])]
     run = Trainer(
         accelerator="cpu", callbacks=callbacks, max_steps=8, default_root_dir=root, enable_progress_bar=False,
         enable_model_summary=False, log_every_n_steps=1, **{"logger": False} | settings,
@@ -92,11 +102,37 @@ def test_going_on_from_the_newest_checkpoint_and_from_an_earlier_one(folders: di
     assert not [path.name for path in root.rglob("*") if "partial" in path.name or path.name == ".reserve"]
 
 
+def test_going_on_from_a_checkpoint_of_another_run(folders: dict[str, str], tmp_path: Path) -> None:
+    """Its steps are not put behind those of the run that the folder holds; going on again from its own checkpoint is."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    fit(folders["llama"], mine, 6)
+    fit(folders["llama"], other, 5)
+    before = (mine / "rollouts.csv").read_bytes()
+    fit(folders["llama"], mine, 7, other / "saved" / "step=4.ckpt")
+    assert steps(mine / "record-1") == [1, 2, 3, 4, 5, 6] and steps(mine / "record") == [5, 6, 7]
+    assert (mine / "rollouts-1.csv").read_bytes() == before and rows(mine / "rollouts.csv") == twice(7)[8:]
+    (newest,) = (path for path in (mine / "saved").glob("step=6*.ckpt") if path.stat().st_mtime == max(
+        other.stat().st_mtime for other in (mine / "saved").glob("step=6*.ckpt")))  # fmt: skip
+    fit(folders["llama"], mine, None, newest)
+    assert steps(mine / "record") == [5, 6, 7, 8] and rows(mine / "rollouts.csv") == twice(8)[8:]
+    assert not (mine / "record-2").exists()
+
+
 def test_a_new_run_in_a_folder_begins_its_own_table(folders: dict[str, str], tmp_path: Path) -> None:
     for _ in range(2):
         fit(folders["llama"], tmp_path / "run", stop=None, every=100)
     assert rows(tmp_path / "run" / "rollouts.csv") == rows(tmp_path / "run" / "rollouts-1.csv") == twice(8)
     assert steps(tmp_path / "run" / "record-1") == list(range(1, 9))
+
+
+def test_fast_dev_run_writes_nothing(folders: dict[str, str], tmp_path: Path) -> None:
+    """A trained export, its record and its table stay as they are."""
+    adapter = tmp_path / "adapter"
+    write_adapter(Policy(model=folders["llama"], lora=LoRA(r=2)).build(), adapter)
+    (tmp_path / "rollouts.csv").write_text(",".join(RolloutTable.COLUMNS) + "\r\n1,q,c,1,False,,\r\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    fit(folders["llama"], tmp_path, None, None, 2, AdapterExport(), TokenReport(pictures=False), fast_dev_run=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_logger_of_a_given_version_keeps_what_it_had(folders: dict[str, str], tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from whole_runs import Child, configure, fit
 
 from opsd_lightning.main import main
+from opsd_lightning.requeue import put_aside, save_for_requeue
 
 SLURM = {
     "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0",
@@ -74,3 +76,20 @@ def test_what_another_job_left_is_not_resumed(slurm: Path, roomy: str, tmp_path:
     starts = json.loads((folder / "record" / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 2]
     assert torch.load(folder / "steps" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_nothing_of_the_users_is_removed_or_replaced(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    root = tmp_path / "run"
+    mine, aside = root / "hpc_ckpt_1.ckpt" / "notes.txt", root / "requeue-of-job-7-2.ckpt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    aside.write_text("mine")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=root)
+    trainer.strategy.connect(LightningModule())
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda path: torch.save({"opsd_slurm_job": "7"}, path))
+    with pytest.warns(UserWarning, match="hpc_ckpt_1"):
+        assert save_for_requeue(trainer) == str(root / "hpc_ckpt_2.ckpt")
+    assert mine.read_text() == "mine"
+    put_aside(root)
+    assert aside.read_text() == "mine" and (root / "requeue-of-job-7-2-1.ckpt").is_file()

@@ -24,6 +24,7 @@ from test_distributed import ddp, fsdp2, on_ranks
 from opsd_lightning import run_lock
 from opsd_lightning.callbacks import RolloutWriter
 from opsd_lightning.data import OPSDDataModule
+from opsd_lightning.disk_errors import guard_loggers
 from opsd_lightning.main import main
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.policy import LoRA, Policy
@@ -50,6 +51,12 @@ def parts(model: str) -> tuple[OPSDModule, OPSDDataModule]:
 
 
 def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    if not any(isinstance(callback, RunReport) for callback in callbacks):
+        callbacks = RunReport(), *callbacks  # which writes to the root
+    return plain(root, *callbacks, **settings)
+
+
+def plain(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     return Trainer(
         accelerator="cpu", callbacks=list(callbacks), default_root_dir=root, enable_progress_bar=False,
         enable_model_summary=False,
@@ -109,7 +116,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def command(model: str, root: Path) -> list[str]:
     return ["fit", f"--model.policy.model={model}", "--model.policy.dtype=float32", f"--trainer.default_root_dir={root}",
-            "--trainer.accelerator=cpu", "--data.train.init_args.size=8", "--trainer.max_steps=1"]  # fmt: skip
+            "--trainer.accelerator=cpu", "--data.train.init_args.size=8", "--trainer.max_steps=1", "--trainer.callbacks+=opsd_lightning.RunReport"]  # fmt: skip
 
 
 def test_a_second_run_is_refused_and_one_after_a_kill_is_not(
@@ -140,7 +147,7 @@ def test_a_second_run_is_refused_and_one_after_a_kill_is_not(
 def test_a_run_waits_for_one_that_is_ending(folders: dict[str, str], tmp_path: Path) -> None:
     """As the old process of a requeued job is."""
     root = tmp_path / "run"
-    owner = Trainer(logger=False, default_root_dir=root, enable_checkpointing=False)
+    owner = trainer(root, logger=False)
 
     def work(ready: Callable[[], None]) -> None:
         run_lock.hold(owner)
@@ -276,3 +283,96 @@ def test_the_file_that_a_run_was_given_is_kept(folders: dict[str, str], tmp_path
         assert (tmp_path / "config-1.yaml").read_bytes() == content and mine.read_bytes() != content
         mine.write_bytes(content)
     assert not (tmp_path / "config-2.yaml").exists()
+
+
+def test_runs_that_share_nothing_are_not_refused(folders: dict[str, str], tmp_path: Path, impatient: None) -> None:
+    """Versions that Lightning chooses differ, and `fast_dev_run` writes nothing."""
+    model, late = folders["llama"], CSVLogger(tmp_path)
+    assert late.version == 0
+    late._version = None
+    with elsewhere(lambda ready: plain(tmp_path, Waits(ready)).fit(*parts(model)), tmp_path):
+        log = plain(tmp_path, logger=late)
+        log.fit(*parts(model))
+        assert late.version == 1 and not (tmp_path / run_lock.NAME).exists()
+    with elsewhere(lambda ready: trainer(tmp_path, Waits(ready)).fit(*parts(model)), tmp_path):
+        trainer(tmp_path, fast_dev_run=True).fit(*parts(model))
+
+
+def test_two_runs_that_choose_the_same_version_together(tmp_path: Path) -> None:
+    one, other = (plain(tmp_path, logger=CSVLogger(tmp_path)) for _ in range(2))
+    assert not (tmp_path / "lightning_logs").exists()
+
+    def work(ready: Callable[[], None]) -> None:
+        run_lock.hold(one)
+        ready()
+        time.sleep(60)
+
+    with elsewhere(work, tmp_path), pytest.warns(UserWarning, match="version_1"):
+        run_lock.hold(other)
+    run_lock.release(other)
+    assert other.logger is not None and other.logger.version == 1
+
+
+def test_an_evaluation_beside_a_fit_leaves_its_log(folders: dict[str, str], tmp_path: Path, impatient: None) -> None:
+    """Though it was given the same version."""
+    model, log = folders["llama"], CSVLogger(tmp_path, version=0)
+    own = tmp_path / "lightning_logs" / "version_0"
+
+    def run(ready: Callable[[], None]) -> None:
+        own.mkdir(parents=True)
+        (own / "metrics.csv").write_text("a,step\n1,0\n")
+        os.utime(own / "metrics.csv", (1, 1))
+        plain(tmp_path, Waits(ready), logger=CSVLogger(tmp_path, version=0)).fit(*parts(model))
+
+    with elsewhere(run, tmp_path):
+        before = tree(own)
+        plain(tmp_path, logger=log).test(*parts(model), verbose=False)
+        assert tree(own) == before and log.version == 1 and (own.with_name("version_1") / "metrics.csv").exists()
+    assert not list(tmp_path.rglob(".version_1.lock"))
+
+
+def test_columns_of_another_writer_stay(tmp_path: Path) -> None:
+    log = CSVLogger(tmp_path, version=0)
+    guard_loggers([log])
+    log.log_metrics({"a": 1.0}, 0)
+    log.save()
+    path = Path(log.log_dir) / "metrics.csv"
+    path.write_text("b,step\n2.0,0\n")
+    for step in (1, 2):
+        log.log_metrics({"a": 3.0}, step)
+        log.save()
+    assert path.read_text().split() == ["a,b,step", ",2.0,0", "3.0,,1", "3.0,,2"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_what_is_no_lock_stays(kind: str, tmp_path: Path) -> None:
+    path, mine = tmp_path / run_lock.NAME, tmp_path / "mine"
+    mine.write_text("mine")
+    if kind == "file":
+        mine.rename(path)
+    elif kind == "link":
+        path.symlink_to(mine)
+    else:
+        path.mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        run_lock.hold(trainer(tmp_path, logger=False))
+    assert caught.value.setting == "trainer.default_root_dir" and tree(tmp_path) == before
+    assert path.is_symlink() == (kind == "link")
+
+
+def test_a_checkpoint_of_a_failing_run_is_saved_under_its_lock(folders: dict[str, str], tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("no")
+
+    class Saves(ModelCheckpoint):
+        locked = False
+
+        def on_exception(self, *args: Any) -> None:
+            self.locked = (tmp_path / run_lock.NAME).exists() and (tmp_path / ".saved.lock").exists()
+
+    saves = Saves(tmp_path / "saved")
+    with pytest.raises(RuntimeError):
+        trainer(tmp_path, Fails(), saves).fit(*parts(folders["llama"]))
+    assert saves.locked and not list(tmp_path.rglob("*.lock"))
