@@ -101,21 +101,29 @@ _CONTROL = re.compile(r"[<\[|(].*[>\])|]", re.DOTALL)
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
+# Last words of names of prose and patterns, in which a name such as "Secret:" says nothing.
+_PROSE = set("prompt prompts system template templates pattern patterns regex regexes instruction instructions".split())
 
-def redact(value: Any, name: str = "") -> Any:
+
+def _is_prose(name: str) -> bool:
+    return any(word.lower() in _PROSE for word in _WORDS.findall(name[-200:])[-1:])
+
+
+def redact(value: Any, name: str = "", whole: bool = False) -> Any:
     """Return settings, however nested, without secrets.
 
     Mappings, namespaces and dataclasses become dictionaries, other collections lists; everything below a secret's name is
-    hidden.
+    hidden. Of prompts, templates and patterns only secrets of a known form and of the environment are hidden.
 
     Args:
         value: Collections and plain values.
         name: Name of the setting.
+        whole: Hide a text wholly if a part of it is hidden, so that no run starts from the rest.
     """
-    return _redact(value, name, bool(name) and is_secret(name), 0)
+    return _redact(value, name, bool(name) and is_secret(name), _is_prose(name), whole, 0)
 
 
-def _redact(value: Any, name: str, hide: bool, depth: int) -> Any:
+def _redact(value: Any, name: str, hide: bool, prose: bool, whole: bool, depth: int) -> Any:
     if depth > 100:
         return HIDDEN
     if isinstance(value, Namespace):
@@ -125,69 +133,80 @@ def _redact(value: Any, name: str, hide: bool, depth: int) -> Any:
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         value = dict(zip(value._fields, value, strict=True))
     if isinstance(value, Mapping):
-        return _redact_mapping(value, name, hide, depth)
+        return _redact_mapping(value, name, hide, prose, whole, depth)
     if isinstance(value, (list, tuple, Set)):
-        return _redact_list(list(value), name, hide, depth)
+        return _redact_list(list(value), name, hide, prose, whole, depth)
     if hasattr(value, "get_secret_value"):
         return HIDDEN
     if isinstance(value, (bytes, bytearray)):
         text = bytes(value).decode("utf-8", "surrogateescape")
-        return _redact(text, name, hide, depth).encode("utf-8", "surrogateescape")
+        return _redact(text, name, hide, prose, whole, depth).encode("utf-8", "surrogateescape")
     if isinstance(value, PurePath):
-        text = _redact(str(value), name, hide, depth)
+        text = _redact(str(value), name, hide, prose, whole, depth)
         return value if text == str(value) else text
     if hide and value is not None and not isinstance(value, bool):
         text = str(value)
         number = isinstance(value, (int, float)) and _of_vocabulary(name) and len(text) < 6
         return value if number or _harmless(text, name) else HIDDEN
-    return redact_text(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    text = _redact_forms(value) if prose else redact_text(value)
+    return HIDDEN if whole and text != value else text
 
 
-def _redact_mapping(value: Mapping[Any, Any], name: str, hide: bool, depth: int) -> dict[Any, Any]:
+def _redact_mapping(value: Mapping[Any, Any], name: str, hide: bool, prose: bool, whole: bool, depth: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     # [{name: API_KEY, value: x}], as for containers
     named = value.get("name") or value.get("key")
     pair = isinstance(named, str) and is_secret(named)
     for key, part in value.items():
         shown = redact_text(key) if isinstance(key, str) else key
+        if whole and shown != key:
+            shown = HIDDEN
         if hide and key == "class_path":
             found[shown] = part
             continue
         own = str(key)
         secret = is_secret(own) or (pair and own == "value")
-        found[shown] = _redact(part, own if secret else name if hide else own, hide or secret, depth + 1)
+        name_of_part = name if hide and not secret else own
+        found[shown] = _redact(part, name_of_part, hide or secret, prose or _is_prose(own), whole, depth + 1)
     return found
 
 
-def _redact_list(values: list[Any], name: str, hide: bool, depth: int) -> list[Any]:
+def _redact_list(values: list[Any], name: str, hide: bool, prose: bool, whole: bool, depth: int) -> list[Any]:
     texts = bool(values) and all(isinstance(part, (str, bytes)) for part in values)
-    if texts and not hide:
+    if texts and not hide and not prose:
         plain = [part.decode("utf-8", "replace") if isinstance(part, bytes) else part for part in values]
         if len(plain) == 2 and is_secret(plain[0]) and " " not in plain[0]:  # a header or another pair
-            return [values[0], _redact(values[1], plain[0], True, depth + 1)]
+            return [values[0], _redact(values[1], plain[0], True, prose, whole, depth + 1)]
         if any(isinstance(part, str) and part.startswith("-") for part in values):
-            return list(redact_arguments(plain))
-    return [_redact(part, name, hide, depth + 1) for part in values]
+            found = redact_arguments(plain)
+            return [HIDDEN if whole and text != part else text for text, part in zip(found, plain, strict=True)]
+    return [_redact(part, name, hide, prose, whole, depth + 1) for part in values]
 
 
 def hidden_names(value: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of settings whose value is hidden, whole or in a part."""
+    """Dotted names of settings whose value or whose own name is hidden."""
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from hidden_names(part, f"{name}.{key}" if name else str(key))
+            own = f"{name}.{key}" if name else str(key)
+            if key == HIDDEN:
+                yield own
+            else:
+                yield from hidden_names(part, own)
     elif isinstance(value, (list, tuple)):
         for place, part in enumerate(value):
             yield from hidden_names(part, f"{name}.{place}")
-    elif isinstance(value, str) and (value == HIDDEN or (HIDDEN in value and _URL.search(value))):
+    elif isinstance(value, str) and value == HIDDEN:
         yield name
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command line without secrets: ``--api_key X`` as well as ``--api_key=X``."""
     found: list[str] = []
-    hides = ""  # the secret's name, whose value follows
+    hides, prose = "", False  # the secret's name, whose value follows; prose follows
     for argument in arguments:
         name, _, value = argument.partition("=")
         option = name.startswith("-")
@@ -196,9 +215,12 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
         elif option and value and is_secret(name):
             found.append(argument if _harmless(value, name) else f"{name}={HIDDEN}")
         elif option and value:
-            found.append(f"{name}={redact_text(value)}")
+            found.append(f"{name}={_redact_forms(value) if _is_prose(name) else redact_text(value)}")
+        elif prose and not option:
+            found.append(_redact_forms(argument))
         else:
             found.append(redact_text(argument))
+        prose = option and not value and _is_prose(name)
         hides = name if option and not value and is_secret(name) else ""
     return found
 
@@ -282,14 +304,7 @@ def redact_text(text: str) -> str:
     """Return a text without secrets that can be told by their form, by a name before them, or by the environment."""
     if not text:
         return text
-    for value, pattern in _of_environment():
-        if value in text:
-            text = pattern.sub(HIDDEN, text)
-    if "PRIVATE KEY" in text:
-        text = _PEM.sub(rf"-----BEGIN \1-----{HIDDEN}", text)
-    text = _FORMS.sub(HIDDEN, text)
-    if "://" in text or ":\\/" in text:
-        text = _URL.sub(_url, text)
+    text = _redact_forms(text)
     if "%3A" in text or "%3a" in text:
         text = _ENCODED_URL.sub(rf"\1{HIDDEN}\3", text)
     text = _ORACLE.sub(rf"\1{HIDDEN}", text)
@@ -301,6 +316,17 @@ def redact_text(text: str) -> str:
     text = _OPTION.sub(_option, text)
     text = _CLIENT.sub(_client, text)
     return _NETRC.sub(lambda found: found[1] + (found[2] if _harmless(found[2]) else HIDDEN), text)
+
+
+def _redact_forms(text: str) -> str:
+    """Return a text without values of the environment, keys of a known form and passwords of URLs."""
+    for value, pattern in _of_environment():
+        if value in text:
+            text = pattern.sub(HIDDEN, text)
+    if "PRIVATE KEY" in text:
+        text = _PEM.sub(rf"-----BEGIN \1-----{HIDDEN}", text)
+    text = _FORMS.sub(HIDDEN, text)
+    return _URL.sub(_url, text) if "://" in text or ":\\/" in text else text
 
 
 _known: tuple[dict[str, str], list[tuple[str, re.Pattern[str]]]] = ({}, [])

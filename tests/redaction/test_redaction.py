@@ -95,7 +95,41 @@ def test_everything_below_a_secret_name_is_hidden() -> None:
     )
     assert str(found["key_file"]) == "/data/token=***"
     assert not [n for n in range(1, 13) if f"'k{n}'" in repr(found)]
-    assert set(hidden_names(found)) >= {"api_keys.a", "credentials.init_args.pass", "client.url", "client.api_key"}
+    assert set(hidden_names(found)) >= {"api_keys.a", "credentials.init_args.pass", "client.api_key"}
+    assert "client.url" in set(hidden_names(redact(value, whole=True)))
+
+
+def test_a_value_with_a_hidden_part_is_hidden_wholly_where_runs_start_from() -> None:
+    value = {
+        "url": "https://bob:hunter22@host/x",
+        "note": "the password: hunter22",
+        "paths": [Path("/data/token=hunter22")],
+        "command": ["serve", "--env=password=hunter22", "--port", "80"],
+        "hf_" + "b" * 30: 1,
+        "own": "a literal *** stays, https://host/***",
+    }
+    found = redact(value, whole=True)
+    assert found == {
+        "url": "***", "note": "***", "paths": ["***"], "command": ["serve", "***", "--port", "80"], "***": 1, "own": value["own"],
+    }  # fmt: skip
+    assert list(hidden_names(found)) == ["url", "note", "paths.0", "command.1", "***"]
+
+
+def test_prose_and_patterns_are_kept_but_for_known_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "canary-value-1")
+    kept = {
+        "prompts": {"system": "You are a tutor. Secret: be kind.", "student_template": "Password: {question}", "teacher_response_prefix": "token: x1y2z3"},
+        "answer_pattern": r"(?i)password: (\w+)",
+        "chat_template": "secret={{ secret }} key: abcdef",
+        "patterns": ["token", "label", "-p", "api_key: *** or abc123"],
+        "instructions": {"de": "Passwort: sei nett"},
+    }  # fmt: skip
+    assert redact(kept) == kept and not list(hidden_names(kept))
+    arguments = ["--data.prompts.system", "Secret: be kind.", "--data.grader.answer_pattern=password: (\\w+)"]
+    assert redact_arguments(arguments) == arguments
+    forms = ["hf_" + "a" * 30, "https://bob:hunter22@host/x", "canary-value-1", "-----BEGIN PRIVATE KEY-----\nabc"]
+    assert [text for text in forms if HIDDEN not in redact({"system": f"use {text}"})["system"]] == []
+    assert redact({"prompts": {"api_key": "abc", "system": None}}) == {"prompts": {"api_key": "***", "system": None}}
 
 
 def test_names_of_secrets() -> None:
