@@ -60,6 +60,16 @@ _VOCABULARY = set(
     "draft bonus accepted target label ignore blank control chat im header call calls fim middle prefix suffix file repo "
     "text input output max min total mean likeliest student teacher".split()
 )
+# Words before "token" behind which any value is a secret.
+_KEEPERS = (
+    _PAIRS["key"]
+    | _PAIRS["tokens"]
+    | set(
+        "identity registry id user key my csrf xsrf oauth jwt push device vault personal pat ci npm pypi telegram "
+        "discord otp mfa totp reset verification invite login password db root email job gitea jira circleci sonar".split()
+    )
+)
+_HEADERS = {"header", "headers", "env", "environment", "environ", "cookies"}
 
 
 def is_secret(name: str) -> bool:
@@ -90,12 +100,24 @@ def _harmless(value: str, name: str = "") -> bool:
     """Return whether a value below a secret's name is harmless: none, a type, a place to fill in, a control token."""
     if not value or value == HIDDEN or _PLACEHOLDER.fullmatch(value):
         return True
-    return _of_vocabulary(name) and bool(_CONTROL.fullmatch(value))
+    if not _of_vocabulary(name):
+        return False
+    if _CONTROL.fullmatch(value):
+        return True
+    own = name.rpartition(".")[2]
+    words = _WORDS.findall(own)
+    if len(words) < 2 or own.isupper() or words[-2].lower() in _KEEPERS:
+        return False
+    return len(value) < 6 or bool(_WORD.fullmatch(value))
 
 
 _PLACEHOLDER = re.compile(
     r"(?i:null|none|true|false|required|optional|missing|str|int|bool|bytes|secretstr|<class '\w+'>|<[a-z _\-.]+>|~)"
     r"|Optional\[\w+\]|\*+|\$\w+|\$\{[^}]*\}|\$\{\{[^}]*\}\}|%s|%\(\w+\)s|\{\w*\}|\.\.\.|\u2026"
+)
+# Lower-case words, as of an option's choice, a language or the id of a token.
+_WORD = re.compile(
+    r"(?!.{41})(?:[a-z]{1,14}(?:[_\- ][a-z]{1,14}){0,4}(?:[=:]\d{1,5})?[.!,]*|[a-z]{2,3}[_\-][A-Z][A-Za-z]{1,3}|\d{1,6})"
 )
 _CONTROL = re.compile(r"[<\[|(].*[>\])|]", re.DOTALL)
 
@@ -177,12 +199,21 @@ def _redact_list(values: list[Any], name: str, hide: bool, prose: bool, whole: b
     texts = bool(values) and all(isinstance(part, (str, bytes)) for part in values)
     if texts and not hide and not prose:
         plain = [part.decode("utf-8", "replace") if isinstance(part, bytes) else part for part in values]
-        if len(plain) == 2 and is_secret(plain[0]) and " " not in plain[0]:  # a header or another pair
+        if len(plain) == 2 and is_secret(plain[0]) and _heads(plain[0], name):
             return [values[0], _redact(values[1], plain[0], True, prose, whole, depth + 1)]
         if any(isinstance(part, str) and part.startswith("-") for part in values):
             found = redact_arguments(plain)
             return [HIDDEN if whole and text != part else text for text, part in zip(found, plain, strict=True)]
     return [_redact(part, name, hide, prose, whole, depth + 1) for part in values]
+
+
+def _heads(first: str, name: str) -> bool:
+    """Return whether the first of two texts names the second, as in a header. Else it may be a column or a tag."""
+    if re.search(r"\s", first):
+        return False
+    above = _WORDS.findall(name[-200:])[-1:]
+    known = "-" in first or first.lower() in ("authorization", "cookie")
+    return known or any(word.lower() in _HEADERS for word in above)
 
 
 def hidden_names(value: Any, name: str = "") -> Iterator[str]:
@@ -230,7 +261,9 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 _FORMS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|sk-[A-Za-z0-9_\-]{16,}|sess-[A-Za-z0-9]{20,}|gsk_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}|pplx-[A-Za-z0-9]{20,}"
+    r"|sk-(?:(?:proj|ant|or|svcacct|admin|lf)-(?=[\w\-]{0,60}?\d)(?:(?=[\w\-]{0,60}?\w{16})|(?=[\w\-]{0,60}?[A-Z]))[\w\-]{16,}"
+    r"|(?=\w{0,30}?\d)(?:[A-Za-z0-9]{24,}|(?=\w{0,20}?[A-Z])\w{16,})[\w\-]*)"
+    r"|sess-[A-Za-z0-9]{20,}|gsk_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}|pplx-[A-Za-z0-9]{20,}"
     r"|r8_[A-Za-z0-9]{20,}|nvapi-[\w\-]{20,}|fw_[A-Za-z0-9]{20,}|tgp_v\d_[\w\-]{20,}|csk-[A-Za-z0-9]{20,}"  # models
     r"|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl(?:pat|dt|rt|cbt|ptt|soat|ft|imt|agent)-[\w\-.]{16,}"
     r"|(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}|AIza[\w\-]{30,}|ya29\.[\w\-]{10,}|1//0[\w\-]{20,}|GOCSPX-[\w\-]{16,}"
@@ -296,6 +329,8 @@ _PLAIN = re.compile(
     r"(?![)\]}]+(?:$|[\s,;:.)\]}\"']))[^\s\"'<>`]|(?<=\w)['\"](?=\w))++"
 )
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}\n]*\}|\{\{[^}\n]*\}\})(?![^\s,;&)\]}\"'])")
+# Arithmetic, such as x + 5.
+_SUM = re.compile(r"[\w.]{1,5}[ \t]+[+*/^=\u00d7\u00b7\u2212\-][ \t]+\(?(?:\d|[a-z]\b)")
 _COOKIE = re.compile(r"[^\s;\"']+(?:;[ \t]*[^\s;\"']+)*+;?")
 _BLOCK = re.compile(r"(?<![\w.\-])([\w.\-]++)[\"']?[ \t]*:[ \t]*([|>][+\-\d]*)?[ \t\r]*$")
 
@@ -509,6 +544,8 @@ def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
         if _of_vocabulary(name) and re.compile(r"\[\w{1,40}\]").match(text, place):  # [MASK]
             return "", place
         end = _closing(text, place)
+        if text[place] == "(" and re.fullmatch(r"\((?!.*\d{6})[\d\s+*/^.()\-]*\)", text[place : min(end, place + 100)]):
+            return "", place
         return (HIDDEN if text[place + 1 : end - 1].strip() else text[place:end]), end
     if (call := _CALL.match(text, place)) is not None:
         end = call.end() + _closing(text[call.end() : call.end() + 500], 0)
@@ -529,6 +566,9 @@ def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
     # A sentence's full stop is none of the value's.
     shown = value.rstrip(".,;:!?") if re.search(r"[.,;:!?]$", value) and ":" in sign else value
     if _harmless(shown, name) or _harmless(shown.rstrip(")]}"), name):
+        return "", place
+    structured = bool(enclosing) or sign[0] in "\"'`\\"
+    if not structured and (re.fullmatch(r"-?\d{1,5}(?:\.\d{1,4})?%?", shown) or _SUM.match(text, place)):
         return "", place
     end -= len(value) - len(shown)
     line = text[end : end + 1000].partition("\n")[0]
@@ -552,6 +592,8 @@ def _until(pattern: re.Pattern[str], text: str, place: int, enclosing: str) -> t
     found = pattern.match(text, place)
     if found is None or _harmless(found[0]):
         return "", place
+    if pattern is _COOKIE and not re.match(r"[\w\-.$%]*[A-Za-z_][\w\-.]*=|(?=\S*\d)(?=\S*[A-Za-z])\S{8}", found[0][:200]):
+        return "", place  # baked ones
     end = found.end()
     if enclosing and (stop := text.find(enclosing, place)) >= 0:
         end = stop

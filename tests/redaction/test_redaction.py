@@ -53,6 +53,42 @@ def test_what_is_harmless_stays(text: str) -> None:
     assert redact({"text": text}) == {"text": text}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "columns": ["token", "label"],
+            "tags": ["secret", "v2"],
+            "fields": ["password", "email"],
+            "keys": ["api_key", "auth"],
+        },
+        {"separator_token": "###", "delimiter_token": "|", "newline_token": "\n", "switch_token": "hmm..."},
+        {"trigger_token": "wait", "reflection_token": "hmm", "weight_by_token": "entropy", "loss_by_token": "forward_kl"},
+        {"language_token": "en_XX", "lang_token": "zho_Hans", "n_token": 3, "argmax_token": 12, "best_token": 151643},
+        {"name": "sk-learn-baseline-run-2026", "save_dir": "runs/sk-small-lr-1e-5-seed-3"},
+        {"name": "ablate_token=first_seed=3", "group": "by_token=mean,lr=1e-5", "notes": "secret = 7 + 5 = 12"},
+    ],
+)
+def test_ordinary_settings_stay(settings: dict[str, Any]) -> None:
+    assert redact(settings) == settings and redact(settings, whole=True) == settings
+
+
+@pytest.mark.parametrize(
+    "name", ["hub_token", "HF_TOKEN", "api_token", "x.accessToken", "FOO_TOKEN", "token", "github_token"]
+)
+def test_tokens_of_services_are_hidden_whatever_they_are(name: str) -> None:
+    assert redact({name: "abc"}) == {name: HIDDEN} and redact({name: "hunter"}) == {name: HIDDEN}
+    assert redact_text(f"{name}=abc") == f"{name}={HIDDEN}"
+
+
+@pytest.mark.parametrize(
+    "pair", [["x-api-key", "abc"], ("Authorization", "abc"), ["cookie", "a=b"], ["X-Auth-Token", "wait"]]
+)
+def test_pairs_of_headers_are_hidden(pair: Any) -> None:
+    assert redact({"a": pair}) == {"a": [pair[0], HIDDEN]}
+    assert redact({"headers": [["token", "abc"], ["secret", "def"]]}) == {"headers": [["token", "***"], ["secret", "***"]]}
+
+
 @dataclasses.dataclass
 class Client:
     api_key: str
