@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import PurePath
@@ -25,18 +26,20 @@ _WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_A-Za-z
 # A name's last word, also where words are written together (PGPASSWORD).
 _LAST = re.compile(
     r"(?:passwords?|passwds?|passphrases?|passcodes?|passwort|kennwort|contraseña|senha|пароль|密码|密碼|パスワード"
-    r"|secrets?|credentials?|authorization|(?:web)?hooks?(?<=webhooks)|webhook|jwt|dsn|sas|mnemonic"
+    r"|secrets?|credentials?|authorization|(?:web)?hooks?(?<=webhooks)|webhook|jwt|dsn|sas|mnemonic|sess(?:ion)?id"
     r"|(?:api|secret|access|private|account|auth|signing)keys?"
     r"|(?:auth|access|identity|registry|refresh|session|api|bearer|id|bot|user|secret)token)$"
 )
 _COOKIES = {"cookie", "cookies"}
+_WORDS_OF_SECRETS = {*_COOKIES, "auth", "pw", "otp", "totp", "bearer"}
 # What makes a secret of the last word together with the word before it.
 _PAIRS: dict[str, Set[str]] = {
     "key": set(
         "api access secret private signing encryption account storage shared master subscription license deploy ssh service "
         "client auth app admin ingestion instrumentation server webhook hmac session security consumer token function sas "
         "kaggle wandb comet openai anthropic azure google gemini neptune hf huggingface mistral cohere groq together "
-        "deepseek replicate pinecone algolia stripe sendgrid twilio mailgun datadog dd cosmos".split()
+        "deepseek replicate pinecone algolia stripe sendgrid twilio mailgun datadog dd cosmos "
+        "fernet aes rsa pgp gpg psk wifi wireguard django flask crypto cipher encrypt decrypt decryption".split()
     ),
     "pass": set(
         "db user smtp mail email ftp ldap admin root http proxy redis mysql pg postgres sudo rabbitmq mqtt sql database "
@@ -86,7 +89,7 @@ def is_secret(name: str) -> bool:
         return before not in _VOCABULARY
     if last == "pwd":  # alone it is the current folder
         return before not in ("", "old", "current", "cur")
-    if last in _COOKIES or last == "auth" or name == "pass" or _LAST.search(last):
+    if last in _WORDS_OF_SECRETS or name in ("pass", "Pass", "PASS") or _LAST.search(last):
         return True
     return before in _PAIRS.get(last, ()) or before in _PAIRS.get(last.removesuffix("s"), ())
 
@@ -176,11 +179,17 @@ def _redact(value: Any, name: str, hide: bool, prose: bool, whole: bool, depth: 
     return HIDDEN if whole and text != value else text
 
 
+_USERS = {"user", "username", "user_name", "user id", "userid", "uid", "login", "account", "email"}
+# The value of `pwd`, where it is the current folder.
+_FOLDER = re.compile(r"\\*[\"']?(?:[~./$`]|[A-Za-z]:[\\/]|-P\b|$)")
+
+
 def _redact_mapping(value: Mapping[Any, Any], name: str, hide: bool, prose: bool, whole: bool, depth: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     # [{name: API_KEY, value: x}], as for containers
     named = value.get("name") or value.get("key")
     pair = isinstance(named, str) and is_secret(named)
+    login = any(str(key).lower() in _USERS for key in value)
     for key, part in value.items():
         shown = redact_text(key) if isinstance(key, str) else key
         if whole and shown != key:
@@ -189,7 +198,8 @@ def _redact_mapping(value: Mapping[Any, Any], name: str, hide: bool, prose: bool
             found[shown] = part
             continue
         own = str(key)
-        secret = is_secret(own) or (pair and own == "value")
+        password = login and own.lower() == "pwd" and not _FOLDER.match(str(part))
+        secret = is_secret(own) or password or (pair and own == "value")
         name_of_part = name if hide and not secret else own
         found[shown] = _redact(part, name_of_part, hide or secret, prose or _is_prose(own), whole, depth + 1)
     return found
@@ -201,7 +211,7 @@ def _redact_list(values: list[Any], name: str, hide: bool, prose: bool, whole: b
         plain = [part.decode("utf-8", "replace") if isinstance(part, bytes) else part for part in values]
         if len(plain) == 2 and is_secret(plain[0]) and _heads(plain[0], name):
             return [values[0], _redact(values[1], plain[0], True, prose, whole, depth + 1)]
-        if any(isinstance(part, str) and part.startswith("-") for part in values):
+        if any(part.startswith("-") or _PROGRAM.fullmatch(part) for part in plain):
             found = redact_arguments(plain)
             return [HIDDEN if whole and text != part else text for text, part in zip(found, plain, strict=True)]
     return [_redact(part, name, hide, prose, whole, depth + 1) for part in values]
@@ -238,7 +248,7 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command line without secrets: ``--api_key X`` as well as ``--api_key=X``."""
     found: list[str] = []
     hides, prose = "", False  # the secret's name, whose value follows; prose follows
-    for argument in arguments:
+    for argument in _redact_clients(arguments):
         name, _, value = argument.partition("=")
         option = name.startswith("-")
         if hides and not option:
@@ -254,6 +264,20 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
         prose = option and not value and _is_prose(name)
         hides = name if option and not value and is_secret(name) else ""
     return found
+
+
+def _redact_clients(arguments: Sequence[str]) -> list[str]:
+    """Hide passwords among the options of known programs: ``["curl", "-u", "bob:X"]``."""
+    if not any(_PROGRAM.fullmatch(argument) for argument in arguments):
+        return list(arguments)
+    line = shlex.join([argument.rpartition("/")[2] if _PROGRAM.fullmatch(argument) else argument for argument in arguments])
+    parts = shlex.split(_WANDB.sub(rf"\1{HIDDEN}", _CLIENT.sub(_client, line)))
+    if len(parts) != len(arguments):
+        return list(arguments)
+    return [
+        part if HIDDEN in part and HIDDEN not in argument else argument
+        for part, argument in zip(parts, arguments, strict=True)
+    ]
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
@@ -301,13 +325,32 @@ _URL = re.compile(r"(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+)(:(?:\\?/){2}
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s/?#@:,\\]+)(?::\d+)?(?=[/?#,;)\]}.]|$)|(?=/)")
 _ENCODED_URL = re.compile(r"(?i)(%3A(?:%2F){2})((?:(?!%40|%2F)[\w.~%\-]){1,200}+)(%40)")
 _ORACLE = re.compile(r"(?i)(jdbc:oracle:\w{1,20}:)[^\s/]{1,200}/[^\s@]{1,200}(?=@)")
+_USER_IN_LIST = re.compile(r"([\"']--?(?:u|user|proxy-user)[\"'],[ \t]*[\"'][^\"'\s:]{0,100}:)([^\"'\n]{1,200})")
+_USER_CLIENT = re.compile(r"(?<![\w.\-])(?:curl|wget|https?)[\"']")
+# Two texts, of which the first names the second: a header, or the arguments of a call.
+_PAIR = re.compile(r"(\b\w{1,40})?([(\[][ \t]*)[bru]?([\"'])([\w.\-]{3,100})\3,[ \t]*(?=[bBrRuUf]?[\"'])")
+_SETS = re.compile(
+    r"(?i)(?:set|put|get)_?(?:env|default|item|header|requestheader|secret|property)?|add_?header|header|append|add"
+)
+_XML = re.compile(r"<([\w.:\-]{1,100})(?:\s[^<>]{0,200})?>([^<>]{1,10000})</\1>")
+_ENTRY = re.compile(
+    r"(?i)((?<![\w.\-])[\"']?(?:name|key)[\"']?[ \t]*[:=][ \t]*([\"']?)([\w.\-]{3,100})\2(?:[,;]?\s{1,40}|,)"
+    r"[\"']?value[\"']?[ \t]*[:=][ \t]*)"
+    r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'][^\s,;}]*)"
+)
 _NETRC = re.compile(r"(?i)(\blogin\s+\S+\s+(?:account\s+\S+\s+)?password\s+)(\S+)")
 _CLIENT = re.compile(
     r"(?<![\w./\-])(curl|wget|https?|sshpass|mysql\w*|mariadb|mongo\w*|redis-cli|docker|podman|smbclient|ldap\w+)\b"
     r"(?=[ \t])([^\n|;]+)"
 )
+_PROGRAM = re.compile(
+    r"(?:[\w./\-]{0,200}/)?(?:curl|wget|https?|sshpass|mysql\w*|mariadb|mongo\w*|redis-cli|docker|podman|smbclient|ldap\w+"
+    r"|wandb)"
+)
+_WANDB = re.compile(r"(\bwandb\b[ \t.,\"']{1,9}login\b[^\n]{0,80}?(?<![A-Za-z0-9]))[A-Za-z0-9_]{40,100}(?![A-Za-z0-9])")
 _CLIENT_OPTION = re.compile(
-    r"([ \t]--?(u|user|proxy-user|U|p|a|w)(?:[ \t]+|=|(?<=-p)))(\"[^\"]*\"|'[^']*'|[^\s\"'\-][^\s\"']*)"
+    r"([ \t](?:--?|-[sSkLfgivG]{1,6}(?=u))(u|user|proxy-user|U|p|a|w)(?:[ \t]+|=|(?<=-p)|(?<=[ \t]-u)))"
+    r"(\"[^\"]*\"|'[^']*'|[^\s\"'\-][^\s\"']*)"
 )
 _OPTION = re.compile(
     r"(?<![\w\-])(--?[A-Za-z][\w.\-]*+)([ \t]+|\\?[\"'],[ \t]*(?=\\?[\"']))(?!-)"
@@ -347,9 +390,11 @@ def redact_text(text: str) -> str:
     if "\n" in text and ":" in text:
         text = _blocks(text)
     text = _named(text)
+    text = _XML.sub(_xml, _ENTRY.sub(_entry, _pairs(text)))
     text = _DIGEST.sub(rf"\1\2{HIDDEN}", _SCHEME.sub(_scheme, text))
     text = _OPTION.sub(_option, text)
-    text = _CLIENT.sub(_client, text)
+    text = _WANDB.sub(rf"\1{HIDDEN}", _CLIENT.sub(_client, text))
+    text = _USER_IN_LIST.sub(_user_in_list, text)
     return _NETRC.sub(lambda found: found[1] + (found[2] if _harmless(found[2]) else HIDDEN), text)
 
 
@@ -478,6 +523,47 @@ def _client(found: re.Match[str]) -> str:
     return program + _CLIENT_OPTION.sub(hide, rest)
 
 
+def _user_in_list(found: re.Match[str]) -> str:
+    near = found.string[max(found.start() - 300, 0) : found.start()]
+    return found[1] + HIDDEN if _USER_CLIENT.search(near) and not _harmless(found[2]) else found[0]
+
+
+def _pairs(text: str) -> str:
+    """Hide the second of two texts in brackets: ``("X-Api-Key", "x")``, ``setenv("API_KEY", "x")``."""
+    pieces: list[str] = []
+    done = place = 0
+    while (match := _PAIR.search(text, place)) is not None:
+        place = match.end()
+        call, bracket, name = match[1] or "", match[2], match[4]
+        sets = bracket.startswith("(") and _SETS.fullmatch(call)
+        if not is_secret(name) or not (sets or _heads(name, "")):
+            continue
+        quoted = _QUOTED.match(text, place)
+        value = quoted[0].strip("bBrRuUf\"'") if quoted else ""
+        # Two words may be two columns.
+        if quoted is None or _harmless(value, name) or (not name.isupper() and sets and "-" not in name and value.isalpha()):
+            continue
+        pieces += [text[done:place], _within_quotes(quoted[0])]
+        done = place = quoted.end()
+    return "".join([*pieces, text[done:]])
+
+
+def _xml(found: re.Match[str]) -> str:
+    name, value = found[1].rpartition(":")[2], found[2].strip()
+    words = re.fullmatch(r"[a-z]+(?:\s+\w+)*", value) and _of_vocabulary(name)
+    if not is_secret(name) or words or _harmless(value, name) or re.fullmatch(r"-?[\d.]{1,5}", value):
+        return found[0]
+    start, end = found.start(2) - found.start(), found.end(2) - found.start()
+    return f"{found[0][:start]}{HIDDEN}{found[0][end:]}"
+
+
+def _entry(found: re.Match[str]) -> str:
+    bare = found[4].strip("\"'")
+    if not is_secret(found[3]) or _harmless(bare, found[3]):
+        return found[0]
+    return found[1] + _within_quotes(found[4])
+
+
 def _within_quotes(value: str) -> str:
     """Return ``***`` in the quotes of a value."""
     quotes = re.match(r"[bBrRuUfF$]{0,2}(\\*(?:\"\"\"|'''|[\"']))", value)
@@ -518,7 +604,9 @@ def _named(text: str) -> str:
     while (match := _NAMED.search(text, place)) is not None:
         place = match.end()
         name = match[1]
-        if not is_secret(name) or (name.lower() in ("authorization", "auth") and "==" in match[2]):
+        if not (_named_by_text(text, match) or is_secret(name)) or (
+            name.lower() in ("authorization", "auth") and "==" in match[2]
+        ):
             continue
         if annotation := _ANNOTATION.match(text, place):
             place = annotation.end()
@@ -529,10 +617,30 @@ def _named(text: str) -> str:
     return "".join([*pieces, text[done:]])
 
 
+def _named_by_text(text: str, match: re.Match[str]) -> bool:
+    """Return whether a name that is none of a secret's alone is one here: ``api key: x``, ``pwd=x``."""
+    name, bare = match[1].lower(), match[2].strip() in (":", "=")
+    if name == "pwd":
+        return not _FOLDER.match(text, match.end())
+    if name not in ("key", "keys", "pass", "phrase", "code", "string", "pat"):
+        return False
+    before = re.search(r"([A-Za-z]{2,20})[ \t]$", text[max(match.start() - 22, 0) : match.start()])
+    if before is None or not is_secret(f"{before[1]}_{name}"):
+        return False
+    # A sentence may speak of a key.
+    return (
+        not bare
+        or re.compile(r"[\"']|(?=[^\s]{0,200}\d)(?=[^\s]{0,200}[A-Za-z])[^\s]{8}").match(text, match.end()) is not None
+    )
+
+
 def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
     """Return the replacement of the value at a place and the end of the value: the place itself if nothing changes."""
     name, sign = match[1], match[2]
     if text.startswith(HIDDEN, place):
+        return "", place
+    word = name in ("PASS", "Pass") or (name.lower() == "bearer" and not re.compile(r"\S{0,40}\d").match(text, place))
+    if word and sign.strip() == ":":  # of a report or of a sentence
         return "", place
     for pattern in (_QUOTED, _ESCAPED):
         if quoted := pattern.match(text, place):

@@ -82,6 +82,33 @@ def test_tokens_of_services_are_hidden_whatever_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"pw": "hunter22"}, {"user_pw": "hunter22"}, {"user": "bob", "pwd": "hunter22"}, {"UID": "bob", "PWD": "hunter22"},
+        {"PASS": "hunter22"}, {"otp": "hunter22"}, {"fernet_key": "hunter22"}, {"JSESSIONID": "hunter22"}, {"API Key": "hunter22"},
+        {"cmd": ["curl", "-u", "b:hunter22"]}, {"cmd": ["/usr/bin/curl", "--user=b:hunter22"]}, {"cmd": ["curl", "-ub:hunter22"]},
+        {"cmd": ["curl", "-su", "b:hunter22"]}, {"cmd": ["sshpass", "-p", "hunter22"]}, {"cmd": ["wandb", "login", "hunter22" * 5]},
+    ],
+)  # fmt: skip
+def test_further_settings_that_hold_secrets(settings: dict[str, Any]) -> None:
+    for whole in (False, True):
+        found = redact(settings, whole=whole)
+        assert "hunter22" not in str(found) and HIDDEN in str(found)
+        assert list(found) == list(settings) and len(str(found)) >= 10
+
+
+def test_the_current_folder_and_users_of_containers_stay() -> None:
+    settings = {
+        "user": "bob",
+        "pwd": "/home/bob",
+        "a": {"pwd": "runs"},
+        "b": ["docker", "run", "-u", "1000:1000"],
+        "c": ["it's", "-n"],
+    }
+    assert redact(settings) == settings
+
+
+@pytest.mark.parametrize(
     "pair", [["x-api-key", "abc"], ("Authorization", "abc"), ["cookie", "a=b"], ["X-Auth-Token", "wait"]]
 )
 def test_pairs_of_headers_are_hidden(pair: Any) -> None:
@@ -210,7 +237,8 @@ def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hostile_text_is_read_in_time() -> None:
     rng = random.Random(0)
     pieces = ["token=", "password: ", "://", "@", "a:b@", '"', "'", "{", "[", "(", "\\", "\n", " ", "x" * 50, "Bearer ", "--token ",
-              "curl -u ", "jdbc:oracle:a:b/", "%3A%2F%2F", "eyJ", "-----BEGIN PRIVATE KEY-----", "Cookie: a=b; ", "token=f("]  # fmt: skip
+              "curl -u ", "jdbc:oracle:a:b/", "%3A%2F%2F", "eyJ", "-----BEGIN PRIVATE KEY-----", "Cookie: a=b; ", "token=f(", "<a>", "<a ", "</a>", '("x-api-key", ', "wandb login ", "name: a ", "api key: ", "f(", "sk-", "sk-proj-", "cookie=",
+              '"-u", "b:']  # fmt: skip
     texts = [piece * (20_000 // len(piece)) for piece in pieces]
     texts += ["".join(rng.choices(pieces, k=2000)) for _ in range(3)]
     for text in texts:
