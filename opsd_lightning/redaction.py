@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import PurePath
@@ -26,18 +27,20 @@ _WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_A-Za-z
 # A name's last word, also where words are written together (PGPASSWORD).
 _LAST = re.compile(
     r"(?:passwords?|passwds?|passphrases?|passcodes?|passwort|kennwort|contraseña|senha|пароль|密码|密碼|パスワード"
-    r"|secrets?|credentials?|authorization|(?:web)?hooks?(?<=webhooks)|webhook|jwt|dsn|sas|mnemonic"
+    r"|secrets?|credentials?|authorization|(?:web)?hooks?(?<=webhooks)|webhook|jwt|dsn|sas|mnemonic|sess(?:ion)?id"
     r"|(?:api|secret|access|private|account|auth|signing)keys?"
     r"|(?:auth|access|identity|registry|refresh|session|api|bearer|id|bot|user|secret)token)$"
 )
 _COOKIES = {"cookie", "cookies"}
+_WORDS_OF_SECRETS = {*_COOKIES, "auth", "pw", "otp", "totp", "bearer"}
 # What makes a secret of the last word together with the word before it.
 _PAIRS: dict[str, Set[str]] = {
     "key": set(
         "api access secret private signing encryption account storage shared master subscription license deploy ssh service "
         "client auth app admin ingestion instrumentation server webhook hmac session security consumer token function sas "
         "kaggle wandb comet openai anthropic azure google gemini neptune hf huggingface mistral cohere groq together "
-        "deepseek replicate pinecone algolia stripe sendgrid twilio mailgun datadog dd cosmos".split()
+        "deepseek replicate pinecone algolia stripe sendgrid twilio mailgun datadog dd cosmos "
+        "fernet aes rsa pgp gpg psk wifi wireguard django flask crypto cipher encrypt decrypt decryption".split()
     ),
     "pass": set(
         "db user smtp mail email ftp ldap admin root http proxy redis mysql pg postgres sudo rabbitmq mqtt sql database "
@@ -61,6 +64,16 @@ _VOCABULARY = set(
     "draft bonus accepted target label ignore blank control chat im header call calls fim middle prefix suffix file repo "
     "text input output max min total mean likeliest student teacher".split()
 )
+# Words before "token" behind which any value is a secret.
+_KEEPERS = (
+    _PAIRS["key"]
+    | _PAIRS["tokens"]
+    | set(
+        "identity registry id user key my csrf xsrf oauth jwt push device vault personal pat ci npm pypi telegram "
+        "discord otp mfa totp reset verification invite login password db root email job gitea jira circleci sonar".split()
+    )
+)
+_HEADERS = {"header", "headers", "env", "environment", "environ", "cookies"}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,7 +91,7 @@ def is_secret(name: str) -> bool:
         return before not in _VOCABULARY
     if last == "pwd":  # alone it is the current folder
         return before not in ("", "old", "current", "cur")
-    if last in _COOKIES or last == "auth" or name == "pass" or _LAST.search(last):
+    if last in _WORDS_OF_SECRETS or name in ("pass", "Pass", "PASS") or _LAST.search(last):
         return True
     return before in _PAIRS.get(last, ()) or before in _PAIRS.get(last.removesuffix("s"), ())
 
@@ -92,32 +105,52 @@ def _harmless(value: str, name: str = "") -> bool:
     """Return whether a value below a secret's name is harmless: none, a type, a place to fill in, a control token."""
     if not value or value == HIDDEN or _PLACEHOLDER.fullmatch(value):
         return True
-    return _of_vocabulary(name) and bool(_CONTROL.fullmatch(value))
+    if not _of_vocabulary(name):
+        return False
+    if _CONTROL.fullmatch(value):
+        return True
+    own = name.rpartition(".")[2]
+    words = _WORDS.findall(own)
+    if len(words) < 2 or own.isupper() or words[-2].lower() in _KEEPERS:
+        return False
+    return len(value) < 6 or bool(_WORD.fullmatch(value))
 
 
 _PLACEHOLDER = re.compile(
     r"(?i:null|none|true|false|required|optional|missing|str|int|bool|bytes|secretstr|<class '\w+'>|<[a-z _\-.]+>|~)"
     r"|Optional\[\w+\]|\*+|\$\w+|\$\{[^}]*\}|\$\{\{[^}]*\}\}|%s|%\(\w+\)s|\{\w*\}|\.\.\.|\u2026"
 )
+# Lower-case words, as of an option's choice, a language or the id of a token.
+_WORD = re.compile(
+    r"(?!.{41})(?:[a-z]{1,14}(?:[_\- ][a-z]{1,14}){0,4}(?:[=:]\d{1,5})?[.!,]*|[a-z]{2,3}[_\-][A-Z][A-Za-z]{1,3}|\d{1,6})"
+)
 _CONTROL = re.compile(r"[<\[|(].*[>\])|]", re.DOTALL)
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
+# Last words of names of prose and patterns, in which a name such as "Secret:" says nothing.
+_PROSE = set("prompt prompts system template templates pattern patterns regex regexes instruction instructions".split())
 
-def redact(value: Any, name: str = "") -> Any:
+
+def _is_prose(name: str) -> bool:
+    return any(word.lower() in _PROSE for word in _WORDS.findall(name[-200:])[-1:])
+
+
+def redact(value: Any, name: str = "", whole: bool = False) -> Any:
     """Return settings, however nested, without secrets.
 
     Mappings, namespaces and dataclasses become dictionaries, other collections lists; everything below a secret's name is
-    hidden.
+    hidden. Of prompts, templates and patterns only secrets of a known form and of the environment are hidden.
 
     Args:
         value: Collections and plain values.
         name: Name of the setting.
+        whole: Hide a text wholly if a part of it is hidden, so that no run starts from the rest.
     """
-    return _redact(value, name, bool(name) and is_secret(name), 0)
+    return _redact(value, name, bool(name) and is_secret(name), _is_prose(name), whole, 0)
 
 
-def _redact(value: Any, name: str, hide: bool, depth: int) -> Any:
+def _redact(value: Any, name: str, hide: bool, prose: bool, whole: bool, depth: int) -> Any:
     if depth > 100:
         return HIDDEN
     if isinstance(value, Namespace):
@@ -127,70 +160,97 @@ def _redact(value: Any, name: str, hide: bool, depth: int) -> Any:
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         value = dict(zip(value._fields, value, strict=True))
     if isinstance(value, Mapping):
-        return _redact_mapping(value, name, hide, depth)
+        return _redact_mapping(value, name, hide, prose, whole, depth)
     if isinstance(value, (list, tuple, Set)):
-        return _redact_list(list(value), name, hide, depth)
+        return _redact_list(list(value), name, hide, prose, whole, depth)
     if hasattr(value, "get_secret_value"):
         return HIDDEN
     if isinstance(value, (bytes, bytearray)):
         text = bytes(value).decode("utf-8", "surrogateescape")
-        return _redact(text, name, hide, depth).encode("utf-8", "surrogateescape")
+        return _redact(text, name, hide, prose, whole, depth).encode("utf-8", "surrogateescape")
     if isinstance(value, PurePath):
-        text = _redact(str(value), name, hide, depth)
+        text = _redact(str(value), name, hide, prose, whole, depth)
         return value if text == str(value) else text
     if hide and value is not None and not isinstance(value, bool):
         text = str(value)
         number = isinstance(value, (int, float)) and _of_vocabulary(name) and len(text) < 6
         return value if number or _harmless(text, name) else HIDDEN
-    return redact_text(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    text = _redact_forms(value) if prose else redact_text(value)
+    return HIDDEN if whole and text != value else text
 
 
-def _redact_mapping(value: Mapping[Any, Any], name: str, hide: bool, depth: int) -> dict[Any, Any]:
+_USERS = {"user", "username", "user_name", "user id", "userid", "uid", "login", "account", "email"}
+# The value of `pwd`, where it is the current folder.
+_FOLDER = re.compile(r"\\*[\"']?(?:[~./$`]|[A-Za-z]:[\\/]|-P\b|$)")
+
+
+def _redact_mapping(value: Mapping[Any, Any], name: str, hide: bool, prose: bool, whole: bool, depth: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     # [{name: API_KEY, value: x}], as for containers
     named = value.get("name") or value.get("key")
     pair = isinstance(named, str) and is_secret(named)
+    login = any(str(key).lower() in _USERS for key in value)
     for key, part in value.items():
         shown = redact_text(key) if isinstance(key, str) else key
+        if whole and shown != key:
+            shown = HIDDEN
         if hide and key == "class_path":
             found[shown] = part
             continue
         own = str(key)
-        secret = is_secret(own) or (pair and own == "value")
-        found[shown] = _redact(part, own if secret else name if hide else own, hide or secret, depth + 1)
+        password = login and own.lower() == "pwd" and not _FOLDER.match(str(part))
+        secret = is_secret(own) or password or (pair and own == "value")
+        name_of_part = name if hide and not secret else own
+        found[shown] = _redact(part, name_of_part, hide or secret, prose or _is_prose(own), whole, depth + 1)
     return found
 
 
-def _redact_list(values: list[Any], name: str, hide: bool, depth: int) -> list[Any]:
+def _redact_list(values: list[Any], name: str, hide: bool, prose: bool, whole: bool, depth: int) -> list[Any]:
     texts = bool(values) and all(isinstance(part, (str, bytes)) for part in values)
-    if texts and not hide:
+    if texts and not hide and not prose:
         plain = [part.decode("utf-8", "replace") if isinstance(part, bytes) else part for part in values]
-        if len(plain) == 2 and is_secret(plain[0]) and " " not in plain[0]:  # a header or another pair
-            return [values[0], _redact(values[1], plain[0], True, depth + 1)]
-        if any(isinstance(part, str) and part.startswith("-") for part in values):
-            return list(redact_arguments(plain))
-    return [_redact(part, name, hide, depth + 1) for part in values]
+        if len(plain) == 2 and is_secret(plain[0]) and _heads(plain[0], name):
+            return [values[0], _redact(values[1], plain[0], True, prose, whole, depth + 1)]
+        if any(part.startswith("-") or _PROGRAM.fullmatch(part) for part in plain):
+            found = redact_arguments(plain)
+            return [HIDDEN if whole and text != part else text for text, part in zip(found, plain, strict=True)]
+    return [_redact(part, name, hide, prose, whole, depth + 1) for part in values]
+
+
+def _heads(first: str, name: str) -> bool:
+    """Return whether the first of two texts names the second, as in a header. Else it may be a column or a tag."""
+    if re.search(r"\s", first):
+        return False
+    above = _WORDS.findall(name[-200:])[-1:]
+    known = "-" in first or first.lower() in ("authorization", "cookie")
+    return known or any(word.lower() in _HEADERS for word in above)
 
 
 def hidden_names(value: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of settings whose value is hidden, whole or in a part."""
+    """Dotted names of settings whose value or whose own name is hidden."""
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from hidden_names(part, f"{name}.{key}" if name else str(key))
+            own = f"{name}.{key}" if name else str(key)
+            if key == HIDDEN:
+                yield own
+            else:
+                yield from hidden_names(part, own)
     elif isinstance(value, (list, tuple)):
         for place, part in enumerate(value):
             yield from hidden_names(part, f"{name}.{place}")
-    elif isinstance(value, str) and (value == HIDDEN or (HIDDEN in value and _URL.search(value))):
+    elif isinstance(value, str) and value == HIDDEN:
         yield name
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command line without secrets: ``--api_key X`` as well as ``--api_key=X``."""
     found: list[str] = []
-    hides = ""  # the secret's name, whose value follows
-    for argument in arguments:
+    hides, prose = "", False  # the secret's name, whose value follows; prose follows
+    for argument in _redact_clients(arguments):
         name, _, value = argument.partition("=")
         option = name.startswith("-")
         if hides and not option:
@@ -198,11 +258,28 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
         elif option and value and is_secret(name):
             found.append(argument if _harmless(value, name) else f"{name}={HIDDEN}")
         elif option and value:
-            found.append(f"{name}={redact_text(value)}")
+            found.append(f"{name}={_redact_forms(value) if _is_prose(name) else redact_text(value)}")
+        elif prose and not option:
+            found.append(_redact_forms(argument))
         else:
             found.append(redact_text(argument))
+        prose = option and not value and _is_prose(name)
         hides = name if option and not value and is_secret(name) else ""
     return found
+
+
+def _redact_clients(arguments: Sequence[str]) -> list[str]:
+    """Hide passwords among the options of known programs: ``["curl", "-u", "bob:X"]``."""
+    if not any(_PROGRAM.fullmatch(argument) for argument in arguments):
+        return list(arguments)
+    line = shlex.join([argument.rpartition("/")[2] if _PROGRAM.fullmatch(argument) else argument for argument in arguments])
+    parts = shlex.split(_WANDB.sub(rf"\1{HIDDEN}", _CLIENT.sub(_client, line)))
+    if len(parts) != len(arguments):
+        return list(arguments)
+    return [
+        part if HIDDEN in part and HIDDEN not in argument else argument
+        for part, argument in zip(parts, arguments, strict=True)
+    ]
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
@@ -210,7 +287,9 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 _FORMS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|sk-[A-Za-z0-9_\-]{16,}|sess-[A-Za-z0-9]{20,}|gsk_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}|pplx-[A-Za-z0-9]{20,}"
+    r"|sk-(?:(?:proj|ant|or|svcacct|admin|lf)-(?=[\w\-]{0,60}?\d)(?:(?=[\w\-]{0,60}?\w{16})|(?=[\w\-]{0,60}?[A-Z]))[\w\-]{16,}"
+    r"|(?=\w{0,30}?\d)(?:[A-Za-z0-9]{24,}|(?=\w{0,20}?[A-Z])\w{16,})[\w\-]*)"
+    r"|sess-[A-Za-z0-9]{20,}|gsk_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}|pplx-[A-Za-z0-9]{20,}"
     r"|r8_[A-Za-z0-9]{20,}|nvapi-[\w\-]{20,}|fw_[A-Za-z0-9]{20,}|tgp_v\d_[\w\-]{20,}|csk-[A-Za-z0-9]{20,}"  # models
     r"|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl(?:pat|dt|rt|cbt|ptt|soat|ft|imt|agent)-[\w\-.]{16,}"
     r"|(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}|AIza[\w\-]{30,}|ya29\.[\w\-]{10,}|1//0[\w\-]{20,}|GOCSPX-[\w\-]{16,}"
@@ -248,13 +327,32 @@ _URL = re.compile(r"(?<![A-Za-z0-9+.\-])([A-Za-z][A-Za-z0-9+.\-]*+)(:(?:\\?/){2}
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s/?#@:,\\]+)(?::\d+)?(?=[/?#,;)\]}.]|$)|(?=/)")
 _ENCODED_URL = re.compile(r"(?i)(%3A(?:%2F){2})((?:(?!%40|%2F)[\w.~%\-]){1,200}+)(%40)")
 _ORACLE = re.compile(r"(?i)(jdbc:oracle:\w{1,20}:)[^\s/]{1,200}/[^\s@]{1,200}(?=@)")
+_USER_IN_LIST = re.compile(r"([\"']--?(?:u|user|proxy-user)[\"'],[ \t]*[\"'][^\"'\s:]{0,100}:)([^\"'\n]{1,200})")
+_USER_CLIENT = re.compile(r"(?<![\w.\-])(?:curl|wget|https?)[\"']")
+# Two texts, of which the first names the second: a header, or the arguments of a call.
+_PAIR = re.compile(r"(\b\w{1,40})?([(\[][ \t]*)[bru]?([\"'])([\w.\-]{3,100})\3,[ \t]*(?=[bBrRuUf]?[\"'])")
+_SETS = re.compile(
+    r"(?i)(?:set|put|get)_?(?:env|default|item|header|requestheader|secret|property)?|add_?header|header|append|add"
+)
+_XML = re.compile(r"<([\w.:\-]{1,100})(?:\s[^<>]{0,200})?>([^<>]{1,10000})</\1>")
+_ENTRY = re.compile(
+    r"(?i)((?<![\w.\-])[\"']?(?:name|key)[\"']?[ \t]*[:=][ \t]*([\"']?)([\w.\-]{3,100})\2(?:[,;]?\s{1,40}|,)"
+    r"[\"']?value[\"']?[ \t]*[:=][ \t]*)"
+    r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'][^\s,;}]*)"
+)
 _NETRC = re.compile(r"(?i)(\blogin\s+\S+\s+(?:account\s+\S+\s+)?password\s+)(\S+)")
 _CLIENT = re.compile(
     r"(?<![\w./\-])(curl|wget|https?|sshpass|mysql\w*|mariadb|mongo\w*|redis-cli|docker|podman|smbclient|ldap\w+)\b"
     r"(?=[ \t])([^\n|;]+)"
 )
+_PROGRAM = re.compile(
+    r"(?:[\w./\-]{0,200}/)?(?:curl|wget|https?|sshpass|mysql\w*|mariadb|mongo\w*|redis-cli|docker|podman|smbclient|ldap\w+"
+    r"|wandb)"
+)
+_WANDB = re.compile(r"(\bwandb\b[ \t.,\"']{1,9}login\b[^\n]{0,80}?(?<![A-Za-z0-9]))[A-Za-z0-9_]{40,100}(?![A-Za-z0-9])")
 _CLIENT_OPTION = re.compile(
-    r"([ \t]--?(u|user|proxy-user|U|p|a|w)(?:[ \t]+|=|(?<=-p)))(\"[^\"]*\"|'[^']*'|[^\s\"'\-][^\s\"']*)"
+    r"([ \t](?:--?|-[sSkLfgivG]{1,6}(?=u))(u|user|proxy-user|U|p|a|w)(?:[ \t]+|=|(?<=-p)|(?<=[ \t]-u)))"
+    r"(\"[^\"]*\"|'[^']*'|[^\s\"'\-][^\s\"']*)"
 )
 _OPTION = re.compile(
     r"(?<![\w\-])(--?[A-Za-z][\w.\-]*+)([ \t]+|\\?[\"'],[ \t]*(?=\\?[\"']))(?!-)"
@@ -276,6 +374,8 @@ _PLAIN = re.compile(
     r"(?![)\]}]+(?:$|[\s,;:.)\]}\"']))[^\s\"'<>`]|(?<=\w)['\"](?=\w))++"
 )
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}\n]*\}|\{\{[^}\n]*\}\})(?![^\s,;&)\]}\"'])")
+# Arithmetic, such as x + 5.
+_SUM = re.compile(r"[\w.]{1,5}[ \t]+[+*/^=\u00d7\u00b7\u2212\-][ \t]+\(?(?:\d|[a-z]\b)")
 _COOKIE = re.compile(r"[^\s;\"']+(?:;[ \t]*[^\s;\"']+)*+;?")
 _BLOCK = re.compile(r"(?<![\w.\-])([\w.\-]++)[\"']?[ \t]*:[ \t]*([|>][+\-\d]*)?[ \t\r]*$")
 
@@ -284,14 +384,7 @@ def redact_text(text: str) -> str:
     """Return a text without secrets that can be told by their form, by a name before them, or by the environment."""
     if not text:
         return text
-    for value, pattern in _of_environment():
-        if value in text:
-            text = pattern.sub(HIDDEN, text)
-    if "PRIVATE KEY" in text:
-        text = _PEM.sub(rf"-----BEGIN \1-----{HIDDEN}", text)
-    text = _FORMS.sub(HIDDEN, text)
-    if "://" in text or ":\\/" in text:
-        text = _URL.sub(_url, text)
+    text = _redact_forms(text)
     if "%3A" in text or "%3a" in text:
         text = _ENCODED_URL.sub(rf"\1{HIDDEN}\3", text)
     text = _ORACLE.sub(rf"\1{HIDDEN}", text)
@@ -299,10 +392,23 @@ def redact_text(text: str) -> str:
     if "\n" in text and ":" in text:
         text = _blocks(text)
     text = _named(text)
+    text = _XML.sub(_xml, _ENTRY.sub(_entry, _pairs(text)))
     text = _DIGEST.sub(rf"\1\2{HIDDEN}", _SCHEME.sub(_scheme, text))
     text = _OPTION.sub(_option, text)
-    text = _CLIENT.sub(_client, text)
+    text = _WANDB.sub(rf"\1{HIDDEN}", _CLIENT.sub(_client, text))
+    text = _USER_IN_LIST.sub(_user_in_list, text)
     return _NETRC.sub(lambda found: found[1] + (found[2] if _harmless(found[2]) else HIDDEN), text)
+
+
+def _redact_forms(text: str) -> str:
+    """Return a text without values of the environment, keys of a known form and passwords of URLs."""
+    for value, pattern in _of_environment():
+        if value in text:
+            text = pattern.sub(HIDDEN, text)
+    if "PRIVATE KEY" in text:
+        text = _PEM.sub(rf"-----BEGIN \1-----{HIDDEN}", text)
+    text = _FORMS.sub(HIDDEN, text)
+    return _URL.sub(_url, text) if "://" in text or ":\\/" in text else text
 
 
 _known: tuple[dict[str, str], list[tuple[str, re.Pattern[str]]]] = ({}, [])
@@ -419,6 +525,47 @@ def _client(found: re.Match[str]) -> str:
     return program + _CLIENT_OPTION.sub(hide, rest)
 
 
+def _user_in_list(found: re.Match[str]) -> str:
+    near = found.string[max(found.start() - 300, 0) : found.start()]
+    return found[1] + HIDDEN if _USER_CLIENT.search(near) and not _harmless(found[2]) else found[0]
+
+
+def _pairs(text: str) -> str:
+    """Hide the second of two texts in brackets: ``("X-Api-Key", "x")``, ``setenv("API_KEY", "x")``."""
+    pieces: list[str] = []
+    done = place = 0
+    while (match := _PAIR.search(text, place)) is not None:
+        place = match.end()
+        call, bracket, name = match[1] or "", match[2], match[4]
+        sets = bracket.startswith("(") and _SETS.fullmatch(call)
+        if not is_secret(name) or not (sets or _heads(name, "")):
+            continue
+        quoted = _QUOTED.match(text, place)
+        value = quoted[0].strip("bBrRuUf\"'") if quoted else ""
+        # Two words may be two columns.
+        if quoted is None or _harmless(value, name) or (not name.isupper() and sets and "-" not in name and value.isalpha()):
+            continue
+        pieces += [text[done:place], _within_quotes(quoted[0])]
+        done = place = quoted.end()
+    return "".join([*pieces, text[done:]])
+
+
+def _xml(found: re.Match[str]) -> str:
+    name, value = found[1].rpartition(":")[2], found[2].strip()
+    words = re.fullmatch(r"[a-z]+(?:\s+\w+)*", value) and _of_vocabulary(name)
+    if not is_secret(name) or words or _harmless(value, name) or re.fullmatch(r"-?[\d.]{1,5}", value):
+        return found[0]
+    start, end = found.start(2) - found.start(), found.end(2) - found.start()
+    return f"{found[0][:start]}{HIDDEN}{found[0][end:]}"
+
+
+def _entry(found: re.Match[str]) -> str:
+    bare = found[4].strip("\"'")
+    if not is_secret(found[3]) or _harmless(bare, found[3]):
+        return found[0]
+    return found[1] + _within_quotes(found[4])
+
+
 def _within_quotes(value: str) -> str:
     """Return ``***`` in the quotes of a value."""
     quotes = re.match(r"[bBrRuUfF$]{0,2}(\\*(?:\"\"\"|'''|[\"']))", value)
@@ -459,7 +606,9 @@ def _named(text: str) -> str:
     while (match := _NAMED.search(text, place)) is not None:
         place = match.end()
         name = match[1]
-        if not is_secret(name) or (name.lower() in ("authorization", "auth") and "==" in match[2]):
+        if not (_named_by_text(text, match) or is_secret(name)) or (
+            name.lower() in ("authorization", "auth") and "==" in match[2]
+        ):
             continue
         if annotation := _ANNOTATION.match(text, place):
             place = annotation.end()
@@ -470,10 +619,30 @@ def _named(text: str) -> str:
     return "".join([*pieces, text[done:]])
 
 
+def _named_by_text(text: str, match: re.Match[str]) -> bool:
+    """Return whether a name that is none of a secret's alone is one here: ``api key: x``, ``pwd=x``."""
+    name, bare = match[1].lower(), match[2].strip() in (":", "=")
+    if name == "pwd":
+        return not _FOLDER.match(text, match.end())
+    if name not in ("key", "keys", "pass", "phrase", "code", "string", "pat"):
+        return False
+    before = re.search(r"([A-Za-z]{2,20})[ \t]$", text[max(match.start() - 22, 0) : match.start()])
+    if before is None or not is_secret(f"{before[1]}_{name}"):
+        return False
+    # A sentence may speak of a key.
+    return (
+        not bare
+        or re.compile(r"[\"']|(?=[^\s]{0,200}\d)(?=[^\s]{0,200}[A-Za-z])[^\s]{8}").match(text, match.end()) is not None
+    )
+
+
 def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
     """Return the replacement of the value at a place and the end of the value: the place itself if nothing changes."""
     name, sign = match[1], match[2]
     if text.startswith(HIDDEN, place):
+        return "", place
+    word = name in ("PASS", "Pass") or (name.lower() == "bearer" and not re.compile(r"\S{0,40}\d").match(text, place))
+    if word and sign.strip() == ":":  # of a report or of a sentence
         return "", place
     for pattern in (_QUOTED, _ESCAPED):
         if quoted := pattern.match(text, place):
@@ -485,6 +654,8 @@ def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
         if _of_vocabulary(name) and re.compile(r"\[\w{1,40}\]").match(text, place):  # [MASK]
             return "", place
         end = _closing(text, place)
+        if text[place] == "(" and re.fullmatch(r"\((?!.*\d{6})[\d\s+*/^.()\-]*\)", text[place : min(end, place + 100)]):
+            return "", place
         return (HIDDEN if text[place + 1 : end - 1].strip() else text[place:end]), end
     if (call := _CALL.match(text, place)) is not None:
         end = call.end() + _closing(text[call.end() : call.end() + 500], 0)
@@ -505,6 +676,9 @@ def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
     # A sentence's full stop is none of the value's.
     shown = value.rstrip(".,;:!?") if re.search(r"[.,;:!?]$", value) and ":" in sign else value
     if _harmless(shown, name) or _harmless(shown.rstrip(")]}"), name):
+        return "", place
+    structured = bool(enclosing) or sign[0] in "\"'`\\"
+    if not structured and (re.fullmatch(r"-?\d{1,5}(?:\.\d{1,4})?%?", shown) or _SUM.match(text, place)):
         return "", place
     end -= len(value) - len(shown)
     line = text[end : end + 1000].partition("\n")[0]
@@ -528,6 +702,8 @@ def _until(pattern: re.Pattern[str], text: str, place: int, enclosing: str) -> t
     found = pattern.match(text, place)
     if found is None or _harmless(found[0]):
         return "", place
+    if pattern is _COOKIE and not re.match(r"[\w\-.$%]*[A-Za-z_][\w\-.]*=|(?=\S*\d)(?=\S*[A-Za-z])\S{8}", found[0][:200]):
+        return "", place  # baked ones
     end = found.end()
     if enclosing and (stop := text.find(enclosing, place)) >= 0:
         end = stop

@@ -373,4 +373,4 @@ def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -
             "trainer": described({name: getattr(trainer, name, None) for name in names})
             | {"strategy": type(trainer.strategy).__name__, "callbacks": [type(c).__name__ for c in _callbacks(trainer)]},
         }
-    return str(yaml.safe_dump(redact(found), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(redact(found, whole=True), sort_keys=False, allow_unicode=True))

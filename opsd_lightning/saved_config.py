@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import yaml
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_warn
 
 from opsd_lightning.files import replace
 from opsd_lightning.folders import free_name
@@ -54,7 +51,7 @@ class _Parser:
     def save(self, config: Any, path: str, **settings: Any) -> None:
         text = self._parser.dump(config, skip_none=settings.get("skip_none", True))
         found = yaml.safe_load(text)
-        redacted = redact(found)
+        redacted = redact(found, whole=True)
         if redacted != found:
             names = ", ".join(_changed(found, redacted))
             head = f"# Hidden here ({HIDDEN}): {message(names)}\n# Give these again to run from this file.\n"
@@ -97,7 +94,7 @@ def _changed(before: Any, after: Any, name: str = "") -> Iterator[str]:
 def check_hidden(settings: Any) -> None:
     """Refuse settings whose values are hidden, as those of a saved ``config.yaml`` or of a checkpoint.
 
-    Warns of ``***`` inside a longer text, which may also be meant so.
+    A value with a hidden part is hidden wholly there: ``***`` inside a longer text is the text's own.
 
     Raises:
         ConfigError: With the settings.
@@ -107,19 +104,3 @@ def check_hidden(settings: Any) -> None:
         others = f" and those of {', '.join(names[1:])} are" if names[1:] else " is"
         problem = f"its value{others} hidden ({HIDDEN}), as secrets are in a saved config.yaml and in checkpoints"
         raise ConfigError(problem, names[0], "Give them again on the command line or in a further --config")
-    for name, text in _texts(settings):
-        if re.search(r"(?<![\w*])\*{3}(?![\w*])", text) and not re.search(r"(?m)^\s*\*{3}\s*$", text):
-            rank_zero_warn(f"{name} holds {HIDDEN}: if that stands for a hidden secret, give the setting again")
-
-
-def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Namespace):
-        value = vars(value)
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _texts(part, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)):
-        for place, part in enumerate(value):
-            yield from _texts(part, f"{name}.{place}")
-    elif isinstance(value, str) and HIDDEN in value:
-        yield name, value

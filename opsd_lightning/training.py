@@ -124,8 +124,8 @@ class PolicyModule(EvaluatedModule, ABC):
             self._hparams: Any = {}
             self._hparams_initial: Any = {}
         else:  # checkpoints and loggers keep them
-            self._hparams = AttributeDict(redact(self._hparams))
-            self._hparams_initial = AttributeDict(redact(self._hparams_initial))
+            self._hparams = AttributeDict(redact(self._hparams, whole=True))
+            self._hparams_initial = AttributeDict(redact(self._hparams_initial, whole=True))
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold the adapters, not the base model
         self.policy = policy

@@ -19,6 +19,7 @@ from opsd_lightning.main import main
 from opsd_lightning.module import OPSDModule
 from opsd_lightning.saved_config import SavedConfig
 from opsd_lightning.types import ConfigError
+from opsd_lightning.vllm_servers import check_urls
 
 PARTS = '''
 from lightning.pytorch import Callback
@@ -118,7 +119,7 @@ def test_nothing_of_a_run_holds_a_secret(
     saved = next(path for path in left if path.name == "config.yaml" and path.parent.name == "version_0")
     text, config = saved.read_text(), yaml.safe_load(saved.read_text())
     engine = config["model"]["init_args"]["rollouts"]["init_args"]
-    assert engine["api_key"] == "***" and engine["url"] == "https://***@host.org/v1?sig=***&page=2"
+    assert engine["api_key"] == "***" and engine["url"] == "***"
     assert engine["headers"]["Accept"] == "text/html" and cli.model.rollouts.api_key == "canary-of-a-key"
     assert config["trainer"]["max_steps"] == 2 and all(
         name in text.splitlines()[0] for name in ("model.init_args.rollouts.init_args.api_key", "data.prompts.system")
@@ -184,14 +185,15 @@ def test_the_answer_of_a_failing_server(
     tmp_path: Path,
     server: ProtocolServer,
     capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     status: int,
 ) -> None:
-    """Its message, and its address with a password, on the console and in the record."""
+    """Its message, which repeats the API key, on the console and in the record."""
     run = tmp_path / "run"
-    answer = "bad key: Authorization: Bearer canary-of-the-server-1 \x1b[2J\x1b]52;c;Y2FuYXJ5\x07 canary-of-the-environment"
+    monkeypatch.setenv("VLLM_API_KEY", "canary-of-the-api-key")
+    answer = "bad key: Authorization: Bearer canary-of-the-server-1 \x1b[2J\x1b]52;c;Y2FuYXJ5\x07 canary-of-the-api-key"
     server.hook = lambda path: (status, answer) if path == "/v1/completions" else None
-    url = server.url.replace("://", "://bob:canary-of-a-url@")
-    engine: dict[str, Any] = {"urls": [url], "retries": 0, "adapter_folder": str(tmp_path / "adapters")}
+    engine: dict[str, Any] = {"urls": [server.url], "retries": 0, "adapter_folder": str(tmp_path / "adapters")}
     rollouts = f"--model.rollouts={json.dumps({'class_path': 'VLLMServerEngine', 'init_args': engine})}"
     callbacks = f"--trainer.callbacks={json.dumps([{'class_path': 'RunReport'}])}"
     with pytest.raises(SystemExit) as stop, pytest.warns() if status == 500 else capfd.disabled():
@@ -210,6 +212,12 @@ def test_the_answer_of_a_failing_server(
     assert not canaries(run) and "canary" not in out and "\x1b" not in out and "\x07" not in out
     reason = json.loads((run / "record" / "run.json").read_text())["reason"]
     assert "Authorization: ***" in reason and "\\x1b[2J" in reason
+
+
+def test_an_address_with_a_password_is_refused_without_it() -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_urls(["http://bob:canary-of-a-url@host:8000"])
+    assert refused.value.setting == "model.rollouts.init_args.urls" and "canary" not in str(refused.value)
 
 
 def test_the_doctor(

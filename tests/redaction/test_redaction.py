@@ -53,6 +53,69 @@ def test_what_is_harmless_stays(text: str) -> None:
     assert redact({"text": text}) == {"text": text}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "columns": ["token", "label"],
+            "tags": ["secret", "v2"],
+            "fields": ["password", "email"],
+            "keys": ["api_key", "auth"],
+        },
+        {"separator_token": "###", "delimiter_token": "|", "newline_token": "\n", "switch_token": "hmm..."},
+        {"trigger_token": "wait", "reflection_token": "hmm", "weight_by_token": "entropy", "loss_by_token": "forward_kl"},
+        {"language_token": "en_XX", "lang_token": "zho_Hans", "n_token": 3, "argmax_token": 12, "best_token": 151643},
+        {"name": "sk-learn-baseline-run-2026", "save_dir": "runs/sk-small-lr-1e-5-seed-3"},
+        {"name": "ablate_token=first_seed=3", "group": "by_token=mean,lr=1e-5", "notes": "secret = 7 + 5 = 12"},
+    ],
+)
+def test_ordinary_settings_stay(settings: dict[str, Any]) -> None:
+    assert redact(settings) == settings and redact(settings, whole=True) == settings
+
+
+@pytest.mark.parametrize(
+    "name", ["hub_token", "HF_TOKEN", "api_token", "x.accessToken", "FOO_TOKEN", "token", "github_token"]
+)
+def test_tokens_of_services_are_hidden_whatever_they_are(name: str) -> None:
+    assert redact({name: "abc"}) == {name: HIDDEN} and redact({name: "hunter"}) == {name: HIDDEN}
+    assert redact_text(f"{name}=abc") == f"{name}={HIDDEN}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pw": "hunter22"}, {"user_pw": "hunter22"}, {"user": "bob", "pwd": "hunter22"}, {"UID": "bob", "PWD": "hunter22"},
+        {"PASS": "hunter22"}, {"otp": "hunter22"}, {"fernet_key": "hunter22"}, {"JSESSIONID": "hunter22"}, {"API Key": "hunter22"},
+        {"cmd": ["curl", "-u", "b:hunter22"]}, {"cmd": ["/usr/bin/curl", "--user=b:hunter22"]}, {"cmd": ["curl", "-ub:hunter22"]},
+        {"cmd": ["curl", "-su", "b:hunter22"]}, {"cmd": ["sshpass", "-p", "hunter22"]}, {"cmd": ["wandb", "login", "hunter22" * 5]},
+    ],
+)  # fmt: skip
+def test_further_settings_that_hold_secrets(settings: dict[str, Any]) -> None:
+    for whole in (False, True):
+        found = redact(settings, whole=whole)
+        assert "hunter22" not in str(found) and HIDDEN in str(found)
+        assert list(found) == list(settings) and len(str(found)) >= 10
+
+
+def test_the_current_folder_and_users_of_containers_stay() -> None:
+    settings = {
+        "user": "bob",
+        "pwd": "/home/bob",
+        "a": {"pwd": "runs"},
+        "b": ["docker", "run", "-u", "1000:1000"],
+        "c": ["it's", "-n"],
+    }
+    assert redact(settings) == settings
+
+
+@pytest.mark.parametrize(
+    "pair", [["x-api-key", "abc"], ("Authorization", "abc"), ["cookie", "a=b"], ["X-Auth-Token", "wait"]]
+)
+def test_pairs_of_headers_are_hidden(pair: Any) -> None:
+    assert redact({"a": pair}) == {"a": [pair[0], HIDDEN]}
+    assert redact({"headers": [["token", "abc"], ["secret", "def"]]}) == {"headers": [["token", "***"], ["secret", "***"]]}
+
+
 @dataclasses.dataclass
 class Client:
     api_key: str
@@ -95,7 +158,41 @@ def test_everything_below_a_secret_name_is_hidden() -> None:
     )
     assert str(found["key_file"]) == "/data/token=***"
     assert not [n for n in range(1, 13) if f"'k{n}'" in repr(found)]
-    assert set(hidden_names(found)) >= {"api_keys.a", "credentials.init_args.pass", "client.url", "client.api_key"}
+    assert set(hidden_names(found)) >= {"api_keys.a", "credentials.init_args.pass", "client.api_key"}
+    assert "client.url" in set(hidden_names(redact(value, whole=True)))
+
+
+def test_a_value_with_a_hidden_part_is_hidden_wholly_where_runs_start_from() -> None:
+    value = {
+        "url": "https://bob:hunter22@host/x",
+        "note": "the password: hunter22",
+        "paths": [Path("/data/token=hunter22")],
+        "command": ["serve", "--env=password=hunter22", "--port", "80"],
+        "hf_" + "b" * 30: 1,
+        "own": "a literal *** stays, https://host/***",
+    }
+    found = redact(value, whole=True)
+    assert found == {
+        "url": "***", "note": "***", "paths": ["***"], "command": ["serve", "***", "--port", "80"], "***": 1, "own": value["own"],
+    }  # fmt: skip
+    assert list(hidden_names(found)) == ["url", "note", "paths.0", "command.1", "***"]
+
+
+def test_prose_and_patterns_are_kept_but_for_known_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "canary-value-1")
+    kept = {
+        "prompts": {"system": "You are a tutor. Secret: be kind.", "student_template": "Password: {question}", "teacher_response_prefix": "token: x1y2z3"},
+        "answer_pattern": r"(?i)password: (\w+)",
+        "chat_template": "secret={{ secret }} key: abcdef",
+        "patterns": ["token", "label", "-p", "api_key: *** or abc123"],
+        "instructions": {"de": "Passwort: sei nett"},
+    }  # fmt: skip
+    assert redact(kept) == kept and not list(hidden_names(kept))
+    arguments = ["--data.prompts.system", "Secret: be kind.", "--data.grader.answer_pattern=password: (\\w+)"]
+    assert redact_arguments(arguments) == arguments
+    forms = ["hf_" + "a" * 30, "https://bob:hunter22@host/x", "canary-value-1", "-----BEGIN PRIVATE KEY-----\nabc"]
+    assert [text for text in forms if HIDDEN not in redact({"system": f"use {text}"})["system"]] == []
+    assert redact({"prompts": {"api_key": "abc", "system": None}}) == {"prompts": {"api_key": "***", "system": None}}
 
 
 def test_names_of_secrets() -> None:
@@ -140,7 +237,8 @@ def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hostile_text_is_read_in_time() -> None:
     rng = random.Random(0)
     pieces = ["token=", "password: ", "://", "@", "a:b@", '"', "'", "{", "[", "(", "\\", "\n", " ", "x" * 50, "Bearer ", "--token ",
-              "curl -u ", "jdbc:oracle:a:b/", "%3A%2F%2F", "eyJ", "-----BEGIN PRIVATE KEY-----", "Cookie: a=b; ", "token=f("]  # fmt: skip
+              "curl -u ", "jdbc:oracle:a:b/", "%3A%2F%2F", "eyJ", "-----BEGIN PRIVATE KEY-----", "Cookie: a=b; ", "token=f(", "<a>", "<a ", "</a>", '("x-api-key", ', "wandb login ", "name: a ", "api key: ", "f(", "sk-", "sk-proj-", "cookie=",
+              '"-u", "b:']  # fmt: skip
     texts = [piece * (20_000 // len(piece)) for piece in pieces]
     texts += ["".join(rng.choices(pieces, k=2000)) for _ in range(3)]
     for text in texts:
