@@ -1,10 +1,9 @@
-"""Settings of an adapter that was trained elsewhere, checked before peft works on them: they cost no more than its weights."""
+"""Settings of an adapter that was trained elsewhere, bounded before peft works on them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor, nn
