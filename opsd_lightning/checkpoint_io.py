@@ -35,9 +35,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target, waits for the disk and renames it; loads local files without running code.
 
     The file under the target's name is whole at every instant: the earlier checkpoint until the new one is on disk. Every
-    `PolicyModule` gives it to its trainer; a ``CheckpointIO`` of a user's own takes its place. What could not be loaded again
-    is refused before it takes the place of an earlier checkpoint. Remote targets, such as ``s3://``, are written as Lightning
-    does, and a `ModelCheckpoint` with a remote folder is refused before training.
+    `PolicyModule` gives it to its trainer; a ``CheckpointIO`` of a user's own takes its place. What could not be loaded
+    again is refused, and the earlier checkpoint stays. Remote targets, such as ``s3://``, are written as Lightning does; a
+    `ModelCheckpoint` with a remote folder is refused before training.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
