@@ -1,4 +1,4 @@
-"""Settings of an adapter that was trained elsewhere, checked before peft works on them."""
+"""Settings of an adapter that was trained elsewhere, bounded before peft works on them."""
 
 from __future__ import annotations
 

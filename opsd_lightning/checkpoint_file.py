@@ -134,7 +134,7 @@ def _is_loadable(value: Any) -> bool:
     file = io.BytesIO()
     try:
         torch.save(value, file)
-    except Exception:  # pickle's errors are of many kinds
+    except Exception:  # whatever a class raises as it is written
         return False
     file.seek(0)
     return _unloadable(file) is None

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from pickle import PicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -36,8 +35,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target, waits for the disk and renames it; loads local files without running code.
 
     The file under the target's name is whole at every instant: the earlier checkpoint until the new one is on disk. Every
-    `PolicyModule` gives it to its trainer; a ``CheckpointIO`` of a user's own takes its place. Remote targets, such as
-    ``s3://``, are written as Lightning does.
+    `PolicyModule` gives it to its trainer; a ``CheckpointIO`` of a user's own takes its place. What could not be loaded
+    again is refused, and the earlier checkpoint stays. Remote targets, such as ``s3://``, are written as Lightning does; a
+    `ModelCheckpoint` with a remote folder is refused before training.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -48,7 +48,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         with replacing(target) as temporary, open(temporary, "xb") as file:
             try:
                 torch.save(checkpoint, file)
-            except (PicklingError, AttributeError, TypeError) as error:
+            except Exception as error:
+                if type(error).__name__ != "PicklingError" and not isinstance(error, (AttributeError, TypeError)):
+                    raise
                 raise unwritable(checkpoint, str(error)[:200]) from error
             file.flush()
             if target.name != _OF_SPAWNED:

@@ -56,8 +56,10 @@ def check_settings(settings: Any, given: Container[str] = (), kind: type | None 
         _check_class(named)
         kinds.append(_class_of(named))
     own = {key: value for key, value in settings.items() if key not in ("_class_path", "_instantiator")}
-    for one in kinds or [None]:
+    for one in kinds:
         _check_arguments(one, own)
+    if not kinds:
+        _check_arguments(None, own)
 
 
 def walk(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """Plain values beyond torch's own in a checkpoint, such as of numpy and collections, loaded without calling their classes.
 
-A safe load of torch's refuses them. Here each class is stood in for by a function of this module that takes what `pickle`
-writes of a plain value, and nothing else.
+A safe load of torch's refuses them. Here each class is stood in for by a function of this module that takes what is
+written of a plain value, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,7 @@ class _Values:
         self.made: dict[int, tuple[Any, Callable[[Any], Any]]] = {}
         self.done: dict[int, Any] = {}
 
-    def stand_ins(self) -> list[tuple[Any, str]]:
+    def stand_ins(self) -> list[Any]:
         found: dict[str, Any] = {"numpy.dtype": _DType, "numpy.ndarray": _Array}
         for package in ("numpy._core", "numpy.core"):  # of numpy 2 and 1
             found |= {f"{package}.multiarray.scalar": _scalar, f"{package}.multiarray._reconstruct": _array}
@@ -141,7 +140,7 @@ def _name(one: Any) -> str:
 
 def _need(holds: object) -> None:
     if not holds:
-        raise UnpicklingError("it is no plain value")
+        raise ValueError("it is no plain value")
 
 
 def _calls(kind: Callable[..., Any], takes: tuple[type, ...]) -> Callable[..., Any]:
