@@ -95,6 +95,7 @@ class Child:
 
     def __init__(self, work: Callable[[], Any], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log, self.started = log, time.monotonic()
+        self._said_before = log.stat().st_size if log.exists() else 0
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -157,7 +158,9 @@ class Child:
         self.ended(60)
 
     def said(self) -> str:
-        return self.log.read_text(errors="replace")[-6000:] if self.log.exists() else ""
+        """The end of its output."""
+        text = self.log.read_bytes()[self._said_before :] if self.log.exists() else b""
+        return text.decode(errors="replace")[-6000:]
 
 
 def fit(folder: Path, arguments: list[str], environment: Mapping[str, str] | None = None) -> Child:
@@ -198,7 +201,7 @@ def two_ranks(folder: Path, work: Callable[[], Any]) -> list[Child]:
 
 def wait_until_joined(ranks: list[Child]) -> None:
     """Wait until the ranks are connected: before, none can know that another was killed."""
-    while "data.train" not in ranks[0].said() and not any(rank.ended(0.01) for rank in ranks):
+    while "data." not in ranks[0].said() and not any(rank.ended(0.01) for rank in ranks):
         pass
 
 
