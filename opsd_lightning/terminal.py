@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,18 +28,43 @@ _UNSEEN = re.compile(
     "\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff"
     "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+# Scripts whose letters take another shape beside a joiner: Arabic to N'Ko, Mandaic, of India, Myanmar, Khmer, Mongolian.
+_JOINING = re.compile("[\u0600-\u07ff\u0840-\u0dff\u1000-\u109f\u1780-\u18af\ua840-\ua8ff]")
+_EMOJI = "\u2190-\u21ff\u2300-\u23ff\u25a0-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff"
+_BEFORE, _AFTER = re.compile(f"[{_EMOJI}]\ufe0f?$"), re.compile(f"[{_EMOJI}]")
+_NON_JOINER, _JOINER = "\u200c", "\u200d"
 
 
 def shown(text: str) -> str:
-    r"""Return a text with its control characters written out, such as ``\x1b``. Newlines and tabs stay."""
+    r"""Return a text with its control characters written out, such as ``\x1b``.
+
+    Newlines and tabs stay, and joiners where they have an effect: between letters of a script that joins them, or emoji.
+    """
     return _UNSEEN.sub(_written, text.replace("\r\n", "\n"))
 
 
 def _written(found: re.Match[str]) -> str:
+    if found[0] in (_NON_JOINER, _JOINER) and _joins(found.string, found.start()):
+        return found[0]
     code = ord(found[0])
     if found[0] == "\r":
         return "\\r"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _joins(text: str, place: int) -> bool:
+    """Return whether the joiner at a place has letters or emoji to join."""
+    before, after = text[place - 1 : place], text[place + 1 : place + 2]
+    if not before:
+        return False
+    if _letter(before) and (_letter(after) or unicodedata.combining(before) == 9):  # 9: a virama, also at a word's end
+        return True
+    return text[place] == _JOINER and bool(_BEFORE.search(text[max(place - 2, 0) : place]) and _AFTER.match(after))
+
+
+def _letter(sign: str) -> bool:
+    """Return whether a character is a letter or a mark of a joining script."""
+    return bool(_JOINING.match(sign)) and unicodedata.category(sign)[0] in "LM"
 
 
 def message(text: object) -> str:

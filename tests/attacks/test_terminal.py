@@ -46,6 +46,7 @@ def let_through(text: str) -> list[str]:
         {"Cc", "Cf", "Cs", "Zl", "Zp"},
         "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd",
     )
+    text = re.sub("(?<=😀)\u200d(?=😀)", "", text)  # which joins them
     return [repr(sign) for sign in text if unicodedata.category(sign) in kinds and sign not in "\n\t" + visible]
 
 
