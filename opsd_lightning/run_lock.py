@@ -214,9 +214,8 @@ def _writes_to_root(trainer: Trainer) -> bool:
         if isinstance(callback, Checkpoint) and not isinstance(callback, ModelCheckpoint):
             return True
         # Without a logger they have no other place.
-        beside = isinstance(callback, SaveConfigCallback) or (
-            isinstance(callback, ModelCheckpoint) and callback.dirpath is None
-        )
+        unplaced = isinstance(callback, ModelCheckpoint) and callback.dirpath is None
+        beside = unplaced or isinstance(callback, SaveConfigCallback)
         if beside and not trainer.loggers:
             return True
     return isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment)
