@@ -214,7 +214,9 @@ def _writes_to_root(trainer: Trainer) -> bool:
         if isinstance(callback, Checkpoint) and not isinstance(callback, ModelCheckpoint):
             return True
         # Without a logger they have no other place.
-        beside = isinstance(callback, SaveConfigCallback) or (isinstance(callback, Checkpoint) and callback.dirpath is None)
+        beside = isinstance(callback, SaveConfigCallback) or (
+            isinstance(callback, ModelCheckpoint) and callback.dirpath is None
+        )
         if beside and not trainer.loggers:
             return True
     return isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment)
