@@ -508,7 +508,7 @@ def test_secrets_are_left_out(base: list[str], tmp_path: Path, monkeypatch: pyte
     assert len(left) == 5 and not [path for path, text in left.items() if "topsecret" in text]
     run = read_run(tmp_path)
     assert run.settings["trainer.callbacks.own_notifier.Notifier.api_key"] == "***"
-    assert run.settings["trainer.callbacks.own_notifier.Notifier.url"] == "https://***@host/x"
+    assert run.settings["trainer.callbacks.own_notifier.Notifier.url"] == "***"
     assert run.settings["model.policy.pad_token"] == "<pad>"
     assert run.info["reason"] == "RuntimeError: no answer from https://***@host/x: uses ***"
     assert run.info["starts"][0]["command"].count("--model.policy.pad_token=<pad>") == 1
