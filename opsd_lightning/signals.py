@@ -45,6 +45,7 @@ DEADLINE_SECONDS = 900.0
 _ABORT_SECONDS, _END_SECONDS, _LAST_SECONDS = 2.0, 6.0, 40.0
 # Seconds from a second signal until the process ends though the main thread waits for other ranks.
 _STUCK_SECONDS = 4.0
+_OWN_ERROR_SECONDS = 1.0  # until the failure of another rank ends this one
 _CONNECT_SECONDS = 60.0
 _BYE = "bye"
 
@@ -413,6 +414,8 @@ class _Watch:
         lines = text.decode("ascii", "replace").splitlines()
         for line in lines:
             if (found := re.fullmatch(r"failed (\d+)", line)) is not None:
+                # What failed there may fail here as well, in the same call: then this rank's own error is to be told.
+                self._ended.wait(_OWN_ERROR_SECONDS)
                 self._lose(int(found[1]), "has failed (see its own message)")
         if _BYE in lines:
             return False
