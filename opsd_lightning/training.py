@@ -544,7 +544,7 @@ class PolicyModule(EvaluatedModule, ABC):
         checkpoint["opsd_tokens_generated"] = self.tokens_generated
         checkpoint[checkpoint_record.KEY] = checkpoint_record.record_of(self)
         requeue.say_the_job(checkpoint)
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             say_what_is_due(self.trainer, checkpoint, self.validated)
 
     @classmethod
