@@ -179,4 +179,4 @@ def test_no_other_module_removes_folders() -> None:
             assert "rmdir" not in names or path.name == "checkpoint_io.py", path
     source = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(source) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("rmtree")]
-    assert {ast.unparse(call.args[0]) for call in calls} == {"path"}  # in `_remove_temporary`
+    assert {ast.unparse(call.args[0]) for call in calls} == {"path", "folder"}  # `_remove_temporary`, `remove_run`
