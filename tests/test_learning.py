@@ -402,6 +402,7 @@ def test_the_sweep_from_bases_to_report(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "report" / "learning.png").exists() and (tmp_path / "report" / "ablation-clip.svg").exists()
 
 
+@pytest.mark.slow
 def test_make_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     quick.main(["--short", "--output", str(tmp_path)])
