@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
+from opsd_lightning.redaction import HIDDEN
 from opsd_lightning.types import ConfigError
 
 _FIX = "Give a checkpoint that ModelCheckpoint wrote"
@@ -103,9 +104,9 @@ def _check_arguments(kind: Any, values: Mapping[Any, Any]) -> None:
 
 def _check_value(hint: Any, value: Any) -> None:
     if isinstance(value, str):
-        if _is_plain(hint):
+        if _is_plain(hint) or value == HIDDEN:  # a hidden value is refused by its name, where it is missing
             return
-        if parts := list(_parts(hint)):
+        if parts := [part for part in _parts(hint) if part is not Any]:
             if not (value in ("", "null") or _is_known_class(value)) or _is_file(value):
                 raise _refusal(f"give {value[:80]!r} where a {getattr(parts[0], '__name__', parts[0])} belongs")
         elif _is_collection(value) or _is_file(value):
