@@ -224,8 +224,8 @@ WIRE: dict[str, Callable[[Exchange], None]] = {
     "half closed": half_closed,
     "status line drips": lambda x: x.drip(b"HTTP/1.1 200 " + b"O" * 2000 + b"\r\n\r\n"),
     "headers drip": lambda x: x.drip(b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 300 + b"\r\n"),
-    "body drips": lambda x: (x.send(http(b"", f"Content-Length: {len(x.body)}", length=False)), x.drip(x.body)),  # type: ignore[dict-item,func-returns-value]
-    "chunks drip": lambda x: (x.send(chunked()), x.send(*(chunk(bytes([b])) for b in x.body), every=0.2)),  # type: ignore[dict-item,func-returns-value]
+    "body drips": lambda x: (x.send(http(b"", f"Content-Length: {len(x.body) + 1000}", length=False)), x.drip(x.body + b" " * 1000)),  # type: ignore[dict-item,func-returns-value]
+    "chunks drip": lambda x: (x.send(chunked()), x.send(*(chunk(bytes([b])) for b in x.body + b" " * 1000), every=0.2)),  # type: ignore[dict-item,func-returns-value]
     "a chunk's size drips": lambda x: (x.send(chunked()), x.drip(b"0" * 1000)),  # type: ignore[dict-item,func-returns-value]
     "a chunk's extension drips": lambda x: (x.send(chunked(b"5;a=")), x.drip(b"x" * 1000)),  # type: ignore[dict-item,func-returns-value]
     "trailers drip": lambda x: (x.send(chunked(chunk(x.body), b"0\r\n")), x.drip(b"X-A: b\r\n" * 200)),  # type: ignore[dict-item,func-returns-value]
