@@ -103,7 +103,7 @@ def check_written(path: Path, checkpoint: Mapping[str, Any]) -> None:
 
     Args:
         path: Its file.
-        checkpoint: What was written.
+        checkpoint: The checkpoint as it was written.
 
     Raises:
         ConfigError: It holds objects that a safe load refuses. The callback that they are of is named.

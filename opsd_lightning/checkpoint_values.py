@@ -62,7 +62,7 @@ class _Factory:
 
 
 class _Values:
-    """What one load builds, some of it in a shape that torch can fill."""
+    """Values that one load builds, some of them in a shape that torch can fill."""
 
     def __init__(self) -> None:
         self.made: dict[int, tuple[Any, Callable[[Any], Any]]] = {}

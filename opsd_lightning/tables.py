@@ -168,7 +168,7 @@ def _csv_table(path: Path, file: TextIO) -> Table:
 
 
 def _holds_spaced_quote(record: str) -> bool:
-    """Whether a cell of a record begins with white space before a quote, which then is no quote but text."""
+    """Return whether a cell of a record begins with white space before a quote, which then is no quote but text."""
     return _SPACED_QUOTE_IN_RECORD.search(_QUOTED.sub(r"\1", record)) is not None
 
 

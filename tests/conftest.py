@@ -204,7 +204,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> Path:
 
 
 class Attack:
-    """How often an attack of ``tests/attacks`` is tried, and with which random numbers.
+    """Number of tries of an attack of ``tests/attacks``, and their random numbers.
 
     `make test` tries a sample of each, always the same. `make attack` tries all, in rounds that differ, and adds up what was
     tried (``attacks/hour.py``).
@@ -217,7 +217,7 @@ class Attack:
         self.counts: dict[str, int] = {}
 
     def tries(self, sample: int, whole: int) -> int:
-        """How often to try: ``sample`` times in `make test`, ``whole`` times in a round of `make attack`."""
+        """Return the number of tries: ``sample`` times in `make test`, ``whole`` times in a round of `make attack`."""
         return whole if self.round else sample
 
     def tried(self, attack: str, count: int = 1) -> None:

@@ -27,7 +27,7 @@ def run_round(number: int, report: Path, workers: int, chosen: list[str]) -> int
 
 
 def table(lines: list[dict[str, object]]) -> str:
-    """What was tried, as rows of Markdown."""
+    """Return the tries of each attack as rows of Markdown."""
     tried: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     for line in lines:

@@ -20,8 +20,8 @@ class Some:
     """The first batches of a loader.
 
     Args:
-        loader: What has more.
-        count: How many.
+        loader: The larger loader.
+        count: Number of batches.
         signals: One of them brings a SIGTERM.
     """
 
