@@ -60,6 +60,7 @@ def test_objective(run: Any) -> None:
     assert all(row["loss rel. diff."] < 1e-5 and row["gradient rel. diff."] < 1e-5 for row in found)
 
 
+@pytest.mark.slow
 def test_start_checks(run: Any) -> None:
     *checks, together = rows(run("start_checks"))
     assert all(row["calls"] and row["seconds"] for row in checks)
@@ -85,6 +86,7 @@ def test_rollout_with_continuous_batching(run: Any, monkeypatch: pytest.MonkeyPa
     assert (plain["engine"], continuous["engine"]) == ("TransformersEngine", "ContinuousBatchingEngine")
 
 
+@pytest.mark.slow
 def test_scaling(run: Any) -> None:
     result = run("scaling")
     assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
