@@ -17,7 +17,7 @@ from opsd_lightning.policy import Policy
 
 
 class Seen(Callback):
-    """Events in order. Ends like a killed process where it is told to."""
+    """Record the events of a run, and raise at a chosen one."""
 
     def __init__(self, die_at: tuple[str, int] | None = None) -> None:
         self.die_at = die_at
