@@ -284,7 +284,15 @@ class ServerPool:
         if adapter.name in server.adapters:
             self._unload(server, adapter.name, deadline)
         body = {"lora_name": adapter.name, "lora_path": adapter.folder}
-        self._ask(server, "POST", "/v1/load_lora_adapter", deadline, body)
+        try:
+            self._ask(server, "POST", "/v1/load_lora_adapter", deadline, body)
+        except _Refused as error:
+            # A request whose answer was lost is sent again, and refused where the server took it the first time.
+            with suppress(_Unavailable):
+                self._look(server, deadline)
+            if server.adapters.get(adapter.name) != adapter.folder:
+                raise error
+            return
         self._look(server, deadline)
         if server.adapters.get(adapter.name) != adapter.folder:
             raise _Refused(

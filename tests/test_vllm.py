@@ -228,6 +228,29 @@ def test_a_short_outage_is_ridden_out(
     assert engine.generate(model, PROMPTS, Sampling(max_new_tokens=8, n=3), seed=0) == expected
 
 
+@pytest.mark.parametrize("fresh", [True, False], ids=["first request", "kept connection"])
+def test_a_load_whose_answer_is_lost_is_sent_again(
+    servers: Callable[..., ProtocolServer],
+    make_engine: Callable[..., VLLMServerEngine],
+    built: Callable[..., PeftModel],
+    monkeypatch: pytest.MonkeyPatch,
+    fresh: bool,
+) -> None:
+    model, server, sampling = built(), servers(), Sampling(max_new_tokens=6)
+    engine, load = make_engine(server), server.load
+    if not fresh:
+        engine.generate(model, PROMPTS, sampling, seed=1)
+        perturb(model, 0.3, seed=8)
+
+    def lost(name: str, folder: str) -> tuple[int, Any]:
+        if (found := load(name, folder))[0] == 200:
+            raise ConnectionAbortedError
+        return found
+
+    monkeypatch.setattr(server, "load", lost)
+    assert worst_difference(model, engine.generate(model, PROMPTS, sampling, seed=7)) < 1e-4
+
+
 @pytest.mark.parametrize("death", ["killed", "hangs"])
 def test_a_dying_servers_rollouts_go_to_the_others(
     death: str,

@@ -6,7 +6,9 @@ peft. Its answers' fields, status codes and messages are those of vLLM 0.32 (ent
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +35,7 @@ class ProtocolServer:
         self.paths: list[str] = []
         self.hook: Callable[[str], tuple[int, str] | None] = lambda path: None
         self.lock = threading.Lock()
+        self.connections: set[socket.socket] = set()
         self.http: ThreadingHTTPServer | None = None
         self.port = 0
         self.start()
@@ -65,7 +68,7 @@ class ProtocolServer:
                 except _Hang as error:
                     time.sleep(error.args[0])
                     return
-                if ours.http is None:  # killed while it worked: nothing comes back
+                if ours.http is not self.server:  # killed while it worked: nothing comes back
                     self.close_connection = True
                     return
                 if isinstance(found, str) and status != 200:
@@ -75,6 +78,14 @@ class ProtocolServer:
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
+
+            def setup(self) -> None:
+                super().setup()
+                ours.connections.add(self.connection)
+
+            def finish(self) -> None:
+                ours.connections.discard(self.connection)
+                super().finish()
 
         self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.http.daemon_threads = True
@@ -87,8 +98,12 @@ class ProtocolServer:
         if http is not None:
             http.shutdown()
             http.server_close()
-        self.adapters = {}
-        self.model = None
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        with self.lock:
+            self.adapters = {}
+            self.model = None
 
     def handle(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/health":
@@ -98,6 +113,8 @@ class ProtocolServer:
             cards += [{"id": name, "root": root, "parent": self.folder} for name, root in self.adapters.items()]
             return 200, {"object": "list", "data": cards}
         with self.lock:
+            if self.http is None:
+                raise ConnectionAbortedError("killed")
             if path == "/v1/load_lora_adapter" and self.lora:
                 return self.load(body["lora_name"], body["lora_path"])
             if path == "/v1/unload_lora_adapter" and self.lora:

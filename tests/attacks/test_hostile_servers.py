@@ -564,7 +564,7 @@ def right(folders: dict[str, str]) -> Iterator[QuickServer]:
 def test_hostile_servers(
     attack: Attack, right: QuickServer, folders: dict[str, str], built: Callable[..., PeftModel], tmp_path: Path
 ) -> None:
-    model = built()
+    model, threads = built(), set(threading.enumerate())
     precious = tmp_path / "precious" / "checkpoint.ckpt"
     precious.parent.mkdir()
     precious.write_text("precious")
@@ -619,4 +619,5 @@ def test_hostile_servers(
     assert not hostile.other_hosts, "no redirect was followed"
     assert precious.read_text() == "precious" and not list((tmp_path / "adapters").iterdir())
     assert right.adapters == {}
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("opsd-")], "threads are left"
+    left = {thread for thread in threading.enumerate() if thread.name.startswith("opsd-")} - threads
+    assert not left, "threads are left"
