@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from opsd_lightning import inference
-from opsd_lightning.inference import packed_linears
+from opsd_lightning.rollouts import fast_weights as inference
+from opsd_lightning.rollouts.fast_weights import packed_linears
 
 Forward = Callable[[Tensor], Tensor]
 

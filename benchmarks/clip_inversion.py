@@ -36,8 +36,8 @@ from opsd_lightning import (
     TransformersEngine,
     WordProblems,
 )
-from opsd_lightning.scoring import score_all
-from opsd_lightning.shaping import Clip
+from opsd_lightning.losses.clips import Clip
+from opsd_lightning.models.scoring import score_all
 
 CLIPS: dict[str, Callable[[float], Clip]] = {
     "PointwiseClip": PointwiseClip, "TokenClip": TokenClip, "RescaleClip": RescaleClip,

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from common import PeakMemory, in_turn, machine, parser, report
 
-from opsd_lightning.divergences import ForwardKL, GeneralizedJSD, ReverseKL
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.shaping import PointwiseClip
+from opsd_lightning.losses.clips import PointwiseClip
+from opsd_lightning.losses.divergences import ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.types import TokenStates
 
 CASES = {

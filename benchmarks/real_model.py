@@ -72,7 +72,7 @@ def agree(out: Path, asked: dict[str, Any]) -> None:
         SystemExit: What lies there has other settings, so that it is not the answer to what was asked.
     """
     from benchmarks.learning.run import write
-    from opsd_lightning.runs import read_records
+    from opsd_lightning.runs.reader import read_records
 
     held: list[tuple[Path, dict[str, Any]]] = []
     if (record := out / "settings.json").exists():
@@ -164,7 +164,7 @@ def read_log(folder: Path) -> tuple[list[dict[str, float]], list[tuple[int, floa
 
     There is one log for every time that the run was taken up again; what it then did once more counts as done the last time.
     """
-    from opsd_lightning.runs import read_metrics
+    from opsd_lightning.runs.reader import read_metrics
 
     rows: dict[float, dict[str, float]] = {}
     validations: dict[int, float] = {}
@@ -196,7 +196,8 @@ def made_with(model: str) -> dict[str, str]:
 
 def report(out: Path) -> None:
     """A table in Markdown: each method's held-out accuracy, the mean of its seeds and the change on the same questions."""
-    from opsd_lightning.runs import mean_and_interval, read_records, wilson
+    from opsd_lightning.runs.reader import read_records
+    from opsd_lightning.utils.statistics import mean_and_interval, wilson
 
     untrained = read_records(out / "before" / "test.jsonl")
     student = [r["correct"] for r in untrained if r["role"] == "student"]

@@ -15,9 +15,12 @@ import torch
 from common import EndAt, in_turn, log_uniform, machine, model_folder, parser, report
 from transformers import GenerationConfig
 
-from opsd_lightning.policy import LoRA, Policy, base_of, evaluating
-from opsd_lightning.rollouts import ContinuousBatchingEngine, RolloutEngine, Sampling, TransformersEngine
-from opsd_lightning.tokens import cut_at_eos, pad_left
+from opsd_lightning.models.packing import cut_at_eos, pad_left
+from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.types import Sampling
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ import torch
 from common import PeakMemory, in_turn, machine, model_folder, parser, report
 from transformers import DynamicCache
 
-from opsd_lightning.inference import merged_adapter, packed_linears
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy, base_of, evaluating
-from opsd_lightning.scoring import score, score_all
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
+from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
 from opsd_lightning.types import TokenStates
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from common import in_turn, log_uniform, machine, model_folder, parser, report
 
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy, base_of
-from opsd_lightning.scoring import score, score_all, split_rows
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.models.policy import LoRA, Policy, base_of
+from opsd_lightning.models.scoring import score, score_all, split_rows
 from opsd_lightning.types import TokenStates
 
 

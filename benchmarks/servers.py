@@ -25,12 +25,14 @@ import torch
 from common import machine, model_folder, parser, report
 from lightning.pytorch import Callback, Trainer
 
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.vllm_rollouts import VLLMServerEngine
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
+from opsd_lightning.types import Sampling
 
 
 @contextmanager

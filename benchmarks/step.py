@@ -77,11 +77,10 @@ def end_at(base: Any, prompts: list[list[int]], lengths: list[int], eos: list[in
 def ours(pipe: Connection, args: argparse.Namespace) -> None:
     import lightning
 
-    from opsd_lightning.module import OPSDModule
-    from opsd_lightning.objectives import DivergenceObjective
-    from opsd_lightning.policy import LoRA, Policy, base_of
-    from opsd_lightning.rollouts import Sampling
-    from opsd_lightning.types import Example, PromptBatch
+    from opsd_lightning.losses.objectives import DivergenceObjective
+    from opsd_lightning.methods.opsd import OPSDModule
+    from opsd_lightning.models.policy import LoRA, Policy, base_of
+    from opsd_lightning.types import Example, PromptBatch, Sampling
 
     turn = Turn(pipe, args.device)
     policy = Policy(model_folder(args.model), lora=LoRA(r=16, alpha=32, dropout=0.0), dtype=args.dtype)

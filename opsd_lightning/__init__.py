@@ -1,104 +1,183 @@
 """On-Policy Self-Distillation (OPSD, arXiv 2601.18734) for PyTorch Lightning.
 
-Names are imported when they are first used: importing the package alone costs nothing.
+Names are imported on first use, so that ``import opsd_lightning`` alone is fast.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = {
-    "anchors": ["Anchor"],
-    "callbacks": ["AdapterExport", "BaselineEvaluation", "ProgressLines", "RolloutTable", "RolloutWriter"],
-    "contexts": ["FeedbackContext", "MajorityContext", "OnlineContext", "ReasonFirst", "ShortestCorrectContext"],
-    "data": ["OPSDDataModule"],
-    "diagnosis": ["diagnose"],
-    "divergences": [
-        "Divergence",
-        "ForwardKL",
-        "FullVocabulary",
-        "GeneralizedJSD",
-        "ReverseKL",
-        "Support",
-        "TopKRenormalized",
-        "TopKWithTail",
-    ],
-    "export": ["merge_adapter", "write_adapter"],
-    "findings": ["Diagnosis", "Finding"],
-    "grading": ["MathGrader"],
-    "grpo": ["AnswerReward", "GRPOModule", "Reward"],
-    "guard": ["Ceiling", "CollapseGuard", "CollapseRule", "Drift"],
-    "health": [
-        "ClassDivergence",
-        "CorrectnessGap",
-        "Distinct",
-        "MeanLength",
-        "PhraseRate",
-        "PositionDivergence",
-        "TraceOverlap",
-    ],
-    "health_log": ["Health"],
-    "metrics": ["AccuracyAtK"],
-    "module": ["OPSDModule"],
-    "objectives": [
-        "DivergenceObjective",
-        "NegativeLogLikelihood",
-        "Objective",
-        "SampledKLObjective",
-        "SampledTokenObjective",
-    ],
-    "off_policy": ["MixedOPSDModule"],
-    "policy": ["LoRA", "Policy"],
-    "prompts": [
-        "AnswerContext",
-        "ColumnContext",
-        "HintContext",
-        "NoContext",
-        "OtherProblemContext",
-        "PrivilegedContext",
-        "Prompts",
-        "TraceContext",
-        "WrongContext",
-    ],
-    "report": ["write_report"],
-    "rollouts": ["ContinuousBatchingEngine", "RolloutEngine", "Sampling", "TransformersEngine"],
-    "run_report": ["RunReport"],
-    "runs": ["Point", "Run", "read_run"],
-    "sft": ["SFTModule"],
-    "shaping": [
-        "Clip",
-        "DecayingPositions",
-        "FirstPositions",
-        "NoClip",
-        "PointwiseClip",
-        "PositionWeight",
-        "RescaleClip",
-        "TokenClip",
-    ],
-    "sources": ["Columns", "ExampleSource", "FileSource", "HubSource", "ReasoningGymSource", "WordProblems"],
-    "strategies": ["FSDP2Strategy"],
-    "teachers": [
-        "EMATeacher",
-        "FixedTeacher",
-        "LiveTeacher",
-        "ModelTeacher",
-        "SyncTeacher",
-        "Teacher",
-        "TrustRegionTeacher",
-    ],
-    "token_report": ["TokenReport", "read_tokens"],
-    "training": ["PolicyModule"],
-    "vllm_rollouts": ["VLLMEngine", "VLLMServerEngine"],
-    "types": ["ConfigError", "Example", "PromptBatch", "Rollouts", "TokenStates", "UserError"],
+if TYPE_CHECKING:  # as below: a type checker cannot follow the lazy ones
+    from opsd_lightning.callbacks.baseline import BaselineEvaluation as BaselineEvaluation
+    from opsd_lightning.callbacks.collapse_guard import (
+        Ceiling as Ceiling,
+        CollapseGuard as CollapseGuard,
+        CollapseRule as CollapseRule,
+        Drift as Drift,
+    )
+    from opsd_lightning.callbacks.export import AdapterExport as AdapterExport
+    from opsd_lightning.callbacks.health import Health as Health
+    from opsd_lightning.callbacks.health_metrics import (
+        ClassDivergence as ClassDivergence,
+        CorrectnessGap as CorrectnessGap,
+        Distinct as Distinct,
+        MeanLength as MeanLength,
+        PhraseRate as PhraseRate,
+        PositionDivergence as PositionDivergence,
+        TraceOverlap as TraceOverlap,
+    )
+    from opsd_lightning.callbacks.progress import ProgressLines as ProgressLines
+    from opsd_lightning.callbacks.rollouts import RolloutTable as RolloutTable, RolloutWriter as RolloutWriter
+    from opsd_lightning.data.datamodule import OPSDDataModule as OPSDDataModule
+    from opsd_lightning.data.sources import (
+        Columns as Columns,
+        ExampleSource as ExampleSource,
+        FileSource as FileSource,
+        HubSource as HubSource,
+        ReasoningGymSource as ReasoningGymSource,
+        WordProblems as WordProblems,
+    )
+    from opsd_lightning.distributed.fsdp2 import FSDP2Strategy as FSDP2Strategy
+    from opsd_lightning.doctor.diagnosis import diagnose as diagnose
+    from opsd_lightning.doctor.findings import Diagnosis as Diagnosis, Finding as Finding
+    from opsd_lightning.evaluation.accuracy import AccuracyAtK as AccuracyAtK
+    from opsd_lightning.grading.math_grader import MathGrader as MathGrader
+    from opsd_lightning.losses.clips import (
+        Clip as Clip,
+        NoClip as NoClip,
+        PointwiseClip as PointwiseClip,
+        RescaleClip as RescaleClip,
+        TokenClip as TokenClip,
+    )
+    from opsd_lightning.losses.divergences import (
+        Divergence as Divergence,
+        ForwardKL as ForwardKL,
+        GeneralizedJSD as GeneralizedJSD,
+        ReverseKL as ReverseKL,
+    )
+    from opsd_lightning.losses.objectives import (
+        DivergenceObjective as DivergenceObjective,
+        NegativeLogLikelihood as NegativeLogLikelihood,
+        Objective as Objective,
+        SampledKLObjective as SampledKLObjective,
+        SampledTokenObjective as SampledTokenObjective,
+    )
+    from opsd_lightning.losses.position_weights import (
+        DecayingPositions as DecayingPositions,
+        FirstPositions as FirstPositions,
+        PositionWeight as PositionWeight,
+    )
+    from opsd_lightning.losses.supports import (
+        FullVocabulary as FullVocabulary,
+        Support as Support,
+        TopKRenormalized as TopKRenormalized,
+        TopKWithTail as TopKWithTail,
+    )
+    from opsd_lightning.methods.anchor import Anchor as Anchor
+    from opsd_lightning.methods.base import PolicyModule as PolicyModule
+    from opsd_lightning.methods.grpo import AnswerReward as AnswerReward, GRPOModule as GRPOModule, Reward as Reward
+    from opsd_lightning.methods.mixed import MixedOPSDModule as MixedOPSDModule
+    from opsd_lightning.methods.opsd import OPSDModule as OPSDModule
+    from opsd_lightning.methods.sft import SFTModule as SFTModule
+    from opsd_lightning.models.export import merge_adapter as merge_adapter, write_adapter as write_adapter
+    from opsd_lightning.models.policy import LoRA as LoRA, Policy as Policy
+    from opsd_lightning.prompts.contexts import (
+        AnswerContext as AnswerContext,
+        ColumnContext as ColumnContext,
+        HintContext as HintContext,
+        NoContext as NoContext,
+        OtherProblemContext as OtherProblemContext,
+        PrivilegedContext as PrivilegedContext,
+        TraceContext as TraceContext,
+        WrongContext as WrongContext,
+    )
+    from opsd_lightning.prompts.online_contexts import (
+        FeedbackContext as FeedbackContext,
+        MajorityContext as MajorityContext,
+        OnlineContext as OnlineContext,
+        ReasonFirst as ReasonFirst,
+        ShortestCorrectContext as ShortestCorrectContext,
+    )
+    from opsd_lightning.prompts.templates import Prompts as Prompts
+    from opsd_lightning.reports.page import write_report as write_report
+    from opsd_lightning.reports.run_report import RunReport as RunReport
+    from opsd_lightning.reports.token_report import TokenReport as TokenReport, read_tokens as read_tokens
+    from opsd_lightning.rollouts.base import RolloutEngine as RolloutEngine
+    from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine as ContinuousBatchingEngine
+    from opsd_lightning.rollouts.transformers_engine import TransformersEngine as TransformersEngine
+    from opsd_lightning.rollouts.vllm.engines import VLLMEngine as VLLMEngine, VLLMServerEngine as VLLMServerEngine
+    from opsd_lightning.runs.reader import Point as Point, Run as Run, read_run as read_run
+    from opsd_lightning.teachers import (
+        EMATeacher as EMATeacher,
+        FixedTeacher as FixedTeacher,
+        LiveTeacher as LiveTeacher,
+        ModelTeacher as ModelTeacher,
+        SyncTeacher as SyncTeacher,
+        Teacher as Teacher,
+        TrustRegionTeacher as TrustRegionTeacher,
+    )
+    from opsd_lightning.types import (
+        ConfigError as ConfigError,
+        Example as Example,
+        PromptBatch as PromptBatch,
+        Rollouts as Rollouts,
+        Sampling as Sampling,
+        TokenStates as TokenStates,
+        UserError as UserError,
+    )
+
+_NAMES = {
+    "callbacks.baseline": "BaselineEvaluation",
+    "callbacks.collapse_guard": "Ceiling CollapseGuard CollapseRule Drift",
+    "callbacks.export": "AdapterExport",
+    "callbacks.health": "Health",
+    "callbacks.health_metrics": "ClassDivergence CorrectnessGap Distinct MeanLength PhraseRate PositionDivergence "
+    "TraceOverlap",
+    "callbacks.progress": "ProgressLines",
+    "callbacks.rollouts": "RolloutTable RolloutWriter",
+    "data.datamodule": "OPSDDataModule",
+    "data.sources": "Columns ExampleSource FileSource HubSource ReasoningGymSource WordProblems",
+    "distributed.fsdp2": "FSDP2Strategy",
+    "doctor.diagnosis": "diagnose",
+    "doctor.findings": "Diagnosis Finding",
+    "evaluation.accuracy": "AccuracyAtK",
+    "grading.math_grader": "MathGrader",
+    "losses.clips": "Clip NoClip PointwiseClip RescaleClip TokenClip",
+    "losses.divergences": "Divergence ForwardKL GeneralizedJSD ReverseKL",
+    "losses.objectives": "DivergenceObjective NegativeLogLikelihood Objective SampledKLObjective SampledTokenObjective",
+    "losses.position_weights": "DecayingPositions FirstPositions PositionWeight",
+    "losses.supports": "FullVocabulary Support TopKRenormalized TopKWithTail",
+    "methods.anchor": "Anchor",
+    "methods.base": "PolicyModule",
+    "methods.grpo": "AnswerReward GRPOModule Reward",
+    "methods.mixed": "MixedOPSDModule",
+    "methods.opsd": "OPSDModule",
+    "methods.sft": "SFTModule",
+    "models.export": "merge_adapter write_adapter",
+    "models.policy": "LoRA Policy",
+    "prompts.contexts": "AnswerContext ColumnContext HintContext NoContext "
+    "OtherProblemContext PrivilegedContext TraceContext WrongContext",
+    "prompts.online_contexts": "FeedbackContext MajorityContext OnlineContext ReasonFirst ShortestCorrectContext",
+    "prompts.templates": "Prompts",
+    "reports.page": "write_report",
+    "reports.run_report": "RunReport",
+    "reports.token_report": "TokenReport read_tokens",
+    "rollouts.base": "RolloutEngine",
+    "rollouts.continuous_batching": "ContinuousBatchingEngine",
+    "rollouts.transformers_engine": "TransformersEngine",
+    "rollouts.vllm.engines": "VLLMEngine VLLMServerEngine",
+    "runs.reader": "Point Run read_run",
+    "teachers": "EMATeacher FixedTeacher LiveTeacher ModelTeacher SyncTeacher Teacher TrustRegionTeacher",
+    "types": "ConfigError Example PromptBatch Rollouts Sampling TokenStates UserError",
 }
-_WHERE = {name: room for room, names in _ROOMS.items() for name in names}
-__all__ = ["__version__", *_WHERE]
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"opsd_lightning.{_WHERE[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"opsd_lightning.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""The ``opsd`` command: the command line of ``main.py``, and the commands that need no trainer.
+"""The ``opsd`` command: the command line of ``cli``, and the commands that need no trainer.
 
 Only the module of the command that is asked for is imported.
 """
@@ -12,11 +12,11 @@ import time
 from contextlib import suppress
 from importlib import import_module
 
-from opsd_lightning import early_signals
-from opsd_lightning.import_path import add_folder, without_folder
+from opsd_lightning.runs import early_signals
+from opsd_lightning.utils.import_path import add_folder, without_folder
 
 #: Commands beside LightningCLI's, and the modules whose ``main`` runs them.
-COMMANDS: dict[str, str] = {"doctor": "opsd_lightning.doctor", "report": "opsd_lightning.report"}
+COMMANDS: dict[str, str] = {"doctor": "opsd_lightning.doctor.command", "report": "opsd_lightning.reports.page"}
 #: Commands that make objects of the classes that settings name.
 _BUILDING = {"doctor", "fit", "validate", "test", "predict"}
 # The process that has started this one, where Lightning starts the ranks: the first rank.
@@ -31,8 +31,8 @@ def entry() -> None:
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else ""
     with without_folder():
-        import_module("opsd_lightning.terminal").guard_tracebacks()
-        module = import_module(COMMANDS.get(command, "opsd_lightning.main"))
+        import_module("opsd_lightning.utils.terminal").guard_tracebacks()
+        module = import_module(COMMANDS.get(command, "opsd_lightning.cli.command"))
         if command not in COMMANDS and command in ("-h", "--help"):
             print(f"Beside the subcommands below: {', '.join(f'opsd {name}' for name in COMMANDS)} (see their own --help)\n")
         if command == "doctor" or (command not in COMMANDS and _BUILDING & set(arguments)):

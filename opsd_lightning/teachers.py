@@ -18,9 +18,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from opsd_lightning.fingerprint import base_record
-from opsd_lightning.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
-from opsd_lightning.scoring import has_adapted_head, head_of, moving_weights, score_all
+from opsd_lightning.models.fingerprint import base_record
+from opsd_lightning.models.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
+from opsd_lightning.models.scoring import has_adapted_head, head_of, moving_weights, score_all
 from opsd_lightning.types import ConfigError, TokenStates, UserError
 
 

@@ -13,8 +13,10 @@ what is padding, and no mask is ever read off the pad id.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 
@@ -120,3 +122,24 @@ class ConfigError(UserError):
 
     def __str__(self) -> str:
         return f"{self.setting}: {self.problem}. {self.fix}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    Args:
+        max_new_tokens: Length limit of a completion in tokens, its EOS included, at least 1.
+        temperature: Divides the logits before sampling, 0 or more. 0 is greedy decoding.
+        top_p: Keep the most probable tokens that together reach this probability, from 0 to 1. 1 keeps all.
+        top_k: Keep this many most probable tokens. 0 keeps all.
+        min_p: Drop tokens below this fraction of the most probable token's probability, from 0 to 1. 0 keeps all.
+        n: Completions for each question, at least 1.
+    """
+
+    max_new_tokens: PositiveInt = 1024
+    temperature: NonNegativeFloat = 1.0
+    top_p: ClosedUnitInterval = 1.0
+    top_k: NonNegativeInt = 0
+    min_p: ClosedUnitInterval = 0.0
+    n: PositiveInt = 1

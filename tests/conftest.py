@@ -37,7 +37,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from opsd_lightning.policy import LoRA, Policy
+from opsd_lightning.models.policy import LoRA, Policy
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 

@@ -10,17 +10,16 @@ import pytest
 import torch
 from test_reference import adapter, fit
 
-from conftest import COMPLETIONS as RAGGED
-from conftest import PROMPTS, TEACHER_PROMPTS
-from opsd_lightning.anchors import Anchor
-from opsd_lightning.contexts import Attempts
-from opsd_lightning.grpo import AnswerReward, GRPOModule, Reward
-from opsd_lightning.objectives import NegativeLogLikelihood, SampledKLObjective
-from opsd_lightning.policy import Policy, base_of
-from opsd_lightning.rollouts import RolloutEngine, Sampling
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.training import PolicyModule
-from opsd_lightning.types import Example, PromptBatch, Rollouts, UserError
+from conftest import COMPLETIONS as RAGGED, PROMPTS, TEACHER_PROMPTS
+from opsd_lightning.losses.objectives import NegativeLogLikelihood, SampledKLObjective
+from opsd_lightning.methods.anchor import Anchor
+from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.grpo import AnswerReward, GRPOModule, Reward
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import Policy, base_of
+from opsd_lightning.prompts.online_contexts import Attempts
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.types import Example, PromptBatch, Rollouts, Sampling, UserError
 
 # An empty completion has no mean of its own in the flat formulas.
 COMPLETIONS = [row or [7, 8, 9] for row in RAGGED]

@@ -14,10 +14,10 @@ import yaml
 
 from conftest import make_model, make_tokenizer, write_jsonl
 from opsd_lightning import __version__
-from opsd_lightning.export import write_adapter
-from opsd_lightning.main import main
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import TransformersEngine
+from opsd_lightning.cli.command import main
+from opsd_lightning.models.export import write_adapter
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,8 +14,8 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from conftest import write_jsonl
-from opsd_lightning.main import main
-from opsd_lightning.prompts import STUDENT_TEMPLATE
+from opsd_lightning.cli.command import main
+from opsd_lightning.prompts.templates import STUDENT_TEMPLATE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -71,7 +71,7 @@ PARSED: dict[tuple[str, ...], dict[str, Any]] = {}  # parsing takes seconds, and
 
 def parsed(args: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The final configuration of a command, without building anything; ``model`` are the method's settings."""
-    from opsd_lightning import main as room
+    from opsd_lightning.cli import command as room
 
     if tuple(args) in PARSED:
         return copy.deepcopy(PARSED[tuple(args)])

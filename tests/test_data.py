@@ -16,19 +16,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from test_divergences import subclasses
 
 from conftest import write_jsonl
-from opsd_lightning.data import EvalLoader, OPSDDataModule, TrainLoader
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import (
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.loaders import EvalLoader, TrainLoader
+from opsd_lightning.data.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource, WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts.contexts import (
     AnswerContext,
     ColumnContext,
     HintContext,
     NoContext,
     OtherProblemContext,
     PrivilegedContext,
-    Prompts,
 )
-from opsd_lightning.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource, WordProblems
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import Example, PromptBatch, UserError
 
 ROWS: list[dict[str, Any]] = [

@@ -26,24 +26,29 @@ from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig
 
 from conftest import EOS, free_port
-from opsd_lightning.anchors import Anchor
-from opsd_lightning.callbacks import AdapterExport, RolloutWriter
-from opsd_lightning.contexts import FeedbackContext
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.divergences import ReverseKL
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.grpo import GRPOModule
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.off_policy import MixedOPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.strategies import FSDP2Strategy, check_strategy, read_adapters, whole
+from opsd_lightning.callbacks.export import AdapterExport
+from opsd_lightning.callbacks.rollouts import RolloutWriter
+from opsd_lightning.checkpoints.io import read_adapters
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.distributed.checks import check_strategy
+from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.losses.divergences import ReverseKL
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.anchor import Anchor
+from opsd_lightning.methods.grpo import GRPOModule
+from opsd_lightning.methods.mixed import MixedOPSDModule
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.models.sharding import whole
+from opsd_lightning.prompts.online_contexts import FeedbackContext
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
-from opsd_lightning.types import Rollouts, UserError
+from opsd_lightning.types import Rollouts, Sampling, UserError
 
 TIMEOUT_SECONDS = 60  # of a collective
 DEADLOCK_SECONDS = 240  # of the ranks' whole work, of which no test takes a quarter

@@ -9,37 +9,20 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from torch import Tensor
 
-from opsd_lightning.divergences import (
-    Divergence,
-    ForwardKL,
-    FullVocabulary,
-    GeneralizedJSD,
-    ReverseKL,
-    Support,
-    TopKRenormalized,
-    TopKWithTail,
-)
-from opsd_lightning.objectives import (
+from opsd_lightning.losses.clips import Clip, NoClip, PointwiseClip, RescaleClip, TokenClip
+from opsd_lightning.losses.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_lightning.losses.objectives import (
     DivergenceObjective,
     NegativeLogLikelihood,
     Objective,
     SampledKLObjective,
     SampledTokenObjective,
 )
-from opsd_lightning.shaping import (
-    Clip,
-    DecayingPositions,
-    FirstPositions,
-    NoClip,
-    PointwiseClip,
-    PositionWeight,
-    RescaleClip,
-    TokenClip,
-)
+from opsd_lightning.losses.position_weights import DecayingPositions, FirstPositions, PositionWeight
+from opsd_lightning.losses.supports import FullVocabulary, Support, TopKRenormalized, TopKWithTail
 from opsd_lightning.types import Rollouts, TokenStates
 
 DIVERGENCES = [ForwardKL(), ReverseKL(), GeneralizedJSD(0.1), GeneralizedJSD(0.5), GeneralizedJSD(0.9)]

@@ -17,10 +17,10 @@ from lightning.pytorch import Trainer
 from transformers import TrainingArguments
 
 import opsd_lightning
-import opsd_lightning.main  # every class that YAML may name
+import opsd_lightning.cli.command  # every class that YAML may name
 from opsd_lightning.__main__ import COMMANDS
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.training import PolicyModule
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.methods.base import PolicyModule
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -166,7 +166,7 @@ def test_settings_exist(page: Path) -> None:
 #: Where a class that a page names may be, if it is none of the package's public ones.
 ELSEWHERE = ("lightning.pytorch", "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies",
              "lightning.pytorch.plugins", "transformers", "peft", "trl", "trl.experimental.sdft", "torch.optim",
-             "torch.optim.lr_scheduler", "bitsandbytes.optim", "opsd_lightning.training", "opsd_lightning.prompts")  # fmt: skip
+             "torch.optim.lr_scheduler", "bitsandbytes.optim", "opsd_lightning.methods.base", "opsd_lightning.prompts.templates")  # fmt: skip
 
 
 @pages

@@ -264,7 +264,7 @@ def test_metrics_are_logged(trained: Callable[[str], Path]) -> None:
     """Every metric that a page names is one of the quick start's run, or of another method's, in whose file it stands."""
     (log,) = trained(CONFIG).rglob("metrics.csv")
     logged = set(log.read_text(encoding="utf-8").splitlines()[0].split(","))
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "opsd_lightning").glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "opsd_lightning").rglob("*.py"))
     pages = "".join(map(_text, PAGES))
     named = set(re.findall(r"`((?:train|val|health|time)/[\w@]+)`", pages))
     assert len(named) > 20

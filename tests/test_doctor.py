@@ -17,10 +17,11 @@ from test_cli import MISTAKES, folder
 from transformers import BitsAndBytesConfig, DynamicCache
 
 from conftest import ARCHITECTURES, CHAT_TEMPLATE, make_model, make_tokenizer, write_jsonl
-from opsd_lightning import diagnosis, probe
 from opsd_lightning.__main__ import entry
-from opsd_lightning.doctor import main
-from opsd_lightning.estimates import (
+from opsd_lightning.doctor import diagnosis, probe
+from opsd_lightning.doctor.command import main
+from opsd_lightning.doctor.findings import at_share, histogram
+from opsd_lightning.doctor.memory import (
     Step,
     cache_bytes,
     kept_bytes_per_token,
@@ -31,12 +32,12 @@ from opsd_lightning.estimates import (
     skeleton,
     weight_bytes,
 )
-from opsd_lightning.findings import at_share, histogram
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy, base_of, is_adapter_key
-from opsd_lightning.rollouts import Sampling, TransformersEngine
-from opsd_lightning.self_checks import agreement
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy, base_of, is_adapter_key
+from opsd_lightning.rollouts.self_checks import agreement
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.types import Sampling
 
 Doctor = Callable[..., dict[str, Any]]
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from opsd_lightning import math_pool
-from opsd_lightning.answers import last_boxed
-from opsd_lightning.grading import MathGrader
+from opsd_lightning.grading import math_pool
+from opsd_lightning.grading.final_answer import last_boxed
+from opsd_lightning.grading.math_grader import MathGrader
 
 GRADER = MathGrader(timeout_seconds=3.0)
 

@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from test_training import parts, trainer
 
 from conftest import EOS, make_tokenizer
-from opsd_lightning.guard import Ceiling, CollapseGuard, Drift
-from opsd_lightning.health_log import Health
-from opsd_lightning.policy import Policy
-from opsd_lightning.rollouts import RolloutEngine, Sampling
-from opsd_lightning.run_report import RunReport
-from opsd_lightning.runs import read_run
-from opsd_lightning.types import ConfigError, Rollouts, UserError
+from opsd_lightning.callbacks.collapse_guard import Ceiling, CollapseGuard, Drift
+from opsd_lightning.callbacks.health import Health
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.reports.run_report import RunReport
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.runs.reader import read_run
+from opsd_lightning.types import ConfigError, Rollouts, Sampling, UserError
 
 
 def run(

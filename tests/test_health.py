@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from test_distributed import ddp, on_ranks
 from test_training import Recorder, adapters, parts, trainer
 
-from opsd_lightning.grpo import AnswerReward, GRPOModule
-from opsd_lightning.health import (
+from opsd_lightning.callbacks.health import Health
+from opsd_lightning.callbacks.health_metrics import (
     ClassDivergence,
     CorrectnessGap,
     Distinct,
@@ -23,13 +23,12 @@ from opsd_lightning.health import (
     TraceOverlap,
     token_class,
 )
-from opsd_lightning.health_log import Health
-from opsd_lightning.off_policy import MixedOPSDModule
-from opsd_lightning.policy import Policy
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.token_text import Piece
-from opsd_lightning.types import UserError
+from opsd_lightning.methods.grpo import AnswerReward, GRPOModule
+from opsd_lightning.methods.mixed import MixedOPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.types import Sampling, UserError
+from opsd_lightning.utils.token_text import Piece
 
 
 def rounded(found: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -9,10 +9,11 @@ import torch
 from peft import PeftModel
 
 from conftest import ARCHITECTURES, COMPLETIONS, EOS, PROMPTS, SECOND_EOS, TEACHER_PROMPTS, perturb
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.rollouts import Sampling, TransformersEngine
-from opsd_lightning.scoring import check_head, score
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.models.scoring import check_head, score
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
+from opsd_lightning.types import Sampling
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -260,7 +260,7 @@ class OtherModule:
 
 
 def test_a_module_of_another_package() -> None:
-    arguments = {"own": methods.part("opsd_lightning.divergences.ReverseKL")}
+    arguments = {"own": methods.part("opsd_lightning.losses.divergences.ReverseKL")}
     found: Any = run.make_module(run.Method("x", f"{__name__}.OtherModule", arguments), Policy("unused/model"), 5)
     assert (found.policy.model, found.seed, type(found.own)) == ("unused/model", 5, ReverseKL)
 

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.loggers.logger import DummyLogger
 from test_training import parts, trainer
 
-from opsd_lightning.callbacks import RolloutTable
-from opsd_lightning.loggers import log_figure, log_page, log_table, takes_pictures
-from opsd_lightning.policy import Policy
+from opsd_lightning.callbacks.rollouts import RolloutTable
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.utils.loggers import log_figure, log_page, log_table, takes_pictures
 
 pytest.importorskip("matplotlib", reason="pip install 'opsd-lightning[plots]'")
 

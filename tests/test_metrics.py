@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from opsd_lightning.metrics import AccuracyAtK
+from opsd_lightning.evaluation.accuracy import AccuracyAtK
 
 Question = tuple[list[int | None], list[bool]]
 

@@ -106,7 +106,7 @@ def test_notebooks_are_kept_clean(path: Path) -> None:
             continue
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opsd_lightning"):
-                assert node.module in ("opsd_lightning", "opsd_lightning.main"), where
+                assert node.module in ("opsd_lightning", "opsd_lightning.cli.command"), where
                 assert {alias.name for alias in node.names} <= {*public, "main"}, where
             if isinstance(node, ast.Attribute):
                 assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{where}: {node.attr} is private"

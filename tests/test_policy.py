@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from conftest import COMPLETIONS, EOS, PROMPTS, SECOND_EOS, make_model, make_tokenizer, perturb
-from opsd_lightning.export import merge_adapter, write_adapter
-from opsd_lightning.policy import LoRA, Policy, eos_ids
-from opsd_lightning.rollouts import Sampling, TransformersEngine
-from opsd_lightning.scoring import check_head, has_adapted_head, score
-from opsd_lightning.types import UserError
+from opsd_lightning.models.export import merge_adapter, write_adapter
+from opsd_lightning.models.policy import LoRA, Policy, eos_ids
+from opsd_lightning.models.scoring import check_head, has_adapted_head, score
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.types import Sampling, UserError
 
 TINY = {
     "vocab_size": 107, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -6,17 +6,17 @@ import pytest
 from test_divergences import subclasses
 
 from conftest import make_tokenizer
-from opsd_lightning.prompts import (
+from opsd_lightning.prompts.contexts import (
     AnswerContext,
     ColumnContext,
     HintContext,
     NoContext,
     OtherProblemContext,
     PrivilegedContext,
-    Prompts,
     TraceContext,
     WrongContext,
 )
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import Example, UserError
 
 TOKENIZER = make_tokenizer()

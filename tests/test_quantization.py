@@ -16,16 +16,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from conftest import PROMPTS
-from opsd_lightning.callbacks import AdapterExport
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.export import merge_adapter
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import Policy, base_of
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling, TransformersEngine
-from opsd_lightning.sources import WordProblems
+from opsd_lightning.callbacks.export import AdapterExport
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.export import merge_adapter
+from opsd_lightning.models.policy import Policy, base_of
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, Teacher
-from opsd_lightning.types import UserError
+from opsd_lightning.types import Sampling, UserError
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32

@@ -11,10 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import EOS, SECOND_EOS
+from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.quickstart import main, obtain_model
-from opsd_lightning.runs import mean_and_interval, read_records, wilson
-from opsd_lightning.sources import WordProblems
+from opsd_lightning.runs.reader import read_records
 from opsd_lightning.types import UserError
+from opsd_lightning.utils.statistics import mean_and_interval, wilson
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,13 +13,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from conftest import ARCHITECTURES, EOS, PROMPTS, SECOND_EOS, TEACHER_PROMPTS
-from opsd_lightning.divergences import GeneralizedJSD, ReverseKL
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective, Objective
-from opsd_lightning.policy import LoRA, Policy, is_adapter_key
-from opsd_lightning.rollouts import Sampling, seed_for
+from opsd_lightning.losses.divergences import GeneralizedJSD, ReverseKL
+from opsd_lightning.losses.objectives import DivergenceObjective, Objective
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy, is_adapter_key
+from opsd_lightning.rollouts.base import seed_for
 from opsd_lightning.teachers import EMATeacher
-from opsd_lightning.types import Example, PromptBatch
+from opsd_lightning.types import Example, PromptBatch, Sampling
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_opsd_from_scratch.ipynb"
 BATCH = PromptBatch(PROMPTS, TEACHER_PROMPTS, [Example("q", "t", "1")] * 3, [True] * 3)

@@ -13,20 +13,19 @@ from test_reference import fit, one_step
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import EOS, make_model, make_tokenizer, write_jsonl
-from opsd_lightning.anchors import Anchor
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.divergences import TopKWithTail
-from opsd_lightning.grpo import GRPOModule
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective, NegativeLogLikelihood
-from opsd_lightning.off_policy import MixedOPSDModule
-from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.sources import FileSource
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import FileSource
+from opsd_lightning.losses.objectives import DivergenceObjective, NegativeLogLikelihood
+from opsd_lightning.losses.supports import TopKWithTail
+from opsd_lightning.methods.anchor import Anchor
+from opsd_lightning.methods.grpo import GRPOModule
+from opsd_lightning.methods.mixed import MixedOPSDModule
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.teachers import EMATeacher, ModelTeacher, SyncTeacher, Teacher
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.types import ConfigError, Sampling, UserError
 
 MakePolicy = Callable[..., Policy]
 SHORT = 64  # tokens of the shorter teacher's context

@@ -26,18 +26,17 @@ from test_distributed import ddp, on_ranks
 from test_training import Recorder, adapters, parts, trainer
 
 from opsd_lightning import __main__
-from opsd_lightning.callbacks import BaselineEvaluation
-from opsd_lightning.grpo import AnswerReward, GRPOModule
-from opsd_lightning.main import main
-from opsd_lightning.policy import Policy
-from opsd_lightning.redaction import redact, redact_arguments, redact_text
-from opsd_lightning.report import main as report
-from opsd_lightning.report import write_report
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.run_report import RunReport
-from opsd_lightning.runs import Run, differences, flatten, read_run, wilson_interval
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.types import UserError
+from opsd_lightning.callbacks.baseline import BaselineEvaluation
+from opsd_lightning.cli.command import main
+from opsd_lightning.methods.grpo import AnswerReward, GRPOModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.reports.page import main as report, write_report
+from opsd_lightning.reports.run_report import RunReport
+from opsd_lightning.runs.reader import Run, differences, flatten, read_run
+from opsd_lightning.types import Sampling, UserError
+from opsd_lightning.utils.redaction import redact, redact_arguments, redact_text
+from opsd_lightning.utils.statistics import wilson_interval
 
 VALIDATED = {"num_sanity_val_steps": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
 CLI = [

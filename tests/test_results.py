@@ -14,13 +14,13 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from test_distributed import ddp, on_ranks, parts
 
-from opsd_lightning.callbacks import RolloutWriter
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import Sampling, TransformersEngine
-from opsd_lightning.sources import WordProblems
+from opsd_lightning.callbacks.rollouts import RolloutWriter
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher
-from opsd_lightning.types import Rollouts, UserError
+from opsd_lightning.types import Rollouts, Sampling, UserError
 
 
 class Counting(TransformersEngine):
@@ -223,7 +223,7 @@ def test_on_two_ranks(run: Callable[..., Run], tmp_path: Path) -> None:
 
 
 def test_batches_must_know_their_places(run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opsd_lightning.data import EvalLoader
+    from opsd_lightning.data.loaders import EvalLoader
 
     plain = EvalLoader.__iter__
     monkeypatch.setattr(EvalLoader, "__iter__", lambda self: (b._replace(indices=()) for b in plain(self)))

@@ -11,20 +11,16 @@ import torch
 from peft import PeftModel
 
 from conftest import EOS, PROMPTS, SECOND_EOS
-from opsd_lightning import inference
-from opsd_lightning.inference import merged_adapter, packed_linears
-from opsd_lightning.policy import LoRA, Policy, eos_ids, evaluating
-from opsd_lightning.rollouts import (
-    ContinuousBatchingEngine,
-    RolloutEngine,
-    Sampling,
-    TransformersEngine,
-    seed_for,
-)
-from opsd_lightning.scoring import score
-from opsd_lightning.tokens import cut_at_eos
-from opsd_lightning.types import UserError
-from opsd_lightning.vllm_rollouts import VLLMEngine, VLLMServerEngine
+from opsd_lightning.models.packing import cut_at_eos
+from opsd_lightning.models.policy import LoRA, Policy, eos_ids, evaluating
+from opsd_lightning.models.scoring import score
+from opsd_lightning.rollouts import fast_weights as inference
+from opsd_lightning.rollouts.base import RolloutEngine, seed_for
+from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine
+from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.rollouts.vllm.engines import VLLMEngine, VLLMServerEngine
+from opsd_lightning.types import Sampling, UserError
 
 ENGINE = TransformersEngine()
 

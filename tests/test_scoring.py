@@ -8,18 +8,17 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from conftest import ARCHITECTURES, COMPLETIONS, EOS, PROMPTS, TEACHER_PROMPTS
-from opsd_lightning import scoring
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA
-from opsd_lightning.scoring import check_head, score, score_all, split_rows
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.models import scoring
+from opsd_lightning.models.packing import join, micro_batches, repeated
+from opsd_lightning.models.policy import LoRA
+from opsd_lightning.models.scoring import check_head, score, score_all, split_rows
 from opsd_lightning.teachers import FixedTeacher
-from opsd_lightning.tokens import join, micro_batches, repeated
 from opsd_lightning.types import UserError
 
 # Three questions: two with rollouts of very different lengths, one alone.

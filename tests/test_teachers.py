@@ -12,10 +12,10 @@ from peft import PeftModel
 from test_divergences import subclasses
 
 from conftest import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
-from opsd_lightning.anchors import Anchor
-from opsd_lightning.export import write_adapter
-from opsd_lightning.policy import STUDENT, TEACHER, LoRA, Policy
-from opsd_lightning.scoring import has_adapted_head, score
+from opsd_lightning.methods.anchor import Anchor
+from opsd_lightning.models.export import write_adapter
+from opsd_lightning.models.policy import STUDENT, TEACHER, LoRA, Policy
+from opsd_lightning.models.scoring import has_adapted_head, score
 from opsd_lightning.teachers import (
     EMATeacher,
     FixedTeacher,

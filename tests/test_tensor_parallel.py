@@ -34,14 +34,16 @@ from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from conftest import make_model, make_tokenizer
-from opsd_lightning.callbacks import AdapterExport, RolloutWriter
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import ContinuousBatchingEngine, Sampling, TransformersEngine
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.strategies import FSDP2Strategy
+from opsd_lightning.callbacks.export import AdapterExport
+from opsd_lightning.callbacks.rollouts import RolloutWriter
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
+from opsd_lightning.distributed.tensor_parallel import plan_of
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, Teacher
-from opsd_lightning.tensor_parallel import plan_of
-from opsd_lightning.types import UserError
+from opsd_lightning.types import Sampling, UserError
 
 
 def tp2(**settings: Any) -> Strategy:

@@ -20,22 +20,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import CHAT_TEMPLATE, EOS, make_tokenizer, write_jsonl
-from opsd_lightning import token_report
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.grpo import GRPOModule
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy, base_of, evaluating
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import RolloutEngine, Sampling
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.shaping import TokenClip
-from opsd_lightning.sources import Columns, FileSource
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import Columns, FileSource
+from opsd_lightning.losses.clips import TokenClip
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.grpo import GRPOModule
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.reports import token_report
+from opsd_lightning.reports.token_figure import draw
+from opsd_lightning.reports.token_report import TokenReport, read_tokens
+from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.teachers import EMATeacher, LiveTeacher, TrustRegionTeacher
-from opsd_lightning.token_figure import draw
-from opsd_lightning.token_report import TokenReport, read_tokens
-from opsd_lightning.token_text import Pieces
-from opsd_lightning.types import Rollouts, UserError
+from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.utils.token_text import Pieces
 
 NASTY = "</script><script>alert(1)</script><!-- <b>&amp; \u2028\u2029 \u202eleft $x_1^2$ 'q' \"q\" \\ {{data}} 答え 😀"
 
@@ -234,7 +234,7 @@ def test_settings_that_cannot_work() -> None:
 
 
 def test_it_is_named_shortly_on_the_command_line(folders: dict[str, str], tmp_path: Path) -> None:
-    from opsd_lightning.main import main
+    from opsd_lightning.cli.command import main
 
     main(
         ["fit", f"--model.policy.model={folders['llama']}", "--model.sampling.max_new_tokens=4", "--data.train.size=8",

@@ -17,19 +17,21 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from conftest import COMPLETIONS, PROMPTS, make_tokenizer
-from opsd_lightning.callbacks import AdapterExport, BaselineEvaluation, RolloutTable
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.divergences import ReverseKL
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import RolloutEngine, Sampling
-from opsd_lightning.scoring import score, score_all
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.strategies import check_precision
+from opsd_lightning.callbacks.baseline import BaselineEvaluation
+from opsd_lightning.callbacks.export import AdapterExport
+from opsd_lightning.callbacks.rollouts import RolloutTable
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.distributed.checks import check_precision
+from opsd_lightning.losses.divergences import ReverseKL
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
-from opsd_lightning.types import Rollouts, UserError
+from opsd_lightning.types import Rollouts, Sampling, UserError
 
 
 def parts(policy: Policy, **settings: Any) -> tuple[OPSDModule, OPSDDataModule]:
@@ -154,7 +156,7 @@ def test_checkpoints_hold_adapters_and_never_the_base(
 
 def test_load_from_checkpoint_of_a_command_line_run(folders: dict[str, str], tmp_path: Path) -> None:
     """The parts come back from the checkpoint's own hyperparameters, links included."""
-    from opsd_lightning.main import main
+    from opsd_lightning.cli.command import main
 
     cli = main(
         ["fit", f"--model.policy.model={folders['llama']}", "--model.policy.lora={r: 4, alpha: 8}", "--model.teacher=EMATeacher",

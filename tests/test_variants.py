@@ -16,9 +16,20 @@ from test_reference import adapter, fit, one_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import EOS, PROMPTS, TEACHER_PROMPTS, perturb, write_jsonl
-from opsd_lightning.anchors import Anchor
-from opsd_lightning.callbacks import AdapterExport
-from opsd_lightning.contexts import (
+from opsd_lightning.callbacks.export import AdapterExport
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import Columns, FileSource
+from opsd_lightning.losses.divergences import ForwardKL
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.losses.position_weights import DecayingPositions, FirstPositions, PositionWeight
+from opsd_lightning.methods.anchor import Anchor
+from opsd_lightning.methods.grpo import GRPOModule
+from opsd_lightning.methods.mixed import MixedOPSDModule
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import Policy, base_of
+from opsd_lightning.prompts.contexts import AnswerContext
+from opsd_lightning.prompts.online_contexts import (
     Attempts,
     FeedbackContext,
     MajorityContext,
@@ -27,21 +38,12 @@ from opsd_lightning.contexts import (
     ShortestCorrectContext,
     Write,
 )
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.divergences import ForwardKL
-from opsd_lightning.grpo import GRPOModule
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.off_policy import MixedOPSDModule
-from opsd_lightning.policy import Policy, base_of
-from opsd_lightning.prompts import AnswerContext, Prompts
-from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.shaping import DecayingPositions, FirstPositions, PositionWeight
-from opsd_lightning.sources import Columns, FileSource
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.rollouts.vllm.engines import VLLMEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, ModelTeacher, TrustRegionTeacher
-from opsd_lightning.types import Example, Rollouts, UserError
-from opsd_lightning.vllm_rollouts import VLLMEngine
+from opsd_lightning.types import Example, Rollouts, Sampling, UserError
 
 MakePolicy = Callable[..., Policy]
 

@@ -31,15 +31,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_protocol import ProtocolServer, hang
 
 from conftest import EOS, PROMPTS, SECOND_EOS, make_tokenizer, perturb
-from opsd_lightning.objectives import token_logprobs
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import Sampling, TransformersEngine
-from opsd_lightning.scoring import score, score_all
-from opsd_lightning.serving import Expected, Row, as_rollouts
+from opsd_lightning.losses.objectives import token_logprobs
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.rollouts.vllm.client import ServerPool
+from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
+from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts
 from opsd_lightning.teachers import EMATeacher, FixedTeacher
-from opsd_lightning.types import Rollouts, UserError
-from opsd_lightning.vllm_rollouts import VLLMServerEngine
-from opsd_lightning.vllm_servers import ServerPool
+from opsd_lightning.types import Rollouts, Sampling, UserError
 
 
 class Watch(Callback):
@@ -193,7 +193,7 @@ def test_a_stale_adapter_or_another_model_stops_training(
 
     stale.complete = always_the_first  # type: ignore[method-assign]
     # The first version stays loaded, as a server would have it that forgot to replace it.
-    monkeypatch.setattr("opsd_lightning.adapter_versions.AdapterVersions.outdated", lambda self, keep=(): [])
+    monkeypatch.setattr("opsd_lightning.rollouts.vllm.adapters.AdapterVersions.outdated", lambda self, keep=(): [])
     watch = Watch()
     with pytest.raises(UserError, match=r"logprob_tolerance = 0\.02.*adapter of an earlier step"):
         train(

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from conftest import free_port, write_jsonl
-from opsd_lightning.main import main
+from opsd_lightning.cli.command import main
 
 STEPS = 6
 

@@ -40,11 +40,12 @@ from benchmarks.learning.task import (
     runs_folder,
     split_of,
 )
-from opsd_lightning.folders import check, replacing
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
-from opsd_lightning.types import Example
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.types import Example, Sampling
+from opsd_lightning.utils.folders import check, replacing
 
 MAX_NEW_TOKENS = 26  # three operations worked are 22 tokens with their EOS
 EASY_OPERATIONS = (1, 2)

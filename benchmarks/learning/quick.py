@@ -16,7 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.learning.task import runs_folder
 from opsd_lightning.quickstart import run, say
-from opsd_lightning.runs import mean_and_interval, read_metrics, read_records, wilson
+from opsd_lightning.runs.reader import read_metrics, read_records
+from opsd_lightning.utils.statistics import mean_and_interval, wilson
 
 NOTE = (
     "This is a toy: a model of 144,576 parameters, made weak on purpose on the very task, and a teacher whose reference "

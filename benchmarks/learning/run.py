@@ -25,9 +25,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 import opsd_lightning
 from benchmarks.learning.bases import EASY_OPERATIONS, MAX_NEW_TOKENS, easier, greedy_accuracy, load, questions
 from benchmarks.learning.task import GRADER, PROMPTS, ChainProblems, Style
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import Sampling
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.types import Sampling
 
 
 @dataclass(frozen=True)

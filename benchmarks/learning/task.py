@@ -22,9 +22,9 @@ from jsonargparse.typing import PositiveInt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.sources import ExampleSource
+from opsd_lightning.data.sources import ExampleSource
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import Example
 
 Split = Literal["pretrain", "train", "validation", "test"]

@@ -19,9 +19,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from test_distributed import fsdp2, on_ranks, parts
 
 from conftest import Attack
-from opsd_lightning.checkpoint_io import WholeCheckpointIO, is_checkpoint, link_checkpoint, recover
-from opsd_lightning.policy import Policy
-from opsd_lightning.strategies import read_adapters
+from opsd_lightning.checkpoints.io import WholeCheckpointIO, is_checkpoint, link_checkpoint, read_adapters, recover
+from opsd_lightning.models.policy import Policy
 from opsd_lightning.types import ConfigError
 
 MEGABYTES = 4
@@ -108,8 +107,8 @@ def test_kills_while_a_checkpoint_is_written(attack: Attack, tmp_path: Path, oth
 
 def test_kills_while_shards_take_a_name(attack: Attack, tmp_path: Path) -> None:
     """A folder's name holds a whole folder at every instant, the earlier or the new."""
-    from opsd_lightning.checkpoint_io import replacing
-    from opsd_lightning.shards import write_rest, write_shards
+    from opsd_lightning.checkpoints.io import replacing
+    from opsd_lightning.checkpoints.shards import write_rest, write_shards
 
     target = tmp_path / "last.ckpt"
     tensors = {str(i): torch.zeros(2**14) for i in range(8)}

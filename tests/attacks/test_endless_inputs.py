@@ -20,15 +20,15 @@ import pytest
 import yaml
 
 from conftest import CHAT_TEMPLATE, Attack, make_tokenizer
-from opsd_lightning import chat_template
-from opsd_lightning.bounded import overruns
-from opsd_lightning.cli_parser import load_yaml
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.main import main
-from opsd_lightning.policy import Policy
-from opsd_lightning.report import write_report
-from opsd_lightning.runs import read_run
+from opsd_lightning.cli.command import main
+from opsd_lightning.cli.parser import load_yaml
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts import chat_template
+from opsd_lightning.reports.page import write_report
+from opsd_lightning.runs.reader import read_run
 from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.utils.limited_process import overruns
 
 MESSAGES = [{"role": "user", "content": "1 + 1?"}]
 

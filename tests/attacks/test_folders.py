@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from conftest import Attack
-from opsd_lightning.csv_tables import append_rows, begin, text
-from opsd_lightning.folders import MANIFEST, replacing
-from opsd_lightning.record import Record
-from opsd_lightning.runs import read_lines
+from opsd_lightning.runs.reader import read_lines
+from opsd_lightning.runs.record import Record
+from opsd_lightning.utils.csv_tables import append_rows, begin, text
+from opsd_lightning.utils.folders import MANIFEST, replacing
 
 COLUMNS = ("step", "completion")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from conftest import Attack
-from opsd_lightning import grading, math_pool
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.math_worker import MEMORY
+from opsd_lightning.grading import math_grader as grading, math_pool
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.grading.math_worker import MEMORY
 
 SECONDS = 0.5
 BATCH = 100

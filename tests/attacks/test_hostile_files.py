@@ -23,14 +23,13 @@ import torch
 from lightning.pytorch import Trainer
 
 from conftest import Attack, make_model, make_tokenizer
-from opsd_lightning.checkpoint_io import WholeCheckpointIO
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.shards import write_rest, write_shards
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.strategies import read_adapters
+from opsd_lightning.checkpoints.io import WholeCheckpointIO, read_adapters
+from opsd_lightning.checkpoints.shards import write_rest, write_shards
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.types import ConfigError, UserError
 
 SECONDS = 60  # in which each attack has to end
@@ -238,7 +237,7 @@ def command(base: str, folder: Path, stage: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def good_file(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the command line, with its settings in it."""
-    from opsd_lightning.main import main
+    from opsd_lightning.cli.command import main
 
     folder = tmp_path_factory.mktemp("run")
     cli = main(command(base, folder, "fit", "--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0"))
@@ -260,7 +259,7 @@ def deadline() -> Iterator[Callable[[], None]]:
 
 def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that the command line ends with, or nothing where it does its work."""
-    from opsd_lightning.main import main
+    from opsd_lightning.cli.command import main
 
     capsys.readouterr()
     left = raised(lambda: main(arguments))
@@ -501,7 +500,7 @@ def test_hostile_shards(attack: Attack, tmp_path: Path, deadline: Callable[[], N
     shard = next(good.glob("*.distcp"))
 
     def with_description(change: Callable[[Any], None]) -> bytes:
-        from opsd_lightning.shards import _CLASSES
+        from opsd_lightning.checkpoints.shards import _CLASSES
 
         with torch.serialization.safe_globals(_CLASSES):
             found = torch.load(io.BytesIO(description), weights_only=True)

@@ -26,9 +26,8 @@ from peft import PeftModel
 from vllm_protocol import ProtocolServer
 
 from conftest import EOS, PROMPTS, Attack
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.types import ConfigError, Rollouts
-from opsd_lightning.vllm_rollouts import VLLMServerEngine
+from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
+from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
 SAMPLING = Sampling(max_new_tokens=6, n=2)
 SECONDS = 1.0  # timeout_seconds

@@ -10,7 +10,7 @@ import pytest
 from whole_runs import Child, configure, differences, fit, left_by, never_stopped, on_two_ranks, wait_until_joined
 
 from conftest import Attack
-from opsd_lightning.main import main
+from opsd_lightning.cli.command import main
 
 in_rounds = pytest.mark.skipif("OPSD_ATTACK_ROUND" not in os.environ, reason="takes a minute: `make attack`")
 FIT, RANKS, TEST = "kills of a fit", "kills of one of two ranks", "kills of test and predict"

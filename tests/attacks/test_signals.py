@@ -16,8 +16,8 @@ from test_distributed import STRATEGIES, parts, trainer
 from whole_runs import STEPS, configure, differences, fit, left_by, never_stopped, on_two_ranks, two_ranks, wait_until_joined
 
 from conftest import Attack
-from opsd_lightning.policy import Policy
-from opsd_lightning.signals import SECOND_SIGNAL_SECONDS
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.runs.signals import SECOND_SIGNAL_SECONDS
 
 SECONDS = 20  # within which every rank ends, on a machine with other work
 GENTLE = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from opsd_lightning.checkpoint_file import check_callbacks, load_file
-from opsd_lightning.checkpoint_io import WholeCheckpointIO
+from opsd_lightning.checkpoints.file import check_callbacks, load_file
+from opsd_lightning.checkpoints.io import WholeCheckpointIO
 from opsd_lightning.types import ConfigError
 
 _WHOLE = {"pytorch-lightning_version": "2.5.0", "state_dict": {"a": torch.ones(3)}, "epoch": 0, "global_step": 1}

@@ -16,19 +16,19 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from opsd_lightning.callbacks import AdapterExport, RolloutTable
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.health_log import Health
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.report import write_report
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.run_report import RunReport
-from opsd_lightning.runs import read_run
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.token_report import TokenReport
-from opsd_lightning.types import UserError
+from opsd_lightning.callbacks.export import AdapterExport
+from opsd_lightning.callbacks.health import Health
+from opsd_lightning.callbacks.rollouts import RolloutTable
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.reports.page import write_report
+from opsd_lightning.reports.run_report import RunReport
+from opsd_lightning.reports.token_report import TokenReport
+from opsd_lightning.runs.reader import read_run
+from opsd_lightning.types import Sampling, UserError
 
 
 class Fills(Callback):

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.health_log import Health
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.sources import WordProblems
+from opsd_lightning.callbacks.health import Health
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.types import Sampling
 
 
 class Counts(Logger):

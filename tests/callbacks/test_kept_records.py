@@ -13,19 +13,19 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from opsd_lightning.callbacks import AdapterExport, RolloutTable
-from opsd_lightning.csv_tables import append_rows, begin, cell, check_table, text
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.export import write_adapter
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.run_report import RunReport
-from opsd_lightning.runs import read_lines
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.token_report import TokenReport
-from opsd_lightning.types import ConfigError
+from opsd_lightning.callbacks.export import AdapterExport
+from opsd_lightning.callbacks.rollouts import RolloutTable
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.export import write_adapter
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.reports.run_report import RunReport
+from opsd_lightning.reports.token_report import TokenReport
+from opsd_lightning.runs.reader import read_lines
+from opsd_lightning.types import ConfigError, Sampling
+from opsd_lightning.utils.csv_tables import append_rows, begin, cell, check_table, text
 
 
 class Stops(Callback):

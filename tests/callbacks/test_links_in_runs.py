@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_lightning.runs import read_run
+from opsd_lightning.runs.reader import read_run
 from opsd_lightning.types import UserError
 
 LINE = {"kind": "train", "step": 1, "seconds": 1.0, "tokens": 1, "metrics": {"train/loss": 1.0}}

@@ -24,23 +24,22 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.evaluation import Evaluator
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.grpo import GRPOModule
-from opsd_lightning.guard import Ceiling, CollapseGuard
-from opsd_lightning.health_log import Health
-from opsd_lightning.metric_directions import better
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.sources import WordProblems
+from opsd_lightning.callbacks.collapse_guard import Ceiling, CollapseGuard
+from opsd_lightning.callbacks.health import Health
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.evaluation.evaluator import Evaluator
+from opsd_lightning.evaluation.metric_directions import better
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.grpo import GRPOModule
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.methods.trainer_checks import check_trainer, late_validations, trainer_problems
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.teachers import FixedTeacher
-from opsd_lightning.trainer_checks import check_trainer, late_validations, trainer_problems
-from opsd_lightning.training import PolicyModule
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, Sampling
 
 
 @pytest.fixture(scope="module")

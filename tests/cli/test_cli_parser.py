@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.main import OPSDCLI, cli_settings
-from opsd_lightning.training import PolicyModule
+from opsd_lightning.cli.command import OPSDCLI, cli_settings
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.types import ConfigError
 
 BASE = ["fit", "--model.policy.model", "x", "--data.train", "FileSource", "--data.train.init_args.path", "d.jsonl"]

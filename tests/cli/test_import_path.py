@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from opsd_lightning.import_path import add_folder, without_folder
-from opsd_lightning.record import commit
+from opsd_lightning.runs.record import commit
+from opsd_lightning.utils.import_path import add_folder, without_folder
 
 ROOT = Path(__file__).parents[2]
 # Modules of the standard library and of dependencies, some of which are absent from the environment.

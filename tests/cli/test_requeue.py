@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from whole_runs import Child, configure, fit
 
-from opsd_lightning.main import main
-from opsd_lightning.requeue import put_aside, save_for_requeue
+from opsd_lightning.cli.command import main
+from opsd_lightning.runs.requeue import put_aside, save_for_requeue
 
 SLURM = {
     "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0",

@@ -10,9 +10,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from opsd_lightning.main import main
-from opsd_lightning.run_checks import check_folders, check_last, open_loggers
-from opsd_lightning.strategies import check_name
+from opsd_lightning.cli.command import main
+from opsd_lightning.distributed.checks import check_name
+from opsd_lightning.runs.output_checks import check_folders, check_last, open_loggers
 from opsd_lightning.types import ConfigError
 
 

@@ -21,18 +21,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_distributed import ddp, fsdp2, on_ranks
 
-from opsd_lightning import run_lock
-from opsd_lightning.callbacks import RolloutWriter
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.disk_errors import guard_loggers
-from opsd_lightning.main import main
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.run_report import RunReport
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.callbacks.rollouts import RolloutWriter
+from opsd_lightning.cli.command import main
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.reports.run_report import RunReport
+from opsd_lightning.runs import lock as run_lock
+from opsd_lightning.types import ConfigError, Sampling, UserError
+from opsd_lightning.utils.disk_errors import guard_loggers
 
 
 def tree(root: Path) -> dict[str, bytes | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
-from opsd_lightning.saved_config import SavedConfig
+from opsd_lightning.runs.saved_config import SavedConfig
 
 
 def save(root: Path, stage: str, value: int) -> None:

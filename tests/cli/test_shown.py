@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opsd_lightning.terminal import shown
+from opsd_lightning.utils.terminal import shown
 
 JOINED = [
     "\u0645\u06cc\u200c\u0634\u0648\u062f",  # Persian

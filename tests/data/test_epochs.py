@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, Trainer
 
-from opsd_lightning.data import OPSDDataModule, TrainLoader
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.sources import WordProblems
-from opsd_lightning.types import Example, PromptBatch
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.loaders import TrainLoader
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.types import Example, PromptBatch, Sampling
 
 
 def rows(count: int) -> PromptBatch:

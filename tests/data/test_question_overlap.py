@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.data_checks import data_facts, overlap_findings
-from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.sources import ExampleSource, FileSource
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import ExampleSource, FileSource
+from opsd_lightning.doctor.data_checks import data_facts, overlap_findings
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import Example
 
 TEXT = "\u00c5sa has 2 pens,\nand  gets 3.\tHow many?"

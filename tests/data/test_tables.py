@@ -17,10 +17,11 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from pyarrow import parquet
 
 from conftest import write_jsonl
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import ColumnContext, Prompts
-from opsd_lightning.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts.contexts import ColumnContext
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Example
 
 COLUMNS = Columns("ask", "work", "gold")

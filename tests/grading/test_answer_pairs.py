@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opsd_lightning import answer_forms
-from opsd_lightning.grading import MathGrader
+from opsd_lightning.grading import answer_forms
+from opsd_lightning.grading.math_grader import MathGrader
 
 GRADER = MathGrader(timeout_seconds=20.0)
 ROWS = [

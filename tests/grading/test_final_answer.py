@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from opsd_lightning.answers import final_answer
-from opsd_lightning.grading import MathGrader
+from opsd_lightning.grading.final_answer import final_answer
+from opsd_lightning.grading.math_grader import MathGrader
 
 GRADER = MathGrader()
 FORMS = [

@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import pytest
 
-from opsd_lightning import answer_forms, grading, math_pool
-from opsd_lightning.grading import Grade, MathGrader
+from opsd_lightning.grading import answer_forms, math_grader as grading, math_pool
+from opsd_lightning.grading.math_grader import Grade, MathGrader
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_lightning.grading import MathGrader
+from opsd_lightning.grading.math_grader import MathGrader
 
 SLOW = r"\boxed{10^{10^{%d}}}"  # sympy never ends
 
@@ -36,7 +36,7 @@ def test_an_interrupt_ends_slow_comparisons_at_once() -> None:
 def test_the_interpreter_ends_while_a_thread_grades() -> None:
     program = (
         "import threading, time\n"
-        "from opsd_lightning.grading import MathGrader\n"
+        "from opsd_lightning.grading.math_grader import MathGrader\n"
         f"texts = [{SLOW!r} % n for n in range(9, 15)]\n"
         "work = lambda: MathGrader(timeout_seconds=120.0).grades(texts, ['\\\\pi^2'] * 6)\n"
         "threading.Thread(target=work, daemon=True).start()\n"

@@ -8,17 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opsd_lightning.divergences import (
-    Divergence,
-    ForwardKL,
-    FullVocabulary,
-    GeneralizedJSD,
-    ReverseKL,
-    Support,
-    TopKRenormalized,
-    TopKWithTail,
-)
-from opsd_lightning.objectives import (
+from opsd_lightning.losses.clips import PointwiseClip
+from opsd_lightning.losses.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_lightning.losses.objectives import (
     DivergenceObjective,
     NegativeLogLikelihood,
     Objective,
@@ -27,7 +19,8 @@ from opsd_lightning.objectives import (
     log_softmax,
     token_logprobs,
 )
-from opsd_lightning.shaping import DecayingPositions, FirstPositions, PointwiseClip
+from opsd_lightning.losses.position_weights import DecayingPositions, FirstPositions
+from opsd_lightning.losses.supports import FullVocabulary, Support, TopKRenormalized, TopKWithTail
 from opsd_lightning.types import Rollouts, TokenStates
 
 ROWS, VOCABULARY = 24, 60

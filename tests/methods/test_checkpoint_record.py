@@ -30,17 +30,16 @@ from torch.optim.lr_scheduler import (
 from transformers import BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
 from conftest import make_model, make_tokenizer
-from opsd_lightning.checkpoint_record import KEY, Configured, rows_digest
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.fingerprint import base_record
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.sources import WordProblems
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.checkpoint_record import KEY, Configured, rows_digest
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.fingerprint import base_record
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.teachers import EMATeacher, ModelTeacher
-from opsd_lightning.types import ConfigError, PromptBatch
+from opsd_lightning.types import ConfigError, PromptBatch, Sampling
 
 LORA = LoRA(r=4, alpha=8, dropout=0.0, target_modules=["q_proj"])
 

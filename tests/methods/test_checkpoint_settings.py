@@ -15,20 +15,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from conftest import make_model, make_tokenizer
-from opsd_lightning.anchors import Anchor
-from opsd_lightning.checkpoint_file import check_file, unfit_weights
-from opsd_lightning.checkpoint_record import KEY, compare, record_of, rows_digest
-from opsd_lightning.contexts import ReasonFirst
-from opsd_lightning.divergences import GeneralizedJSD, ReverseKL
-from opsd_lightning.fingerprint import described
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.sft import SFTModule
-from opsd_lightning.shaping import TokenClip
+from opsd_lightning.checkpoints.file import check_file, unfit_weights
+from opsd_lightning.losses.clips import TokenClip
+from opsd_lightning.losses.divergences import GeneralizedJSD, ReverseKL
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.anchor import Anchor
+from opsd_lightning.methods.checkpoint_record import KEY, compare, record_of, rows_digest
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.fingerprint import described
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.prompts.online_contexts import ReasonFirst
 from opsd_lightning.teachers import EMATeacher, LiveTeacher, ModelTeacher, SyncTeacher
-from opsd_lightning.types import ConfigError, Example, PromptBatch
+from opsd_lightning.types import ConfigError, Example, PromptBatch, Sampling
 
 LORA = LoRA(r=4, alpha=8, dropout=0.0, target_modules=["q_proj"])
 
@@ -180,7 +179,7 @@ def test_a_teachers_model_may_have_moved(base: str, other_base: str, tmp_path: P
 def test_settings_that_change_how_training_goes_on_are_told(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def told(checkpoint: dict[str, Any], **settings: Any) -> list[str]:
         lines: list[str] = []
-        monkeypatch.setattr("opsd_lightning.checkpoint_record.rank_zero_info", lines.append)
+        monkeypatch.setattr("opsd_lightning.methods.checkpoint_record.rank_zero_info", lines.append)
         assert refusal(checkpoint, built(base, **settings)) is None
         return lines
 
@@ -233,7 +232,7 @@ def test_files_that_are_no_checkpoints_are_refused(base: str, tmp_path: Path) ->
 
 
 def test_the_command_line_checks_the_file_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from opsd_lightning.main import main
+    from opsd_lightning.cli.command import main
 
     torch.save({"weights": torch.ones(2)}, tmp_path / "plain.ckpt")
     with pytest.raises(SystemExit) as left:

@@ -14,22 +14,23 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from conftest import EOS
-from opsd_lightning.contexts import FeedbackContext
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.grpo import GRPOModule, Reward
-from opsd_lightning.guard import CollapseGuard
-from opsd_lightning.idle import IdleSteps
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.prompts import NoContext, Prompts
-from opsd_lightning.rollouts import RolloutEngine, Sampling
-from opsd_lightning.run_report import RunReport
-from opsd_lightning.runs import read_run
-from opsd_lightning.sources import WordProblems
+from opsd_lightning.callbacks.collapse_guard import CollapseGuard
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.grpo import GRPOModule, Reward
+from opsd_lightning.methods.idle_steps import IdleSteps
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.prompts.contexts import NoContext
+from opsd_lightning.prompts.online_contexts import FeedbackContext
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.reports.run_report import RunReport
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.runs.reader import read_run
 from opsd_lightning.teachers import EMATeacher, Teacher
-from opsd_lightning.training import PolicyModule
-from opsd_lightning.types import Rollouts
+from opsd_lightning.types import Rollouts, Sampling
 
 
 class Writes(RolloutEngine):

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from test_training import adapters, parts, trainer
 
-from opsd_lightning.guard import Ceiling, CollapseGuard
-from opsd_lightning.policy import Policy
+from opsd_lightning.callbacks.collapse_guard import Ceiling, CollapseGuard
+from opsd_lightning.models.policy import Policy
 
 
 class Seen(Callback):

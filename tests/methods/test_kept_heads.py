@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from conftest import COMPLETIONS, PROMPTS, TEACHER_PROMPTS
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.scoring import score
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.models.scoring import score
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, SyncTeacher, Teacher, TrustRegionTeacher
-from opsd_lightning.types import TokenStates
+from opsd_lightning.types import Sampling, TokenStates
 
 ADAPTED = LoRA(r=4, alpha=8, dropout=0.3, target_modules=["q_proj", "up_proj", "lm_head"])
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from opsd_lightning.optimization import make_optimizer, make_scheduler
+from opsd_lightning.methods.optimization import make_optimizer, make_scheduler
 from opsd_lightning.types import ConfigError
 
 

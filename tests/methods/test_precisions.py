@@ -13,12 +13,12 @@ from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPreci
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.precision import check_dtypes, precision_problem
-from opsd_lightning.scoring import score
-from opsd_lightning.strategies import check_precision
+from opsd_lightning.distributed.checks import check_precision
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.models.precision import check_dtypes, precision_problem
+from opsd_lightning.models.scoring import score
 from opsd_lightning.types import ConfigError
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_distributed import ddp, on_ranks, parts, trainer
 
-from opsd_lightning.policy import Policy
-from opsd_lightning.signals import Stopped
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.runs.signals import Stopped
 
 
 class Some:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from conftest import make_model, make_tokenizer
-from opsd_lightning import adapter_checks
-from opsd_lightning.policy import LoRA, Policy
+from opsd_lightning.models import adapter_checks
+from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.types import ConfigError, UserError
 
 

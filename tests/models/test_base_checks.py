@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from conftest import EOS, SPECIAL, make_model, make_tokenizer
-from opsd_lightning.estimates import kept_bytes_per_token, skeleton
-from opsd_lightning.policy import LoRA, OtherModel, Policy, base_of
-from opsd_lightning.rollouts import TransformersEngine
-from opsd_lightning.self_checks import check_policy
+from opsd_lightning.doctor.memory import kept_bytes_per_token, skeleton
+from opsd_lightning.models.policy import LoRA, OtherModel, Policy, base_of
+from opsd_lightning.rollouts.self_checks import check_policy
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import ModelTeacher
 from opsd_lightning.types import ConfigError, UserError
 

@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import opsd_lightning.export
+import opsd_lightning.models.export
 from conftest import PROMPTS, perturb
-from opsd_lightning.export import merge_adapter, write_adapter
-from opsd_lightning.policy import LoRA, Policy
+from opsd_lightning.models.export import merge_adapter, write_adapter
+from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.types import ConfigError
 
 IDS = torch.tensor([[7, 106, *PROMPTS[0]]])
@@ -161,7 +161,7 @@ def test_a_merge_into_another_model_is_refused_and_the_old_one_stays(
     folder = write_adapter(trained(policy), tmp_path / "adapter")
     merge_adapter(policy, folder, tmp_path / "merged")
     before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
-    monkeypatch.setattr(opsd_lightning.export, "_untie", lambda model: False)
+    monkeypatch.setattr(opsd_lightning.models.export, "_untie", lambda model: False)
     with pytest.raises(ConfigError):
         merge_adapter(policy, folder, tmp_path / "merged")
     assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before

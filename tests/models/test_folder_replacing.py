@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from opsd_lightning import folders as module
-from opsd_lightning.folders import MANIFEST, check, remove, replacing
 from opsd_lightning.types import ConfigError
+from opsd_lightning.utils import folders as module
+from opsd_lightning.utils.folders import MANIFEST, check, remove, replacing
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +168,7 @@ def test_two_exports_at_the_same_time_leave_one_whole(tmp_path: Path) -> None:
 
 
 def test_no_other_module_removes_folders() -> None:
-    """`folders` alone removes folders that are not empty; `checkpoint_io` those of which it has removed the shards."""
+    """`folders` alone removes folders that are not empty; `checkpoints.io` those of which it has removed the shards."""
     for path in [*(ROOT / "opsd_lightning").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         names = {
             node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
@@ -176,7 +176,7 @@ def test_no_other_module_removes_folders() -> None:
         names |= {node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
         if path.name != "folders.py":
             assert not names & {"rmtree", "removedirs"}, path
-            assert "rmdir" not in names or path.name == "checkpoint_io.py", path
+            assert "rmdir" not in names or path.parts[-2:] == ("checkpoints", "io.py"), path
     source = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(source) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("rmtree")]
     assert {ast.unparse(call.args[0]) for call in calls} == {"path", "folder"}  # `_remove_temporary`, `remove_run`

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from conftest import EOS, make_tokenizer, perturb
-from opsd_lightning.policy import LoRA, Policy, base_of
-from opsd_lightning.rollouts import Sampling, TransformersEngine
-from opsd_lightning.rope import constant_length, sampler_length
-from opsd_lightning.scoring import score, score_all
-from opsd_lightning.types import ConfigError
+from opsd_lightning.models.policy import LoRA, Policy, base_of
+from opsd_lightning.models.rope import constant_length, sampler_length
+from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.types import ConfigError, Sampling
 
 LIMIT = 24  # tokens up to which the frequencies are the original ones
 SIZES: dict[str, Any] = {

@@ -37,16 +37,17 @@ from transformers import (
 )
 
 from conftest import ARCHITECTURES, EOS, make_tokenizer
-from opsd_lightning import evaluation
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.policy import LoRA, Policy, base_of
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.rollouts import RolloutEngine, Sampling, TransformersEngine
-from opsd_lightning.self_checks import TOLERANCES, check_policy
-from opsd_lightning.sources import WordProblems
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.evaluation import evaluator as evaluation
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy, base_of
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.rollouts.self_checks import TOLERANCES, check_policy
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import ModelTeacher
-from opsd_lightning.types import ConfigError, Rollouts, UserError
+from opsd_lightning.types import ConfigError, Rollouts, Sampling, UserError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 107, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

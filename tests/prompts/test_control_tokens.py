@@ -7,8 +7,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
-from opsd_lightning.contexts import Attempts, FeedbackContext, ReasonFirst
-from opsd_lightning.prompts import ColumnContext, Prompts
+from opsd_lightning.prompts.contexts import ColumnContext
+from opsd_lightning.prompts.online_contexts import Attempts, FeedbackContext, ReasonFirst
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import Example
 
 START, END, OPEN, CLOSE = "<|im_start|>", "<|im_end|>", "<think>", "</think>"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from opsd_lightning.data_checks import Room, length_findings
-from opsd_lightning.findings import Finding
-from opsd_lightning.objectives import DivergenceObjective
-from opsd_lightning.rollouts import Sampling
+from opsd_lightning.doctor.data_checks import Room, length_findings
+from opsd_lightning.doctor.findings import Finding
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.types import Sampling
 
 OVERHEAD, NEW = 50, 100
 CUT, SHORTER = "data.prompts.max_trace_tokens", "model.sampling.max_new_tokens"

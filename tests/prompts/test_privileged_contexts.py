@@ -9,19 +9,19 @@ import pytest
 import regex
 
 from conftest import write_jsonl
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.policy import Policy
-from opsd_lightning.prompts import (
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import FileSource
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts.contexts import (
     AnswerContext,
     ColumnContext,
     HintContext,
     OtherProblemContext,
     PrivilegedContext,
-    Prompts,
     WrongContext,
 )
-from opsd_lightning.sources import FileSource
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Example
 
 FAMILY, ACCENTED, FLAG = "\U0001f468\u200d\U0001f469\u200d\U0001f467", "o\u0308\u0323", "\U0001f1ef\U0001f1f5"

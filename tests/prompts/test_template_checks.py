@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from conftest import CHAT_TEMPLATE, make_tokenizer, write_jsonl
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.policy import Policy
-from opsd_lightning.prompt_checks import context_findings
-from opsd_lightning.prompts import NoContext, Prompts, TraceContext
-from opsd_lightning.sources import FileSource
-from opsd_lightning.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import FileSource
+from opsd_lightning.doctor.prompt_checks import context_findings
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts.contexts import NoContext, TraceContext
+from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Example
 
 TEMPLATE, SYSTEM = "model.policy.chat_template", "data.prompts.system"

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer, write_jsonl
-from opsd_lightning.data import OPSDDataModule
-from opsd_lightning.policy import Policy, eos_ids
-from opsd_lightning.prompts import Prompts
-from opsd_lightning.sources import FileSource
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import FileSource
+from opsd_lightning.models.policy import Policy, eos_ids
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, UserError
 
 TURN = "{% for m in messages %}{{ m['content'] }}ENDING{% endfor %}"

@@ -14,12 +14,12 @@ import yaml
 from test_cli import base  # noqa: F401 (a fixture)
 from vllm_protocol import ProtocolServer
 
-from opsd_lightning import doctor
-from opsd_lightning.main import main
-from opsd_lightning.module import OPSDModule
-from opsd_lightning.saved_config import SavedConfig
+from opsd_lightning.cli.command import main
+from opsd_lightning.doctor import command as doctor
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.rollouts.vllm.client import check_urls
+from opsd_lightning.runs.saved_config import SavedConfig
 from opsd_lightning.types import ConfigError
-from opsd_lightning.vllm_servers import check_urls
 
 PARTS = '''
 from lightning.pytorch import Callback

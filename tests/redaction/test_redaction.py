@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from opsd_lightning.redaction import HIDDEN, hidden_names, is_secret, redact, redact_arguments, redact_text
+from opsd_lightning.utils.redaction import HIDDEN, hidden_names, is_secret, redact, redact_arguments, redact_text
 
 HERE = Path(__file__).parent
 

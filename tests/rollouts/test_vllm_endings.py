@@ -22,12 +22,11 @@ from test_training import parts, trainer
 from vllm_protocol import ProtocolServer, hang
 
 from conftest import PROMPTS, perturb
-from opsd_lightning import vllm_servers
-from opsd_lightning.policy import Policy
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.types import ConfigError
-from opsd_lightning.vllm_rollouts import VLLMServerEngine
-from opsd_lightning.vllm_servers import check_urls, retry_after, said
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.rollouts.vllm import client as vllm_servers
+from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, said
+from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
+from opsd_lightning.types import ConfigError, Sampling
 
 SAMPLING = Sampling(max_new_tokens=4)
 

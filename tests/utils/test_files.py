@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_lightning.files import append, replace
+from opsd_lightning.utils.files import append, replace
 
 
 @pytest.mark.parametrize("lasting", [False, True])

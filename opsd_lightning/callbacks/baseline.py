@@ -1,0 +1,27 @@
+"""Evaluation of the untrained policy, before training."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class BaselineEvaluation(Callback):
+    """Logs the validation metrics of the untrained model as step 0.
+
+    Lightning's sanity check already validates before training and then throws the numbers away; with
+    ``num_sanity_val_steps: -1`` it sees the whole validation set, and this callback keeps what it found.
+    """
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader = trainer.val_dataloaders
+        if loader is None or trainer.num_sanity_val_steps != float("inf"):
+            warnings.warn(
+                "BaselineEvaluation needs the whole validation set before training: set trainer.num_sanity_val_steps to -1",
+                stacklevel=2,
+            )
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=0)

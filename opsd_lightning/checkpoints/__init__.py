@@ -1,0 +1,1 @@
+"""Checkpoint files: atomic writes, safe loading, shards."""

@@ -1,0 +1,216 @@
+"""Settings in a checkpoint, checked before jsonargparse builds parts from them: they import nothing and read no file."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import types
+from collections.abc import Container, Iterator, Mapping
+from enum import Enum
+from importlib import import_module
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.redaction import HIDDEN
+
+_FIX = "Give a checkpoint that ModelCheckpoint wrote"
+#: Settings that name a class or a function to call, wherever they stand.
+_CALLED = ("class_path", "optimizer", "lr_scheduler")
+#: Packages whose classes the settings of a checkpoint may name; others must have been imported before.
+_KNOWN = ("opsd_lightning", "torch.optim", "lightning.pytorch", "transformers", "bitsandbytes.optim")
+#: Types of values that jsonargparse takes as they are: it reads no YAML and no file for them.
+_PLAIN = (str, int, float, bool, Enum, os.PathLike, type(None))
+
+
+def check_settings(settings: Any, given: Container[str] = (), kind: type | None = None) -> None:
+    """Refuse settings in a checkpoint that would import modules, read files or run code of a model's repository.
+
+    Args:
+        settings: Its hyperparameters.
+        given: Those that the caller gives in their place.
+        kind: The class that is built from them.
+
+    Raises:
+        ConfigError: With what they ask for.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigError("the checkpoint's settings are no mapping", "checkpoint_path", _FIX)
+    settings = {key: value for key, value in settings.items() if key not in given}
+    for name, value in walk(settings):
+        name = name.rpartition(".")[2]  # jsonargparse takes "policy.model" for a setting of "policy"
+        if name == "trust_remote_code" and value not in (False, None):
+            raise ConfigError(
+                "the checkpoint's own settings ask to run code that a model's repository brings (trust_remote_code)",
+                "checkpoint_path",
+                "Give policy=Policy(...) with what you trust",
+            )
+        if name in _CALLED and isinstance(value, str):
+            _check_class(value)
+        if name == "__path__":
+            raise _refusal(f"name a file, {value!r}")
+    kinds = [kind] if kind is not None else []
+    named = settings.get("_class_path")
+    if isinstance(named, str) and named:
+        _check_class(named)
+        kinds.append(_class_of(named))
+    own = {key: value for key, value in settings.items() if key not in ("_class_path", "_instantiator")}
+    for one in kinds:
+        _check_arguments(one, own)
+    if not kinds:
+        _check_arguments(None, own)
+
+
+def walk(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every key in nested mappings and lists, with its value.
+
+    Raises:
+        ConfigError: They are nested too deeply.
+    """
+    if depth > 32:
+        raise ConfigError("the checkpoint's settings are nested too deeply", "checkpoint_path", _FIX)
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield str(key), part
+            yield from walk(part, depth + 1)
+    elif isinstance(value, (list, tuple, set)):
+        for part in value:
+            yield from walk(part, depth + 1)
+
+
+def _refusal(what: str) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint's own settings {what}",
+        "checkpoint_path",
+        "Import its module first if you trust it, or give the part as an argument",
+    )
+
+
+def _check_class(path: str) -> None:
+    if not _is_known_class(path):
+        raise _refusal(f"name {path!r}, which is no class of this package, of torch.optim or of a module that is imported")
+
+
+def _check_arguments(kind: Any, values: Mapping[Any, Any]) -> None:
+    """Check the arguments of one class, or of one that is not known (None)."""
+    hints = _hints(kind)
+    for name, value in values.items():
+        if not isinstance(name, str) or "." in name:
+            raise _refusal(f"hold one of the name {name!r}")
+        _check_value(hints.get(name, Any), value)
+
+
+def _check_value(hint: Any, value: Any) -> None:
+    if isinstance(value, str):
+        if _is_plain(hint) or value == HIDDEN:  # a hidden value is refused by its name, where it is missing
+            return
+        if parts := [part for part in _parts(hint) if part is not Any]:
+            if not (value in ("", "null") or _is_known_class(value)) or _is_file(value):
+                raise _refusal(f"give {value[:80]!r} where a {getattr(parts[0], '__name__', parts[0])} belongs")
+        elif _is_collection(value) or _is_file(value):
+            raise _refusal(f"hold {value[:80]!r}, which would be read as YAML or as a file")
+    elif isinstance(value, Mapping):
+        named = value.get("class_path")
+        if isinstance(named, str):
+            _check_class(named)
+            for group in ("init_args", "dict_kwargs"):
+                arguments = value.get(group) or {}
+                if not isinstance(arguments, Mapping):
+                    raise _refusal(f"hold {str(arguments)[:80]!r} as the arguments of {named}")
+                _check_arguments(_class_of(named), arguments)
+            _check_arguments(None, {k: v for k, v in value.items() if k not in ("class_path", "init_args", "dict_kwargs")})
+        elif classes := [part for part in _parts(hint) if isinstance(part, type)]:
+            for one in classes:
+                _check_arguments(one, {k: v for k, v in value.items() if k != "init_args"})
+                if "init_args" in value:
+                    _check_value(one, value["init_args"])
+        else:
+            for part in value.values():  # its keys may be names of modules
+                _check_value(Any, part)
+    elif isinstance(value, (list, tuple, set)):
+        for part in value:
+            _check_value(_of_elements(hint), part)
+
+
+def _of_elements(hint: Any) -> Any:
+    """The hint of the elements of a list, where it says one."""
+    hints = [hint, *get_args(hint)]
+    found = [part for one in hints if get_origin(one) in (list, tuple, set) for part in get_args(one) if part is not ...]
+    return Union[tuple(found)] if found else Any  # noqa: UP007
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of a class's arguments, those of its bases included; of what cannot be told, nothing."""
+    hints: dict[str, Any] = {}
+    for one in reversed(getattr(kind, "__mro__", (kind,))):
+        function = one if inspect.isfunction(one) else vars(one).get("__init__") if isinstance(one, type) else None
+        if inspect.isfunction(function):
+            try:
+                hints |= get_type_hints(function)
+            except Exception:  # of names that are there for type checkers alone
+                continue
+    return hints
+
+
+def _is_plain(hint: Any) -> bool:
+    if hint is None or get_origin(hint) is Literal:
+        return True
+    if get_origin(hint) in (Union, types.UnionType):
+        return all(_is_plain(part) for part in get_args(hint))
+    if get_origin(hint) is Annotated:
+        return _is_plain(get_args(hint)[0])
+    return isinstance(hint, type) and issubclass(hint, _PLAIN)
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """Classes that a hint asks for an object of, and kinds of functions."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType, Annotated, list, tuple, set):
+        for part in get_args(hint):
+            yield from _parts(part)
+    elif origin is not None and (origin is type or "Callable" in str(origin)):
+        yield hint
+    elif isinstance(hint, type) and not issubclass(hint, (*_PLAIN, list, tuple, set, dict, bytes)):
+        yield from [hint] if hint is not object and hint.__module__ != "collections.abc" else []
+
+
+def _is_collection(text: str) -> bool:
+    """Tell whether a text is a mapping or a list as YAML, or cannot be told not to be one."""
+    if len(text) > 10_000:
+        return True
+    try:
+        event = [type(one) for _, one in zip(range(3), yaml.parse(text, yaml.SafeLoader), strict=False)]
+    except yaml.YAMLError:
+        return text.lstrip().startswith(("{", "["))
+    return yaml.MappingStartEvent in event or yaml.SequenceStartEvent in event
+
+
+def _is_file(text: str) -> bool:
+    try:
+        path = os.path.expanduser(text)
+        return text.strip() == "-" or (os.path.lexists(path) and not os.path.isdir(path))
+    except ValueError:  # a null byte
+        return True
+
+
+def _class_of(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _is_known_class(path: str) -> bool:
+    """Tell whether a name is a class that is known or imported. Nothing but known packages is imported for it."""
+    module, _, name = path.rpartition(".")
+    if not all(part.isidentifier() and not part.startswith("__") for part in path.split(".")):
+        return False
+    if not module:
+        return True  # jsonargparse looks it up among imported subclasses
+    if any(path.startswith(f"{known}.") for known in _KNOWN):
+        try:
+            found = getattr(import_module(module), name)
+        except Exception:  # whatever importing raises
+            return False
+        return any(f"{getattr(found, '__module__', '')}.".startswith(f"{known}.") for known in _KNOWN)
+    return isinstance(_class_of(path), type)

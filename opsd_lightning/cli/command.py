@@ -1,0 +1,291 @@
+"""The command line: LightningCLI with this package's parts, defaults and links.
+
+Rooms are imported here so that YAML may name their classes without their module.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import opsd_lightning.callbacks.baseline
+import opsd_lightning.callbacks.collapse_guard
+import opsd_lightning.callbacks.export
+import opsd_lightning.callbacks.health
+import opsd_lightning.callbacks.progress
+import opsd_lightning.callbacks.rollouts
+import opsd_lightning.data.sources
+import opsd_lightning.distributed.fsdp2
+import opsd_lightning.grading.math_grader
+import opsd_lightning.losses.clips
+import opsd_lightning.losses.divergences
+import opsd_lightning.losses.objectives
+import opsd_lightning.losses.position_weights
+import opsd_lightning.losses.supports
+import opsd_lightning.methods.anchor
+import opsd_lightning.methods.grpo
+import opsd_lightning.methods.mixed
+import opsd_lightning.methods.opsd
+import opsd_lightning.methods.sft
+import opsd_lightning.prompts.contexts
+import opsd_lightning.prompts.online_contexts
+import opsd_lightning.reports.run_report
+import opsd_lightning.reports.token_report
+import opsd_lightning.rollouts.continuous_batching
+import opsd_lightning.rollouts.transformers_engine
+import opsd_lightning.rollouts.vllm.engines
+import opsd_lightning.teachers
+from opsd_lightning.callbacks.rollouts import RolloutWriter
+from opsd_lightning.checkpoints.file import check_file, is_remote, local_path, restoring
+from opsd_lightning.checkpoints.io import check_weights_only, recover
+from opsd_lightning.cli.parser import Parser, check_nulls, remembering
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.distributed.checks import check_name, refusal
+from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.trainer_checks import check_trainer
+from opsd_lightning.models.precision import precision_problem
+from opsd_lightning.reports.run_report import RunReport
+from opsd_lightning.runs import early_signals, lock as run_lock
+from opsd_lightning.runs.output_checks import check_folders, check_last, open_loggers
+from opsd_lightning.runs.record import launcher
+from opsd_lightning.runs.requeue import checkpoint_to_resume, refuse_evaluation
+from opsd_lightning.runs.saved_config import SavedConfig, check_hidden
+from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.utils.disk_errors import FULL
+from opsd_lightning.utils.redaction import redact_arguments
+from opsd_lightning.utils.terminal import guarded, say
+
+# Settings of the Trainer that Lightning refuses under manual optimization, and what takes their place here.
+_NOT_THE_TRAINERS: dict[str, tuple[Any, str]] = {
+    "accumulate_grad_batches": (
+        1,
+        "one training step is one optimizer step here, scored in as many micro-batches as model.token_budget asks for: set "
+        "data.batch_size to the questions of an optimizer step",
+    ),
+    "gradient_clip_val": (None, "set model.max_grad_norm instead"),
+}
+
+
+class OPSDCLI(LightningCLI):
+    """Fits, validates, tests and predicts an `OPSDModule`, or another `PolicyModule`, on an `OPSDDataModule`."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.arguments = [str(argument) for argument in args] if isinstance(args, list) else sys.argv[1:]
+        try:
+            with remembering(args if isinstance(args, list) else None):
+                super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the file is not UTF-8 ({error})", "config", "Save it as UTF-8") from error
+        config = self.config[self.config.subcommand]
+        check_nulls(self.arguments, config)
+        seed = config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ConfigError(
+                f"it is {seed}, and seeds are numbers from 0 to 2^32 - 1", "seed_everything", "Choose one of them"
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Concrete defaults, so that an overlay may change one setting of a part without naming its class again, and a
+        # bare `opsd fit --print_config` gives a configuration that runs.
+        parser.set_defaults(
+            {
+                "model": {
+                    "class_path": "opsd_lightning.OPSDModule",
+                    "init_args": {
+                        "policy": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+                        "teacher": {"class_path": "opsd_lightning.FixedTeacher"},
+                        "objective": {
+                            "class_path": "opsd_lightning.DivergenceObjective",
+                            "init_args": {
+                                "divergence": {"class_path": "opsd_lightning.ForwardKL"},
+                                "support": {"class_path": "opsd_lightning.FullVocabulary"},
+                                "clip": {"class_path": "opsd_lightning.NoClip"},
+                            },
+                        },
+                        "rollouts": {"class_path": "opsd_lightning.TransformersEngine"},
+                    },
+                },
+                "data.train": {"class_path": "opsd_lightning.WordProblems"},
+                "data.context": {"class_path": "opsd_lightning.TraceContext"},
+            }
+        )
+        parser.add_lightning_class_args(RolloutWriter, "writer")
+        parser.link_arguments("model.init_args.policy", "data.policy")
+        parser.link_arguments("data.grader", "model.init_args.grader")
+        parser.link_arguments("data.prompts", "model.init_args.prompts")
+        parser.link_arguments(
+            ("model.init_args.sampling", "model.init_args.eval_sampling"), "data.max_new_tokens", compute_fn=_longest
+        )
+        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own lets a checkpoint's hyperparameters overrule the command line; here the command line rules,
+        and a checkpoint that does not fit it is refused with a message."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        check_hidden(config)
+        path = config.get("ckpt_path")
+        check_weights_only(config.get("weights_only"))
+        if path not in (None, "best", "last", "hpc"):
+            if not is_remote(path):
+                recover(Path(path))
+            if local_path(path).is_file():
+                check_file(path)
+        trainer = config.trainer
+        strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
+        shards = path not in (None, "best", "last", "hpc") and Path(path).is_dir()
+        if shards and not str(strategy).rpartition(".")[2].lower().startswith("fsdp2"):
+            raise UserError(
+                f"ckpt_path: {path} is a folder of shards, which only trainer.strategy fsdp2 reads (on one device or "
+                "many). A single file (save_distributed_checkpoint: false) is read by every strategy"
+            )
+        if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # no class's name
+            check_name(trainer.strategy)
+        if isinstance(strategy, str) and (reason := refusal(strategy)) is not None:
+            raise UserError(reason)
+        if (problem := precision_problem(trainer.precision)) is not None:
+            raise problem
+        for name, (default, instead) in _NOT_THE_TRAINERS.items():
+            if trainer[name] != default:
+                raise UserError(f"trainer.{name} is {trainer[name]}, which has no meaning here: {instead}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        connector: Any = self.trainer._checkpoint_connector
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if not connector._loaded_checkpoint:  # it is held only while its contents are put in place
+                raise
+            with restoring(connector._ckpt_path):
+                raise error
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+            self.model.command = shlex.join(launcher() + redact_arguments(_without_checkpoint(self.arguments)))
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunReport):
+                    callback.arguments = self.arguments
+        except (ValueError, TypeError, ImportError) as error:  # a part's own check of its settings
+            raise UserError(str(_reason(error))) from error
+
+    def before_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            try:
+                run_lock.hold(self.trainer)
+            except ConfigError:
+                if not run_lock.started_together(self.trainer):
+                    raise
+                return  # refused again in `fit`, on all ranks together; nothing is written until then
+        try:
+            path = self.config.fit.get("ckpt_path")
+            if path == "best":
+                check_last(self.trainer, "best")
+            if path is None and (found := checkpoint_to_resume(self.trainer)) is not None:
+                check_file(found)
+                self.config_init.fit.ckpt_path = found
+            check_trainer(self.trainer, self.model, self.datamodule)
+            self._check_surroundings()
+        except BaseException:
+            run_lock.release(self.trainer)
+            raise
+        if run_lock.launches_processes(self.trainer):
+            run_lock.release(self.trainer)  # the first of them holds it
+
+    def before_validate(self) -> None:
+        self._before_evaluation()
+
+    def before_test(self) -> None:
+        self._before_evaluation()
+
+    def before_predict(self) -> None:
+        self._before_evaluation()
+
+    def _before_evaluation(self) -> None:
+        check_last(self.trainer, self.config[self.subcommand].get("ckpt_path"))
+        if self.config[self.subcommand].get("ckpt_path") is None:
+            refuse_evaluation(self.trainer)
+        try:
+            if self.trainer.is_global_zero:
+                run_lock.hold_logs(self.trainer)
+            self._check_surroundings()
+        except BaseException:
+            run_lock.release(self.trainer)
+            raise
+        if run_lock.launches_processes(self.trainer):
+            run_lock.release(self.trainer)
+
+    def _check_surroundings(self) -> None:
+        check_folders(self.trainer)
+        open_loggers(self.trainer)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What the part itself said, out of the lists of types and settings that jsonargparse wraps it in."""
+    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _without_checkpoint(arguments: list[str]) -> list[str]:
+    """The arguments of a run but for ``--ckpt_path`` and its value."""
+    kept, skipped = [], False
+    for argument in arguments:
+        if not skipped and argument != "--ckpt_path" and not argument.startswith("--ckpt_path="):
+            kept.append(argument)
+        skipped = not skipped and argument == "--ckpt_path"
+    return kept
+
+
+def _longest(*samplings: Any) -> int:
+    # An optional part keeps its class beside its settings.
+    settings = [getattr(sampling, "init_args", sampling) for sampling in samplings if sampling is not None]
+    return max(setting["max_new_tokens"] for setting in settings)
+
+
+def cli_settings() -> dict[str, Any]:
+    """What makes an `OPSDCLI` of Lightning's, beside its arguments and classes."""
+    return {
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "subclass_mode_model": True,
+        "save_config_callback": SavedConfig,
+        "save_config_kwargs": {"overwrite": True},
+        "parser_class": Parser,
+        "parser_kwargs": {"version": opsd_lightning.__version__},
+    }
+
+
+def main(args: ArgsType = None) -> OPSDCLI:
+    """Run the command line.
+
+    Args:
+        args: The arguments; the process's own unless given.
+
+    Returns:
+        The finished run, with its ``trainer``, ``model`` and ``datamodule``.
+
+    Raises:
+        SystemExit: With status 2, after one message, for a user's mistake.
+    """
+    early_signals.begin()
+    with guarded():
+        try:
+            return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
+        except (UserError, MisconfigurationException) as error:
+            say(f"error: {error}", error=True)
+            raise SystemExit(2) from error
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            say(f"error: {error}. Make room, and go on from the last checkpoint (ckpt_path)", error=True)
+            raise SystemExit(2) from error
+        finally:
+            early_signals.end()

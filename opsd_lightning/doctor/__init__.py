@@ -1,0 +1,1 @@
+"""`opsd doctor`: check a configuration before training."""

@@ -1,0 +1,313 @@
+"""What is found in the data and their lengths, and in settings that contradict each other, before any model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Trainer
+from transformers import PreTrainedTokenizerBase
+
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.doctor.findings import Finding, at_share, histogram, percent
+from opsd_lightning.losses.objectives import Objective
+from opsd_lightning.methods.trainer_checks import late_validations, trainer_problems
+from opsd_lightning.types import Example, Sampling, UserError
+from opsd_lightning.utils.texts import folded
+
+#: How many traces are tokenized at most, for an estimate of completions.
+TRACES = 1000
+
+# By how a reason for leaving a row out begins: which setting it hangs on, and what to do.
+_REMEDIES: tuple[tuple[str, str, str], ...] = (
+    ("empty question", "data.{split}.init_args.columns.question", "name the column that holds the problem"),
+    (
+        "empty trace",
+        "data.{split}.init_args.columns.trace",
+        "name the column that holds the worked solution, or mend the rows",
+    ),
+    (
+        "data.context gives",
+        "data.context",
+        "name a column that is filled, or leave these rows out",
+    ),
+    (
+        "neither trace nor answer",
+        "data.{split}.init_args.columns.answer",
+        "name the column of the reference answer, or that of the trace",
+    ),
+    (
+        "trace has no final answer",
+        "data.grader.answer_pattern",
+        'end the traces with \\boxed{} or "The answer is ...", or give a pattern that finds the answer as they write it',
+    ),
+    (
+        "trace contradicts the reference answer",
+        "data.{split}.init_args.columns.answer",
+        "check that it is the answer's column; wrong traces teach wrong steps, so let the rest go",
+    ),
+    ("question is also in", "", ""),
+    (
+        "prompt and trace do not fit",
+        "data.train",
+        "leave out the longest traces, or take a model with a longer context: traces that are trained on are not cut",
+    ),
+)
+
+
+class Room(NamedTuple):
+    """A context that prompts and completions must fit.
+
+    Args:
+        limit: Its length in tokens.
+        completion: Tokens of the longest completion.
+        reads_teacher: Count the teacher's prompts, too.
+        owner: Whose it is, for messages.
+    """
+
+    limit: int
+    completion: int
+    reads_teacher: bool = True
+    owner: str = "a model"
+
+
+Rooms = Mapping[str, Sequence[Room]]
+
+
+def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
+    """Rows of a split: how many there are, are kept, and were left out by reason."""
+    kept = [folded(e.question) for e in data.rows[split].examples] if split in data.rows else []
+    dropped = data.dropped.get(split, Counter())
+    repeats = sum(count - 1 for count in Counter(kept).values())
+    return {
+        "rows": len(kept) + sum(dropped.values()),
+        "kept": len(kept),
+        "left_out": dict(dropped),
+        "repeated_questions": repeats,
+        "traces_cut": data.traces_cut.get(split, 0),
+    }
+
+
+def data_findings(
+    data: OPSDDataModule, split: str, facts: dict[str, Any], refuses: bool, rooms: Rooms, overhead: int
+) -> Iterator[Finding]:
+    """What is wrong with the rows of a split.
+
+    Args:
+        data: Set up.
+        split: ``train`` or ``val``.
+        facts: Of `data_facts`.
+        refuses: Whether ``data.on_invalid`` is ``error``, so that one such row ends the run.
+        rooms: Limits in tokens that prompts and completions of each split must fit.
+        overhead: Tokens of the teacher's prompt beside the student's and the context.
+    """
+    total = facts["rows"]
+    for reason, count in facts["left_out"].items():
+        if "not fit" in reason and split == "train" and not refuses:
+            continue  # see `length_findings`
+        found = [(setting, fix) for start, setting, fix in _REMEDIES if reason.startswith(start)]
+        setting, fix = found[0] if found else _to_fit(data, split, rooms, overhead)
+        overlap = reason.startswith("question is also in")
+        level: Any = "note" if count <= total / 100 or overlap else "warning" if count <= total / 2 else "error"
+        if refuses:
+            level, fix = "error", f"mend these rows ({fix}), or set data.on_invalid to drop"
+        text = f"{count} of {total} rows of data.{split} ({percent(count, total)}) are left out: {reason}"
+        yield Finding(level, "data", text, setting.format(split=split), fix)
+    repeats, kept = facts["repeated_questions"], facts["kept"]
+    if repeats:
+        text = f"{repeats} of {kept} rows of data.{split} ({percent(repeats, kept)}) repeat the question of another"
+        fix = "take repeats out of the source, if they are not meant to weigh more"
+        yield Finding("warning" if repeats > kept / 10 else "note", "data", text, f"data.{split}", fix)
+    if facts["traces_cut"] > kept / 100:
+        cut = facts["traces_cut"]
+        text = f"{cut} of {kept} contexts of data.{split} ({percent(cut, kept)}) are cut, and lose the end of the solution"
+        fix = "raise it, or take a context that is short, such as AnswerContext"
+        yield Finding("warning", "data", text, "data.prompts.max_trace_tokens", fix)
+
+
+def overlap_findings(data: OPSDDataModule) -> Iterator[Finding]:
+    """Validation questions that stand in the test set too."""
+    if data.sources["val"] is None or data.sources["test"] is None or "val" not in data.rows:
+        return
+    try:
+        tested = {folded(example.question) for example in data.sources["test"].examples()}
+    except UserError:  # already found where the training questions were compared with them
+        return
+    shared = sum(folded(example.question) in tested for example in data.rows["val"].examples)
+    if shared:
+        total = len(data.rows["val"].examples)
+        text = f"{shared} of {total} questions of data.val ({percent(shared, total)}) are also in data.test"
+        fix = "a checkpoint picked by validation is then picked by test questions: give each its own"
+        yield Finding("warning" if shared > total / 10 else "note", "data", text, "data.val", fix)
+
+
+# -- lengths -----------------------------------------------------------------------------------------------------------
+
+
+def trace_lengths(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[int]:
+    """Tokens of up to `TRACES` traces, evenly taken, the token that ends them included."""
+    step = max(-(-len(examples) // TRACES), 1)
+    texts = [example.trace for example in examples[::step] if example.trace]
+    return [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []  # type: ignore[arg-type,misc]
+
+
+def length_facts(data: OPSDDataModule, limit: int | None, traces: list[int], max_new_tokens: int) -> dict[str, Any]:
+    """Histograms of prompts (of all valid rows, whether or not they fit) and of traces."""
+    pairs = data.lengths.get("train", [])
+    room = None if limit is None else limit - data.max_new_tokens
+    return {
+        "context": limit,
+        "max_new_tokens": max_new_tokens,
+        "student_prompts": histogram([student for student, _ in pairs], room),
+        "teacher_prompts": histogram([teacher for _, teacher in pairs if teacher], room),
+        "traces": histogram(traces, max_new_tokens),
+    }
+
+
+def length_findings(
+    data: OPSDDataModule,
+    rooms: Rooms,
+    overhead: int,
+    traces: list[int],
+    sampling: Sampling,
+    objective: Objective,
+    sampled: bool,
+) -> Iterator[Finding]:
+    """What does not fit, and which setting would lose less than 1 %.
+
+    Args:
+        data: Set up.
+        rooms: Limits in tokens that prompts and completions of each split must fit.
+        overhead: Tokens of the teacher's prompt beside the student's and the context.
+        traces: Their tokens (see `trace_lengths`), as an estimate of completions.
+        sampling: Of training.
+        objective: The method's.
+        sampled: Whether completions are sampled at all.
+    """
+    total = len(data.lengths.get("train", []))
+    unfit = sum(
+        count
+        for reason, count in data.dropped.get("train", {}).items()
+        if "not fit" in reason and not reason.startswith("prompt and trace")
+    )
+    if unfit:
+        text = f"{unfit} of {total} training prompts ({percent(unfit, total)}) do not fit with their completions"
+        level: Any = "note" if unfit <= total / 100 else "warning" if unfit <= total / 2 else "error"
+        yield Finding(level, "lengths", text, *_to_fit(data, "train", rooms, overhead))
+    over = sum(length > sampling.max_new_tokens for length in traces)
+    if sampled and over > len(traces) / 100:
+        text = (
+            f"{percent(over, len(traces))} of the traces are longer than {sampling.max_new_tokens} tokens: if the student "
+            "writes at such length, so many completions are truncated"
+        )
+        fix = f"{at_share(traces, 0.99)} would cut less than 1 % off"
+        if objective.include_truncated:
+            fix += "; or leave it: truncated completions are learned from too, as in the paper, with its 1024 tokens"
+        else:
+            fix += ", or set model.objective.init_args.include_truncated to true: truncated ones are not learned from now"
+        yield Finding("warning", "lengths", text, "model.sampling.max_new_tokens", fix)
+
+
+def _to_fit(data: OPSDDataModule, split: str, rooms: Rooms, overhead: int) -> tuple[str, str]:
+    """The setting, and what to do, with which all but 1 % of a split's prompts fit; only what is computed to do so."""
+
+    def longest(each: Room, of: str) -> int:
+        pairs = data.lengths.get(of, [])
+        return at_share([max(student, teacher if each.reads_teacher else 0) for student, teacher in pairs], 0.99)
+
+    tight = [each for each in rooms[split] if longest(each, split) + each.completion > each.limit]
+    choices: list[tuple[str, str]] = []
+    # One setting for all splits.
+    shorter = min((each.limit - longest(each, of) for of, room in rooms.items() for each in room), default=0)
+    if tight and shorter >= min(256, min(each.completion for each in tight) // 2):
+        fix = f"lower model.sampling.max_new_tokens (and model.eval_sampling's) to {shorter}"
+        choices.append(("model.sampling.max_new_tokens", fix))
+    cuts = [_cut_that_fits(student, teacher, rooms[split], overhead) for student, teacher in data.lengths.get(split, [])]
+    cut = sorted(cuts)[len(cuts) // 100] - 8 if cuts else 0  # a text may have some tokens more between others
+    if tight and 32 <= cut < math.inf:
+        choices.append(("data.prompts.max_trace_tokens", f"set data.prompts.max_trace_tokens to about {cut:.0f}"))
+    needed: dict[str, int] = {}
+    for each in tight:
+        needed[each.owner] = max(needed.get(each.owner, 0), longest(each, split) + each.completion)
+    choices += [
+        ("model.policy.model", f"take {owner} with a context of {tokens} tokens") for owner, tokens in needed.items()
+    ]
+    if not choices:
+        return f"data.{split}", "shorten or leave out the longest of these rows"
+    return choices[0][0], ", or ".join(fix for _, fix in choices) + " to lose less than 1 %"
+
+
+def _cut_that_fits(student: int, teacher: int, room: Sequence[Room], overhead: int) -> float:
+    """The most tokens of its context with which a row fits: all, or minus infinity where no cut helps."""
+    context = teacher - student - overhead
+    cuts = []
+    for each in room:
+        free = each.limit - each.completion
+        reads = each.reads_teacher and teacher > 0
+        if student > free:
+            cuts.append(-math.inf)
+        elif reads and teacher > free:
+            cuts.append(free - student - overhead if context > 0 else -math.inf)
+    return min(cuts, default=math.inf)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable: int) -> Iterator[Finding]:
+    """Settings that contradict each other or the data, which Lightning would notice late or never.
+
+    Args:
+        module: A `PolicyModule`.
+        data: Set up.
+        trainer: As configured.
+        usable: Training rows.
+    """
+    batches = usable // (data.batch_size * replica(trainer)[1])
+    updates = module.updates_per_batch
+    evaluation = module.evaluator.sampling
+    validates = data.sources["val"] is not None
+    if trainer.max_steps == 0 or trainer.max_epochs == 0:
+        yield Finding("error", "settings", "nothing is trained", "trainer.max_steps", "set it to 100, say")
+    if trainer.max_steps > 0 and batches:
+        epochs = trainer.max_steps / updates / batches
+        if epochs > 10:
+            text = f"{trainer.max_steps} steps go {epochs:.0f} times over the {usable} training questions"
+            fix = "lower it, or give more data; OPSD is known to collapse after some hundred steps"
+            yield Finding("warning", "settings", text, "trainer.max_steps", fix)
+    if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_epochs >= 1000):
+        text, fix = "the run has no end", "set it to 100, say, the paper's"
+        yield Finding("warning", "settings", text, "trainer.max_steps", fix)
+    interval = trainer.val_check_interval
+    if validates and isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and 0 < batches < interval:
+        text = f"trainer.val_check_interval is {interval}, and an epoch has {batches} batches: Lightning refuses that"
+        fix = "set it to null, so that the interval counts over epochs"
+        yield Finding("error", "settings", text, "trainer.check_val_every_n_epoch", fix)
+    for problem in trainer_problems(trainer, module, data):
+        yield Finding("error", "settings", problem.problem, problem.setting, problem.fix[:1].lower() + problem.fix[1:])
+    for problem in late_validations(trainer, module, data):
+        yield Finding("warning", "settings", problem.problem, problem.setting, problem.fix[:1].lower() + problem.fix[1:])
+    if module.sampling.temperature == 0 and module.sampling.n > 1:
+        text = f"the {module.sampling.n} completions of a question are all the same at temperature 0"
+        yield Finding("error", "settings", text, "model.sampling.temperature", "set it to 1, say, or model.sampling.n to 1")
+    if validates and evaluation.max_new_tokens < module.sampling.max_new_tokens:
+        text = (
+            f"validation stops a completion at {evaluation.max_new_tokens} tokens, training at "
+            f"{module.sampling.max_new_tokens}: answers that come later count as wrong"
+        )
+        yield Finding("warning", "settings", text, "model.eval_sampling.max_new_tokens", "set it at least as high")
+
+
+def rate_findings(optimizer: Any) -> Iterator[Finding]:
+    """Of the optimizer as it was made."""
+    rates = [group.get("initial_lr", group.get("lr", math.nan)) for group in optimizer.param_groups]
+    rates = [float(rate) for rate in rates]
+    setting = "model.optimizer.init_args.lr"
+    if all(rate == 0 for rate in rates):
+        yield Finding("error", "settings", "the learning rate is 0: nothing is learned", setting, "set it to 5e-6, say")
+    elif max(rates) > 5e-3:
+        text, fix = f"the learning rate is {max(rates):g}", "the paper's is 5e-6, and a small model's seldom above 1e-3"
+        yield Finding("warning", "settings", text, setting, fix)

@@ -1,0 +1,377 @@
+"""Data, prompts and settings examined before any training: what would be refused, what does not go together, what it costs.
+
+Goes through what ``fit`` does before its first step, and turns every refusal into a `Finding`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
+from transformers import PreTrainedTokenizerBase
+
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.distributed.checks import check_precision, check_strategy
+from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
+from opsd_lightning.doctor.data_checks import (
+    Room,
+    data_facts,
+    data_findings,
+    length_facts,
+    length_findings,
+    overlap_findings,
+    rate_findings,
+    setting_findings,
+    trace_lengths,
+)
+from opsd_lightning.doctor.findings import Diagnosis, Finding, at_share
+from opsd_lightning.doctor.memory import Step, memory, memory_findings, memory_of, size_of, skeleton, weight_bytes
+from opsd_lightning.doctor.probe import (
+    LOOKED_AT,
+    Examples,
+    agreement_findings,
+    divergence_facts,
+    divergence_findings,
+    run_facts,
+    time_facts,
+)
+from opsd_lightning.doctor.prompt_checks import (
+    context_findings,
+    injected_findings,
+    roles_of,
+    template_findings,
+    thinking_facts,
+    thinking_findings,
+    token_findings,
+)
+from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.models.policy import Policy, eos_ids
+from opsd_lightning.models.precision import check_dtypes
+from opsd_lightning.prompts.template_checks import rendering_problems
+from opsd_lightning.rollouts.self_checks import agreement, samples_here
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, Teacher, TrustRegionTeacher
+from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
+
+_RENDERED = 32  # rows whose prompts are looked at closely
+
+
+def diagnose(
+    module: PolicyModule,
+    data: OPSDDataModule,
+    trainer: Trainer,
+    examples: int = 4,
+    with_model: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Diagnosis:
+    """Examine what would be trained, and how, without training it.
+
+    The parts are as after an attempt to train: the module may hold the model, the data module its rows.
+
+    Args:
+        module: The method.
+        data: Its data.
+        trainer: As it would train them. Nothing is launched, and no callback or logger is called.
+        examples: Training questions for the divergence and the timing, at least 1.
+        with_model: Load the model; otherwise its configuration and tokenizer alone are read, and neither divergence nor time
+            can be told.
+        say: Told what is being done.
+    """
+    return _Examination(module, data, trainer, max(examples, 1), say).run(with_model)
+
+
+class _Examination:
+    def __init__(
+        self, module: Any, data: OPSDDataModule, trainer: Trainer, examples: int, say: Callable[[str], None]
+    ) -> None:
+        self.module, self.data, self.trainer, self.examples, self.say = module, data, trainer, examples, say
+        self.policy: Policy = module.policy
+        self.found = Diagnosis()
+        self.traces: list[int] = []
+        self.limit: int | None = None
+        self.device = torch.device("cuda", 0) if isinstance(trainer.accelerator, CUDAAccelerator) else torch.device("cpu")
+        # Whether completions are sampled at all; in this process; and how many teachers score them.
+        self.samples = not isinstance(module, SFTModule)
+        self.teachers: list[Teacher] = list(getattr(module, "teachers", ()))
+
+    def run(self, with_model: bool) -> Diagnosis:
+        module, trainer = self.module, self.trainer
+        trainer.strategy.connect(module)
+        module.trainer = self.data.trainer = trainer
+        with self._refusals("settings"):
+            check_precision(trainer.precision_plugin)
+        with self._refusals("settings"):
+            check_dtypes(self.policy, str(trainer.precision))
+        with self._refusals("settings"):
+            check_strategy(trainer.strategy)
+        tokenizer: PreTrainedTokenizerBase | None = None
+        with self._refusals("template"):
+            tokenizer = self.policy.load_tokenizer()
+            self.limit = self.policy.context_length()
+        if tokenizer is None:
+            return self.found
+        if self._renders(tokenizer):
+            self.say("Reading the data ...")
+            self._data(tokenizer)
+        rows = self.data.rows.get("train")
+        usable = 0 if rows is None else len(rows.examples)
+        self.found.add(setting_findings(module, self.data, trainer, usable))
+        if rows is not None:
+            with self._refusals("template"):
+                self._prompts(tokenizer, rows)
+        fits = False
+        with self._refusals("memory"):
+            fits = self._memory()
+        if with_model and fits and rows is not None:
+            self.say("Loading the model ...")
+            with self._refusals("settings"):
+                self._model(rows)
+        else:
+            with self._refusals("settings"):
+                self._without_model(tokenizer)
+        return self.found
+
+    @contextmanager
+    def _refusals(self, part: str) -> Iterator[None]:
+        """What is refused inside is found, and the examination goes on behind it."""
+        try:
+            yield
+        except (UserError, MisconfigurationException) as error:
+            self.found.add([refusal_finding(part, error)])
+        except Exception as error:  # a part of one's own, a library: `fit` would end here too
+            text = (str(error).strip() or "no message").splitlines()[0]
+            self.found.add([Finding("error", part, f"{type(error).__name__}: {text}")])
+
+    # -- data and prompts --------------------------------------------------------------------------------------------------
+
+    def _renders(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Find what does not reach the prompts, instead of `fit`'s refusal of the first; whether there are prompts."""
+        data = self.data
+        data.checks_prompts = False
+        for problem in rendering_problems(tokenizer, data.prompts, data.reads_teacher("fit")):
+            self.found.add([Finding("error", "template", problem.problem, problem.setting, problem.fix)])
+        example = Example("1+1?", "", "2")
+        try:
+            student, teacher = data.prompts.student(tokenizer, example), data.prompts.teacher(tokenizer, example, "")
+        except ConfigError:
+            return False
+        self.overhead = len(teacher) - len(student)
+        self.found.add(context_findings(tokenizer, data.prompts, data.context, data.reads_teacher("fit")))
+        return True
+
+    def _room(self, split: str) -> list[Room]:
+        """The contexts that a split's prompts and completions must fit, as `OPSDDataModule.setup` has it."""
+        found = [] if self.limit is None else [Room(self.limit, self.data.max_new_tokens)]
+        for teacher in self.teachers if split == "train" else []:
+            own, new = teacher.context_length(), self.module.sampling.max_new_tokens
+            if (limit := own or self.limit) is not None:
+                found.append(Room(limit, new, teacher.privileged, f"a {teacher.setting}" if own else "a model"))
+        return found
+
+    def _data(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        data = self.data
+        refuses, data.on_invalid = data.on_invalid == "error", "drop"
+        sources = dict(data.sources)
+        facts: dict[str, Any] = {}
+        for split, stage in (("val", "validate"), ("train", "fit")):
+            if split == "val" and sources["val"] is None:
+                continue
+            with self._refusals("data"):
+                data.setup(stage)
+            if split not in data.rows:
+                data.sources[split] = None  # the other one is still worth reading
+            if split in data.rows or split in data.dropped:
+                facts[split] = data_facts(data, split)
+        rooms = {split: self._room(split) for split in ("val", "train")}
+        for split in facts:
+            self.found.add(data_findings(data, split, facts[split], refuses, rooms, self.overhead))
+        data.sources = sources
+        data.on_invalid = "error" if refuses else "drop"
+        self.found.add(overlap_findings(data))
+        self.found.facts["data"] = facts
+        if data.lengths.get("train"):
+            self.traces = trace_lengths(tokenizer, data.rows["train"].examples if "train" in data.rows else [])
+            longest = self.module.sampling.max_new_tokens
+            self.found.facts["lengths"] = length_facts(data, self.limit, self.traces, longest)
+            sampling, objective = self.module.sampling, self.module.objective
+            self.found.add(length_findings(data, rooms, self.overhead, self.traces, sampling, objective, self.samples))
+
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase, rows: PromptBatch) -> None:
+        prompts, module = self.data.prompts, self.module
+        picked = _spread(len(rows.examples), _RENDERED)
+        examples = [rows.examples[i] for i in picked]
+        reads = getattr(module, "teacher", None) is not None and module.teacher.privileged
+        teachers = [rows.teacher[i] for i in picked] if reads else []
+        roles = roles_of(prompts, examples, [rows.student[i] for i in picked], teachers)
+        vocabulary = self.policy.load_config().get_text_config().vocab_size
+        eos = self._eos(tokenizer)
+        in_place = module.trains_on_traces
+        for role in roles:
+            traces = [example.trace for example in examples] if in_place else []
+            self.found.add(template_findings(tokenizer, prompts, role, eos, vocabulary, traces))
+        self.found.add(token_findings(tokenizer, eos, vocabulary))
+        self.found.add(injected_findings(tokenizer, rows.examples))
+        facts = thinking_facts(tokenizer, prompts, roles, [example.trace for example in rows.examples])
+        skipped = module.objective.skip_first_tokens
+        self.found.add(thinking_findings(tokenizer, prompts, roles, facts, skipped, in_place))
+        ends = {role.name: tokenizer.decode(list(role.prompts[0])[-12:]) for role in roles}
+        self.found.facts["template"] = {"eos": sorted(eos), "pad": tokenizer.pad_token_id, "prompts_end_with": ends}
+        self.found.facts["thinking"] = facts
+
+    def _eos(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """Every token that will end a completion, as `Policy.build` gathers them."""
+        try:
+            return frozenset(self.policy.end_ids(tokenizer))
+        except UserError:  # see `token_findings`
+            return frozenset()
+
+    # -- the model ---------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> Step:
+        module, data = self.module, self.data
+        students = [student for student, _ in data.lengths.get("train", [])]
+        completion, rows = module.sampling.max_new_tokens, data.batch_size * (module.sampling.n if self.samples else 1)
+        if not self.samples:
+            completion = at_share(self.traces, 0.99) or completion
+        at_once = getattr(module.rollouts, "max_rows", None) or max(rows, data.eval_batch_size * module.evaluator.sampling.n)
+        here = samples_here(module.rollouts)
+        evaluates = data.sources["val"] is not None
+        return Step(
+            rows,
+            at_share(students, 0.99),
+            completion,
+            at_once if here and (self.samples or evaluates) else 0,
+            module.token_budget,
+            data.eval_batch_size * module.evaluator.sampling.n if evaluates else 0,
+            module.evaluator.sampling.max_new_tokens,
+        )
+
+    def _memory(self) -> bool:
+        """Estimate it; whether the model can be loaded here."""
+        self.say("Estimating memory ...")
+        module, policy, strategy = self.module, self.policy, self.trainer.strategy
+        model, step = skeleton(policy), self._step()
+        self.skeleton = model
+        trainable, kept = [p for p in model.parameters() if p.requires_grad], 0
+        for teacher in self.teachers:
+            if isinstance(teacher, ModelTeacher):
+                recipe = teacher.recipe
+                kept += weight_bytes(model, None) if recipe is None else weight_bytes(skeleton(recipe), recipe.quantization)
+            elif isinstance(teacher, FixedTeacher) and policy.trains_all:
+                kept = kept or weight_bytes(model, None)  # one copy serves the anchor, too
+            elif isinstance(teacher, EMATeacher) or (isinstance(teacher, FixedTeacher) and policy.adapter is not None):
+                kept += size_of(trainable)
+        plain = policy.quantization is None and model.dtype == torch.float32
+        merges = getattr(module.rollouts, "merge_adapter", False) and not policy.trains_all
+        copies = plain * (merges + (self.device.type == "cpu" and isinstance(module.rollouts, TransformersEngine)))
+        sharded = isinstance(strategy, FSDP2Strategy)
+        states = sum(2 if isinstance(teacher, TrustRegionTeacher) else 1 for teacher in self.teachers)
+        bytes_by_part = memory(
+            model, policy, module.objective, module.make_optimizer, step, teacher=kept, teacher_states=states,
+            merged_copies=copies if step.rows_at_once else 0, shards=self.trainer.world_size if sharded else 1,
+            gathers=sharded and getattr(module.rollouts, "gather_weights", False),
+            frees=self.device.type == "cuda",
+        )  # fmt: skip
+        has = memory_of(self.device)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
+        self.found.facts["memory"] = {"bytes": bytes_by_part, "device": name, "device_bytes": has, "step": step._asdict()}
+        self.found.add(memory_findings(bytes_by_part, has, name))
+        return bytes_by_part["base weights"] + bytes_by_part["teacher"] < 0.9 * has
+
+    def _without_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """What the skeleton tells of that which `configure_model` and the start of `fit` would refuse."""
+        module = self.module
+        with self._refusals("settings"):
+            try:
+                module.objective.check(self.policy.load_config().get_text_config().vocab_size)
+            except ValueError as error:
+                raise UserError(f"model.{error}") from None
+        if (model := getattr(self, "skeleton", None)) is None:
+            return
+        for teacher in self.teachers:
+            with self._refusals("settings"):
+                if isinstance(teacher, ModelTeacher) and teacher.recipe is not None:
+                    teacher.check(tokenizer)
+                elif isinstance(teacher, ModelTeacher) or self.policy.trains_all:
+                    copy.deepcopy(teacher).attach(model)
+        module.model = model
+        self._optimizer()
+        del module.model
+
+    def _optimizer(self) -> None:
+        with self._refusals("settings"):
+            made = self.module.configure_optimizers()
+            optimizer = made["optimizer"] if isinstance(made, dict) else made
+            self.found.add(rate_findings(optimizer))
+
+    def _model(self, rows: PromptBatch) -> None:
+        module, trainer = self.module, self.trainer
+        # One device, whatever the strategy: nothing is launched.
+        precision: Any = trainer.precision
+        single = Trainer(
+            accelerator="gpu" if self.device.type == "cuda" else "cpu", devices=1, precision=precision, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        module.trainer = single
+        module.configure_model()
+        if self.policy.quantization is None:
+            module.model.to(self.device)
+        with self._refusals("settings"):
+            module.check_policy()
+        module.trainer = trainer
+        self._optimizer()
+        self.found.facts["template"] = self.found.facts.get("template", {}) | {"eos": sorted(eos_ids(module.model))}
+        found, teacher = self._examples(rows)
+        self.say(f"Sampling and scoring {len(found.students)} examples ...")
+        with single.precision_plugin.forward_context():
+            if teacher is not None:
+                facts = divergence_facts(module, teacher, found)
+                self.found.facts["divergence"] = facts
+                self.found.add(divergence_findings(facts, module.objective.skip_first_tokens))
+        timing, completions = time_facts(module, teacher, found, single.precision_plugin.forward_context)
+        if any(completions):
+            agreed, total = agreement(module.model, found.students, completions)
+            self.found.facts["agreement"] = {"tokens": total, "agreed": agreed}
+            self.found.add(agreement_findings(agreed, total))
+        sampled = self._step() if self.samples else self._step()._replace(rows_at_once=0)
+        self.found.facts["time"] = run_facts(module, self.data, trainer, sampled, timing, self.traces)
+
+    def _examples(self, rows: PromptBatch) -> tuple[Examples, Teacher | None]:
+        """A few prompts and the first tokens of their traces, and the teacher that scores them."""
+        module = self.module
+        picked = _spread(len(rows.examples), self.examples)
+        students = [rows.student[i] for i in picked]
+        tokenizer = module.tokenizer
+        texts = [rows.examples[i].trace or rows.examples[i].answer or "The answer" for i in picked]
+        completions = [tokenizer.encode(text, add_special_tokens=False)[:LOOKED_AT] for text in texts]
+        teacher: Teacher | None = getattr(module, "teacher", None)
+        reads = teacher is not None and teacher.privileged and module.needs_traces
+        context = getattr(module, "context", None)
+        if context is not None:
+            text = f"model.context is {type(context).__name__}, which is made in training: "
+            text += "the teacher is examined with data.context" if reads else "the teacher is not examined"
+            self.found.add([Finding("note", "divergence", text, "model.context")])
+            teacher = teacher if reads else None
+        return Examples(students, [rows.teacher[i] for i in picked] if reads else students, completions), teacher
+
+
+def refusal_finding(part: str, error: Exception | str) -> Finding:
+    """The finding of a refusal: its own fields, or a message that names the setting and the fix itself."""
+    if isinstance(error, ConfigError):
+        return Finding("error", part, error.problem, error.setting, error.fix)
+    message = str(error)
+    named = re.search(r"\b(?:model|data|trainer)\.[a-z][\w.]*\w", message)
+    return Finding("error", part, message, named[0] if named else "")
+
+
+def _spread(total: int, count: int) -> Sequence[int]:
+    """Up to so many of the numbers below a total, evenly taken."""
+    return range(0, total, max(-(-total // count), 1))

@@ -1,0 +1,296 @@
+"""Whether the chat template, its special tokens and both roles' thinking modes go together. Needs the tokenizer alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from opsd_lightning.doctor.findings import Finding, percent
+from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext
+from opsd_lightning.prompts.control_tokens import spelled
+from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date
+from opsd_lightning.prompts.templates import Prompts, fill
+from opsd_lightning.types import ConfigError, Example
+
+_TEMPLATE = "model.policy.chat_template"
+_OPEN, _CLOSE = "<think>", "</think>"
+_PROBE = "A reply 7."
+
+#: How a prompt ends: inside a thinking block, behind a closed one, or without.
+Thinking = Literal["open", "closed", "none"]
+
+
+class Role(NamedTuple):
+    """A role's prompts.
+
+    Args:
+        name: ``student`` or ``teacher``.
+        prompts: Token ids, one prompt an example.
+        contents: The user turns that they were rendered from, up to the point to which they can be told.
+        kwargs: The chat template's further arguments.
+        prefix: Text behind the generation prompt.
+    """
+
+    name: str
+    prompts: Sequence[Sequence[int]]
+    contents: Sequence[str]
+    kwargs: dict[str, Any]
+    prefix: str = ""
+
+    @property
+    def setting(self) -> str:
+        return f"data.prompts.{self.name}_chat_template_kwargs"
+
+
+def roles_of(prompts: Prompts, examples: Sequence[Example], students: Any, teachers: Any) -> list[Role]:
+    """The student's role, and the teacher's where it has prompts of its own."""
+    contents = [fill(prompts.student_template, question=example.question) for example in examples]
+    found = [Role("student", students, contents, prompts.student_chat_template_kwargs)]
+    if teachers and all(teachers):
+        settings = prompts.teacher_chat_template_kwargs, prompts.teacher_response_prefix
+        found.append(Role("teacher", teachers, contents, *settings))
+    return found
+
+
+def template_findings(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    role: Role,
+    eos: frozenset[int],
+    vocabulary: int,
+    traces: Sequence[str],
+) -> Iterator[Finding]:
+    """What is wrong with a role's prompts.
+
+    Args:
+        tokenizer: The policy's.
+        prompts: The wording.
+        role: Whose prompts.
+        eos: Every token that ends a completion.
+        vocabulary: Number of the model's logits.
+        traces: Traces that stand in the place of completions; none where none do.
+    """
+    unknown = [token for ids in role.prompts for token in ids if token >= vocabulary]
+    if unknown:
+        text = f"the {role.name}'s prompts hold token {unknown[0]}, and the model knows {vocabulary} tokens"
+        fix = "the tokenizer is another model's, or tokens were added to it: use the model's own"
+        yield Finding("error", "template", text, "model.policy.model", fix)
+    yield from _special_tokens(tokenizer, role)
+    turns = [prompts.messages(content) for content in role.contents]
+    rendered = [prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix for messages in turns]
+    if role.name == "student":  # the teacher's context is already part of its tokens
+        for ids, text in zip(role.prompts, rendered, strict=True):
+            decoded = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))  # type: ignore[call-arg]
+            if decoded != text:
+                place = next((i for i, (a, b) in enumerate(zip(decoded, text, strict=False)) if a != b), len(text))
+                shown = decoded[max(place - 15, 0) : place + 15], text[max(place - 15, 0) : place + 15]
+                message = f"the student's prompt does not decode to what the template wrote: {shown[0]!r} for {shown[1]!r}"
+                fix = "characters that the tokenizer does not know or changes: take another model, or clean the data"
+                yield Finding("warning", "template", message, "model.policy.model", fix)
+                break
+    if not opens_answer(tokenizer, prompts, role.kwargs):
+        text = f"the {role.name}'s prompt has no generation prompt: the template ignores add_generation_prompt"
+        fix = "give a template that opens the assistant's turn there"
+        yield Finding("error", "template", text, _TEMPLATE, fix)
+    elif role.name == "student":
+        yield from _answered(tokenizer, prompts, role, eos, traces)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, role: Role) -> Iterator[Finding]:
+    bos, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
+    if bos is not None and any(list(ids[:2]) == [bos, bos] for ids in role.prompts):
+        text = f"the {role.name}'s prompts begin with {tokenizer.bos_token!r} twice"
+        yield Finding(
+            "error", "template", text, _TEMPLATE, "write it once: neither in data.prompts nor twice in the template"
+        )
+    strange = sum(list(ids).count(unknown) for ids in role.prompts) if unknown is not None and unknown != bos else 0
+    if strange:
+        tokens = sum(map(len, role.prompts))
+        text = f"{strange} of {tokens} tokens of the {role.name}'s prompts ({percent(strange, tokens)}) are unknown ones"
+        level: Any = "error" if strange > tokens / 10 else "warning"
+        yield Finding(level, "template", text, "model.policy.model", "its tokenizer does not know these characters")
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    role: Role,
+    eos: frozenset[int],
+    traces: Sequence[str],
+) -> Iterator[Finding]:
+    """What the template makes of an answer: does it stand where a completion begins, and end where one ends?"""
+    messages = prompts.messages(role.contents[0])
+    opened = prompts.rendered(tokenizer, messages, role.kwargs)
+    answered = [*messages, {"role": "assistant", "content": _PROBE}]
+    try:
+        whole = prompts.rendered(tokenizer, answered, role.kwargs, generation=False)
+    except ConfigError:
+        return
+    if not whole.startswith(opened + _PROBE):
+        shown = _after(whole, opened)
+        text = f"in an answered conversation the template writes {shown!r} where completions begin to be trained"
+        fix = "sampling and training agree all the same; a chat of several turns will look different to the model"
+        yield Finding("note", "template", text, _TEMPLATE, fix)
+    ending = whole[whole.rindex(_PROBE) + len(_PROBE) :] if _PROBE in whole else ""
+    ids = tokenizer.encode(ending, add_special_tokens=False)
+    if ids and not eos & set(ids):
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(eos)) or "none"
+        text = (
+            f"the template ends an answer with {ending.strip()!r}, which holds no token that ends a completion ({names}): "
+            "completions run on to the length limit"
+        )
+        fix = "add the token to eos_token_id in the model's generation_config.json, or take the chat model's own template"
+        yield Finding("error", "template", text, "model.policy.model", fix)
+    start = tokenizer.encode(opened, add_special_tokens=False)
+    merged = 0
+    for trace in traces:
+        together = tokenizer.encode(opened + trace, add_special_tokens=False)
+        merged += together != [*start, *tokenizer.encode(trace, add_special_tokens=False)]
+    if merged:
+        text = f"{merged} of {len(traces)} traces are tokenized otherwise behind the prompt than on their own"
+        fix = "begin traces with a word, not with a space or a line break"
+        yield Finding("warning", "template", text, "data.train", fix)
+
+
+def token_findings(tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], vocabulary: int) -> Iterator[Finding]:
+    """EOS and pad tokens.
+
+    Args:
+        tokenizer: The policy's.
+        eos: Every token that ends a completion.
+        vocabulary: Number of the model's logits.
+    """
+    if not eos:
+        text = "neither the tokenizer nor the model's configuration names an EOS token: every completion is truncated"
+        yield Finding("error", "template", text, "model.policy.model", "set eos_token in its tokenizer_config.json")
+    for name, token in (("pad", tokenizer.pad_token_id), *(("EOS", token) for token in sorted(eos))):
+        if isinstance(token, int) and token >= vocabulary:
+            text = f"the {name} token is {token}, and the model knows {vocabulary} tokens"
+            yield Finding("error", "template", text, "model.policy.pad_token", "choose one that it knows, such as its EOS")
+    if tokenizer.pad_token_id in eos:
+        text = "the pad token is also an EOS token. That is fine: what is padding is told by lengths, never by the token"
+        yield Finding("note", "template", text, "model.policy.pad_token")
+
+
+def injected_findings(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Finding]:
+    """Control tokens written out in the data, which are read as ordinary text."""
+    found = [[t for t in spelled(tokenizer, e.question + "\n" + e.trace) if t not in (_OPEN, _CLOSE)] for e in examples]
+    rows = [tokens for tokens in found if tokens]
+    if rows:
+        text = f"{len(rows)} rows ({percent(len(rows), len(examples))}) write out a special token, such as {rows[0][0]!r}"
+        fix = "take it out of questions and traces: it is read as ordinary text, which the model has seldom seen"
+        yield Finding("warning", "template", text, "data.train", fix)
+
+
+def context_findings(
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, context: PrivilegedContext, reads_teacher: bool
+) -> Iterator[Finding]:
+    """Prompts that are not what their settings suggest, without being wrong."""
+    if reads_teacher and isinstance(context, NoContext) and not is_null_control(tokenizer, prompts):
+        text = (
+            "the roles' prompts differ without a context, too: the teacher trains the student, and this is no null control"
+        )
+        fix = "give both roles the same chat_template_kwargs and leave data.prompts.teacher_response_prefix out"
+        yield Finding("warning", "template", text, "data.context", fix)
+    if reads_date(tokenizer, prompts):
+        text = f"the chat template asks for the date, and always gets {prompts.date}"
+        yield Finding("note", "template", text, "data.prompts.date")
+
+
+# -- thinking ----------------------------------------------------------------------------------------------------------
+
+
+def thinking_facts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, roles: Sequence[Role], traces: Sequence[str]
+) -> dict[str, Any]:
+    """Whether the model thinks, how each role's prompt ends, and how many traces hold thinking."""
+    messages = prompts.messages("1+1?")
+    on, off = (prompts.rendered(tokenizer, messages, {"enable_thinking": value}) for value in (True, False))
+    return {
+        "template_can_switch": on != off,
+        "template_thinks": on != off or _OPEN in str(tokenizer.chat_template),
+        "prompts": {role.name: _mode(prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix) for role in roles},
+        "traces_with_thinking": sum(_OPEN in trace for trace in traces),
+        "traces_with_empty_thinking": sum(bool(re.search(rf"{_OPEN}\s*{_CLOSE}", trace)) for trace in traces),
+        "traces": len(traces),
+    }
+
+
+def thinking_findings(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    roles: Sequence[Role],
+    facts: dict[str, Any],
+    skipped: int,
+    in_place: bool,
+) -> Iterator[Finding]:
+    """Modes that do not go together.
+
+    Args:
+        tokenizer: The policy's.
+        prompts: The wording.
+        roles: The student's, and the teacher's where there is one.
+        facts: Of `thinking_facts`.
+        skipped: ``skip_first_tokens`` of the objective.
+        in_place: Whether traces stand in the place of completions.
+    """
+    messages = prompts.messages("1+1?")
+    for role in roles:
+        rendered = prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix
+        if len(re.findall(rf"{_OPEN}\s*{_CLOSE}", rendered)) > 1:
+            text = f"the {role.name}'s prompt ends with an empty thinking block twice"
+            fix = "leave it out: the chat template writes one already"
+            yield Finding("error", "thinking", text, "data.prompts.teacher_response_prefix", fix)
+    modes = facts["prompts"]
+    student = modes["student"]
+    teacher = modes.get("teacher", student)
+    if facts["template_thinks"] and student != teacher:
+        ends: dict[str, str] = {
+            "open": "inside a thinking block",
+            "closed": "behind a closed thinking block",
+            "none": "before any thinking block",
+        }
+        text = f"the student's prompt ends {ends[student]} and the teacher's {ends[teacher]}"
+        if student == "closed":
+            text += ": the teacher expects <think> where the student answers, and the first token's divergence is huge"
+        fix = (
+            "give both roles the same enable_thinking, or close the teacher's block with "
+            "data.prompts.teacher_response_prefix, or set model.objective.init_args.skip_first_tokens to 1"
+        )
+        if skipped:
+            text, fix = f"{text}; skip_first_tokens leaves {skipped} out", ""
+        yield Finding("note" if skipped else "warning", "thinking", text, "data.prompts.teacher_chat_template_kwargs", fix)
+    having, empty, total = facts["traces_with_thinking"], facts["traces_with_empty_thinking"], facts["traces"]
+    if empty:
+        text = f"{empty} of {total} traces ({percent(empty, total)}) hold an empty thinking block"
+        yield Finding("warning", "thinking", text, "data.train", "take the blocks out of the traces")
+    if in_place and having and student != "none":
+        where = "a thinking block that is already open" if student == "open" else "a thinking block that is already closed"
+        text = f"{having} of {total} traces ({percent(having, total)}) begin to think behind {where}"
+        fix = "take the block out of the traces, or leave enable_thinking at true"
+        yield Finding("error", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
+    elif in_place and facts["template_can_switch"] and student == "none" and having < total:
+        text = f"{total - having} of {total} traces do not think, and the student's prompt asks for it"
+        fix = "set {enable_thinking: false}"
+        yield Finding("warning", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
+    elif having and not in_place:
+        text = (
+            f"{having} of {total} traces ({percent(having, total)}) hold {_OPEN}, which the teacher reads in a user's turn"
+        )
+        mode = "the student's thinking is off" if student == "closed" else "the model writes such blocks itself"
+        fix = f"{mode}: take the tags out of the traces"
+        yield Finding("warning", "thinking", text, "data.train", fix)
+
+
+def _mode(rendered: str) -> Thinking:
+    opened, closed = rendered.rfind(_OPEN), rendered.rfind(_CLOSE)
+    return "none" if opened < 0 else "open" if closed < opened else "closed"
+
+
+def _after(whole: str, opened: str) -> str:
+    """What stands where a prompt ends, up to the answer."""
+    place = next((i for i, (a, b) in enumerate(zip(whole, opened, strict=False)) if a != b), len(opened))
+    return whole[place : place + 30]

@@ -1,0 +1,1 @@
+"""Evaluation of the policy: accuracy over sampled completions."""

@@ -1,0 +1,308 @@
+"""Ask math-verify from any thread, several questions at a time, each within its time and memory.
+
+One process imports math-verify, in about a second, and forks a worker in milliseconds for each question that is asked at the
+same time (``math_worker``). So a time-out costs a fork, not an import.
+
+The pools of the standard library, `loky` and `pebble` were considered. Of these only `pebble` ends a task at its deadline.
+But a spawned worker of theirs imports the program's main module, and with it torch (363 MB each, against 57 MB here, most of
+it shared), and needs one that can be imported; a forked one copies the locks and devices of a training process. None ends a
+busy worker when the parent is killed, survives a fork of the parent, limits memory or repeats a question whose worker was
+killed, so that most of this module would remain. `pebble` is under the LGPL.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+_SCRIPT = Path(__file__).with_name("math_worker.py")
+_REQUEST = struct.Struct("!ci")  # as in math_worker
+_STARTUP_SECONDS = 120.0  # importing sympy on a busy machine
+_GRACE_SECONDS = 5.0  # for a worker that its alarm does not end: a stopped one
+_LONGEST_SECONDS = 1e7
+_MOST_QUESTIONS = 200  # of one worker: caches of sympy and its parser grow
+_MOST_WORKERS = 8
+_MOST_DEATHS = 2  # of the workers of one question
+
+
+class Ungradable(Exception):
+    """A question that ended two workers, or that needs more memory than a worker has."""
+
+
+class _Gone(Exception):
+    """The process at the other end ended."""
+
+
+def workers() -> int:
+    """Return how many questions are asked at the same time: this process' cores, divided by the ranks of its machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
+    return max(1, min(_MOST_WORKERS, cores // max(1, int(ranks) if ranks.isdecimal() else 1)))
+
+
+class Pool:
+    """The workers of this process. Use `shared`; a forked child has its own."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards what follows
+        self._idle: list[_Worker] = []
+        self._busy = 0
+        self._open: set[socket.socket] = set()
+        self._working: dict[threading.Thread, _Worker] = {}  # by the thread that asks
+        self._stopped: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._starting = threading.Lock()  # guards what follows
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def ask(self, reference: str, answer: str, seconds: float) -> tuple[bool, float]:
+        """Return whether math-verify finds both equal, and the seconds that took.
+
+        Waiting for a worker takes none of them. A worker that is killed at work costs another try.
+
+        Args:
+            reference: The right answer.
+            answer: The answer in question.
+            seconds: Time limit.
+
+        Raises:
+            TimeoutError: The time is over.
+            Ungradable: There is no reply: memory was short, or two workers ended.
+        """
+        seconds = min(seconds, _LONGEST_SECONDS)
+        question = (json.dumps([reference, answer, seconds]) + "\n").encode()
+        thread = threading.current_thread()
+        for _ in range(_MOST_DEATHS):
+            worker = self._borrow()
+            self._working[thread] = worker
+            started, reply = time.monotonic(), ""
+            try:
+                reply = worker.ask(question, seconds + _GRACE_SECONDS)
+            except (_Gone, TimeoutError):
+                if time.monotonic() - started >= seconds:
+                    raise TimeoutError from None
+            finally:  # also where a signal interrupts the wait
+                del self._working[thread]
+                self._give_back(worker, alive=reply in ("equal", "different"))
+            if thread in self._stopped:
+                raise Ungradable("it was stopped")
+            if reply == "memory":
+                raise Ungradable("it needs more memory than a worker may take")
+            if reply:
+                return reply == "equal", time.monotonic() - started
+        raise Ungradable(f"it ended {_MOST_DEATHS} workers")
+
+    def end(self, threads: Collection[threading.Thread]) -> None:
+        """End the questions that threads ask. They raise `Ungradable` at once; so do their later ones."""
+        for thread in threads:
+            self._stopped.add(thread)
+            if (worker := self._working.get(thread)) is not None:
+                self._end(worker)
+
+    def _borrow(self) -> _Worker:
+        with self._changed:
+            self._changed.wait_for(lambda: self._busy < workers())
+            self._busy += 1
+            worker = self._idle.pop() if self._idle else None
+        try:
+            while worker is not None and worker.gone:  # killed while idle
+                self._drop(worker)
+                with self._changed:
+                    worker = self._idle.pop() if self._idle else None
+            return worker or self._fork()
+        except BaseException:
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify()
+            raise
+
+    def _give_back(self, worker: _Worker, alive: bool) -> None:
+        keep = alive and worker.asked < _MOST_QUESTIONS
+        try:
+            if not keep:
+                self._drop(worker)
+        finally:
+            with self._changed:
+                self._busy -= 1
+                if keep:
+                    self._idle.append(worker)
+                self._changed.notify()
+
+    def _drop(self, worker: _Worker) -> None:
+        """End a worker. Closing its socket is not enough where it is stopped, or another process has the socket, too."""
+        self._end(worker)
+        self._close(worker.socket)
+
+    def _end(self, worker: _Worker) -> None:
+        with self._starting, suppress(OSError):
+            if self._control is not None and worker.control is self._control:
+                self._control.sendall(_REQUEST.pack(b"k", worker.pid))
+
+    def _fork(self) -> _Worker:
+        for _ in range(2):
+            with self._starting:
+                control = self._started()
+            ours, theirs = socket.socketpair()
+            self._open.add(ours)
+            try:
+                with theirs, self._starting:
+                    socket.send_fds(control, [_REQUEST.pack(b"f", 0)], [theirs.fileno()])
+                ours.settimeout(_STARTUP_SECONDS)
+                return _Worker(ours, control)
+            except (OSError, _Gone):  # the process that forks was killed: start another
+                self._close(ours)
+                with self._starting:
+                    if self._control is control:
+                        self._stop()
+            except BaseException:
+                self._close(ours)
+                raise
+        raise _no_start()
+
+    def _started(self) -> socket.socket:
+        """Return the socket of the process that forks workers, and start it where there is none."""
+        if self._control is not None and self._process is not None and self._process.poll() is None:
+            return self._control
+        self._stop()
+        ours, theirs = socket.socketpair()
+        self._open.add(ours)
+        with theirs:
+            self._process = subprocess.Popen(
+                # -P: no module beside the script shadows a standard one
+                [sys.executable, "-P", str(_SCRIPT), str(os.getpid())],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONHASHSEED": "0"},  # the order of sympy's terms, and so its verdicts
+                start_new_session=True,  # Ctrl-C is the parent's to handle
+            )
+        self._control = ours
+        ours.settimeout(_STARTUP_SECONDS)
+        try:
+            ready = _line(ours) == "ready"
+        except (_Gone, TimeoutError):
+            ready = False
+        if not ready:
+            self._stop()
+            raise _no_start()
+        return ours
+
+    def stop(self) -> None:
+        """End all workers. The next question starts new ones."""
+        with self._changed:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            self._close(worker.socket)
+        with self._starting:
+            self._stop()
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        control, self._control = self._control, None
+        if control is not None:
+            self._close(control)  # it ends its workers and itself
+        if process is not None:
+            try:
+                process.wait(timeout=_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _close(self, connection: socket.socket) -> None:
+        self._open.discard(connection)
+        connection.close()
+
+    def forget(self) -> None:
+        """Let go of the parent's workers, in a forked child."""
+        for connection in list(self._open):
+            connection.close()
+        if self._process is not None:
+            self._process.returncode = 0  # no child of this process: nothing to wait for
+
+
+class _Worker:
+    """A worker's socket and process."""
+
+    def __init__(self, connection: socket.socket, control: socket.socket) -> None:
+        self.socket, self.control = connection, control
+        self.asked = 0
+        self.pid = int(_line(connection))
+
+    @property
+    def gone(self) -> bool:
+        """Return whether the worker ended: there is nothing else to read from an idle one."""
+        self.socket.setblocking(False)
+        try:
+            self.socket.recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def ask(self, question: bytes, seconds: float) -> str:
+        self.asked += 1
+        self.socket.settimeout(seconds)
+        try:
+            self.socket.sendall(question)
+            return _line(self.socket)
+        except TimeoutError:
+            raise
+        except OSError:
+            raise _Gone from None
+
+
+def _line(connection: socket.socket) -> str:
+    """Read a short line.
+
+    Raises:
+        _Gone: The other end is closed.
+        TimeoutError: Nothing came in the socket's time.
+    """
+    found = b""
+    while not found.endswith(b"\n"):
+        try:
+            part = connection.recv(64)
+        except TimeoutError:
+            raise
+        except OSError:
+            raise _Gone from None
+        if not part:
+            raise _Gone
+        found += part
+    return found.decode().strip()
+
+
+def _no_start() -> RuntimeError:
+    return RuntimeError(
+        "the math-verify process did not start, or was killed (out of memory?): is `pip install math-verify` complete?"
+    )
+
+
+_pool = Pool()
+
+
+def shared() -> Pool:
+    """Return the workers of this process."""
+    return _pool
+
+
+def _renew() -> None:
+    global _pool
+    _pool.forget()
+    _pool = Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+atexit.register(lambda: _pool.stop())

@@ -1,0 +1,1 @@
+"""Token-level losses between student and teacher distributions."""

@@ -1,0 +1,1 @@
+"""The LoRA-adapted causal LM: loading, scoring, export."""

@@ -1,0 +1,208 @@
+"""Plain values that decide a model's logits: the base model's configuration and weights, the adapter's settings."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from opsd_lightning.models.policy import STUDENT, Policy, base_of, is_adapter_key
+from opsd_lightning.models.rope import frequencies_in_use
+
+_ROWS, _COLUMNS = 64, 256  # of a large tensor, spread evenly
+
+# No part of what a causal language model computes.
+_CONFIG_IGNORED = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "quantization_config"),
+    *("pad_token_id", "bos_token_id", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
+    *("_attn_implementation", "_attn_implementation_internal", "problem_type", "initializer_range"),
+}
+# Only decides an adapter's start, where it came from, or which modules `target_modules` is resolved to.
+_ADAPTER_IGNORED = {
+    *("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"),
+    *("init_lora_weights", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+
+
+def plain(value: Any, without: Collection[str] = ()) -> Any:
+    """Make a value plain, as JSON and a safe checkpoint hold it: sets in order, objects by their settings or class.
+
+    Args:
+        value: Any nested settings.
+        without: Keys to leave out, at every depth.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Enum):
+        return plain(value.value)
+    for kind in (int, float, str):  # subclasses, such as restricted numbers, become plain
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain(part, without) for name, part in value.items() if name not in without}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [plain(part, without) for part in value]
+    if isinstance(value, Tensor):
+        return value.detach().tolist() if value.numel() <= 16 else f"tensor {list(value.shape)}"
+    if isinstance(value, (torch.dtype, torch.device, Path)):
+        return str(value)
+    if callable(to_dict := getattr(value, "to_dict", None)) and not isinstance(value, type):
+        return plain(to_dict(), without)
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def described(part: Any, without: Collection[str] = (), depth: int = 4) -> Any:
+    """Describe an object by its class and by the arguments of its constructor that it keeps under their names.
+
+    State that it gathers, and attributes that others set, are left out. Values other than such objects become plain.
+
+    Args:
+        part: An object of this package's or a user's.
+        without: Arguments to leave out, at every depth.
+        depth: Of parts within parts; deeper ones become plain.
+    """
+    found = plain(part)
+    name = f"{type(part).__module__}.{type(part).__qualname__}"
+    if found != name or not depth or isinstance(part, str) or inspect.isroutine(part) or inspect.isclass(part):
+        return found
+    values = {}
+    for kind in type(part).__mro__[:-1]:  # what a parent class takes is a setting too
+        for argument in _arguments(kind):
+            for attribute in (argument, f"_{argument}"):
+                if argument not in without and argument not in values and hasattr(part, attribute):
+                    values[argument] = described(getattr(part, attribute), without, depth - 1)
+    return {"class": _public_name(type(part))} | values
+
+
+def _arguments(kind: type) -> list[str]:
+    try:
+        parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]  # type: ignore[misc]
+    except ValueError:  # a class written in C
+        return []
+    return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
+def _public_name(kind: type) -> str:
+    """Return the name of a class, of the package's own helpers that of the class that they stand for."""
+    own = __name__.partition(".")[0]
+    public = (
+        each.__name__
+        for each in kind.__mro__
+        if not (each.__name__.startswith("_") and each.__module__.partition(".")[0] == own)
+    )
+    return next(public)
+
+
+def digest(parts: Iterable[str | bytes | memoryview], size: int = 16) -> str:
+    """Hash texts and bytes in their order; returns ``size`` bytes in hexadecimal digits."""
+    found = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()
+
+
+def adapter_settings(config: PeftConfig) -> dict[str, Any]:
+    """List an adapter's settings, without those that only decide its start or say where it came from."""
+    return plain(config.to_dict(), _ADAPTER_IGNORED)
+
+
+def adapter_record(model: Any) -> dict[str, Any] | None:
+    """Record the adapter's settings and the modules that it was put on. None in full fine-tuning."""
+    if not isinstance(model, PeftModel):
+        return None
+    modules = [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and any(STUDENT in key.split(".") for key, _ in module.named_parameters())  # type: ignore[attr-defined]
+    ]
+    found = adapter_settings(model.peft_config[STUDENT])
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "target_modules"):
+        found.pop(name, None)
+    return found | {"target_modules": sorted(modules)}
+
+
+def base_record(policy: Policy, model: Any) -> dict[str, Any]:
+    """Record the base model below an adapter. Call it on a freshly built model, before it is sharded.
+
+    Where the weights were rounded while they were loaded (4 or 8 bits, float16), their digest is of the files: it is the
+    same for every type, device and strategy.
+
+    Args:
+        policy: The settings that the model was built with.
+        model: The model.
+    """
+    base = base_of(model)
+    rounded = policy.quantization is not None or base.dtype == torch.float16
+    weights = (_stored(policy) if rounded else None) or _loaded(base)
+    return {
+        "model": str(policy.model),
+        "class": type(base).__name__,
+        "config": plain(json.loads(base.config.to_json_string(use_diff=False)), _CONFIG_IGNORED),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantization": plain(getattr(base.config, "quantization_config", None)),
+        "rope": frequencies_in_use(base),
+        "weights": digest((part for name in sorted(weights) for part in (name, weights[name])), 8),
+    }
+
+
+def _loaded(base: Any) -> dict[str, bytes]:
+    found = {}
+    for name, value in base.named_parameters():
+        # Below an adapter's layer the name has a part more; weights that train instead of it are copies.
+        parts = [part for part in name.split(".") if part not in ("base_layer", "original_module", "token_adapter")]
+        if not is_adapter_key(name):
+            found[".".join(parts)] = _sample(value.detach())
+    return found
+
+
+def _stored(policy: Policy) -> dict[str, bytes]:
+    """Samples of the checkpoint's own tensors; nothing where it is not in safetensors files."""
+
+    def find(name: str) -> str | None:
+        return cached_file(
+            str(Path(policy.model).expanduser()),
+            name,
+            revision=policy.revision or "main",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+
+    files = [find(SAFE_WEIGHTS_NAME)]
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        files = [find(name) for name in sorted(set(names))]
+    return dict(_of_files(files))
+
+
+def _of_files(files: Iterable[str | None]) -> Iterator[tuple[str, bytes]]:
+    for path in files:
+        if path is not None:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    yield name, _sample(file.get_tensor(name))
+
+
+def _sample(value: Tensor) -> bytes:
+    """Shape and values of a tensor, some where it is large. Floats are rounded to bfloat16: their type is no part."""
+    rows = value.reshape(value.shape[0] if value.dim() else 1, -1)
+    if rows.numel() > _ROWS * _COLUMNS:
+        count = min(_ROWS, len(rows)) if rows.shape[1] > 1 else min(_ROWS * _COLUMNS, len(rows))
+        places = torch.arange(count, device=rows.device) * (len(rows) - 1) // max(count - 1, 1)
+        rows = rows[places, :: max(1, rows.shape[1] // _COLUMNS) | 1]
+    if rows.is_floating_point():
+        rows = rows.to(torch.bfloat16)
+    return f"{tuple(value.shape)}".encode() + rows.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

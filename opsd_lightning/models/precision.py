@@ -1,0 +1,70 @@
+"""The precisions that training is right in: of the trainer, and of base weights that gradients pass through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.types import ConfigError
+
+
+def precision_problem(name: str | int | None) -> ConfigError | None:
+    """Return what is wrong with a value of ``trainer.precision``; None where it is supported."""
+    name = {"16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))
+    reasons = {
+        "16-mixed": "scales the loss, and a step here clips and logs gradients that are not scaled",
+        "16-true": "computes in float16, in which gradients underflow",
+        "bf16-true": "makes the trained weights bfloat16, which rounds away what small learning rates change",
+    }
+    reason = "computes in float8" if name.startswith("transformer-engine") else reasons.get(name)
+    if reason is None:
+        return None
+    fix = "Set it to bf16-mixed, or to 32-true where bfloat16 is slow. The base weights have their own model.policy.dtype"
+    return ConfigError(f"{name} {reason}", "trainer.precision", fix)
+
+
+def check_dtypes(policy: Policy, precision: str, model: torch.nn.Module | None = None) -> None:
+    """Refuse float16 where gradients pass through it: they underflow, since losses are not scaled.
+
+    Args:
+        policy: The recipe of the model.
+        precision: The trainer's.
+        model: The loaded model, whose weights are looked at. Without it the settings and the checkpoint's configuration are.
+
+    Raises:
+        ConfigError: With the dtype to take instead.
+    """
+    quantization: Any = policy.quantization
+    if getattr(quantization, "load_in_4bit", False) and quantization.bnb_4bit_compute_dtype == torch.float16:
+        raise ConfigError(
+            "4-bit layers would compute in float16, in which gradients underflow",
+            f"{policy.setting}.quantization.bnb_4bit_compute_dtype",
+            "Set it to bfloat16 or float32",
+        )
+    if model is not None:
+        half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    else:
+        half = policy.dtype == "float16" or (policy.dtype == "auto" and _checkpoint_dtype(policy) == torch.float16)
+    if not half:
+        return
+    if policy.trains_all:
+        raise ConfigError(
+            "full fine-tuning would train float16 weights, which lose small updates and overflow",
+            f"{policy.setting}.dtype",
+            "Set it to float32",
+        )
+    if precision == "32-true":
+        raise ConfigError(
+            f"the base weights are float16{' (the checkpoint is)' if policy.dtype == 'auto' else ''}, and under "
+            "trainer.precision 32-true they compute in float16, in which gradients underflow",
+            f"{policy.setting}.dtype",
+            "Set it to float32 or bfloat16, or trainer.precision to bf16-mixed",
+        )
+
+
+def _checkpoint_dtype(policy: Policy) -> Any:
+    config = policy.load_config()
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return getattr(torch, found, None) if isinstance(found, str) else found

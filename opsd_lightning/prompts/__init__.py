@@ -1,0 +1,1 @@
+"""Prompts of the student and the teacher."""

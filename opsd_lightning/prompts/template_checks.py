@@ -1,0 +1,234 @@
+"""Checks that what is set reaches the prompts: question, context, system message and arguments of the chat template.
+
+Both roles' prompts are rendered with texts that no template holds, and again without each argument. Needs the tokenizer
+alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from opsd_lightning.prompts.chat_template import SETTING
+from opsd_lightning.prompts.templates import Prompts, fill
+from opsd_lightning.types import ConfigError, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Cases, digits, white space of every kind, TeX, quotes, markup and other scripts: whatever a template may change. Long, for
+# one that cuts.
+_HARD = "aB 12  $\\frac{1}{2}$\n\n\t<x> & \"y\" 'z' {v} \N{LATIN SMALL LETTER E WITH ACUTE}\N{CJK UNIFIED IDEOGRAPH-4E2D} "
+_QUESTION = "Pangolin " + _HARD * 400 + "aardvark"
+_CONTEXT = "Quokka " + _HARD * 1600 + "wombat"
+_SYSTEM = "Okapi " + _HARD * 100 + "numbat"
+_SHORT = Example("Pangolin 1+1?", "", "")
+_FAILED = "\0"
+
+# Words for a truth value, each with its opposite.
+_OPPOSITE = {"true": "false", "yes": "no", "on": "off", "1": "0"}
+_OPPOSITE |= {other: word for word, other in _OPPOSITE.items()}
+
+
+class _Role(NamedTuple):
+    name: Literal["student", "teacher"]
+    template: str
+    kwargs: dict[str, Any]
+
+    @property
+    def setting(self) -> str:
+        return f"data.prompts.{self.name}_chat_template_kwargs"
+
+
+def rendering_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, teacher: bool = True) -> list[ConfigError]:
+    """Find what is set and does not reach the prompts.
+
+    Args:
+        tokenizer: The policy's.
+        prompts: The wording.
+        teacher: Look at the teacher's prompts, too.
+    """
+    roles = [_Role("student", prompts.student_template, prompts.student_chat_template_kwargs)]
+    if teacher:
+        roles.append(_Role("teacher", prompts.teacher_template, prompts.teacher_chat_template_kwargs))
+    found: dict[str, ConfigError] = {}
+    for role in roles:
+        for problem in _role_problems(tokenizer, prompts, role):
+            found.setdefault(str(problem), problem)
+    return list(found.values())
+
+
+def _role_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role) -> Iterator[ConfigError]:
+    reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"self", "tools", "documents", "kwargs"}
+    reserved |= {"messages", "strftime_now", "raise_exception"}
+    taken = [name for name in role.kwargs if name in reserved]
+    for name in taken:
+        problem = f"{name} is an argument of the rendering itself, which would cut or change the prompts"
+        yield ConfigError(problem, role.setting, f"Leave {name} out: variables of the chat template belong here")
+    role = role._replace(kwargs={name: value for name, value in role.kwargs.items() if name not in taken})
+
+    def rendered(content: str, system: str | None = prompts.system, kwargs: dict[str, Any] = role.kwargs) -> str:
+        wording = replace(prompts, system=system)
+        return wording.rendered(tokenizer, wording.messages(content), kwargs)
+
+    content = fill(role.template, question=_QUESTION, context=_CONTEXT).strip()  # templates may strip it, too
+    try:
+        text = rendered(content)
+    except ConfigError as error:
+        yield _failure(tokenizer, prompts, role, error)
+        return
+    if text.count(content) != 1:
+        yield _lost(tokenizer, prompts, role, content, text)
+        return
+    if prompts.system is not None:
+        try:
+            times = rendered(content, _SYSTEM).count(_SYSTEM)
+        except ConfigError:  # it only takes some system messages
+            times = 1
+        if times != 1:
+            does = "writes it several times" if times else "leaves it out or changes it"
+            yield ConfigError(
+                f"the chat template {does}",
+                "data.prompts.system",
+                "Set it to null and put its text into data.prompts.student_template and teacher_template, or give another "
+                "model.policy.chat_template",
+            )
+    yield from _idle_kwargs(tokenizer, prompts, role)
+
+
+def _failure(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, error: ConfigError) -> ConfigError:
+    """Name the setting without which the template does not fail."""
+
+    def works(system: str | None, kwargs: dict[str, Any]) -> bool:
+        wording = replace(prompts, system=system)
+        try:
+            wording.rendered(tokenizer, wording.messages(_SHORT.question), kwargs)
+        except ConfigError:
+            return False
+        return True
+
+    if prompts.system is not None and works(None, role.kwargs):
+        fix = "Set it to null and put its text into data.prompts.student_template and teacher_template"
+        return ConfigError(error.problem, "data.prompts.system", fix)
+    for name in role.kwargs:
+        if works(prompts.system, {key: value for key, value in role.kwargs.items() if key != name}):
+            return ConfigError(error.problem, role.setting, f"Leave {name} out, or give it another value")
+    return error
+
+
+def _lost(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, content: str, text: str) -> ConfigError:
+    """Say which part of a role's turn does not come through, and which setting keeps it out."""
+    parts = {"question": _QUESTION, "context": _CONTEXT} if role.name == "teacher" else {"question": _QUESTION}
+    ends = {part: (value.split()[0], value.split()[-1]) for part, value in parts.items()}
+    lower = text.lower()
+    gone = [part for part, words in ends.items() if not any(word.lower() in lower for word in words)]
+    if gone:
+        problem = f"the chat template drops the {' and the '.join(gone)} of the {role.name}'s prompt"
+    elif text.count(content) > 1:
+        problem = f"the chat template writes the {role.name}'s turn {text.count(content)} times"
+    else:
+        problem = f"the chat template cuts or changes the text of the {role.name}'s turn"
+    for name in role.kwargs:
+        rest = {key: value for key, value in role.kwargs.items() if key != name}
+        try:
+            if prompts.rendered(tokenizer, prompts.messages(content), rest).count(content) == 1:
+                return ConfigError(f"with {name}: {role.kwargs[name]!r} {problem}", role.setting, f"Leave {name} out")
+        except ConfigError:
+            continue
+    return ConfigError(problem, SETTING, "Give a template that writes the content of a message as it is")
+
+
+def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role) -> Iterator[ConfigError]:
+    """Arguments that change nothing, and values that the template does not know or takes for another type."""
+    content = fill(role.template, question=_SHORT.question, context="Quokka")
+    template = str(tokenizer.get_chat_template(tools=role.kwargs.get("tools")))
+    literals = _literals(template)
+
+    def rendered(kwargs: dict[str, Any]) -> str:
+        try:
+            return prompts.rendered(tokenizer, prompts.messages(content), kwargs)
+        except ConfigError:
+            return _FAILED
+
+    now = rendered(role.kwargs)
+    for name, value in role.kwargs.items():
+        opposite = _OPPOSITE.get(value.strip().lower()) if isinstance(value, str) else None
+        if opposite is not None:  # the template may want it as it is written: "True" for "False"
+            as_words = [opposite, opposite.capitalize(), opposite.upper()]
+            told_apart = any(rendered(role.kwargs | {name: word}) != now for word in as_words)
+        else:
+            told_apart = True
+        as_without = rendered({key: other for key, other in role.kwargs.items() if key != name}) == now
+        idle = as_without and not any(rendered(role.kwargs | {name: other}) != now for other in _others(value, literals))
+        unknown = as_without and isinstance(value, str) and opposite is None and value not in literals
+        if not idle and told_apart and not unknown:
+            continue
+        if unknown and not idle:
+            problem = f"{name}: {value!r} changes nothing in the prompt, and other values do"
+            meant = ", ".join(difflib.get_close_matches(str(value), literals, cutoff=0.5))
+            meant = f"; did you mean one of: {meant}?" if meant else ""
+            fix = f"Give {name} a value that the chat template knows, or leave it out{meant}"
+        elif opposite is not None or (type(value) in (int, float) and value in (0, 1)):
+            problem = f"{name} is {value!r}, which the chat template does not read as true or false"
+            fix = f"Give {name} as true or false, without quotes, or leave it out if the template knows no such argument"
+        else:
+            problem = (
+                f"{name}: {str(value).lower() if isinstance(value, bool) else repr(value)} changes nothing in the prompt"
+            )
+            known = difflib.get_close_matches(name, set(re.findall(r"[A-Za-z_]\w+", template)) - {name}, n=1, cutoff=0.75)
+            meant = f"; did you mean {known[0]}?" if known else ""
+            fix = f"Leave it out: the chat template knows no such argument{meant}"
+        yield ConfigError(problem, role.setting, fix)
+
+
+def _literals(template: str) -> list[str]:
+    """Texts and numbers that a template holds in its code, each once: the values that it can compare or give by default."""
+    from jinja2 import Environment
+
+    tokens = Environment().lexer.tokenize(template)
+    return list(dict.fromkeys(str(token.value) for token in tokens if token.type in ("string", "integer", "float")))
+
+
+def _others(value: Any, literals: list[str]) -> list[Any]:
+    """Other values of the same type, to find out whether the template reads an argument that has its default value."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value + 1, *(other for other in (-1, 0, 1, 10**6) if other != value)]
+    if isinstance(value, str):
+        return [f"{value}x", *[word for word in literals if len(word) <= 24][:300]]
+    return [True, False, "x"] if value is None else []
+
+
+# -- what is said, not refused -----------------------------------------------------------------------------------------
+
+
+def reads_date(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
+    """Return whether the template asks for today's date."""
+    other = replace(prompts, date=str(prompts.day - timedelta(days=400)))
+    return other.student(tokenizer, _SHORT) != prompts.student(tokenizer, _SHORT)
+
+
+def is_null_control(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
+    """Return whether both roles read the same where the teacher gets no context."""
+    return prompts.student(tokenizer, _SHORT) == prompts.teacher(tokenizer, _SHORT, None)
+
+
+def opens_answer(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, kwargs: dict[str, Any]) -> bool:
+    """Return whether a prompt ends where an answer begins: the template has a generation prompt, or needs none."""
+    messages = prompts.messages(_SHORT.question)
+    bare = prompts.rendered(tokenizer, messages, kwargs, generation=False)
+    opened = prompts.rendered(tokenizer, messages, kwargs)
+    if opened != bare:
+        return True
+    answer = "Pangolin7"
+    try:
+        whole = prompts.rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}], kwargs, generation=False)
+    except ConfigError:
+        return False
+    return whole.startswith(opened.rstrip()) and whole[len(opened.rstrip()) :].lstrip().startswith(answer)

@@ -1,0 +1,357 @@
+"""``opsd report RUN ...``: one self-contained HTML page of one run, or of several side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from opsd_lightning import __version__
+from opsd_lightning.reports.charts import charts_of, curves_of
+from opsd_lightning.runs.reader import RECORD, Point, Run, differences, read_run
+from opsd_lightning.types import UserError
+from opsd_lightning.utils.files import replace, script_json
+from opsd_lightning.utils.folders import check_page
+from opsd_lightning.utils.statistics import mean_and_interval, wilson, wilson_interval
+from opsd_lightning.utils.terminal import Arguments, say
+
+_NOTHING = "\N{EN DASH}"
+
+
+def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.html") -> Path:
+    """Write one HTML page that shows runs side by side. It needs no network and no other file.
+
+    Args:
+        runs: Folders of runs, or runs already read (`runs.reader.read_run`).
+        output: The page. Replaced if it exists.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: A folder holds no run, or the page cannot be written there.
+    """
+    found = [run if isinstance(run, Run) else read_run(run) for run in runs]
+    if not found:
+        raise UserError("a report needs a run: give the folder of one")
+    output = Path(output)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: give the page's own name, such as {output / 'report.html'}")
+    check_page(output, "output")
+    try:
+        html = render(found, output)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no page can be made of these runs, whose files hold what no run writes ({reason})") from error
+    try:
+        replace(output, html)
+    except OSError as error:
+        raise UserError(f"the page cannot be written to {output}: {error}") from None
+    return output
+
+
+def main(argv: list[str] | None = None) -> None:
+    """``opsd report``."""
+    parser = Arguments(prog="opsd report", description="One HTML page of one run, or of several side by side.")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder: its trainer.default_root_dir, or a CSV log's version folder"
+    )
+    parser.add_argument("--output", default="report.html", help="the page (default: %(default)s)")
+    options = parser.parse_args(argv)
+    try:
+        say(f"The report is in {write_report(options.runs, options.output)}")
+    except UserError as error:
+        say(f"error: {error}", error=True)
+        raise SystemExit(2) from error
+
+
+def render(runs: Sequence[Run], output: Path) -> str:
+    """The page's HTML.
+
+    Args:
+        runs: What it shows.
+        output: Where it will lie: links to files beside a run are relative to it.
+    """
+    from markupsafe import Markup
+
+    names = _names(runs)
+    pages = [_of_run(run, name, output) for run, name in zip(runs, names, strict=True)]
+    data = {"runs": [curves_of(run, name) for run, name in zip(runs, names, strict=True)], "charts": charts_of(runs)}
+    versions = [page["start"].get("versions", {}) for page in pages]
+    return _template().render(
+        title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
+        runs=pages,
+        sections=list(dict.fromkeys(chart["section"] for chart in data["charts"])),
+        charts=data["charts"],
+        differing=list(differences(runs).items()) if len(runs) > 1 else [],
+        versions={name: [found.get(name) for found in versions] for name in dict.fromkeys(n for v in versions for n in v)},
+        data=Markup(script_json(data)),
+        made=datetime.now().astimezone().isoformat(timespec="minutes"),
+        version=__version__,
+    )
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "count": _count, "duration": duration, "shown": _shown, "when": _when}
+    return environment.from_string(
+        (files("opsd_lightning.reports") / "templates" / "report.html").read_text(encoding="utf-8")
+    )
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
+    blank = dict.fromkeys(("command", "time", "step", "seed", "folder", "devices", "git"))
+    starts = [blank | start for start in run.info.get("starts", [])]
+    start: dict[str, Any] = starts[-1] if starts else {}
+    last = (run.train or run.validations or [Point(0, None, None, {})])[-1]
+    settings = run.settings
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for setting, value in settings.items():
+        top, _, rest = setting.partition(".")
+        groups.setdefault(top if rest else "run", []).append((setting, value))
+    command = starts[0].get("command") if starts else None
+    config = run.root / RECORD / "config.yaml"
+    # What a log of every step says: Lightning's loggers may have been asked for every tenth only.
+    steps = [point.step for point in run.train]
+    whole = len(steps) > 1 and all(b - a == steps[0] for a, b in pairwise(steps))
+    spent = [value for point in run.train for key, value in point.values.items() if re.fullmatch(r"time/\w+_seconds", key)]
+    seconds = max((p.seconds for p in (*run.train, *run.validations) if p.seconds is not None), default=None)
+    return {
+        "name": name,
+        "status": _status(run, last.step),
+        "warnings": run.info.get("warnings", []),
+        "accuracy": _accuracy(run),
+        "first_last": _first_last(run),
+        "steps": last.step,
+        "max_steps": settings.get("trainer.max_steps"),
+        "tokens": last.tokens,
+        "seconds": seconds if seconds is not None else (sum(spent) if whole and spent else None),
+        "clock": "since the start" if seconds is not None else "of rollouts and scoring",
+        "about": _about(settings, start),
+        "start": start,
+        "starts": starts,
+        "command": shlex.join(command) if command else None,
+        "by_python": bool(starts) and not command,
+        "config_command": _from_config(config) if command and config.is_file() else None,
+        "groups": groups,
+        "samples": _samples(run),
+        "held_out": _held_out(run),
+        "links": _links(run, output),
+    }
+
+
+def _from_config(path: Path) -> str:
+    return f"opsd fit --config {shlex.quote(_relative(path, Path.cwd()))}"
+
+
+def _status(run: Run, step: int) -> dict[str, str]:
+    if not run.info:
+        return {"kind": "", "text": "read from a CSV log"}
+    status, reason = run.info.get("status"), run.info.get("reason", "")
+    if status == "finished":
+        return {"kind": "good", "text": f"finished after {_count(step)} steps"}
+    if status == "stopped":
+        return {"kind": "warn", "text": f"stopped by CollapseGuard after {_count(step)} steps"}
+    if status == "idle":
+        return {"kind": "bad", "text": f"made {_count(step)} steps, but {reason}"}
+    if status == "failed":
+        return {"kind": "bad", "text": f"ended by an error after step {step}: {reason}"}
+    if status == "interrupted":
+        how = "by hand (Ctrl-C)" if reason in ("", "SIGINT") else f"by {reason}"
+        return {"kind": "warn", "text": f"interrupted {how} after step {step}"}
+    return {"kind": "warn", "text": f"at step {step} when this page was made: still running, or killed since"}
+
+
+def _accuracy(run: Run) -> dict[str, Any] | None:
+    name = run.accuracy
+    points = [point for point in run.validations if name in point.values]
+    if name is None or not points:
+        return None
+
+    def shown(point: Point) -> dict[str, Any]:
+        value = point.values[name]
+        error, questions = point.values.get(f"{name}_se"), point.values.get("val/questions")
+        return {"value": value, "step": point.step, "interval": _interval(value, error, questions)}
+
+    best = max(points, key=lambda point: point.values[name])
+    before = points[0] if points[0].step == 0 else None
+    teacher = name.replace("val/", "val/teacher_")
+    return {
+        "name": name.removeprefix("val/"),
+        "before": before and shown(before),
+        "best": shown(best),
+        "last": shown(points[-1]),
+        "validations": len(points),
+        "questions": points[-1].values.get("val/questions"),
+        "teacher": points[-1].values.get(teacher),
+    }
+
+
+def _interval(share: float, error: float | None, questions: float | None) -> tuple[float, float] | None:
+    """95 % interval of an accuracy: Wilson's, as if of so many questions as its standard error over questions tells of."""
+    if error:
+        return wilson_interval(share, max(share * (1 - share) / error**2, 1.0))
+    return wilson_interval(share, questions) if questions else None
+
+
+def _first_last(run: Run) -> list[dict[str, Any]]:
+    """For a run without validation: what stands in the place of accuracy."""
+    found = []
+    for name in ("reward", "reverse_kl", "forward_kl", "loss"):
+        label, name = name.replace("_kl", " KL"), f"train/{name}"
+        values = [point.values[name] for point in run.train if name in point.values]
+        if values:
+            found.append({"label": label, "first": values[0], "last": values[-1]})
+    return found[:2]
+
+
+def _about(settings: Mapping[str, Any], start: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The few facts that tell one run from another at a glance."""
+
+    def part(name: str, *inner: str) -> str:
+        found = [str(settings[name])] + [f"{i.rpartition('.')[2]} {settings[i]}" for i in inner if i in settings]
+        return ", ".join(found)
+
+    rows = [
+        ("Model", "model.policy.model"),
+        ("Method", "model"),
+        ("Teacher", "model.teacher"),
+        ("Divergence", "model.objective.divergence"),
+        ("Clip", "model.objective.clip"),
+        ("Context", "model.context"),
+        ("Reads", "data.context"),
+        ("Data", "data.train"),
+        ("Optimizer", "model.optimizer"),
+    ]
+    inner = {"Teacher": ("model.teacher.decay",), "Optimizer": ("model.optimizer.lr",), "Data": ("data.train.path",)}
+    found = [(label, part(name, *inner.get(label, ()))) for label, name in rows if name in settings]
+    return found + [(label.capitalize(), str(start[label])) for label in ("devices",) if start.get(label)]
+
+
+# -- completions -------------------------------------------------------------------------------------------------------
+
+
+def _samples(run: Run) -> dict[str, Any] | None:
+    """The first and the last completions of the same questions, those whose grade changed first."""
+    kind = "val" if any(line["kind"] == "val" for line in run.samples) else "train"
+    kept = {line["step"]: line for line in run.samples if line["kind"] == kind}
+    if not kept:
+        return None
+    first, last = kept[min(kept)], kept[max(kept)]
+    if first is last:
+        pairs = [(record, None) for record in first["records"]]
+    elif kind == "val":
+        after = {(record["index"], record["question"]): record for record in last["records"]}
+        pairs = [(record, after.get((record["index"], record["question"]))) for record in first["records"]]
+    else:  # other questions at every step
+        pairs = [(record, None) for record in first["records"]] + [(None, record) for record in last["records"]]
+    changed = {(False, True): 0, (True, False): 1}
+    if kind == "val":
+        pairs.sort(key=lambda p: changed.get((p[0]["correct"], p[1]["correct"]), 2) if p[1] else 3)
+    return {"kind": kind, "first": first["step"], "last": last["step"], "pairs": pairs}
+
+
+def _held_out(run: Run) -> dict[str, Any] | None:
+    """Accuracy on the held-out questions of the quick start's tests, and its change on the same questions."""
+    if not run.held_out:
+        return None
+    rows = []
+    scores: dict[str, dict[Any, float]] = {}
+    for name, records in run.held_out.items():
+        by_question: dict[Any, list[bool]] = {}
+        for record in records:
+            by_question.setdefault(record.get("index", record["question"]), []).append(bool(record["correct"]))
+        scores[name] = {key: sum(values) / len(values) for key, values in by_question.items()}
+        shares = list(scores[name].values())
+        mean, half = mean_and_interval(shares)
+        single = all(len(values) == 1 for values in by_question.values())
+        interval = wilson([share > 0 for share in shares]) if single else (max(mean - half, 0.0), min(mean + half, 1.0))
+        tokens = sum(record["completion_tokens"] for record in records) / len(records)
+        truncated = sum(bool(record["truncated"]) for record in records) / len(records)
+        silent = sum(record["answer"] is None for record in records) / len(records)
+        row = {"name": name, "questions": len(shares), "value": mean, "interval": interval}
+        rows.append(row | {"silent": silent, "tokens": tokens, "truncated": truncated})
+    before, after = scores.get("before: student", {}), scores.get("after: student", {})
+    same = [key for key in before if key in after]
+    change = mean_and_interval([after[key] - before[key] for key in same]) if same else None
+    return {"rows": rows, "change": change}
+
+
+def _links(run: Run, output: Path) -> list[tuple[str, str]]:
+    def of(setting: str, default: str) -> str:
+        return str(run.settings.get(f"trainer.callbacks.{setting}") or default)
+
+    beside = [
+        ("Token report", of("TokenReport.path", "tokens.html")),
+        ("Adapter", of("AdapterExport.folder", "adapter")),
+        ("Merged model", of("AdapterExport.merged_folder", "merged")),
+        ("Rollouts (CSV)", of("RolloutTable.path", "rollouts.csv")),
+        ("Record", RECORD),
+        ("Held-out completions before", "before/test.jsonl"),
+        ("and after", "after/test.jsonl"),
+    ]
+    return [
+        (label, quote(_relative(run.root / name, output.resolve().parent)))
+        for label, name in beside
+        if (run.root / name).exists()
+    ]
+
+
+def _relative(path: Path, start: Path) -> str:
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError:  # another drive
+        return path.as_posix()
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Short names that differ: the folder's, with as much of the path before it as is needed."""
+    for depth in range(1, 6):
+        names = ["/".join((*run.root.parts[-depth:][:-1], run.name)) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.name} ({number})" for number, run in enumerate(runs, 1)]
+
+
+# -- how values are written --------------------------------------------------------------------------------------------
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return _NOTHING if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _count(value: float | None) -> str:
+    return _NOTHING if value is None else f"{int(value):,}".replace(",", "\u202f")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
+    if seconds is None:
+        return _NOTHING
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _shown(value: Any) -> str:
+    return _NOTHING if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _when(text: str | None) -> str:
+    return _NOTHING if not text else text[:16].replace("T", " ")

@@ -1,0 +1,1 @@
+"""Rollouts sampled by vLLM, in another process or in this one."""

@@ -1,0 +1,88 @@
+"""Checks of a run's surroundings before it starts: folders that can be written, loggers that can be opened."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from opsd_lightning.utils.disk_errors import keep_logs
+from opsd_lightning.utils.folders import Kept
+from opsd_lightning.runs.reader import RECORD
+from opsd_lightning.types import ConfigError
+
+
+def check_folders(trainer: Trainer) -> None:
+    """Refuse folders that cannot be written: the root's, the loggers' and the checkpoints'.
+
+    Raises:
+        ConfigError: A folder cannot be made or written.
+    """
+    folders: list[tuple[str, Any]] = [("trainer.default_root_dir", trainer.default_root_dir)]
+    folders += [("trainer.logger", logger.save_dir) for logger in trainer.loggers]
+    callbacks: list[Any] = trainer.checkpoint_callbacks
+    folders += [("trainer.callbacks", callback.dirpath) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    for setting, folder in folders:
+        if folder is None or "://" in str(folder):
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            problem = f"cannot write to {folder} ({error.strerror})"
+            raise ConfigError(problem, setting, "Choose a folder that can be written") from error
+
+
+def outputs_of(trainer: Trainer) -> list[Kept]:
+    """Return the local folders and files that a fit writes, with words for each."""
+    root = Path(trainer.default_root_dir)
+    found: list[tuple[str, Any]] = [
+        ("the run's own folder (trainer.default_root_dir)", root),
+        ("the run's record", root / RECORD),
+        ("the folder of evaluations", root / "results"),
+        ("the folder of checkpoints", root / "checkpoints"),
+    ]
+    found += [("the folder of checkpoints", getattr(c, "dirpath", None)) for c in trainer.checkpoint_callbacks]
+    found += [("a logger's folder", logger.log_dir or logger.save_dir) for logger in trainer.loggers]
+    pages = [getattr(callback, "path", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    found += [("a page or table of the run", root / path) for path in pages if isinstance(path, str)]
+    return [(words, path) for words, path in found if path is not None and "://" not in str(path)]
+
+
+def open_loggers(trainer: Trainer) -> None:
+    """Open the loggers' runs, as Lightning does first of all.
+
+    Raises:
+        ConfigError: A logger's library fails, for example because it is not logged in.
+    """
+    if trainer.is_global_zero:
+        keep_logs(trainer.loggers)
+    for logger in trainer.loggers:
+        try:
+            _ = logger.experiment  # type: ignore[attr-defined]
+        except Exception as error:  # each library has its own
+            name, reason = type(logger).__name__, " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"{name} cannot start ({reason})",
+                "trainer.logger",
+                "Log in to its service, or choose another, such as CSVLogger",
+            ) from error
+
+
+def check_last(trainer: Trainer, ckpt_path: str | None) -> None:
+    """Refuse an evaluation of a checkpoint that has no name: Lightning would go on with the untrained weights.
+
+    Raises:
+        ConfigError: ``best`` and ``hpc`` need a ``fit`` in the same process; ``last`` needs a checkpoint of that name.
+    """
+    if ckpt_path not in ("best", "last", "hpc"):
+        return
+    callbacks: list[Any] = trainer.checkpoint_callbacks
+    folders = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is not None]
+    if ckpt_path == "last" and any(any(folder.glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*")) for folder in folders):
+        return
+    raise ConfigError(f"no checkpoint answers to {ckpt_path}", "ckpt_path", "Give the checkpoint's file")

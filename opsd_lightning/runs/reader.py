@@ -1,0 +1,349 @@
+"""A run on disk, and reading it back: its metrics by step, its settings, what it answered before and after.
+
+    ROOT/record/run.json        each start of the run: command, versions, devices; how it ended   (of the RunReport callback)
+    ROOT/record/config.yaml     every setting
+    ROOT/record/metrics.jsonl   one line a training step and a validation
+    ROOT/record/samples.jsonl   completions of the same few questions at every validation, graded
+    ROOT/before, ROOT/after     held-out questions in test.jsonl, as the quick start leaves them
+
+A run without a record is read from ``metrics.csv`` (CSVLogger) and the ``config.yaml`` beside it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple
+
+from opsd_lightning.utils.redaction import redact
+from opsd_lightning.types import UserError
+from opsd_lightning.utils.yaml_limits import check_yaml
+
+RECORD = "record"
+# What the report reads of a graded completion.
+_GRADED: dict[str, type] = {"question": str, "correct": int, "answer": object, "completion_tokens": int, "truncated": int}
+_SAMPLE: dict[str, type] = _GRADED | {"completion": str, "samples": int, "right": int}
+_FILES = ("run.json", "metrics.jsonl", "metrics.csv", "config.yaml", "samples.jsonl")
+
+
+class Point(NamedTuple):
+    """What was measured at one time of a run.
+
+    Args:
+        step: Optimizer steps made.
+        tokens: Completion tokens generated in training until then, where known.
+        seconds: Since the first start, without the pauses between a stop and a resumption, where known.
+        values: Metrics by the name they were logged under.
+    """
+
+    step: int
+    tokens: float | None
+    seconds: float | None
+    values: dict[str, float]
+
+
+@dataclass
+class Run:
+    """A run as `read_run` found it.
+
+    Args:
+        root: The folder of its outputs.
+        name: Of its folder.
+        train: Training steps, in order.
+        validations: Validations, in order; that before training at step 0.
+        info: What ``run.json`` says; empty without a record.
+        config: Its settings as nested mappings, without secrets; empty where none were kept.
+        samples: Graded completions of a few questions, as ``{"kind": "val" or "train", "step": ..., "records": [...]}``.
+        held_out: Records of held-out questions by when and role, such as ``before: student``.
+    """
+
+    root: Path
+    name: str
+    train: list[Point] = field(default_factory=list)
+    validations: list[Point] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    held_out: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> str | None:
+        """The validation metric that a reader looks at first: avg@k."""
+        names = {name for point in self.validations for name in point.values}
+        return next((name for name in sorted(names) if re.fullmatch(r"val/avg@\d+", name)), None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings by their dotted names (`flatten`)."""
+        return flatten(self.config)
+
+
+def read_run(path: str | Path) -> Run:
+    """Read what a run left behind.
+
+    Args:
+        path: The run's folder (``trainer.default_root_dir``), its record's, or that of a version of CSVLogger.
+
+    Raises:
+        UserError: Nothing of a run is there, or a file of it is damaged.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise UserError(f"{given} does not exist: give a run's folder (trainer.default_root_dir, or a CSV log's version)")
+    folder = given.resolve()
+    if folder.is_file():
+        if folder.name not in _FILES:
+            raise UserError(f"{given} is a file: give the folder of the run that it is of")
+        folder = folder.parent
+    record = _record(folder)
+    if record is not None:
+        run = _from_record(record)
+    else:
+        log = _log(folder)
+        if log is None:
+            raise UserError(
+                f"{given} holds no run: there is neither {RECORD}/run.json, which the RunReport callback writes, nor a "
+                "metrics.csv of training, which CSVLogger writes"
+            )
+        run = _from_log(log, folder)
+    if not run.train and not run.validations and not run.info:
+        raise UserError(f"{given} holds neither a training step nor a validation yet")
+    run.held_out = _held_out(run.root)
+    return run
+
+
+def _present(path: Path) -> bool:
+    """Return whether a file of a run is there.
+
+    Raises:
+        UserError: A link leads to it, so that the page of a run from elsewhere would show a file of this machine.
+    """
+    if not path.is_file():
+        return False
+    if path.resolve() != path:
+        raise UserError(f"{path} is a symbolic link, or lies behind one, which is not followed: give the folder it leads to")
+    return True
+
+
+def _record(folder: Path) -> Path | None:
+    for candidate in (folder, folder / RECORD):
+        if _present(candidate / "run.json") and "starts" in _json(candidate / "run.json"):
+            return candidate
+    for parent in list(folder.parents)[:3]:  # a logger's folder of a run that has a record
+        path = parent / RECORD / "run.json"
+        if _present(path) and str(folder) in _json(path).get("logs", []):
+            return path.parent
+    return None
+
+
+def _from_record(record: Path) -> Run:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        _present(record / name)
+    info = _json(record / "run.json")
+    run = Run(record.parent if record.name == RECORD else record, "", info=info)
+    run.name = run.root.name if record.name == RECORD else f"{run.root.name}/{record.name}"
+    points: dict[tuple[str, int], Point] = {}
+    for line in read_lines(record / "metrics.jsonl"):
+        with _reading(record / "metrics.jsonl"):
+            # A validation that a resumed run made again stands in the place of the first.
+            points[line["kind"], line["step"]] = _point(line)
+    run.train = sorted((p for (kind, _), p in points.items() if kind == "train"), key=lambda point: point.step)
+    run.validations = sorted((p for (kind, _), p in points.items() if kind == "val"), key=lambda point: point.step)
+    run.config = _config(record / "config.yaml")
+    run.samples = read_lines(record / "samples.jsonl")
+    with _reading(record / "samples.jsonl"):
+        for line in run.samples:
+            _check(line, {"kind": str, "step": int, "records": list})
+            for sample in line["records"]:
+                _check(sample, _SAMPLE | ({"index": int} if line["kind"] == "val" else {}))
+    return run
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say that a file is damaged where its content is not what a run writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged: {f'{reason} is missing' if isinstance(error, KeyError) else reason}") from None
+
+
+def _check(value: Any, kinds: Mapping[str, type | UnionType]) -> None:
+    """Raise unless a value is an object with values of some types."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.60} is no object")
+    for name, kind in kinds.items():
+        if not isinstance(value[name], kind):
+            raise TypeError(f"{name} is {value[name]!r:.60}")
+
+
+def _point(line: Mapping[str, Any]) -> Point:
+    _check(line, {"kind": str, "step": int, "metrics": dict})
+    for name, value in {"tokens": line["tokens"] or 0, "seconds": line["seconds"] or 0, **line["metrics"]}.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r:.60}")
+    return Point(line["step"], line["tokens"], line["seconds"], line["metrics"])
+
+
+def _log(folder: Path) -> Path | None:
+    """The newest metrics.csv of training in or below a folder; tests have one as well."""
+    found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}metrics.csv")]
+    found = [path for path in found if _present(path)]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        with _reading(path), path.open(encoding="utf-8") as file:
+            if any(name.startswith(("train/", "val/")) for name in next(csv.reader(file), [])):
+                return path
+    return None
+
+
+def _from_log(path: Path, folder: Path) -> Run:
+    run = Run(folder, folder.name, config=_config(path.parent / "config.yaml"))
+    with _reading(path.parent / "config.yaml"):
+        updates = int(run.settings.get("model.updates_per_batch") or 1)  # the log counts batches
+        last = int(run.settings.get("trainer.max_steps") or -1)
+    baseline = not run.config or "BaselineEvaluation" in str(run.config)
+    tokens = 0.0
+    for row in _rows(path):
+        with _reading(path):
+            step = (int(row["step"]) + 1) * updates
+        step = min(step, last) if last > 0 else step
+        if any(name.startswith("train/") for name in row):
+            tokens = row.get("train/tokens_generated", tokens)
+            run.train.append(Point(step, tokens, None, _metrics(row)))
+        elif any(name.startswith("val/") for name in row):
+            if baseline and not row["step"] and not run.train and not run.validations:
+                step = 0  # the callback's, from before the first step
+            run.validations.append(Point(step, tokens, None, _metrics(row)))
+    return run
+
+
+def _metrics(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in ("step", "epoch")}
+
+
+def _held_out(root: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for when in ("before", "after"):
+        path = root / when / "test.jsonl"
+        with _reading(path):
+            for record in read_records(path) if _present(path) else []:
+                _check(record, _GRADED)
+                found.setdefault(f"{when}: {record.get('role', 'student')}", []).append(record)
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not _present(path):
+        return {}
+    import yaml
+
+    with _reading(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+            check_yaml(text)
+            found = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from None
+    return redact(found) if isinstance(found, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with _reading(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            _check({"starts": [], "logs": [], "warnings": []} | found, {"starts": list, "logs": list, "warnings": list})
+            for start in found.get("starts", []):
+                _check({"versions": {}, "command": None} | start, {"versions": dict, "command": list | None})
+    return found if isinstance(found, dict) else {}
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted names. The class of a part stands under the part's own name; unset settings are left out."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, Mapping):
+            if "class_path" in value:
+                found[name] = short_class(value["class_path"])
+                value = {key: part for key, part in value.items() if key != "class_path"}
+                value = {**(value.pop("init_args", None) or {}), **value}
+            elif not value:
+                found[name] = {}
+            for key, part in value.items():
+                walk(part, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            names = [short_class(p["class_path"]) if isinstance(p, Mapping) and "class_path" in p else "" for p in value]
+            for place, (part, own) in enumerate(zip(value, names, strict=True)):
+                label = own if own and names.count(own) == 1 else f"{own}{place}"
+                walk(part, f"{name}.{label}")
+        elif value is not None:
+            found[name] = value
+
+    walk(config, "")
+    return found
+
+
+def short_class(path: str) -> str:
+    """The name of one of this package's classes alone; of others with their modules."""
+    return path.rpartition(".")[2] if path.startswith(("opsd_lightning.", "lightning.pytorch.")) else path
+
+
+def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
+    """The settings in which runs differ: the value of each run by the setting's name, None where it is not set."""
+    all_settings = [run.settings for run in runs]
+    order = ("model", "data", "trainer")
+    names = {name for settings in all_settings for name in settings}
+    tops = {name: name.partition(".")[0] for name in names}
+    ordered = sorted(names, key=lambda name: (order.index(tops[name]) if tops[name] in order else len(order), name))
+    values = {name: [settings.get(name) for settings in all_settings] for name in ordered}
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row[1:])}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of JSON Lines, each an object; an interrupted run may have left half of one at the end.
+
+    Raises:
+        UserError: A line is something else.
+    """
+    if not path.is_file():
+        return []
+    with _reading(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+        found = [json.loads(line) for line in lines if line.endswith(b"\n") and line.strip()]
+        for value in found:
+            _check(value, {})
+    return found
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """JSON Lines. Only newlines end a line: a completion may hold other separators, such as U+2028, as they are."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    with _reading(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = [line.decode() for line in lines if line.endswith(b"\n")]  # an interrupted run may have left half of one
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:
+    """The training steps of a CSV log, one a row, and its validations as (optimizer steps made, accuracy)."""
+    steps: list[dict[str, float]] = []
+    validations: list[tuple[int, float]] = []
+    for row in _rows(path):
+        if "train/loss" in row:
+            steps.append(row)
+        if "val/avg@1" in row:
+            validations.append((int(steps[-1]["step"]) + 1 if steps else int(row["step"]), row["val/avg@1"]))
+    return steps, validations

@@ -1,0 +1,330 @@
+"""Writing down a run: its record's files, and the facts of the machine and the settings that belong in it. See `reader`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_lightning import __version__
+from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.folders import free_name
+from opsd_lightning.runs.reader import read_lines
+from opsd_lightning.types import ConfigError
+
+#: Name of the record's checkpoint identifier in a checkpoint.
+CHECKPOINT_ID = "opsd_record"
+_RUN, _METRICS, _SAMPLES, _CONFIG = "run.json", "metrics.jsonl", "samples.jsonl", "config.yaml"
+_RESERVE = ".reserve"  # room that is given back to a full disk when the end is written
+_RESERVED_BYTES = 1 << 16
+_TRIES, _PAUSE_SECONDS = 3, 0.2  # of writing the end
+
+
+def is_newest(folder: Path, checkpoint: str | None) -> bool:
+    """Return whether a checkpoint is the newest that the run of a record wrote.
+
+    Args:
+        folder: The record's.
+        checkpoint: Value of the checkpoint's entry `CHECKPOINT_ID`, if it has one.
+    """
+    return checkpoint is not None and _info_of(folder).get("checkpoint") == checkpoint
+
+
+def is_of_another_run(folder: Path, checkpoint: str | None) -> bool:
+    """Return whether a checkpoint is surely of another run than a record.
+
+    Args:
+        folder: The record's.
+        checkpoint: Value of the checkpoint's entry `CHECKPOINT_ID`, if it has one. Those of earlier versions name no run.
+    """
+    run, dash, _ = str(checkpoint or "").partition("-")
+    return bool(dash) and _info_of(folder).get("run") != run
+
+
+def check_record(folder: Path) -> None:
+    """Refuse a folder that a record would have to share with other files.
+
+    Raises:
+        ConfigError: It exists and is neither empty nor a record.
+    """
+    if not os.path.lexists(folder):
+        return
+    problem = f"{folder} is no folder of its own" if folder.is_symlink() or not folder.is_dir() else None
+    names = set() if problem else {path.name for path in folder.iterdir()}
+    if names and not names & {_RUN, _METRICS, _SAMPLES, _CONFIG, _RESERVE}:
+        problem = f"{folder} is no record of a run: it holds {', '.join(sorted(names)[:3])}"
+    if problem is not None:
+        fix = "Choose another folder for the run, or move this one away"
+        raise ConfigError(f"{problem}, and RunReport writes its record there", "trainer.default_root_dir", fix)
+
+
+class Record:
+    """The files of a record, and the clock of its run.
+
+    The record of another run in the folder is moved to ``record-1`` and so on, also where the run goes on from a checkpoint
+    that is not of that record. A run that goes on drops the lines of the
+    steps that it makes again; a copy of the record is kept there before, where the run had finished or goes on from another
+    checkpoint than its newest, so that those lines are not made again alike.
+
+    Lines that cannot be written, because the disk is full, wait in memory and are written when it has room.
+
+    Args:
+        folder: Folder of the files.
+        step: Optimizer steps made when this start begins: above 0 for a resumed run.
+        validates: A resumed run begins with the validation of that step, which then takes the place of an earlier one's.
+            Defaults to false.
+        checkpoint: Identifier (`CHECKPOINT_ID`) of the checkpoint that the run goes on from, if it has one.
+        failed: Called with the name and the error of a file that cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        validates: bool = False,
+        checkpoint: str | None = None,
+        failed: Callable[[str, OSError], None] = lambda name, error: None,
+    ) -> None:
+        self.folder, self._started, self._failed = folder, time.monotonic(), failed
+        self._info: dict[str, Any] = {}
+        self._waiting: dict[str, list[str]] = {_METRICS: [], _SAMPLES: []}
+        self._checkpoint: tuple[int, str] | None = None  # the newest of this start: its step and identifier
+        lines, info = read_lines(folder / _METRICS), _info_of(folder)
+        newest = is_newest(folder, checkpoint)
+        last = max((line["step"] for line in lines if line["kind"] == "train"), default=-1)
+        self.resumed = step > 0 and (last >= step or newest) and not is_of_another_run(folder, checkpoint)
+        if folder.exists() and not self.resumed:
+            os.replace(folder, free_name(folder))
+        elif self.resumed:
+            dropped = any(line["step"] > step for line in lines)
+            if info.get("status") in ("finished", "idle") or (dropped and not newest):
+                self._copy()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._reserve()
+
+        def keep(line: dict[str, Any]) -> bool:
+            return bool(line["step"] < step + (not validates or line["kind"] == "train"))
+
+        kept = [line for line in lines if keep(line)] if self.resumed else []
+        self._before = max((line["seconds"] for line in kept), default=0.0)
+        if self.resumed:  # steps after the checkpoint are made again
+            samples = [line for line in read_lines(folder / _SAMPLES) if keep(line)]
+            ends = [line for line in samples if line["kind"] == "train"][1:]  # of an earlier stop
+            samples = [line for line in samples if line not in ends]
+            replace(folder / _SAMPLES, "".join(_line(line) for line in samples))
+            replace(folder / _METRICS, "".join(_line(line) for line in kept))
+
+    def _copy(self) -> None:
+        """Keep a copy of the record, which takes its name when it is whole."""
+        aside = free_name(self.folder)
+        with tempfile.TemporaryDirectory(prefix=f".{aside.name}.partial-", dir=aside.parent) as temporary:
+            whole = Path(temporary) / aside.name
+            shutil.copytree(self.folder, whole, ignore=shutil.ignore_patterns(_RESERVE, ".*.partial"))
+            os.rename(whole, aside)
+
+    def _reserve(self) -> None:
+        with suppress(OSError):  # there is no room for it
+            replace(self.folder / _RESERVE, b"\0" * _RESERVED_BYTES)
+
+    def seconds(self) -> float:
+        """Since the first start, without pauses."""
+        return round(self._before + time.monotonic() - self._started, 3)
+
+    def start(self, start: dict[str, Any], logs: list[str], config: str) -> None:
+        old = _info_of(self.folder) if self.resumed else {}
+        self._info = {
+            "run": old.get("run") or secrets.token_hex(8),
+            "starts": [*old.get("starts", []), start],
+            "logs": sorted({*old.get("logs", []), *logs}),
+            "status": "running",
+            "reason": "",
+            "warnings": [],
+            "unwritten": {},
+            "checkpoint": old.get("checkpoint"),
+            "ended": None,
+        }
+        self._try(_CONFIG, lambda: replace(self.folder / _CONFIG, config))
+        self._write()
+
+    def checkpoint(self, step: int) -> str:
+        """Note that a checkpoint is being written after an optimizer step; returns its identifier."""
+        if self._checkpoint is None or self._checkpoint[0] != step:
+            self._checkpoint = step, f"{self._info['run']}-{secrets.token_hex(8)}"
+            self._info["checkpoint"] = self._checkpoint[1]
+            self._write()
+        return self._checkpoint[1]
+
+    def end(self, status: str, reason: str, warnings: list[str], unwritten: Mapping[str, str] | None = None) -> None:
+        """Write how the run ended, and what could not be written, also to a full disk."""
+        self._flush()
+        with suppress(OSError):
+            (self.folder / _RESERVE).unlink(missing_ok=True)
+        self._info |= {"status": status, "reason": reason, "warnings": warnings, "ended": now()}
+        lost = dict(unwritten or {})
+        for last in (False, True):  # first how it ended; then, if there is room, the lines that wait
+            lines = {name: f"{len(waiting)} lines" for name, waiting in self._waiting.items() if waiting}
+            self._info["unwritten"] = lost | lines
+            for _ in range(_TRIES):
+                if self._write():
+                    break
+                time.sleep(_PAUSE_SECONDS)
+            if last or not self._flush():
+                break
+
+    def metrics(self, kind: str, step: int, seconds: float, tokens: int, values: dict[str, float]) -> None:
+        line = {"kind": kind, "step": step, "seconds": seconds, "tokens": tokens, "metrics": values}
+        self._append(_METRICS, line)
+
+    def samples(self, kind: str, step: int, records: list[dict[str, Any]]) -> None:
+        self._append(_SAMPLES, {"kind": kind, "step": step, "records": records})
+
+    def drop_training_samples(self) -> None:
+        samples = [line for line in read_lines(self.folder / _SAMPLES) if line["kind"] != "train"]
+        replace(self.folder / _SAMPLES, "".join(_line(line) for line in samples))
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        self._waiting[name].append(_line(line))
+        self._flush()
+
+    def _flush(self) -> bool:
+        """Write the lines that wait; returns whether some were written."""
+        written = False
+        for name, waiting in self._waiting.items():
+            count = len(waiting)
+            while waiting:
+                content = "".join(waiting[:count]).encode("utf-8", "backslashreplace")
+                if self._try(name, partial(append, self.folder / name, content)):
+                    del waiting[:count]
+                    written = True
+                elif count > 1:
+                    count = 1  # as many as there is room for
+                else:
+                    break
+        return written
+
+    def _try(self, name: str, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            self._failed(name, error)
+            return False
+        return True
+
+    def _write(self) -> bool:
+        content = json.dumps(self._info, indent=2, ensure_ascii=False)
+        return self._try(_RUN, lambda: replace(self.folder / _RUN, content))
+
+
+def _info_of(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_open(folder: Path, step: int) -> bool:
+    """Return whether a run has trained up to a step, and nobody has written its end."""
+    info = _info_of(folder)
+    steps = [line["step"] for line in read_lines(folder / _METRICS) if line["kind"] == "train"]
+    return bool(info) and info.get("status") not in ("finished", "stopped", "idle") and max(steps, default=-1) == step
+
+
+def described(value: Any, depth: int = 0) -> Any:
+    """An object's plain settings, as the command line would write them."""
+    if isinstance(value, bool) or value is None or (isinstance(value, (int, float, str)) and depth < 8):
+        plain = (bool, int, float, str)
+        return next((kind(value) for kind in plain if isinstance(value, kind)), None)
+    if isinstance(value, Mapping):
+        return {str(key): described(part, depth + 1) for key, part in list(value.items())[:200]}
+    if isinstance(value, (list, tuple)):
+        return [described(part, depth + 1) for part in value] if len(value) <= 50 else f"{len(value)} values"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: described(getattr(value, field.name), depth + 1) for field in dataclasses.fields(value)}
+    settings = vars(value) if depth < 6 and hasattr(value, "__dict__") and not callable(value) else {}
+    kept = {name: part for name, part in settings.items() if not name.startswith("_") and _is_setting(part)}
+    return {"class_path": path_of(value)} | ({"init_args": described(kept, depth + 1)} if kept else {})
+
+
+def _is_setting(value: Any) -> bool:
+    own = type(value).__module__.startswith("opsd_lightning.") and not isinstance(value, (Tensor, torch.nn.Module, tuple))
+    return value is None or isinstance(value, (bool, int, float, str)) or own
+
+
+def path_of(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def launcher() -> list[str]:
+    """What stands before the arguments: `opsd`, under torchrun where that started the processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["opsd"]
+    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = ["--nnodes", str(world // local)] if world > local else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(local), "--no-python", "opsd"]
+
+
+def devices(device: torch.device, count: int) -> str:
+    """How many of which device."""
+    if device.type == "cuda":
+        return f"{count} x {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{count} x {device.type} ({name}, {threads} thread{'s' * (threads > 1)})"
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of those that decide its numbers, and of the system."""
+    found = {"opsd_lightning": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "lightning", "transformers", "peft", "bitsandbytes", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"system": platform.platform(terse=True)}
+
+
+def commit() -> str | None:
+    """The Git commit of the current folder, and whether files that it holds were changed since."""
+
+    # A repository's own settings may name commands: its monitor, its hooks, and filters of files that changed.
+    safe = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "--no-optional-locks"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", *safe, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        names = git("config", "--show-scope", "--name-only", "--list").splitlines()
+        if any(not name.startswith(("system\t", "global\t", "command\t")) and "\tfilter." in name.lower() for name in names):
+            return head
+        changed = bool(git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all"))
+        return head + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def now() -> str:
+    return datetime.now(UTC).astimezone().isoformat(timespec="seconds")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"

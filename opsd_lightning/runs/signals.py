@@ -1,0 +1,545 @@
+"""Runs that are told to stop, and ranks that are gone: every rank ends within seconds, at the same step.
+
+A signal is noted, and all ranks leave at the end of a step together, with one checkpoint (`stop_if_asked`). A second signal
+ends the process at once. A thread sees signals that come while the main thread waits for other ranks, and holds a
+connection to rank 0, or on rank 0 to all: the system closes it where a process dies, and the others end too, instead of
+waiting for it in a collective until that times out.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import os
+import re
+import secrets
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from opsd_lightning.runs import early_signals
+from opsd_lightning.runs.early_signals import SECOND_SIGNAL_SECONDS
+from opsd_lightning.runs.requeue import ask_to_requeue, save_for_requeue
+
+#: Seconds after a signal until the process ends though it has not come to the end of a step.
+DEADLINE_SECONDS = 900.0
+# Seconds after a rank is gone: until collectives are aborted, until the process ends, and until it ends though it is
+# writing its report.
+_ABORT_SECONDS, _END_SECONDS, _LAST_SECONDS = 2.0, 6.0, 40.0
+# Seconds from a second signal until the process ends though the main thread waits for other ranks.
+_STUCK_SECONDS = 4.0
+_OWN_ERROR_SECONDS = 1.0  # until the failure of another rank ends this one
+_CONNECT_SECONDS = 60.0
+_BYE = "bye"
+
+
+class Stopped(SIGTERMException):
+    """Ends a run that a signal asked to stop. A `SystemExit` with the status 128 plus the signal's number.
+
+    Args:
+        number: Number of the signal.
+        launched: The process was started by the first rank, which ends the run with the status. Defaults to false.
+    """
+
+    def __init__(self, number: int, launched: bool = False) -> None:
+        # Lightning kills the first rank where a rank that it started ends with another status than 0.
+        super().__init__(0 if launched else 128 + number)
+        self.number = number
+
+    @property
+    def signal_name(self) -> str:
+        return signal.Signals(self.number).name
+
+
+class RankLost(RuntimeError):
+    """Another rank has failed or was killed."""
+
+
+class Signals(_SignalConnector):
+    """The trainer's signal handlers. Takes the place of Lightning's, whose handlers wait for other ranks.
+
+    Attributes:
+        asked: Number of the signal that asked the run to stop; 0 for none.
+        agreed: All ranks are leaving.
+        requeued: SLURM will start the job again, and ends this one.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.asked, self.agreed, self._asked_at = 0, False, 0.0
+        self.requeued = False
+        self._watch: _Watch | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requeue_signal(self) -> int | None:
+        """The signal on which SLURM is asked to start the job again."""
+        environment = self.trainer._accelerator_connector.cluster_environment
+        if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+            return None
+        return environment.requeue_signal
+
+    def connect(self) -> bool:
+        """Connect the ranks, once their process group is there; return whether that is now. Every rank must call."""
+        if self._watch is None and self.trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
+            self._watch = _Watch(self)
+            self._watch.connect(self.trainer)
+            return True
+        return False
+
+    def register_signal_handlers(self) -> None:
+        self.asked, self.agreed, self.requeued = 0, False, False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        if (own := self.requeue_signal) is not None:
+            numbers.append(signal.Signals(own))
+            if shutil.which("scontrol") is None:
+                rank_zero_warn(
+                    f"scontrol is not on PATH: after {numbers[-1].name} a checkpoint is saved and the run ends, but SLURM "
+                    "is not asked to start the job again"
+                )
+        for number in numbers:
+            if (before := signal.getsignal(number)) is not signal.SIG_IGN:  # nohup
+                self._previous[number] = before
+                signal.signal(number, self._note)
+        self._watch = self._watch or _Watch(self)
+        self._watch.start(set(self._previous))
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._watch is not None and self._watch.lost is not None:
+            if not self._watch.raised:
+                self._watch.raised = True
+                raise RankLost(self._watch.lost)
+            return
+        if self.asked:
+            if time.monotonic() - self._asked_at >= SECOND_SIGNAL_SECONDS and not self.requeued:
+                raise Stopped(number)
+            return
+        self.asked, self._asked_at = number, time.monotonic()
+        before = self._previous.get(number)
+        if callable(before) and before is not signal.default_int_handler:
+            before(number, frame)
+
+    def teardown(self) -> None:
+        """Put the former handlers back. Called at the end of a run and where it fails."""
+        if threading.current_thread() is threading.main_thread():
+            for number, before in self._previous.items():
+                signal.signal(number, signal.SIG_DFL if before is None else before)
+        self._previous = {}
+        if self._watch is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED:
+            self.release()
+
+    def release(self) -> None:
+        """Take leave of the other ranks."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close(failed=self.trainer.state.status == TrainerStatus.INTERRUPTED and not self.agreed)
+
+
+def watch(trainer: Trainer) -> None:
+    """Take the trainer's signals over, and connect its ranks. To be called on every rank in ``setup``, before long work."""
+    if not isinstance(trainer._signal_connector, Signals):
+        trainer._signal_connector = Signals(trainer)
+    connected, number = trainer._signal_connector.connect(), early_signals.end()
+    if connected:
+        number = _most(trainer, number)
+    if number:
+        if trainer.is_global_zero:
+            _say(f"Stopped by {signal.Signals(number).name} before the run began")
+        trainer._signal_connector.agreed = True
+        raise _stopped(trainer, number)
+
+
+def release(trainer: Trainer) -> None:
+    """Let the other ranks know that this one has nothing left to do. To be called in ``teardown``."""
+    if isinstance(trainer._signal_connector, Signals):
+        trainer._signal_connector.release()
+
+
+def stop_if_asked(trainer: Trainer, command: str | None = None) -> None:
+    """Leave at the end of a step, or of an evaluation's batch, if any rank was asked to. Every rank must call.
+
+    Within a fit one checkpoint is saved, or the one that was just saved is taken.
+
+    Args:
+        trainer: That of the run.
+        command: Command line of the run. None for a run that Python started.
+
+    Raises:
+        Stopped: On all ranks, where one was asked.
+    """
+    connector = trainer._signal_connector
+    asked = connector.asked if isinstance(connector, Signals) else 0
+    if trainer.world_size > 1:
+        asked = _most(trainer, asked)
+    if not asked or not isinstance(connector, Signals):
+        return
+    connector.asked = asked
+    how = f"Stopped by {signal.Signals(asked).name}"
+    if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        how += f" after step {trainer.global_step}. {_checkpoint(trainer, connector, command)}"
+    if trainer.is_global_zero:
+        _say(how)
+    connector.agreed = True
+    raise _stopped(trainer, asked)
+
+
+def _most(trainer: Trainer, number: int) -> int:
+    """The largest of all ranks' numbers. Every rank must call."""
+    return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), None, "max"))
+
+
+def _stopped(trainer: Trainer, number: int) -> Stopped:
+    environment = trainer._accelerator_connector.cluster_environment
+    return Stopped(number, launched=isinstance(environment, LightningEnvironment) and trainer.global_rank > 0)
+
+
+def _checkpoint(trainer: Trainer, connector: Signals, command: str | None) -> str:
+    """Have one checkpoint of this step; returns how to go on from it. Every rank must call."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return "fast_dev_run saves nothing"
+    if connector.asked == connector.requeue_signal:
+        path = save_for_requeue(trainer)
+        connector.requeued = trainer.is_global_zero and ask_to_requeue(path)
+        return f"The checkpoint is {path}"
+    if not trainer.checkpoint_callbacks:
+        return "Nothing was saved: the trainer has no ModelCheckpoint"
+    path = _saved(trainer) or _save(trainer)
+    if command is None:
+        return f"Go on with trainer.fit(..., ckpt_path={path!r})"
+    return f"Go on with: {command} --ckpt_path {shlex.quote(path)}"
+
+
+def _saved(trainer: Trainer) -> str | None:
+    """The whole checkpoint of this very step, if there is one."""
+    callbacks: list[Any] = trainer.checkpoint_callbacks
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only:
+            saved = callback._last_checkpoint_saved
+            if saved and callback._last_global_step_saved == trainer.global_step:
+                return callback.last_model_path if callback.save_last and callback.last_model_path else saved
+    return None
+
+
+def _save(trainer: Trainer) -> str:
+    """Save what ``--ckpt_path last`` finds: in the place of this run's last checkpoint, and of no other's."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    callback = next((callback for callback in callbacks if callback.save_last), callbacks[0] if callbacks else None)
+    path = ""
+    if trainer.is_global_zero:
+        own = {str(callback.last_model_path) if callback else "", str(trainer.ckpt_path)}
+        folder = Path(callback.dirpath or trainer.default_root_dir) if callback else Path(trainer.default_root_dir)
+        names = (
+            f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}{ending}.ckpt" for ending in ("", *(f"-v{n}" for n in range(1, 10**6)))
+        )
+        found = (folder / name for name in names)
+        path = str(callback.last_model_path) if callback and callback.last_model_path else ""
+        path = path or str(next(p for p in found if not p.exists() or str(p) in own))
+    path = str(trainer.strategy.broadcast(path))
+    if callback is not None:
+        callback.last_model_path = path  # part of what is saved
+    trainer.save_checkpoint(path)
+    return path
+
+
+class _Watch:
+    """A thread that sees signals at once, and a connection that ends where another rank ends."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+        self.rank = signals.trainer.global_rank
+        #: What became of another rank.
+        self.lost: str | None = None
+        #: The main thread was told of it.
+        self.raised = False
+        self._numbers: set[int] = set()
+        self._first = self._again_at = self._lost_at = 0.0
+        self._again = 0
+        self._failed = False  # others know that this rank fails
+        self._aborted = False
+        self._others: dict[socket.socket, int] = {}
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._wakeup: int | None = None
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
+        _watches.append(self)
+
+    @property
+    def asked(self) -> int:
+        return self._signals.asked
+
+    # -- connections -------------------------------------------------------------------------------------------------------
+
+    def connect(self, trainer: Trainer) -> None:
+        """Connect every rank with rank 0. A network that does not allow it costs the watch, not the run."""
+        listener, told = None, None
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                listener = _listen(trainer.world_size)
+                told = (listener.getsockname()[1], secrets.token_hex(16))
+        told = trainer.strategy.broadcast(told)
+        connected = False
+        if told is not None:
+            with contextlib.suppress(OSError, ValueError):
+                port, token = told
+                if listener is not None:
+                    self._others = _accept(listener, token, trainer.world_size)
+                else:
+                    self._others = {_join(port, token, self.rank): 0}
+                connected = True
+        if listener is not None:
+            listener.close()
+        if not trainer.strategy.reduce_boolean_decision(connected):  # type: ignore[attr-defined]
+            for other in self._others:
+                other.close()
+            self._others = {}
+            rank_zero_warn(
+                "the ranks could not connect to each other beside their process group (a firewall?): where one is killed, "
+                "the others notice it when a collective fails or times out"
+            )
+        self._run()
+
+    def start(self, numbers: set[int]) -> None:
+        """Look out for signals. Called in the main thread."""
+        self._numbers = numbers
+        with contextlib.suppress(ValueError):
+            before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            self._wakeup = before if self._wakeup is None else self._wakeup
+        self._run()
+
+    def _run(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="opsd-signals", daemon=True)
+            self._thread.start()
+
+    def close(self, failed: bool) -> None:
+        """End the thread. The other ranks are told whether this one goes in peace."""
+        if failed:
+            self._tell_failure()
+        with self._lock:
+            for other in self._others:
+                with contextlib.suppress(OSError):
+                    other.sendall(f"{_BYE}\n".encode())
+        self._ended.set()
+        self._wake()
+        if self._wakeup is not None and threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._wakeup)
+        if self._thread is not None:
+            self._thread.join(5)
+        self._shut()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._writer, b"\0")
+
+    def _shut(self) -> None:
+        if self in _watches:
+            _watches.remove(self)
+        for other in self._others:
+            other.close()
+        self._others = {}
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def forget(self) -> None:
+        """In a process forked from this one: its signals and its end are its own."""
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+        for number in self._numbers:
+            with contextlib.suppress(ValueError):
+                if signal.getsignal(number) == self._signals._note:
+                    before = self._signals._previous.get(number)
+                    signal.signal(number, signal.SIG_DFL if before is None else before)
+        self._shut()
+
+    # -- the thread --------------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        with selectors.DefaultSelector() as found:
+            found.register(self._reader, selectors.EVENT_READ)
+            for other in self._others:
+                found.register(other, selectors.EVENT_READ)
+            while not self._ended.is_set():
+                for key, _ in found.select(0.5):
+                    if key.fileobj == self._reader:
+                        with contextlib.suppress(OSError):
+                            self._signalled([n for n in os.read(self._reader, 4096) if n in self._numbers])
+                    elif not self._heard(key.fileobj):  # type: ignore[arg-type]
+                        found.unregister(key.fileobj)
+                if not self._ended.is_set():
+                    self._look_at_the_time()
+
+    def _signalled(self, numbers: list[int]) -> None:
+        now = time.monotonic()
+        for number in numbers:
+            if self.lost is not None or self._signals.requeued:
+                continue
+            name = signal.Signals(number).name
+            if not self._first:
+                self._first = now
+                _say(
+                    f"rank {self.rank} received {name}: the run ends after this step (again after "
+                    f"{SECOND_SIGNAL_SECONDS:.0f} seconds: at once, without a checkpoint)"
+                )
+            elif now - self._first >= SECOND_SIGNAL_SECONDS:
+                self._again, self._again_at = number, self._again_at or now
+
+    def _heard(self, other: socket.socket) -> bool:
+        """Take what another rank says; return whether it may say more."""
+        try:
+            text = other.recv(4096)
+        except OSError:
+            text = b""
+        rank = self._others[other]
+        lines = text.decode("ascii", "replace").splitlines()
+        for line in lines:
+            if (found := re.fullmatch(r"failed (\d+)", line)) is not None:
+                # What failed there may fail here as well, in the same call: then this rank's own error is to be told.
+                self._ended.wait(_OWN_ERROR_SECONDS)
+                self._lose(int(found[1]), "has failed (see its own message)")
+        if _BYE in lines:
+            return False
+        if not text:
+            self._lose(rank, "has ended without a word (killed, or its machine is gone)")
+        return bool(text)
+
+    def _lose(self, rank: int, how: str) -> None:
+        if self.lost is not None or self._ended.is_set() or self._failed:
+            return
+        self.lost = f"rank {rank} {how}, and this rank cannot go on without it. The last checkpoint is still good"
+        self._lost_at = time.monotonic()
+        if self.rank == 0:
+            self._send(f"failed {rank}")
+        if self._signals.trainer.state.status != TrainerStatus.INTERRUPTED:
+            _say(f"error: rank {rank} {how}: rank {self.rank} ends as well")
+            if signal.getsignal(signal.SIGTERM) == self._signals._note:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # ends a sleep, too
+            else:  # the run has not begun or is over: it may be about to say why it ends
+                _thread.interrupt_main(signal.SIGTERM)
+
+    def _send(self, text: str) -> None:
+        with self._lock:
+            for other in self._others:
+                with contextlib.suppress(OSError):
+                    other.sendall(text.encode() + b"\n")
+
+    def _tell_failure(self) -> None:
+        if not self._failed and self.lost is None:
+            self._failed = True
+            self._send(f"failed {self.rank}")
+
+    def _look_at_the_time(self) -> None:
+        now, trainer = time.monotonic(), self._signals.trainer
+        interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
+        if interrupted and not self._signals.agreed:
+            self._tell_failure()
+        if self._first and self.lost is None and now - self._first > DEADLINE_SECONDS:
+            _say(f"rank {self.rank} has not come to the end of a step in {DEADLINE_SECONDS:.0f} seconds, and ends at once")
+            os._exit(128 + (self._signals.asked or signal.SIGTERM))
+        if self._again and now - self._again_at > _STUCK_SECONDS:
+            _say(f"rank {self.rank} is stuck, and ends at once")
+            os._exit(128 + self._again)
+        if self.lost is None:
+            return
+        if now - self._lost_at > (_LAST_SECONDS if interrupted else _END_SECONDS):
+            _say(f"rank {self.rank} is stuck, and ends at once")
+            os._exit(1)
+        if now - self._lost_at > _ABORT_SECONDS and not interrupted and not self._aborted:
+            self._aborted = True
+            threading.Thread(target=_abort, daemon=True).start()
+
+
+_watches: list[_Watch] = []
+
+
+def _after_fork() -> None:
+    for watch in list(_watches):
+        watch.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def asked() -> int:
+    """Return the number of the signal that asked a run of this process to stop, 0 for none."""
+    return next((watch.asked for watch in list(_watches) if watch.asked), 0)
+
+
+def _say(text: str) -> None:
+    """Write a line at once: this may be the process's last, and the main thread may hold the stream's lock."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+def _abort() -> None:
+    """Let waits for other ranks end: gloo's do by themselves, NCCL's do not."""
+    with contextlib.suppress(Exception):
+        dist.distributed_c10d._abort_process_group()
+
+
+def _listen(world: int) -> socket.socket:
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    family, *_, found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.bind(found)
+    except OSError:  # the name of this node by which others reach it may be no address of its own
+        listener.bind(("", 0))
+    listener.listen(world)
+    return listener
+
+
+def _accept(listener: socket.socket, token: str, world: int) -> dict[socket.socket, int]:
+    others: dict[socket.socket, int] = {}
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while len(others) < world - 1:
+        listener.settimeout(max(deadline - time.monotonic(), 0.01))
+        other = listener.accept()[0]
+        other.settimeout(5)
+        try:
+            given, rank = _line(other).split()
+        except (OSError, ValueError):
+            given, rank = "", ""
+        if not secrets.compare_digest(given, token) or not rank.isdigit():
+            other.close()  # somebody else
+            continue
+        others[other] = int(rank)
+    for other in others:
+        other.settimeout(5)
+    return others
+
+
+def _join(port: int, token: str, rank: int) -> socket.socket:
+    found = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), timeout=_CONNECT_SECONDS)
+    found.sendall(f"{token} {rank}\n".encode())
+    found.settimeout(5)
+    return found
+
+
+def _line(connection: socket.socket) -> str:
+    text = b""
+    while not text.endswith(b"\n") and len(text) < 100:
+        if not (more := connection.recv(1)):
+            break
+        text += more
+    return text.decode("ascii", "replace")

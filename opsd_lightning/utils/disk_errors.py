@@ -1,0 +1,143 @@
+"""Failures to write pages, tables and logs: a warning each, and training goes on.
+
+A full disk must not end a run for the sake of a page. A file that could not be written is warned of once, tried again when
+it is next due, and named in ``run.json`` (`RunReport`). Checkpoints and exports do not use this module: they fail.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.folders import free_name
+
+#: Numbers of the system's errors where there is no room.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_METHODS = ("log_metrics", "log_hyperparams", "save", "finalize")
+_problems: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+_warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def begin(owners: Iterable[Any]) -> None:
+    """Forget the problems of owners (trainers, loggers) whose run begins."""
+    for owner in owners:
+        _problems.pop(owner, None)
+        _warned.pop(owner, None)
+
+
+def note(owner: Any, name: str, error: Exception) -> None:
+    """Warn, once a run, of what could not be written, and keep it for `unwritten`."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    _problems.setdefault(owner, {})[name] = reason[:300]
+    if name not in _warned.setdefault(owner, set()):
+        _warned[owner].add(name)
+        warnings.warn(f"{name} could not be written ({reason}): training goes on, and it is tried again later", stacklevel=3)
+
+
+def clear(owner: Any, name: str) -> None:
+    """Note that something could be written after all."""
+    _problems.get(owner, {}).pop(name, None)
+
+
+@contextmanager
+def survived(owner: Any, name: str) -> Iterator[None]:
+    """Go on where writing fails inside.
+
+    Args:
+        owner: The trainer or logger that it belongs to.
+        name: Name of the page, table or log that is written inside. Success clears an earlier failure.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error  # TensorBoard's writer hides it
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if not isinstance(cause, OSError):
+            raise
+        note(owner, name, cause)
+    else:
+        clear(owner, name)
+
+
+def unwritten(owners: Iterable[Any]) -> dict[str, str]:
+    """Return what could not be written until now, and why."""
+    return {name: reason for owner in owners for name, reason in _problems.get(owner, {}).items()}
+
+
+def guard_loggers(loggers: Iterable[Logger]) -> None:
+    """Let training go on where a logger cannot write, and keep the earlier log of a `CSVLogger` that is opened again."""
+    loggers = list(loggers)
+    keep_logs(loggers)
+    for logger in loggers:
+        if "save" in vars(logger):  # guarded before
+            continue
+        for name in _METHODS:
+            if (method := getattr(logger, name, None)) is not None:
+                setattr(logger, name, _guarded(logger, method))
+
+
+def _guarded(logger: Logger, method: Callable[..., Any]) -> Callable[..., Any]:
+    name = f"the log of {type(logger).__name__}"
+
+    @functools.wraps(method)
+    def guarded(*arguments: Any, **settings: Any) -> Any:
+        if isinstance(logger, CSVLogger):
+            experiment = getattr(logger, "_experiment", None)
+            if experiment is not None and "://" not in str(logger.save_dir):
+                experiment.save = functools.partial(_save, experiment)
+        with survived(logger, name):
+            return method(*arguments, **settings)
+
+    return guarded
+
+
+def keep_logs(loggers: Iterable[Logger]) -> None:
+    """Rename the metrics of an earlier run, which Lightning deletes where a version of `CSVLogger` is opened again."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger) and "://" not in str(logger.save_dir) and logger._experiment is None:
+            path = Path(logger.log_dir) / "metrics.csv"
+            if path.is_file():
+                path.rename(free_name(path))
+
+
+def _save(experiment: Any) -> None:
+    """`ExperimentWriter.save`, but whole or not at all: Lightning's own loses earlier rows where it fails within.
+
+    Columns that the file has already are kept, also those of another writer.
+    """
+    if not experiment.metrics:
+        return
+    path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
+    experiment._record_new_keys()
+    try:
+        rows, header = experiment.metrics, list[str]()
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                header = list(reader.fieldnames or ())
+                experiment.metrics_keys[:] = sorted({*experiment.metrics_keys, *header})
+                if header != experiment.metrics_keys:
+                    rows = [*reader, *rows]
+        fresh = header != experiment.metrics_keys
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, experiment.metrics_keys, extrasaction="ignore")  # a damaged row may be too long
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+        (replace if fresh else append)(path, buffer.getvalue().encode())
+    except OSError:
+        experiment.metrics_keys[:] = keys
+        raise
+    experiment.metrics = []

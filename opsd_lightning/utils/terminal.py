@@ -1,0 +1,139 @@
+"""Text on the terminal: control characters shown instead of sent, and no secrets.
+
+Texts of servers, models, data and settings may hold escape sequences, which move the cursor, set the window's title or the
+clipboard; characters that hide or reorder text; markup of rich; halves of surrogate pairs, which cannot be printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import threading
+import traceback
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NoReturn
+
+from opsd_lightning.utils.redaction import redact_text
+
+# C0 and C1 but for newline and tab, characters without width, bidirectional controls, line and paragraph separators,
+# invisible fillers, tags, halves of surrogate pairs, and code points that are no characters.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5"
+    "\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff"
+    "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# Scripts whose letters take another shape beside a joiner: Arabic to N'Ko, Mandaic, of India, Myanmar, Khmer, Mongolian.
+_JOINING = re.compile("[\u0600-\u07ff\u0840-\u0dff\u1000-\u109f\u1780-\u18af\ua840-\ua8ff]")
+_EMOJI = "\u2190-\u21ff\u2300-\u23ff\u25a0-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff"
+_BEFORE, _AFTER = re.compile(f"[{_EMOJI}]\ufe0f?$"), re.compile(f"[{_EMOJI}]")
+_NON_JOINER, _JOINER = "\u200c", "\u200d"
+
+
+def shown(text: str) -> str:
+    r"""Return a text with its control characters written out, such as ``\x1b``.
+
+    Newlines and tabs stay, and joiners where they have an effect: between letters of a script that joins them, or emoji.
+    """
+    return _UNSEEN.sub(_written, text.replace("\r\n", "\n"))
+
+
+def _written(found: re.Match[str]) -> str:
+    if found[0] in (_NON_JOINER, _JOINER) and _joins(found.string, found.start()):
+        return found[0]
+    code = ord(found[0])
+    if found[0] == "\r":
+        return "\\r"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _joins(text: str, place: int) -> bool:
+    """Return whether the joiner at a place has letters or emoji to join."""
+    before, after = text[place - 1 : place], text[place + 1 : place + 2]
+    if not before:
+        return False
+    if _letter(before) and (_letter(after) or unicodedata.combining(before) == 9):  # 9: a virama, also at a word's end
+        return True
+    return text[place] == _JOINER and bool(_BEFORE.search(text[max(place - 2, 0) : place]) and _AFTER.match(after))
+
+
+def _letter(sign: str) -> bool:
+    """Return whether a character is a letter or a mark of a joining script."""
+    return bool(_JOINING.match(sign)) and unicodedata.category(sign)[0] in "LM"
+
+
+def message(text: object) -> str:
+    """Return a text, or an exception's, for the terminal and for records: `shown`, and without secrets."""
+    return shown(redact_text(str(text)))
+
+
+def marked(text: object) -> str:
+    """Return a `message` in which rich finds no markup."""
+    from rich.markup import escape
+
+    return escape(message(text))
+
+
+def say(text: object, error: bool = False) -> None:
+    """Print a `message`. Characters that the terminal's encoding lacks are written out.
+
+    Args:
+        text: Text to print.
+        error: Print to the standard error instead of the standard output.
+    """
+    stream = sys.stderr if error else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(message(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser of arguments whose errors are messages."""
+
+    def error(self, text: str) -> NoReturn:
+        super().error(message(text))
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Make messages of what is logged and warned of by anyone, in this process and until the end of the block."""
+    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        found = factory(*args, **kwargs)
+        try:
+            text = found.getMessage()
+        except Exception:  # a log call's own mistake, which logging reports
+            return found
+        found.msg, found.args = message(text), ()
+        if found.exc_info:
+            found.exc_text = message("".join(traceback.format_exception(*found.exc_info)).rstrip("\n"))
+        return found
+
+    def warning(*args: Any, **kwargs: Any) -> str:
+        return message(form(*args, **kwargs))
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = warning
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = form
+
+
+def guard_tracebacks() -> None:
+    """Print the traceback of an exception that nothing catches as a message, until the process ends."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
+
+    def of_thread(found: threading.ExceptHookArgs) -> None:
+        if found.exc_value is not None and not isinstance(found.exc_value, SystemExit):
+            show(found.exc_type, found.exc_value, found.exc_traceback)
+
+    sys.excepthook, threading.excepthook = show, of_thread
