@@ -74,7 +74,13 @@ def test_the_rules_that_stand_by_themselves_speak_in_time(
     engine: Writes, metric: str, by: int, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     """With Health as it is unless told otherwise: in a run of the paper's hundred steps."""
-    module, data = parts(make_policy(), rollouts=engine, optimizer=lambda p: torch.optim.SGD(p, lr=1e-12))
+    module, data = parts(
+        make_policy(),
+        rollouts=engine,
+        sampling=Sampling(max_new_tokens=8),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1e-12),
+    )
+    data.batch_size = 1  # all rows are alike
     guard = CollapseGuard("stop")
     fit = trainer(tmp_path, Health(), guard, RunReport(), max_steps=100, limit_val_batches=0)
     with pytest.warns(UserWarning, match=f"CollapseGuard at step {by}: {metric} is"):

@@ -43,9 +43,9 @@ def at(config: Any, path: str) -> Any:
 POLICY = "model.init_args.policy"
 
 
-@pytest.mark.parametrize(
-    ("option", "text", "path", "value"),
-    [
+# Each command line gives several settings: option, text, path in the configuration, value there.
+COMMAND_LINES: dict[str, list[tuple[str, str, str, object]]] = {
+    "null": [
         ("model.policy.lora", "null", f"{POLICY}.lora", None),
         ("model.policy.attn_implementation", "null", f"{POLICY}.attn_implementation", None),
         ("model.init_args.policy.adapter", "null", f"{POLICY}.adapter", None),
@@ -53,22 +53,32 @@ POLICY = "model.init_args.policy"
         ("model.objective.init_args.position_weight", "null", "model.init_args.objective.init_args.position_weight", None),
         ("data.train.init_args.columns.trace", "null", "data.train.init_args.columns.trace", None),
         ("data.prompts.max_trace_tokens", "null", "data.prompts.max_trace_tokens", None),
+    ],
+    "text": [
         ("model.policy.revision", "None", f"{POLICY}.revision", "None"),
-        ("model.policy.revision", "007", f"{POLICY}.revision", "007"),
-        ("model.policy.revision", "1234e56", f"{POLICY}.revision", "1234e56"),
         ("model.policy.pad_token", "no", f"{POLICY}.pad_token", "no"),
         ("data.train.init_args.path", "0x10", "data.train.init_args.path", "0x10"),
         ("data.train.init_args.columns.answer", "12:30", "data.train.init_args.columns.answer", "12:30"),
+    ],
+    "text of digits": [("model.policy.revision", "007", f"{POLICY}.revision", "007")],
+    "text of digits with an exponent": [("model.policy.revision", "1234e56", f"{POLICY}.revision", "1234e56")],
+    "values": [
         ("model.policy.lora.r", "8", f"{POLICY}.lora.r", 8),
         ("model.policy.lora.dropout", "1e-2", f"{POLICY}.lora.dropout", 0.01),
         ("model.policy.trust_remote_code", "true", f"{POLICY}.trust_remote_code", True),
         ("model.policy.lora.options", "{a: null, b: true}", f"{POLICY}.lora.options", {"a": None, "b": True}),
     ],
-)
+}
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
 @pytest.mark.parametrize("joined", [True, False])
-def test_value_below_a_class(option: str, text: str, path: str, value: object, joined: bool) -> None:
-    found = at(parsed(*([f"--{option}={text}"] if joined else [f"--{option}", text])), path)
-    assert found == value and isinstance(found, type(value))
+def test_value_below_a_class(name: str, joined: bool) -> None:
+    options = [(f"--{option}", text) for option, text, _, _ in COMMAND_LINES[name]]
+    config = parsed(*(["=".join(pair) for pair in options] if joined else [word for pair in options for word in pair]))
+    for option, _, path, value in COMMAND_LINES[name]:
+        found = at(config, path)
+        assert found == value and isinstance(found, type(value)), option
 
 
 def test_values_of_the_same_name_do_not_mix() -> None:
@@ -115,8 +125,14 @@ def test_seed_out_of_range(seed: int) -> None:
     assert caught.value.setting == "seed_everything"
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD", "torch.optim.AdamW"])
-@pytest.mark.parametrize("form", ["option", "joined", "config", "class_path"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *(("AdamW", form) for form in ("option", "joined", "config", "class_path")),
+        ("SGD", "option"),
+        ("torch.optim.AdamW", "config"),
+    ],
+)
 def test_optimizers_that_bitsandbytes_has_too(name: str, form: str, tmp_path: Path) -> None:
     given: dict[str, list[str]] = {"option": ["--model.optimizer", name], "joined": [f"--model.optimizer={name}"]}
     for each, value in (("config", name), ("class_path", {"class_path": name, "init_args": {"lr": 0.5}})):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import runpy
 import sys
 from pathlib import Path
@@ -157,5 +158,8 @@ def test_step(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both trainers in processes of their own: the same completions give the same first loss."""
     pytest.importorskip("trl", reason="the other side of benchmarks/step.py is TRL: pip install trl==1.16.0")
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    # On a CPU a fork, which imports nothing again, measures what a new interpreter does.
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forking)
     ours, theirs, _ = rows(run("step"))
     assert float(ours["first loss"]) == pytest.approx(float(theirs["first loss"]), rel=1e-4)

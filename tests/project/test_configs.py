@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,13 @@ def shrunk(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return arguments
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+# The larger Qwen recipes are laid out as the smallest.
+LARGER = [path for path in RECIPES if "4b" in path.stem or "8b" in path.stem]
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path in LARGER)) for path in RECIPES]
+)
 def test_recipe_takes_a_step(recipe: Path, shrunk: Callable[[Path], list[str]], tmp_path: Path) -> None:
     cli = main(["fit", *shrunk(recipe)])
     assert cli.trainer.global_step == 1
@@ -67,8 +73,21 @@ def test_recipe_takes_a_step(recipe: Path, shrunk: Callable[[Path], list[str]], 
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-# The larger Qwen recipes are laid out as the smallest.
-OVERLAID = [path for path in RECIPES if "4b" not in path.stem and "8b" not in path.stem]
+def pairs(recipes: Sequence[Path], overlays: Sequence[Any]) -> list[Any]:
+    """Return every recipe with every overlay; slow are those whose recipe and whose overlay both stand in another pair."""
+    return [
+        pytest.param(
+            recipe,
+            overlay,
+            id=f"{recipe.stem}-{getattr(overlay, 'stem', overlay)}",
+            marks=[pytest.mark.slow] * bool(i and j),
+        )
+        for i, recipe in enumerate(recipes)
+        for j, overlay in enumerate(overlays)
+    ]
+
+
+OVERLAID = [path for path in RECIPES if path not in LARGER]
 OTHERS = {"grpo": "GRPOModule", "sft": "SFTModule"}
 METHODS = [path for path in PRESETS if path.stem in ("paper_v1", "released_v3")]
 MACHINES = [path for path in PRESETS if path not in METHODS and path.stem not in (*OTHERS, "full_finetuning")]
@@ -79,8 +98,7 @@ CHANGES = {  # what every other preset is for, by the setting's path
 }
 
 
-@pytest.mark.parametrize("preset", MACHINES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("recipe", OVERLAID, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("recipe", "preset"), pairs(OVERLAID, MACHINES))
 def test_presets_of_the_machine_change_that_alone(recipe: Path, preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = parsed(["fit", f"--config={recipe}", f"--config={preset}"], monkeypatch)
     own = parsed(["fit", f"--config={recipe}"], monkeypatch)
@@ -91,8 +109,7 @@ def test_presets_of_the_machine_change_that_alone(recipe: Path, preset: Path, mo
     assert config == value
 
 
-@pytest.mark.parametrize("preset", METHODS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("recipe", OVERLAID, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("recipe", "preset"), pairs(OVERLAID, METHODS))
 def test_presets_overlay_every_recipe(recipe: Path, preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parsed(["fit", f"--config={recipe}", f"--config={preset}"], monkeypatch)
     assert config["model"]["sampling"]["temperature"] == 1.1
@@ -112,8 +129,7 @@ def test_all_weights_train_in_place_of_an_adapter(recipe: Path, monkeypatch: pyt
         assert config[section] | parts == own[section] | parts
 
 
-@pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("recipe", OVERLAID, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("recipe", "other"), pairs(OVERLAID, list(OTHERS)))
 def test_another_method_keeps_the_recipes_settings(recipe: Path, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = parsed(["fit", f"--config={recipe}"], monkeypatch)
     config = parsed(["fit", f"--config={recipe}", f"--config={CONFIGS / 'presets' / other}.yaml"], monkeypatch)
@@ -157,8 +173,7 @@ def test_preset_values(name: str) -> None:
     assert (lora["r"], lora["alpha"], lora["dropout"], len(lora["target_modules"])) == (64, 128, 0.05, 7)
 
 
-@pytest.mark.parametrize("evaluation", EVALUATIONS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("recipe", OVERLAID[1:], ids=lambda path: path.stem)
+@pytest.mark.parametrize(("recipe", "evaluation"), pairs(OVERLAID[1:], EVALUATIONS))
 def test_evaluations_overlay_recipes(recipe: Path, evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol is the same whatever the recipe says, and what samples stays the recipe's or another overlay's."""
     servers = CONFIGS / "presets" / "vllm.yaml"

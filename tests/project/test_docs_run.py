@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -61,6 +62,21 @@ def snippets(language: str) -> dict[str, str]:
     return found
 
 
+def opsd_commands() -> list[Any]:
+    """Return every ``opsd`` command of all pages; of those that differ only in the folder they write to, the first.
+
+    A recipe without further settings is marked slow: test_configs.py trains a step of each.
+    """
+    found: dict[str, str] = {}
+    for command in everywhere("opsd", "python cli.py"):
+        same = command.replace("CONFIG.yaml", CONFIG).replace("RECIPE", QWEN)
+        found.setdefault(re.sub(r" --trainer\.default_root_dir \S+$", "", same), command)
+    recipe = re.compile(r"opsd fit --config configs/\w[\w.]*\.yaml")
+    return [
+        pytest.param(text, id=text, marks=[pytest.mark.slow] * bool(recipe.fullmatch(same))) for same, text in found.items()
+    ]
+
+
 PYTHON, YAML = snippets("python"), snippets("yaml")
 PARTS = {name: code for name, code in PYTHON.items() if code.startswith("# my_parts.py")}
 
@@ -97,6 +113,7 @@ def small(roomy: str, folders: dict[str, str], tmp_path_factory: pytest.TempPath
             "--trainer.accelerator=cpu",
             "--trainer.max_steps=1",
             "--trainer.val_check_interval=1",
+            *(f"--trainer.limit_{stage}_batches=2" for stage in ("val", "test", "predict")),
         ]
         if "--model.sampling.n" not in command:
             found += ["--data.batch_size=2"]
@@ -159,7 +176,7 @@ def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch
     return tmp_path
 
 
-@pytest.mark.parametrize("command", everywhere("opsd", "python cli.py"))
+@pytest.mark.parametrize("command", opsd_commands())
 def test_command(
     command: str, desk: Path, small: Callable[[str], list[str]], trained: Callable[[str], Path], roomy: str
 ) -> None:

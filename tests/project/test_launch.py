@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 
 from helpers.files import write_jsonl
 from helpers.paths import ROOT
-from helpers.processes import free_port
+from helpers.processes import Child, free_port
+from opsd_lightning.cli.command import main
 
 
 def arguments(folder: str, tmp_path: Path, rows: Path) -> list[str]:
@@ -31,18 +33,23 @@ def arguments(folder: str, tmp_path: Path, rows: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def nodes(command: list[str], environments: list[dict[str, str]]) -> None:
-    common = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    started = [
-        subprocess.Popen(command, cwd=ROOT, env=common | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for own in environments
+def expand(script: str, variables: dict[str, str], words: list[str]) -> list[str]:
+    """Return the words of a script's last command, which bash expands and ``printf`` writes out in the command's place."""
+    command = ["bash", "-c", script, "script", *words]
+    found = subprocess.run(command, env=os.environ | variables, capture_output=True, check=True, timeout=60).stdout
+    return found.decode().split("\0")[:-1]
+
+
+def run_nodes(
+    work: Callable[[list[str]], object], words: list[list[str]], variables: list[dict[str, str]], folder: Path
+) -> None:
+    """Run one process for each node, forked from this one, and check that all succeed."""
+    nodes = [
+        Child(partial(work, each), folder / f"node{rank}.log", own)
+        for rank, (each, own) in enumerate(zip(words, variables, strict=True))
     ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(o[-3000:] for o in outputs)
+    codes = [node.end(240) for node in nodes]
+    assert not any(codes), "\n".join(node.said() for node in nodes)
 
 
 @pytest.fixture
@@ -52,30 +59,35 @@ def rows(tmp_path: Path) -> Path:
     )
 
 
-def test_torchrun_on_two_nodes(folders: dict[str, str], tmp_path: Path, rows: Path) -> None:
+def test_torchrun_on_two_nodes(folders: dict[str, str], tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher is forked from this process; the command that it starts has an interpreter of its own."""
+    from torch.distributed.run import main as torchrun
+
+    script = (ROOT / "configs" / "launch" / "torchrun.sh").read_text().replace("exec torchrun", r"printf '%s\0'")
+    words = [*arguments(folders["llama"], tmp_path, rows), "--trainer.strategy=fsdp2"]
     port = str(free_port())
-    nodes(
-        ["bash", "configs/launch/torchrun.sh", *arguments(folders["llama"], tmp_path, rows), "--trainer.strategy=fsdp2"],
-        [{"NNODES": "2", "NODE_RANK": str(rank), "GPUS": "1", "MASTER_PORT": port} for rank in range(2)],
-    )
+    variables = [{"NNODES": "2", "NODE_RANK": str(rank), "GPUS": "1", "MASTER_PORT": port} for rank in range(2)]
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(ROOT)
+    run_nodes(torchrun, [expand(script, each, words) for each in variables], variables, tmp_path)
     checkpoint = torch.load(next((tmp_path / "run").rglob("*.ckpt")), weights_only=True)
     assert checkpoint["global_step"] == 2
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_slurm_on_two_nodes(folders: dict[str, str], tmp_path: Path, rows: Path) -> None:
-    """As srun sets its tasks' environment; the batch file's own command line, without srun."""
-    line = (ROOT / "configs" / "launch" / "slurm.sbatch").read_text().splitlines()[-1].removeprefix("srun ")
-    port = str(free_port())
+    """The batch file's own command, in the environment that srun gives to its tasks, without srun."""
+    line = (ROOT / "configs" / "launch" / "slurm.sbatch").read_text().splitlines()[-1]
+    words = [*arguments(folders["llama"], tmp_path, rows), "--trainer.strategy=ddp"]
     slurm = {
         "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2",
         "SLURM_JOB_NAME": "opsd", "SLURM_JOB_ID": "7", "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
-    command = ["bash", "-c", line.replace("opsd fit", f"{shlex.quote(sys.executable)} cli.py fit"), "slurm"]
-    nodes(
-        [*command, *arguments(folders["llama"], tmp_path, rows), "--trainer.strategy=ddp"],
-        [slurm | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)],
-    )
+    variables = [slurm | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
+    command, *more = expand(line.replace("srun", r"printf '%s\0'"), slurm, words)
+    assert command == "opsd"
+    run_nodes(main, [more] * 2, variables, tmp_path)
     checkpoint = torch.load(next((tmp_path / "run").rglob("*.ckpt")), weights_only=True)
     assert checkpoint["global_step"] == 2
