@@ -80,7 +80,7 @@ def test_errors_over_questions_agree_with_a_bootstrap() -> None:
     draw = random.Random(0)
     questions = drawn([draw.random() for _ in range(150)], 4, draw)
     reported = computed(questions)
-    resampled = [computed(draw.choices(questions, k=len(questions))) for _ in range(150)]
+    resampled = [computed(draw.choices(questions, k=len(questions))) for _ in range(80)]
     for name in ("avg@4", "pass@2", "pass@4", "maj@4"):
         spread = float(torch.tensor([values[name] for values in resampled]).std())
         assert reported[f"{name}_se"] == pytest.approx(spread, rel=0.2), name

@@ -370,7 +370,7 @@ def test_overlap_samples_a_step_ahead_and_weighs_by_it(
                 watch,
                 losses,
                 **optimizer,
-                run={"max_steps": 6, "limit_val_batches": 2, "val_check_interval": 2},
+                run={"max_steps": 5, "limit_val_batches": 1, "val_check_interval": 2},
             )
             runs[overlap, rate] = losses.losses, watch.logged, server
     still, still_ahead = runs[False, 0.0], runs[True, 0.0]
@@ -385,7 +385,7 @@ def test_overlap_samples_a_step_ahead_and_weighs_by_it(
     assert all(step["train/rollout_logprob_difference_max"] > 1e-3 for step in moving[1:])
     assert all(step["train/rollout_logprob_difference_max"] < 1e-4 for step in runs[False, 0.05][1])
     assert any(step["train/importance_ratio_clipped"] > 0 for step in moving)
-    # As many completions as without: nothing was sampled twice, and nothing for a seventh step.
+    # As many completions as without: nothing was sampled twice, and nothing for a sixth step.
     assert len(runs[True, 0.05][2].requests) == len(runs[False, 0.05][2].requests)
 
 
