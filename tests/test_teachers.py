@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from helpers.classes import subclasses
+from helpers.messages import mentions
 from helpers.models import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.models.export import write_adapter
@@ -191,5 +192,5 @@ def test_a_teacher_of_its_own(make_policy: Callable[..., Policy], folders: dict[
     teacher.attach(model)
     other = make_policy("qwen3").build()
     torch.testing.assert_close(logits(model, teacher), logits(other, FixedTeacher()), atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="ModelTeacher without a model"):
+    with pytest.raises(UserError, match=mentions("ModelTeacher")):
         ModelTeacher().attach(model)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from helpers.distributed import ddp
+from helpers.messages import mentions
 from helpers.processes import on_ranks
 from helpers.training import Recorder, adapters, parts, trainer
 from opsd_lightning.callbacks.health import Health
@@ -103,7 +104,7 @@ def test_phrases_are_whole_words_in_any_case() -> None:
     metric = PhraseRate(["wait", "let me  check"])
     metric.update(["Wait, wait: Let me\ncheck the waiter.", "No awaiting."], [40, 10])
     assert rounded(metric.compute()) == {"per_1k": 60.0, "fraction": 0.5}
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="phrase"):
         PhraseRate([])
 
 
@@ -248,5 +249,5 @@ def test_steps_on_traces_are_not_the_students(make_policy: Callable[..., Policy]
 
 @pytest.mark.parametrize(("settings", "name"), [({"hedges": []}, "hedges"), ({"leaks": ["  "]}, "leaks")])
 def test_mistakes(settings: dict[str, Any], name: str) -> None:
-    with pytest.raises(UserError, match=f"Health.{name}: the phrases to count"):
+    with pytest.raises(UserError, match=mentions(f"Health.{name}")):
         Health(**settings)

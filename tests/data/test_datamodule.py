@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from helpers.classes import subclasses
 from helpers.files import write_jsonl
+from helpers.messages import mentions
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
 from opsd_lightning.data.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource, WordProblems
@@ -71,11 +72,11 @@ def test_datasets_from_disk(tmp_path: Path) -> None:
     DatasetDict({"train": whole, "held": whole.select(range(2))}).save_to_disk(tmp_path / "many")
     assert len(HubSource(str(tmp_path / "one")).examples()) == 12
     assert len(HubSource(str(tmp_path / "many"), split="held").examples()) == 2
-    with pytest.raises(UserError, match="no split 'test'; it has train, held"):
+    with pytest.raises(UserError, match=mentions("test", "train", "held")):
         HubSource(str(tmp_path / "many"), split="test").examples()
-    with pytest.raises(UserError, match="without splits"):
+    with pytest.raises(UserError, match="split"):
         HubSource(str(tmp_path / "one"), split="train[:2]").examples()
-    with pytest.raises(UserError, match="cannot load the dataset 'nobody/nothing'"):
+    with pytest.raises(UserError, match="nobody/nothing"):
         HubSource("nobody/nothing").examples()
 
 
@@ -83,9 +84,9 @@ def test_reasoning_gym() -> None:
     examples = ReasoningGymSource(size=5, seed=3).examples()
     assert len(examples) == 5 and all(e.question and e.trace and e.answer for e in examples)
     assert examples == ReasoningGymSource(size=5, seed=3).examples() != ReasoningGymSource(size=5, seed=4).examples()
-    with pytest.raises(UserError, match="no trace 'answer_cot' in its metadata"):
+    with pytest.raises(UserError, match="answer_cot"):
         ReasoningGymSource("chain_sum", size=1).examples()
-    with pytest.raises(UserError, match="'no_such_task' cannot be made"):
+    with pytest.raises(UserError, match="no_such_task"):
         ReasoningGymSource("no_such_task", size=1).examples()
 
 
@@ -100,7 +101,7 @@ def test_word_problems_are_right_and_distinct() -> None:
         value = int(a) + int(b) if sign == "+" else int(a) - int(b)
         assert value == int(result) == int(answer) == int(example.answer) and 0 < value <= 20
         assert re.findall(r"\d+", example.question) == [a, b]
-    with pytest.raises(UserError, match="cannot make 100000 distinct"):
+    with pytest.raises(UserError, match=mentions(100000)):
         WordProblems(size=100000, largest=5).examples()
 
 
@@ -173,11 +174,11 @@ def test_equal_answers_need_not_be_written_alike(data: Callable[..., OPSDDataMod
 
 
 def test_no_usable_row_and_too_few_rows(data: Callable[..., OPSDDataModule]) -> None:
-    with pytest.raises(UserError, match=r"no usable row of 1 \(1 left out: empty trace\)"):
+    with pytest.raises(UserError, match=mentions("data.train", 1)):
         data(INVALID["empty trace"]).setup("fit")
-    with pytest.raises(UserError, match="fewer than the 4 questions"):
+    with pytest.raises(UserError, match=mentions("data.train", 4)):
         data(GOOD, batch_size=4).setup("fit")
-    with pytest.raises(UserError, match=r"^data\.test: .*`test`"):
+    with pytest.raises(UserError, match=mentions("data.test")):
         data(GOOD).setup(TrainerFn.TESTING)  # as the trainer does
 
 
@@ -192,7 +193,7 @@ def test_contexts_that_are_not_made_of_traces_need_none(
     module = data(UNTRACED._replace(columns=given), GOOD._replace(columns=given), context=context)
     module.setup("fit")
     assert len(module.rows["train"].examples) == 2 and all(module.rows["train"].teacher)
-    with pytest.raises(UserError, match=r"no usable row of 1.*empty trace"):
+    with pytest.raises(UserError, match=mentions("data.train", 1)):
         data(UNTRACED, context=HintContext()).setup("fit")
 
 
@@ -226,7 +227,7 @@ def test_a_graded_teacher_needs_something_to_read(
         module.setup("test")
         return module
 
-    with pytest.raises(UserError, match=r"evaluate_teacher is on, but 1 of 2 questions of data\.test have no trace"):
+    with pytest.raises(UserError, match=mentions("model.evaluate_teacher", "data.test", "1 of 2")):
         graded()
     assert all(graded(context=AnswerContext()).rows["test"].teacher)
 

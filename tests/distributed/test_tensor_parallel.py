@@ -276,11 +276,11 @@ def test_settings_that_do_not_go_together_are_refused(make_policy: Callable[...,
         FSDP2Strategy(tensor_parallel_size=2, cpu_offload=True)
     strategy = FSDP2Strategy(tensor_parallel_size=2)
     strategy.parallel_devices = [torch.device("cpu")] * 3
-    with pytest.raises(UserError, match="tensor_parallel_size is 2, which does not divide the 3 devices"):
+    with pytest.raises(UserError, match=r"(?s)tensor_parallel_size.*\b2\b.*\b3\b"):
         strategy.setup_environment()
 
     def work(rank: int) -> None:
-        with pytest.raises(UserError, match=r"tensor_parallel_size does not go with .* ContinuousBatchingEngine"):
+        with pytest.raises(UserError, match=r"(?s)tensor_parallel_size.*ContinuousBatchingEngine"):
             run(make_policy(), tmp_path, 2, tp2, rollouts=ContinuousBatchingEngine())
 
     on_ranks(work, tmp_path)

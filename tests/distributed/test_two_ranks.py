@@ -36,6 +36,7 @@ from helpers.distributed import (
     run,
     trainer,
 )
+from helpers.messages import mentions
 from helpers.models import EOS
 from helpers.processes import on_ranks
 from opsd_lightning.callbacks.export import AdapterExport
@@ -256,8 +257,8 @@ def test_shards_of_another_adapter_are_refused(make_policy: Callable[..., Policy
     def resume(rank: int) -> None:
         wider = make_policy(lora=LoRA(r=6, alpha=8, dropout=0.0))
         for path, message in (
-            ("saved/two.ckpt", "does not fit this configuration"),
-            ("saved", "is a folder, but no checkpoint"),
+            ("saved/two.ckpt", mentions("model.policy.lora.r")),
+            ("saved", mentions(str(tmp_path / "saved"))),
         ):
             with pytest.raises(UserError, match=message):
                 run(wider, tmp_path, 2, fsdp2, steps=4, checkpoint=str(tmp_path / path))
@@ -293,7 +294,7 @@ def test_explicit_optimizer_settings_win_over_a_checkpoint(
         optimizer = go(4, slower, optimizer=lambda p: torch.optim.AdamW(p, lr=0.001))
         steps = {float(state["step"]) for state in optimizer.state.values()}
         sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "lr_scheduler": None}
-        with pytest.raises(UserError, match=r"AdamW -> torch\.SGD; model\.lr_scheduler torch\.LinearLR -> null"):
+        with pytest.raises(UserError, match=r"(?s)AdamW.*SGD.*model\.lr_scheduler.*LinearLR"):
             go(4, other, **sgd)
         go(4, other, allow_checkpoint_changes=True, **sgd)
         return slower.seen, steps, other.seen
@@ -410,13 +411,13 @@ def test_strategies_under_which_a_step_would_be_wrong_are_refused(strategy: type
 def test_a_model_that_does_not_name_its_layers_is_refused(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     model = make_policy().build()
     model.get_base_model()._no_split_modules = None
-    with pytest.raises(UserError, match="use ddp"):
+    with pytest.raises(UserError, match=mentions("ddp")):
         FSDP2Strategy().shard(model)
 
 
 def test_full_fine_tuning_is_refused_under_sharding(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     def work(rank: int) -> None:
-        with pytest.raises(UserError, match=r"model\.policy\.lora is null"):
+        with pytest.raises(UserError, match=mentions("model.policy.lora")):
             run(make_policy(lora=None), tmp_path, 2, fsdp2, teacher=LiveTeacher())
 
     on_ranks(work, tmp_path)
@@ -424,7 +425,7 @@ def test_full_fine_tuning_is_refused_under_sharding(make_policy: Callable[..., P
 
 def test_bitsandbytes_is_refused_where_it_knows_no_shards(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     def work(rank: int) -> None:
-        with pytest.raises(UserError, match="AdamW8bit, which cannot update weights"):
+        with pytest.raises(UserError, match=mentions("AdamW8bit")):
             run(make_policy(), tmp_path, 2, fsdp2, optimizer=lambda p: bitsandbytes.optim.AdamW8bit(p))
         with pytest.raises(UserError, match="load_in_8bit"):
             run(make_policy(quantization=BitsAndBytesConfig(load_in_8bit=True)), tmp_path, 2, fsdp2)

@@ -204,13 +204,13 @@ def test_what_fit_refuses_is_found(mistake: str, doctor: Doctor, folders: dict[s
 def test_refusals_of_the_loaded_model(doctor: Doctor) -> None:
     found = doctor("--model.objective.support=TopKWithTail", "--model.objective.support.k=999")
     (error,) = lines(found, "error")
-    assert "model.objective.support.k is 999" in error
+    assert "model.objective.support.k" in error and " 999" in error
 
 
 def test_several_things_at_once(doctor: Doctor) -> None:
     found = doctor("--data.val.path=nowhere.jsonl", "--trainer.gradient_clip_val=1", "--no-model")
     text = "\n".join(lines(found, "error"))
-    for phrase in ("nowhere.jsonl does not exist", "set model.max_grad_norm instead"):
+    for phrase in ("nowhere.jsonl", "model.max_grad_norm"):
         assert phrase in text
     assert found["facts"]["data"]["train"]["kept"] == 8, "the other split is read all the same"
 
@@ -422,7 +422,7 @@ def test_no_model_needs_no_weights(doctor: Doctor, folders: dict[str, str], tmp_
     found = doctor(f"--model.policy.model={tmp_path / 'bare'}", "--no-model")
     assert found["healthy"] and found["facts"]["memory"]["bytes"]["total"] > 0
     assert not {"divergence", "time"} & set(found["facts"])
-    assert "cannot load" in lines(doctor(f"--model.policy.model={tmp_path / 'bare'}"), "error")[0]
+    assert "model.policy.model" in lines(doctor(f"--model.policy.model={tmp_path / 'bare'}"), "error")[0]
 
 
 # -- what the model tells --------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_a_teacher_that_sees_nothing_more(doctor: Doctor, tmp_path: Path) -> Non
     for change in ("--data.context=NoContext", f"--config={full}"):
         found = doctor(change)
         (line,) = [each for each in lines(found, "warning") if " divergence: " in each]
-        assert "nothing would be learned [data.context]" in line
+        assert "[data.context]" in line
         assert max(each["first_forward_kl"] for each in found["facts"]["divergence"]) < 1e-6
 
 

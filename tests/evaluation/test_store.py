@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from helpers.distributed import ddp, parts
+from helpers.messages import mentions
 from helpers.processes import on_ranks
 from opsd_lightning.callbacks.rollouts import RolloutWriter
 from opsd_lightning.data.sources import WordProblems
@@ -163,7 +164,7 @@ def test_another_evaluation_begins_anew(
     before = only(tmp_path)
     with caplog.at_level("INFO"):
         run(tmp_path, **changes)
-    assert f"Unfinished results in {before} are of another evaluation" in caplog.text and name in caplog.text
+    assert str(before) in caplog.text and name in caplog.text
     assert len(list((tmp_path / "results").iterdir())) == 2 and (before / "rank0.jsonl").read_bytes() == kept
 
 
@@ -228,7 +229,7 @@ def test_batches_must_know_their_places(run: Callable[..., Run], tmp_path: Path,
 
     plain = EvalLoader.__iter__
     monkeypatch.setattr(EvalLoader, "__iter__", lambda self: (b._replace(indices=()) for b in plain(self)))
-    with pytest.raises(UserError, match="use OPSDDataModule"):
+    with pytest.raises(UserError, match=mentions("OPSDDataModule")):
         run(tmp_path)
 
 

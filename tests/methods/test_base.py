@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from helpers.messages import mentions
 from helpers.models import COMPLETIONS, PROMPTS, make_tokenizer
 from helpers.training import Recorder, adapters, metrics, parts, trainer
 from opsd_lightning.callbacks.baseline import BaselineEvaluation
@@ -355,7 +356,7 @@ def test_loss_scaling_is_refused(make_policy: Callable[..., Policy], tmp_path: P
     from lightning.pytorch.plugins import MixedPrecision
 
     run = trainer(tmp_path, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
-    with pytest.raises(UserError, match=r"trainer\.precision: 16-mixed"):
+    with pytest.raises(UserError, match=mentions("trainer.precision", "16-mixed")):
         run.fit(*parts(make_policy()))
 
 
@@ -363,7 +364,7 @@ def test_the_trainers_own_quantization_is_refused() -> None:
     """It would convert the LoRA layers as well. Its plugin cannot be built without CUDA: a bare instance stands for it."""
     from lightning.pytorch.plugins import BitsandbytesPrecision
 
-    with pytest.raises(UserError, match=r"^trainer\.plugins: .*model\.policy\.quantization"):
+    with pytest.raises(UserError, match=mentions("trainer.plugins", "model.policy.quantization")):
         check_precision(object.__new__(BitsandbytesPrecision))
 
 

@@ -80,9 +80,9 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(
         ),
         OnExceptionCheckpoint(tmp_path),
     ]
-    with pytest.raises(RuntimeError, match="norm of the trained weights") as error:
+    with pytest.raises(RuntimeError, match="norm") as error:
         fit(module, tmp_path, RunReport(), *saved)
-    assert "after step 3" in str(error.value)
+    assert "step 3" in str(error.value)
     with pytest.raises(RuntimeError):
         module.trainer.save_checkpoint(tmp_path / "by hand.ckpt")
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step=1.ckpt", "step=2.ckpt"]
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_makes_no_step(offset: float, policy: Policy, 
     objective = Infinite()
     objective.offset = offset
     module = opsd(policy, objective=objective)
-    with pytest.raises(RuntimeError, match="the loss is"):
+    with pytest.raises(RuntimeError, match="loss"):
         fit(module, tmp_path, ModelCheckpoint(tmp_path, every_n_train_steps=1, save_on_exception=True))
     assert module.global_step == 0 and not list(tmp_path.glob("*.ckpt"))
     assert not any(bool(p.any()) for name, p in module.model.named_parameters() if "lora_B" in name)
@@ -229,7 +229,7 @@ def test_a_rate_of_zero_teaches_nothing(policy: Policy, tmp_path: Path) -> None:
     def never(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.0, total_iters=100)
 
-    with pytest.warns(UserWarning, match="learning rate"):
+    with pytest.warns(UserWarning, match="rate"):
         fit(module := opsd(policy, lr_scheduler=never), tmp_path, steps=10)
     assert module.idle.verdict is not None
 

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.files import write_jsonl
 from helpers.fixed_completions import BATCH, Fixed, sgd
+from helpers.messages import mentions
 from helpers.models import EOS, make_model, make_tokenizer
 from helpers.steps import fit, one_step
 from opsd_lightning.data.datamodule import OPSDDataModule
@@ -69,7 +70,7 @@ def with_teacher(method: str, policy: Policy, teacher: Teacher) -> OPSDModule | 
     return GRPOModule(policy, anchor=Anchor(teacher=teacher), **settings)
 
 
-WHERE = {"teacher": r"model\.teacher", "anchor": r"model\.anchor\.teacher", "grpo": r"model\.anchor\.teacher"}
+WHERE = {"teacher": "model.teacher", "anchor": "model.anchor.teacher", "grpo": "model.anchor.teacher"}
 everywhere = pytest.mark.parametrize("method", WHERE)
 
 
@@ -77,7 +78,7 @@ everywhere = pytest.mark.parametrize("method", WHERE)
 def test_a_teacher_with_fewer_logits_than_the_policy(method: str, tmp_path: Path) -> None:
     policy = Policy(padded(tmp_path / "policy"), dtype="float32")
     teacher = ModelTeacher(saved(tmp_path / "teacher", make_model("llama")))
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}\.model: .* gives 107 logits, model\.policy\.model 128"):
+    with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model", 107, "model.policy.model", 128)):
         with_teacher(method, policy, teacher).configure_model()
 
 
@@ -90,14 +91,14 @@ def test_a_teacher_with_more_logits_than_the_policy(method: str, make_policy: Ma
 @everywhere
 def test_a_teacher_with_other_tokens(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
     module = with_teacher(method, make_policy(), ModelTeacher(other_tokens(tmp_path / "other")))
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}\.model: the tokens of .* are not those of"):
+    with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model")):
         module.configure_model()
 
 
 @everywhere
 def test_a_teacher_that_does_not_exist(method: str, make_policy: MakePolicy) -> None:
     module = with_teacher(method, make_policy(), ModelTeacher("./nowhere"))
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}\.model: \./nowhere does not exist"):
+    with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model", "./nowhere")):
         module.configure_model()
 
 
@@ -131,30 +132,30 @@ def test_a_teacher_with_a_shorter_context(method: str, make_policy: MakePolicy, 
     trainer.fit(with_teacher(method, policy, ModelTeacher(folder)), data)
     assert len(data.rows["train"].examples) == 4
     (reason,) = data.dropped["train"]
-    assert reason == f"prompt and completion do not fit the context of {WHERE[method]}, {SHORT} tokens".replace("\\", "")
+    assert WHERE[method] in str(reason) and str(SHORT) in str(reason)
     batch = BATCH._replace(student=[[20] * 80, *BATCH.student[1:]])
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}: a prompt and completion of \d+ tokens do not fit its context"):
+    with pytest.raises(UserError, match=mentions(WHERE[method])):
         fit(with_teacher(method, policy, ModelTeacher(folder)), 1, tmp_path, batch)  # type: ignore[arg-type]
 
 
 def test_an_anchor_over_more_entries_than_there_are(make_policy: MakePolicy) -> None:
     anchor = Anchor(objective=DivergenceObjective(support=TopKWithTail(500)))
     for module in (OPSDModule(make_policy(), anchor=anchor), GRPOModule(make_policy(), anchor=anchor)):
-        with pytest.raises(UserError, match=r"^model\.anchor\.objective\.support\.k is 500"):
+        with pytest.raises(UserError, match=mentions("model.anchor.objective.support.k", 500)):
             module.configure_model()
 
 
 def test_greedy_groups_have_nothing_to_compare(make_policy: MakePolicy) -> None:
-    with pytest.raises(UserError, match=r"^model\.sampling\.temperature is 0"):
+    with pytest.raises(UserError, match=mentions("model.sampling.temperature")):
         GRPOModule(make_policy(), sampling=Sampling(n=2, temperature=0.0))
     GRPOModule(make_policy(), sampling=Sampling(n=2), eval_sampling=Sampling(temperature=0.0))
 
 
 def test_an_objective_that_leaves_the_teacher_out(make_policy: MakePolicy) -> None:
     for method in (OPSDModule, MixedOPSDModule):
-        with pytest.raises(UserError, match=r"^model\.objective is NegativeLogLikelihood"):
+        with pytest.raises(UserError, match=mentions("model.objective", "NegativeLogLikelihood")):
             method(make_policy(), objective=NegativeLogLikelihood())
-    with pytest.raises(UserError, match=r"^model\.anchor\.objective NegativeLogLikelihood has no reference"):
+    with pytest.raises(UserError, match=mentions("model.anchor.objective", "NegativeLogLikelihood")):
         Anchor(objective=NegativeLogLikelihood())
 
 
@@ -163,7 +164,7 @@ class Weighing(Fixed):
 
 
 def test_an_importance_ratio_without_effect(make_policy: MakePolicy) -> None:
-    with pytest.raises(UserError, match=r"^model\.max_importance_ratio has no effect with one update on a batch"):
+    with pytest.raises(UserError, match=mentions("model.max_importance_ratio")):
         OPSDModule(make_policy(), rollouts=Fixed(), max_importance_ratio=1.5)
     assert OPSDModule(make_policy(), max_importance_ratio=1.5, updates_per_batch=2).max_importance_ratio == 1.5
     assert OPSDModule(make_policy(), rollouts=Weighing()).max_importance_ratio == 2.0
@@ -189,7 +190,7 @@ def test_a_tokenizer_without_an_eos(method: str, tmp_path: Path) -> None:
     module: Any = {"opsd": OPSDModule, "mixed": MixedOPSDModule}.get(method, SFTModule)(policy, sampling=sampling)
     trainer = one_step(tmp_path)
     if method == "sft, no EOS at all":
-        with pytest.raises(UserError, match="names an EOS token, which must end every trace"):
+        with pytest.raises(UserError, match="EOS"):
             trainer.fit(module, data)
         return
     trainer.fit(module, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.classes import subclasses
+from helpers.messages import mentions
 from helpers.models import make_tokenizer
 from opsd_lightning.prompts.contexts import (
     AnswerContext,
@@ -49,7 +50,7 @@ def test_contexts(context: PrivilegedContext) -> None:
 def test_other_problem_is_never_the_own_trace() -> None:
     seen = {OtherProblemContext(seed).text(0, EXAMPLES) for seed in range(20)}
     assert seen == {EXAMPLES[1].trace, EXAMPLES[2].trace}
-    with pytest.raises(UserError, match="differ in their question"):
+    with pytest.raises(UserError, match="question"):
         OtherProblemContext().text(0, EXAMPLES[:1])
 
 
@@ -59,13 +60,13 @@ def test_wrong_context_has_no_right_answer() -> None:
         assert text is not None and example.answer not in text
     half = Example("half of 1?", r"so \boxed{\frac{1}{2}}", "0.5")
     assert WrongContext().text(0, [half, EXAMPLES[0]]) == "The final answer is 2."
-    with pytest.raises(UserError, match="differ in their answer"):
+    with pytest.raises(UserError, match="answer"):
         WrongContext().text(0, EXAMPLES[1:])
 
 
 def test_column_context() -> None:
     assert [ColumnContext("tip").text(i, EXAMPLES) for i in range(3)] == ["count", "", "fingers"]
-    with pytest.raises(UserError, match=r"no column 'hint'; they have tip"):
+    with pytest.raises(UserError, match=mentions("hint", "tip")):
         ColumnContext("hint").text(0, EXAMPLES)
 
 
@@ -139,7 +140,7 @@ def test_only_the_traces_own_text_is_cut(limit: int) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"student_template": "no"}, "student_template lacks"), ({"teacher_template": "{question}"}, "{context}")],
+    [({"student_template": "no"}, "student_template"), ({"teacher_template": "{question}"}, "{context}")],
 )
 def test_templates_must_have_their_placeholders(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -149,5 +150,5 @@ def test_templates_must_have_their_placeholders(settings: dict[str, str], messag
 def test_a_template_that_refuses_is_a_clear_message() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' else 'x' }}"
-    with pytest.raises(UserError, match=r"no system turn.*data\.prompts\.system"):
+    with pytest.raises(UserError, match=mentions("no system turn", "data.prompts.system")):
         Prompts(system="Be brief.").student(tokenizer, EXAMPLES[0])

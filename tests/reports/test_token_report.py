@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from helpers.browser import Browser, browser, needs_browser
 from helpers.distributed import STRATEGIES, FirstHalfSilent, both, run
 from helpers.files import write_jsonl
+from helpers.messages import mentions
 from helpers.models import CHAT_TEMPLATE, EOS, make_tokenizer
 from helpers.processes import on_ranks
 from helpers.training import adapters, parts, trainer
@@ -219,7 +220,7 @@ def test_the_latest_steps_are_kept_and_a_resumed_run_goes_on(make_policy: Callab
     assert [step["step"] for step in first] == [2, 3, 4, 5]
     assert fit(6, ckpt_path=tmp_path / "at.ckpt") == whole
     (tmp_path / "out" / "tokens.html").write_text('<meta name="generator" content="opsd-lightning"><p>damaged</p>')
-    with pytest.warns(UserWarning, match="begun anew"):
+    with pytest.warns(UserWarning, match=mentions(str(tmp_path / "out" / "tokens.html"))):
         assert fit(6, ckpt_path=tmp_path / "at.ckpt") == whole[1:]
     assert [step["step"] for step in fit(1)] == [1]  # a run of its own
 
@@ -228,10 +229,10 @@ def test_settings_that_cannot_work() -> None:
     for settings in ({"every_n_steps": 0}, {"rows": 0}, {"keep": 0}, {"max_tokens": 0}):
         with pytest.raises((TypeError, ValueError)):
             TokenReport(**settings)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"TokenReport\.path is tokens\.json"):
+    with pytest.raises(UserError, match=r"TokenReport\.path.*tokens\.json"):
         TokenReport(path="tokens.json")
     for found in ("nowhere.html", __file__):
-        with pytest.raises(UserError, match="no page of TokenReport"):
+        with pytest.raises(UserError, match="TokenReport"):
             read_tokens(found)
 
 

@@ -267,7 +267,7 @@ def test_a_file_system_without_locks_is_warned_of(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuses)
-    with pytest.warns(UserWarning, match="cannot be locked"):
+    with pytest.warns(UserWarning, match="No locks available"):
         trainer(tmp_path / "run").fit(*parts(folders["llama"]))
 
 

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.distributed import STRATEGIES, run
 from helpers.engines import check_greedy_rollouts
+from helpers.messages import mentions
 from helpers.models import EOS, PROMPTS, SECOND_EOS, make_tokenizer, perturb
 from helpers.paths import ROOT
 from helpers.processes import on_ranks
@@ -197,7 +198,7 @@ def test_a_stale_adapter_or_another_model_stops_training(
     # The first version stays loaded, as a server would have it that forgot to replace it.
     monkeypatch.setattr("opsd_lightning.rollouts.vllm.adapters.AdapterVersions.outdated", lambda self, keep=(): [])
     watch = Watch()
-    with pytest.raises(UserError, match=r"logprob_tolerance = 0\.02.*adapter of an earlier step"):
+    with pytest.raises(UserError, match=mentions("logprob_tolerance", "0.02")):
         train(
             make_policy(),
             make_engine(stale, logprob_tolerance=0.02),
@@ -206,7 +207,7 @@ def test_a_stale_adapter_or_another_model_stops_training(
             optimizer=lambda p: torch.optim.AdamW(p, lr=0.1),
         )
     assert len(watch.logged) == 1, "the first step was right"
-    with pytest.raises(UserError, match="another base model"):
+    with pytest.raises(UserError, match="base model"):
         train(make_policy("mistral"), make_engine(servers("llama")), tmp_path)
 
 
@@ -275,7 +276,7 @@ def test_a_dying_servers_rollouts_go_to_the_others(
                 hang(9.0)
 
     dying.hook = hook
-    with pytest.warns(RuntimeWarning, match=f"{dying.url} is given up after 1 failure"):
+    with pytest.warns(RuntimeWarning, match=mentions(dying.url, 1)):
         assert engine.generate(model, PROMPTS, sampling, seed=0) == expected
     assert engine._pool is not None and [server.alive for server in engine._pool.servers] == [False, True]
     # It is asked again, and back in use with the newest adapter.
@@ -295,14 +296,14 @@ def test_none_left(
     engine = make_engine(server, retries=1)
     engine.generate(model, PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server.kill()
-    with pytest.raises(UserError, match=r"model\.rollouts\.init_args\.urls: no vLLM server"), pytest.warns(RuntimeWarning):
+    with pytest.raises(UserError, match=mentions("model.rollouts.init_args.urls")), pytest.warns(RuntimeWarning):
         engine.generate(model, PROMPTS, Sampling(max_new_tokens=2), seed=0)
 
 
 Case = tuple[dict[str, Any], dict[str, Any], str]
 REFUSALS: dict[str, Case] = {
-    "no server": ({}, {"retries": 0}, r"urls: http://127.* does not answer .*docs/vllm\.md"),
-    "context": ({"max_model_len": 12}, {}, r"vLLM takes 12: start the servers with --max-model-len 15"),
+    "no server": ({}, {"retries": 0}, r"urls.*http://127.*docs/vllm\.md"),
+    "context": ({"max_model_len": 12}, {}, r"12.*--max-model-len 15"),
     "rank": ({"max_rank": 2}, {}, "--max-lora-rank"),
     "no run-time loading": ({"lora": False}, {}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
 }
@@ -330,16 +331,16 @@ def test_other_mistakes(
     built: Callable[..., PeftModel],
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UserError, match=r"urls is a list"):
+    with pytest.raises(UserError, match="urls"):
         VLLMServerEngine([])
-    with pytest.raises(UserError, match=r"serves .*llama.* serves .*qwen3.*--served-model-name"):
+    with pytest.raises(UserError, match=r"(?s)llama.*qwen3.*--served-model-name"):
         make_engine(servers("llama"), servers("qwen3")).generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
     dora = built(lora=LoRA(r=4, alpha=8, dropout=0.0, options={"use_dora": True}))
-    with pytest.raises(UserError, match="does not serve adapters with use_dora"):
+    with pytest.raises(UserError, match=mentions("use_dora")):
         make_engine(servers()).generate(dora, PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server = servers()
     server.hook = lambda path: (404, f"No adapter found for {tmp_path}") if "load_lora" in path else None
-    with pytest.raises(UserError, match="adapter_folder must be a folder that the servers see"):
+    with pytest.raises(UserError, match="adapter_folder"):
         make_engine(server).generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server = servers()
     server.hook = lambda path: (401, "Unauthorized") if path == "/v1/models" else None
@@ -461,7 +462,7 @@ def test_a_failure_ahead_shows_at_the_next_step_and_other_prompts_are_sampled_an
     engine.prefetch(model, PROMPTS, sampling, seed=9)
     engine.prefetch(model, PROMPTS, sampling, seed=10)  # takes the place of the other
     server.kill()
-    with pytest.raises(UserError, match="no vLLM server"), pytest.warns(RuntimeWarning):
+    with pytest.raises(UserError, match=mentions("model.rollouts.init_args.urls")), pytest.warns(RuntimeWarning):
         engine.generate(model, PROMPTS, sampling, seed=11)
     server.start()
     assert worst_difference(model, engine.generate(model, PROMPTS, sampling, seed=12)) < 1e-4
@@ -521,13 +522,13 @@ def test_evaluation_refuses_another_models_completions(
             parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     module, data = parts(make_policy(), rollouts=make_engine(other, logprob_tolerance=0.05))
     for stage in ("validate", "predict"):
-        with pytest.raises(UserError, match="another base model"):
+        with pytest.raises(UserError, match="base model"):
             getattr(trainer(tmp_path), stage)(module, datamodule=data)
 
 
 def test_a_token_that_the_policy_does_not_have() -> None:
     row = Row([5, 97], None, "length")
-    with pytest.raises(UserError, match=r"97.*model\.policy\.model has 97 tokens"):
+    with pytest.raises(UserError, match=mentions(97, "model.policy.model")):
         as_rollouts([row], Expected(2, frozenset(), 97, False), 1)
     assert as_rollouts([row], Expected(2, frozenset(), 98, False), 1).completions == [[5, 97]]
 
@@ -547,7 +548,7 @@ def test_what_answers_is_no_vllm_server(answer: bytes, built: Callable[..., Peft
     threading.Thread(target=page.serve_forever, daemon=True).start()
     try:
         engine = VLLMServerEngine([f"http://127.0.0.1:{page.server_port}"], str(tmp_path), retries=0)
-        with pytest.raises(UserError, match="not a vLLM server"):
+        with pytest.raises(UserError, match=mentions(f"http://127.0.0.1:{page.server_port}")):
             engine.generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
         engine.close()
     finally:
@@ -556,7 +557,7 @@ def test_what_answers_is_no_vllm_server(answer: bytes, built: Callable[..., Peft
 
 
 def test_an_address_that_is_none(built: Callable[..., PeftModel], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match=mentions("http://host:port")):
         VLLMServerEngine(["http://host:port"], str(tmp_path)).generate(built(), PROMPTS, Sampling(max_new_tokens=2), 0)
 
 
@@ -786,7 +787,7 @@ def test_training_on_two_vllm_servers(
     module, data = parts(policy, rollouts=engine, sampling=Sampling(max_new_tokens=120, n=12), **optimizer)
     data.max_new_tokens = 120
     fit = trainer(tmp_path, watch, losses, max_steps=3, limit_val_batches=0)
-    with pytest.warns(RuntimeWarning, match="is given up"):
+    with pytest.warns(RuntimeWarning, match=mentions("127.0.0.1")):
         fit.fit(module, data)
     assert first.poll() is not None and fit.global_step == 3
     differences = [step["train/rollout_logprob_difference"] for step in watch.logged]
