@@ -301,7 +301,9 @@ class Policy:
                 "Set it to float32, or leave modules_to_save out of model.policy.lora.options",
             )
         if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed the method.
+            name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+            getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
         # `from_pretrained` leaves evaluation mode, in which gradient checkpointing stays off.
         model.train()
         return model
