@@ -19,6 +19,8 @@ from opsd_lightning.runs.reader import read_records
 from opsd_lightning.types import UserError
 from opsd_lightning.utils.statistics import mean_and_interval, wilson
 
+pytestmark = pytest.mark.integration
+
 
 def test_the_whole_of_it(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

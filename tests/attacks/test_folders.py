@@ -20,6 +20,9 @@ from opsd_lightning.runs.record import Record
 from opsd_lightning.utils.csv_tables import append_rows, begin, text
 from opsd_lightning.utils.folders import MANIFEST, replacing
 
+pytestmark = pytest.mark.integration
+
+
 COLUMNS = ("step", "completion")
 
 

@@ -22,6 +22,8 @@ from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.runs.reader import read_run
 from opsd_lightning.types import ConfigError, Rollouts, Sampling, UserError
 
+pytestmark = pytest.mark.integration
+
 
 def run(
     policy: Policy, folder: Path, guard: CollapseGuard, lr: float, steps: int = 12, **start: str

@@ -24,6 +24,8 @@ from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.reports.token_report import TokenReport
 from opsd_lightning.types import ConfigError, Sampling
 
+pytestmark = pytest.mark.integration
+
 
 def tree(root: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}

@@ -16,6 +16,8 @@ from opsd_lightning import __version__
 from opsd_lightning.cli.command import main
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 
+pytestmark = pytest.mark.integration
+
 
 def test_every_subcommand(base: list[str], tmp_path: Path) -> None:
     fit = main(["fit", *base])

@@ -13,6 +13,9 @@ from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.types import ConfigError
 
+pytestmark = pytest.mark.integration
+
+
 BASE = ["fit", "--model.policy.model", "x", "--data.train", "FileSource", "--data.train.init_args.path", "d.jsonl"]
 
 

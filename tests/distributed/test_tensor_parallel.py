@@ -45,6 +45,8 @@ from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, Teacher
 from opsd_lightning.types import Sampling, UserError
 
+pytestmark = pytest.mark.integration
+
 
 def tp2(**settings: Any) -> Strategy:
     return fsdp2(tensor_parallel_size=2, **settings)

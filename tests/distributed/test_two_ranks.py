@@ -56,6 +56,8 @@ from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Sampling, UserError
 
+pytestmark = pytest.mark.integration
+
 
 class ByLength(MathGrader):
     """Right are completions of more than 3 characters: some of each question's."""

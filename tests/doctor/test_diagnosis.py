@@ -40,6 +40,9 @@ from opsd_lightning.rollouts.self_checks import agreement
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.types import Sampling
 
+pytestmark = pytest.mark.integration
+
+
 Doctor = Callable[..., dict[str, Any]]
 
 

@@ -24,6 +24,8 @@ from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher
 from opsd_lightning.types import Rollouts, Sampling, UserError
 
+pytestmark = pytest.mark.integration
+
 
 class Counting(TransformersEngine):
     """Stops at a given call, as a machine that goes down does."""

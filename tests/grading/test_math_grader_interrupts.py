@@ -15,6 +15,9 @@ import pytest
 from helpers.paths import ROOT
 from opsd_lightning.grading.math_grader import MathGrader
 
+pytestmark = pytest.mark.integration
+
+
 SLOW = r"\boxed{10^{10^{%d}}}"  # sympy never ends
 
 

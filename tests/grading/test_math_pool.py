@@ -20,7 +20,10 @@ import pytest
 from opsd_lightning.grading import answer_forms, math_grader as grading, math_pool
 from opsd_lightning.grading.math_grader import Grade, MathGrader
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc"),
+]
 
 SLOW = ["10^{10^{10}}+x", "9!!!!!!", "2^{3^{4^{5^{6}}}}", "7^{7^{7^{7}}}x"]
 

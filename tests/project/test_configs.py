@@ -18,6 +18,9 @@ from helpers.paths import ROOT
 from opsd_lightning.cli.command import main
 from opsd_lightning.prompts.templates import STUDENT_TEMPLATE
 
+pytestmark = pytest.mark.integration
+
+
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))

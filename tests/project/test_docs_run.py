@@ -31,6 +31,9 @@ from helpers.pages import PAGES, blocks, commands
 from helpers.paths import ROOT
 from opsd_lightning.__main__ import entry
 
+pytestmark = pytest.mark.integration
+
+
 CONFIG, QWEN = "configs/quickstart.yaml", "configs/qwen3_1.7b_qlora.yaml"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

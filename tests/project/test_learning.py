@@ -23,6 +23,9 @@ from helpers.paths import ROOT
 from opsd_lightning import NoContext, OPSDDataModule, Policy, ReverseKL
 from opsd_lightning.types import UserError
 
+pytestmark = pytest.mark.integration
+
+
 TINY = Base(steps=2, rows=4)
 
 

@@ -20,6 +20,9 @@ from traitlets.config import Config
 
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.integration
+
+
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 

@@ -38,6 +38,9 @@ from opsd_lightning.types import Sampling, UserError
 from opsd_lightning.utils.redaction import redact, redact_arguments, redact_text
 from opsd_lightning.utils.statistics import wilson_interval
 
+pytestmark = pytest.mark.integration
+
+
 VALIDATED = {"num_sanity_val_steps": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
 CLI = [
     "--trainer.callbacks=RunReport",

@@ -40,6 +40,9 @@ from opsd_lightning.teachers import EMATeacher, LiveTeacher, TrustRegionTeacher
 from opsd_lightning.types import Rollouts, Sampling, UserError
 from opsd_lightning.utils.token_text import Pieces
 
+pytestmark = pytest.mark.integration
+
+
 NASTY = "</script><script>alert(1)</script><!-- <b>&amp; \u2028\u2029 \u202eleft $x_1^2$ 'q' \"q\" \\ {{data}} 答え 😀"
 
 

@@ -34,6 +34,9 @@ from opsd_lightning.runs import lock as run_lock
 from opsd_lightning.types import ConfigError, Sampling, UserError
 from opsd_lightning.utils.disk_errors import guard_loggers
 
+pytestmark = pytest.mark.integration
+
+
 
 def tree(root: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}

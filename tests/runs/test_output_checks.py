@@ -15,6 +15,9 @@ from opsd_lightning.distributed.checks import check_name
 from opsd_lightning.runs.output_checks import check_folders, check_last, open_loggers
 from opsd_lightning.types import ConfigError
 
+pytestmark = pytest.mark.integration
+
+
 
 def trainer(folder: Path, **settings: Any) -> Trainer:
     settings = {"logger": False, "enable_checkpointing": False} | settings

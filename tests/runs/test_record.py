@@ -27,6 +27,9 @@ from opsd_lightning.runs.reader import read_lines
 from opsd_lightning.types import ConfigError, Sampling
 from opsd_lightning.utils.csv_tables import append_rows, begin, cell, check_table, text
 
+pytestmark = pytest.mark.integration
+
+
 
 class Stops(Callback):
     """Ends a run before a step, as a kill does: without a checkpoint."""

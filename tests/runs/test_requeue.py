@@ -16,6 +16,9 @@ from helpers.whole_runs import configure, fit
 from opsd_lightning.cli.command import main
 from opsd_lightning.runs.requeue import put_aside, save_for_requeue
 
+pytestmark = pytest.mark.integration
+
+
 SLURM = {
     "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "opsd", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "7",

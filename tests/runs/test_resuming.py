@@ -15,6 +15,9 @@ from helpers.training import adapters, parts, trainer
 from opsd_lightning.callbacks.collapse_guard import Ceiling, CollapseGuard
 from opsd_lightning.models.policy import Policy
 
+pytestmark = pytest.mark.integration
+
+
 
 class Seen(Callback):
     """Record the events of a run, and raise at a chosen one."""

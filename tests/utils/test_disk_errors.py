@@ -30,6 +30,8 @@ from opsd_lightning.reports.token_report import TokenReport
 from opsd_lightning.runs.reader import read_run
 from opsd_lightning.types import Sampling, UserError
 
+pytestmark = pytest.mark.integration
+
 
 class Fills(Callback):
     """Nothing fits on the disk between two steps: no file grows above a size."""

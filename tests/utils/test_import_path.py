@@ -13,6 +13,9 @@ from helpers.paths import ROOT
 from opsd_lightning.runs.record import commit
 from opsd_lightning.utils.import_path import add_folder, without_folder
 
+pytestmark = pytest.mark.integration
+
+
 # Modules of the standard library and of dependencies, some of which are absent from the environment.
 ELSEWHERE = (
     "torch lightning yaml rich transformers peft datasets httpx jinja2 markupsafe jsonargparse numpy wandb tensorflow flax comet_ml vllm "

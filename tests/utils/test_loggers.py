@@ -18,6 +18,9 @@ from opsd_lightning.callbacks.rollouts import RolloutTable
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.utils.loggers import log_figure, log_page, log_table, takes_pictures
 
+pytestmark = pytest.mark.integration
+
+
 pytest.importorskip("matplotlib", reason="pip install 'opsd-lightning[plots]'")
 
 NASTY = "a | b\nπ = 3.14, \"so\" <b>it</b> is"  # fmt: skip

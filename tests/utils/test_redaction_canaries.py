@@ -20,6 +20,9 @@ from opsd_lightning.rollouts.vllm.client import check_urls
 from opsd_lightning.runs.saved_config import SavedConfig
 from opsd_lightning.types import ConfigError
 
+pytestmark = pytest.mark.integration
+
+
 PARTS = '''
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger

@@ -29,6 +29,9 @@ from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, said
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import ConfigError, Sampling
 
+pytestmark = pytest.mark.integration
+
+
 SAMPLING = Sampling(max_new_tokens=4)
 
 

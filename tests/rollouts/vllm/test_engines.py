@@ -44,6 +44,8 @@ from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts
 from opsd_lightning.teachers import EMATeacher, FixedTeacher
 from opsd_lightning.types import Rollouts, Sampling, UserError
 
+pytestmark = pytest.mark.integration
+
 
 class Watch(Callback):
     """Of each step: what was logged, and what may be done before it."""
