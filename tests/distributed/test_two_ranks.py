@@ -138,7 +138,7 @@ def test_an_adapted_head_trains_under_sharding(make_policy: Callable[..., Policy
 
 
 @both
-def test_a_rank_without_a_token_counts_for_nothing(
+def test_rank_without_tokens_does_not_change_the_mean(
     strategy: str, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     policy = make_policy()
@@ -159,7 +159,7 @@ class NeverEnds(Callback):
 
 @both
 @pytest.mark.parametrize("gather", [True, False], ids=["gathered", "layer by layer"])
-def test_ranks_that_end_at_2_and_at_60_tokens(
+def test_ranks_with_different_completion_lengths_do_not_wait(
     strategy: str, gather: bool, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     policy = make_policy()
@@ -356,7 +356,7 @@ def test_four_bits_and_checkpointing_on_two_ranks(
             assert_same(two, one)
 
 
-def test_weights_offloaded_to_the_host(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_offloaded_weights_give_the_same_training(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     policy = make_policy()
     settings = {"rollouts": Scripted([3, 8, 1, 5]), "teacher": EMATeacher(0.9)}
     one = joined(policy, tmp_path, **settings)
@@ -425,7 +425,7 @@ def test_full_fine_tuning_is_refused_under_sharding(make_policy: Callable[..., P
     on_ranks(work, tmp_path)
 
 
-def test_bitsandbytes_is_refused_where_it_knows_no_shards(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_bitsandbytes_optimizers_are_refused_under_sharding(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     def work(rank: int) -> None:
         with pytest.raises(UserError, match=mentions("AdamW8bit")):
             run(make_policy(), tmp_path, 2, fsdp2, optimizer=lambda p: bitsandbytes.optim.AdamW8bit(p))

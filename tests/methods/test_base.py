@@ -107,7 +107,7 @@ def test_checkpoints_hold_adapters_and_never_the_base(
     assert all(torch.equal(value, expected[key]) for key, value in adapters(again).items())
 
 
-def test_load_from_checkpoint_of_a_command_line_run(folders: dict[str, str], tmp_path: Path) -> None:
+def test_checkpoint_of_a_command_line_run_loads_in_python(folders: dict[str, str], tmp_path: Path) -> None:
     """The parts come back from the checkpoint's own hyperparameters, links included."""
     from opsd_lightning.cli.command import main
 
@@ -139,7 +139,7 @@ class Scripted(RolloutEngine):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
-def test_grades_reach_the_right_question(batch: int, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_grades_belong_to_their_questions(batch: int, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Of four questions with three completions, question i gets i right ones; the teacher gets all right."""
     module, data = parts(make_policy(), eval_sampling=Sampling(max_new_tokens=8, n=3), evaluate_teacher=True)
     data.eval_batch_size = batch
@@ -171,7 +171,7 @@ def val_as_test(data: OPSDDataModule) -> OPSDDataModule:
 
 
 @pytest.mark.parametrize("empty", ["some", "all"])
-def test_empty_completions(empty: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_empty_completions_add_nothing_to_the_loss(empty: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """They add nothing to the loss, and a step without any token leaves the adapter alone."""
     module, data = parts(make_policy(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), lr_scheduler=None)
     module.rollouts = Scripted(lambda prompt, n: "" if n or empty == "all" else "so 3")
@@ -232,7 +232,7 @@ LOGGED = {
 }  # fmt: skip
 
 
-def test_what_is_logged_is_what_happened(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_logged_metrics_equal_recomputed_values(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Each logged number against one computed from the rollouts and scores themselves."""
     seen: list[Any] = []
 
@@ -321,7 +321,7 @@ def test_validation_selects_exports_and_keeps_the_best(make_policy: Callable[...
 @pytest.mark.parametrize(
     ("updates", "every", "steps"), [(2, 3, ["4", "6", "10"]), (3, 2, ["3", "6", "9", "10"]), (1, 4, ["4", "8"])]
 )
-def test_a_table_for_every_multiple_passed(
+def test_rollout_tables_are_written_at_every_multiple(
     updates: int, every: int, steps: list[str], make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     """Also on a run that goes on: a table that was written is not written again."""
@@ -338,7 +338,7 @@ def test_a_table_for_every_multiple_passed(
         assert [row["step"] for row in csv.DictReader(file)] == steps
 
 
-def test_validation_is_the_same_whatever_the_batches(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_validation_is_independent_of_batch_size(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Greedy accuracy and lengths do not depend on the evaluation batch size, and training goes on as before."""
     found = []
     for size in (1, 3, 4):
@@ -368,7 +368,7 @@ def test_the_trainers_own_quantization_is_refused() -> None:
         check_precision(object.__new__(BitsandbytesPrecision))
 
 
-def test_a_callback_sees_what_a_step_is_made_of(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_callbacks_can_read_the_parts_of_a_step(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """In the first update on a batch, before its weights change, and never else; the teacher's states give its numbers."""
     seen: list[int] = []
 

@@ -122,7 +122,7 @@ class Reporting(Fixed):
         return found._replace(logprobs=[(row - self.off).tolist() for row in ours])
 
 
-def test_a_samplers_logprobs_leave_the_ratios_of_updates_alone(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_sampler_logprobs_do_not_change_update_ratios(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Updates are weighted by the student's own probabilities at the loss's temperature; the sampler's ratio, cut off, is a
     factor of its own, and of a loss of the whole step a constant one here."""
 
@@ -142,13 +142,13 @@ def test_a_samplers_logprobs_leave_the_ratios_of_updates_alone(make_policy: Call
             torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-6)
 
 
-def test_a_right_answer_is_worth_more() -> None:
+def test_right_answers_get_a_higher_reward() -> None:
     attempts = Attempts([Example("q", "", "4")] * 2, ["4", "5", "", "4"], ["4", "5", None, "4"], [True, False, False, True],
                         [True] * 4, 2)  # fmt: skip
     assert AnswerReward()(attempts) == [1.0, 0.0, 0.0, 1.0]
 
 
-def test_grpo_needs_groups(make_policy: Callable[..., Policy]) -> None:
+def test_single_completions_are_refused(make_policy: Callable[..., Policy]) -> None:
     with pytest.raises(UserError, match=mentions("model.sampling.n")):
         GRPOModule(make_policy(), sampling=Sampling(n=1))
 

@@ -69,9 +69,7 @@ def opsd(policy: Policy, **settings: Any) -> OPSDModule:
 
 @pytest.mark.parametrize("lr", [math.inf, math.nan, 1e38], ids=str)
 @pytest.mark.parametrize("teacher", [None, EMATeacher(0.5)], ids=["fixed", "ema"])
-def test_weights_that_are_not_finite_reach_no_checkpoint(
-    lr: float, teacher: Teacher | None, policy: Policy, tmp_path: Path
-) -> None:
+def test_non_finite_weights_are_not_saved(lr: float, teacher: Teacher | None, policy: Policy, tmp_path: Path) -> None:
     """Nor a teacher that follows the student. Callbacks that save on exceptions do not write them either."""
     module = opsd(policy, teacher=teacher, optimizer=lambda p: Breaks(p, lr, after=2))
     saved = [
@@ -118,7 +116,7 @@ class Infinite(DivergenceObjective):
 
 
 @pytest.mark.parametrize("offset", [math.inf, math.nan, -math.inf, 1e25])
-def test_a_loss_that_is_not_finite_makes_no_step(offset: float, policy: Policy, tmp_path: Path) -> None:
+def test_non_finite_loss_makes_no_step(offset: float, policy: Policy, tmp_path: Path) -> None:
     objective = Infinite()
     objective.offset = offset
     module = opsd(policy, objective=objective)
@@ -164,7 +162,7 @@ def dead(name: str, policy: Policy) -> tuple[PolicyModule, Any, str]:
 
 
 @pytest.mark.parametrize("name", DEAD)
-def test_a_run_that_learns_nothing_is_noticed(name: str, policy: Policy, tmp_path: Path) -> None:
+def test_run_without_gradients_is_noticed(name: str, policy: Policy, tmp_path: Path) -> None:
     """It warns once and goes on, and the guard says the same."""
     module, context, cause = dead(name, policy)
     guard = CollapseGuard()
@@ -180,7 +178,7 @@ def test_a_run_that_learns_nothing_is_noticed(name: str, policy: Policy, tmp_pat
 
 
 @pytest.mark.parametrize("guarded", [False, True], ids=["alone", "guarded"])
-def test_a_run_that_learns_nothing_is_not_finished(guarded: bool, policy: Policy, tmp_path: Path) -> None:
+def test_run_without_gradients_does_not_end_as_finished(guarded: bool, policy: Policy, tmp_path: Path) -> None:
     module, context, cause = dead("skipped", policy)
     fit(module, tmp_path, *([CollapseGuard("stop")] if guarded else []), RunReport(), steps=5, context=context)
     info = read_run(tmp_path).info
@@ -189,14 +187,14 @@ def test_a_run_that_learns_nothing_is_not_finished(guarded: bool, policy: Policy
     assert "finished after" not in (tmp_path / "report.html").read_text()
 
 
-def test_a_sound_run_finishes(policy: Policy, tmp_path: Path) -> None:
+def test_learning_run_ends_as_finished(policy: Policy, tmp_path: Path) -> None:
     module = opsd(policy)
     module.idle_limit = 2  # type: ignore[misc]
     fit(module, tmp_path, CollapseGuard("stop"), RunReport(), steps=4)
     assert module.idle.verdict is None and read_run(tmp_path).info["status"] == "finished"
 
 
-def test_one_rank_that_learns_keeps_all_from_being_idle(policy: Policy, tmp_path: Path) -> None:
+def test_one_learning_rank_is_enough(policy: Policy, tmp_path: Path) -> None:
     """Counts are summed over ranks before anything is decided, so that all decide alike."""
     module = opsd(policy, rollouts=Writes(EMPTY))
     original = module.over_ranks
@@ -210,7 +208,7 @@ def test_one_rank_that_learns_keeps_all_from_being_idle(policy: Policy, tmp_path
     assert module.idle.verdict is None
 
 
-def test_idle_steps_in_a_row() -> None:
+def test_idle_steps_are_counted_in_a_row() -> None:
     idle = IdleSteps(3)
     assert [idle.add(reason) for reason in ("a", "a", None, "b", "b", "b", "b")] == [False] * 5 + [True, False]
     assert idle.problem is not None and idle.problem == idle.verdict and "last 4 steps" in idle.problem
@@ -221,11 +219,11 @@ def test_idle_steps_in_a_row() -> None:
     assert short.problem is None and short.verdict is not None
 
 
-def test_methods_wait_as_long_as_their_signal_may_be_away() -> None:
+def test_patience_depends_on_the_method() -> None:
     assert GRPOModule.idle_limit > OPSDModule.idle_limit >= 5
 
 
-def test_a_rate_of_zero_teaches_nothing(policy: Policy, tmp_path: Path) -> None:
+def test_zero_learning_rate_is_noticed(policy: Policy, tmp_path: Path) -> None:
     def never(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.0, total_iters=100)
 

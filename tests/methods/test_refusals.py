@@ -75,7 +75,7 @@ everywhere = pytest.mark.parametrize("method", WHERE)
 
 
 @everywhere
-def test_a_teacher_with_fewer_logits_than_the_policy(method: str, tmp_path: Path) -> None:
+def test_teacher_with_fewer_logits_is_refused(method: str, tmp_path: Path) -> None:
     policy = Policy(padded(tmp_path / "policy"), dtype="float32")
     teacher = ModelTeacher(saved(tmp_path / "teacher", make_model("llama")))
     with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model", 107, "model.policy.model", 128)):
@@ -83,20 +83,20 @@ def test_a_teacher_with_fewer_logits_than_the_policy(method: str, tmp_path: Path
 
 
 @everywhere
-def test_a_teacher_with_more_logits_than_the_policy(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_teacher_with_more_logits_is_accepted(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
     teacher = ModelTeacher(padded(tmp_path / "teacher"))
     fit(with_teacher(method, make_policy(), teacher), 1, tmp_path, BATCH)  # type: ignore[arg-type]
 
 
 @everywhere
-def test_a_teacher_with_other_tokens(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_teacher_with_other_tokens_is_refused(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
     module = with_teacher(method, make_policy(), ModelTeacher(other_tokens(tmp_path / "other")))
     with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model")):
         module.configure_model()
 
 
 @everywhere
-def test_a_teacher_that_does_not_exist(method: str, make_policy: MakePolicy) -> None:
+def test_missing_teacher_is_refused(method: str, make_policy: MakePolicy) -> None:
     module = with_teacher(method, make_policy(), ModelTeacher("./nowhere"))
     with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model", "./nowhere")):
         module.configure_model()
@@ -111,14 +111,14 @@ def test_a_teacher_needs_no_chat_template(method: str, make_policy: MakePolicy, 
 
 
 @pytest.mark.parametrize("teacher", [EMATeacher, SyncTeacher])
-def test_full_fine_tuning_has_no_adapter_to_follow(teacher: Any, make_policy: MakePolicy) -> None:
+def test_adapter_teachers_need_lora(teacher: Any, make_policy: MakePolicy) -> None:
     with pytest.raises(ConfigError) as caught:
         with_teacher("teacher", make_policy(lora=None), teacher()).configure_model()
     assert caught.value.setting == "model.teacher" and "FixedTeacher" in caught.value.fix
 
 
 @everywhere
-def test_a_teacher_with_a_shorter_context(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_rows_beyond_the_teachers_context_are_left_out(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
     """Rows that do not fit it are left out; where nothing else looks, scoring refuses them."""
     policy, folder = make_policy(), short(tmp_path / "short")
     rows = [
@@ -138,20 +138,20 @@ def test_a_teacher_with_a_shorter_context(method: str, make_policy: MakePolicy, 
         fit(with_teacher(method, policy, ModelTeacher(folder)), 1, tmp_path, batch)  # type: ignore[arg-type]
 
 
-def test_an_anchor_over_more_entries_than_there_are(make_policy: MakePolicy) -> None:
+def test_anchor_support_larger_than_the_vocabulary_is_refused(make_policy: MakePolicy) -> None:
     anchor = Anchor(objective=DivergenceObjective(support=TopKWithTail(500)))
     for module in (OPSDModule(make_policy(), anchor=anchor), GRPOModule(make_policy(), anchor=anchor)):
         with pytest.raises(UserError, match=mentions("model.anchor.objective.support.k", 500)):
             module.configure_model()
 
 
-def test_greedy_groups_have_nothing_to_compare(make_policy: MakePolicy) -> None:
+def test_greedy_sampling_is_refused_for_grpo(make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=mentions("model.sampling.temperature")):
         GRPOModule(make_policy(), sampling=Sampling(n=2, temperature=0.0))
     GRPOModule(make_policy(), sampling=Sampling(n=2), eval_sampling=Sampling(temperature=0.0))
 
 
-def test_an_objective_that_leaves_the_teacher_out(make_policy: MakePolicy) -> None:
+def test_objective_without_a_teacher_is_refused(make_policy: MakePolicy) -> None:
     for method in (OPSDModule, MixedOPSDModule):
         with pytest.raises(UserError, match=mentions("model.objective", "NegativeLogLikelihood")):
             method(make_policy(), objective=NegativeLogLikelihood())
@@ -163,7 +163,7 @@ class Weighing(Fixed):
     max_importance_ratio = 1.5
 
 
-def test_an_importance_ratio_without_effect(make_policy: MakePolicy) -> None:
+def test_importance_ratio_without_effect_is_refused(make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=mentions("model.max_importance_ratio")):
         OPSDModule(make_policy(), rollouts=Fixed(), max_importance_ratio=1.5)
     assert OPSDModule(make_policy(), max_importance_ratio=1.5, updates_per_batch=2).max_importance_ratio == 1.5
@@ -171,7 +171,7 @@ def test_an_importance_ratio_without_effect(make_policy: MakePolicy) -> None:
 
 
 @pytest.mark.parametrize("method", ["data alone", "opsd", "sft", "sft, no EOS at all", "mixed"])
-def test_a_tokenizer_without_an_eos(method: str, tmp_path: Path) -> None:
+def test_tokenizer_without_eos_is_refused_where_texts_are_trained_on(method: str, tmp_path: Path) -> None:
     """Only texts that are trained on must end with one."""
     tokenizer, model = make_tokenizer(), make_model("llama")
     tokenizer.eos_token = None

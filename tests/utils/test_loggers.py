@@ -49,7 +49,7 @@ def fit(logger: Logger, policy: Policy, folder: Path) -> dict[str, float]:
     return {name: float(value) for name, value in run.logged_metrics.items()}
 
 
-def test_csv(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_csv_logger_gets_tables_and_pages(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     from PIL import Image
 
     logger = CSVLogger(tmp_path / "logs")
@@ -65,7 +65,7 @@ def test_csv(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     assert Image.open(pictures[0]).size == (100, 50)
 
 
-def test_tensorboard(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_tensorboard_gets_scalars_tables_and_pictures(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="pip install 'opsd-lightning[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -83,7 +83,9 @@ def test_tensorboard(make_policy: Callable[..., Policy], tmp_path: Path) -> None
     assert [(picture.step, picture.width, picture.height) for picture in pictures] == [(1, 100, 50), (2, 100, 50)]
 
 
-def test_weights_and_biases(make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_gets_scalars_tables_and_pages(
+    make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wandb = pytest.importorskip("wandb", reason="pip install 'opsd-lightning[wandb]'")
     from PIL import Image
 
@@ -108,7 +110,7 @@ def mlflow_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return (tmp_path / "mlruns").as_uri()
 
 
-def test_mlflow(make_policy: Callable[..., Policy], tmp_path: Path, mlflow_uri: str) -> None:
+def test_mlflow_gets_scalars_tables_and_pages(make_policy: Callable[..., Policy], tmp_path: Path, mlflow_uri: str) -> None:
     pytest.importorskip("mlflow", reason="pip install 'opsd-lightning[mlflow]'")
     from PIL import Image
 

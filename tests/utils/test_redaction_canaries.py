@@ -156,7 +156,7 @@ def test_a_config_without_secrets_is_lightnings_own(base: list[str], tmp_path: P
     assert saved.endswith(callback.parser.dump(callback.config, skip_none=False)) and "Hidden" not in saved
 
 
-def test_a_run_that_fails(
+def test_failing_run_shows_no_secret(
     base: list[str],
     parts: Path,
     tmp_path: Path,
@@ -181,7 +181,7 @@ def server(folders: dict[str, str]) -> Iterator[ProtocolServer]:
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_the_answer_of_a_failing_server(
+def test_server_errors_show_no_secret(
     base: list[str],
     parts: Path,
     tmp_path: Path,
@@ -222,7 +222,7 @@ def test_an_address_with_a_password_is_refused_without_it() -> None:
     assert refused.value.setting == "model.rollouts.init_args.urls" and "canary" not in str(refused.value)
 
 
-def test_the_doctor(
+def test_doctor_shows_no_secret(
     base: list[str],
     parts: Path,
     tmp_path: Path,

@@ -133,7 +133,7 @@ def test_samples_are_seeded_and_end_at_any_eos(
 
 
 @pytest.mark.parametrize("start", ["base", "adapter"])
-def test_what_is_active_is_served(
+def test_active_adapter_is_served(
     start: str,
     servers: Callable[..., ProtocolServer],
     make_engine: Callable[..., VLLMServerEngine],
@@ -213,7 +213,7 @@ def test_a_stale_adapter_or_another_model_stops_training(
         train(make_policy("mistral"), make_engine(servers("llama")), tmp_path)
 
 
-def test_a_short_outage_is_ridden_out(
+def test_short_outage_is_retried(
     servers: Callable[..., ProtocolServer], make_engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel]
 ) -> None:
     model, server = built(), servers()
@@ -291,7 +291,7 @@ def test_a_dying_servers_rollouts_go_to_the_others(
     assert dying.requests and engine._pool.servers[0].alive
 
 
-def test_none_left(
+def test_no_server_left_is_an_error(
     servers: Callable[..., ProtocolServer], make_engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel]
 ) -> None:
     model, server = built(), servers()
@@ -312,7 +312,7 @@ REFUSALS: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_one_clear_message(
+def test_server_limits_are_refused_with_one_message(
     case: str,
     servers: Callable[..., ProtocolServer],
     make_engine: Callable[..., VLLMServerEngine],
@@ -327,7 +327,7 @@ def test_one_clear_message(
         make_engine(server, **settings).generate(built(), PROMPTS, Sampling(max_new_tokens=8), seed=0)
 
 
-def test_other_mistakes(
+def test_unusable_settings_are_refused(
     servers: Callable[..., ProtocolServer],
     make_engine: Callable[..., VLLMServerEngine],
     built: Callable[..., PeftModel],
@@ -503,7 +503,7 @@ def test_the_importance_ratio_scales_a_tokens_loss(make_policy: Callable[..., Po
     assert watch.logged[0]["train/importance_ratio_clipped"] == pytest.approx(float((engine.ratios > 1.5).float().mean()))
 
 
-def test_copies_hold_settings_alone(
+def test_copies_hold_only_settings(
     servers: Callable[..., ProtocolServer], make_engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel]
 ) -> None:
     engine = make_engine(servers())
@@ -528,7 +528,7 @@ def test_evaluation_refuses_another_models_completions(
             getattr(trainer(tmp_path), stage)(module, datamodule=data)
 
 
-def test_a_token_that_the_policy_does_not_have() -> None:
+def test_unknown_tokens_are_refused() -> None:
     row = Row([5, 97], None, "length")
     with pytest.raises(UserError, match=mentions(97, "model.policy.model")):
         as_rollouts([row], Expected(2, frozenset(), 97, False), 1)
@@ -536,7 +536,7 @@ def test_a_token_that_the_policy_does_not_have() -> None:
 
 
 @pytest.mark.parametrize("answer", [b"<html>hello</html>", b"[]", b'{"data": [3]}', b'{"data": []}'])
-def test_what_answers_is_no_vllm_server(answer: bytes, built: Callable[..., PeftModel], tmp_path: Path) -> None:
+def test_other_web_servers_are_refused(answer: bytes, built: Callable[..., PeftModel], tmp_path: Path) -> None:
     class Page(BaseHTTPRequestHandler):
         def log_message(self, *args: Any) -> None:
             pass
@@ -558,7 +558,7 @@ def test_what_answers_is_no_vllm_server(answer: bytes, built: Callable[..., Peft
         page.server_close()
 
 
-def test_an_address_that_is_none(built: Callable[..., PeftModel], tmp_path: Path) -> None:
+def test_invalid_address_is_refused(built: Callable[..., PeftModel], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("http://host:port")):
         VLLMServerEngine(["http://host:port"], str(tmp_path)).generate(built(), PROMPTS, Sampling(max_new_tokens=2), 0)
 
@@ -750,7 +750,7 @@ def test_vllm_in_the_trainers_process(vllm_python: str, vllm_model: Path, tmp_pa
 
 
 @pytest.mark.vllm
-def test_the_benchmark(
+def test_server_benchmark_runs(
     two_vllm_servers: list[tuple[Any, str]], vllm_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, out = ROOT / "benchmarks" / "servers.py", tmp_path / "servers.json"
