@@ -59,7 +59,9 @@ def train(model: PeftModel, teacher: Teacher, steps: int) -> list[dict[str, torc
 
 @pytest.mark.parametrize("teacher", TEACHERS, **NAMED)
 @pytest.mark.parametrize("head", [False, True], ids=["", "adapted head"])
-def test_teachers_score_like_their_weights(teacher: Teacher, head: bool, make_policy: Callable[..., Policy]) -> None:
+def test_teachers_start_as_the_student_and_leave_it_unchanged(
+    teacher: Teacher, head: bool, make_policy: Callable[..., Policy]
+) -> None:
     """Starts as the student, takes no gradient, has no dropout, and scoring with it leaves the student unchanged."""
     targets = ["q_proj", "v_proj", "lm_head"] if head else "all-linear"
     model = make_policy(lora=LoRA(r=4, alpha=8, dropout=0.5, target_modules=targets)).build()

@@ -232,6 +232,7 @@ def test_two_ranks_log_the_values_of_all_completions(make_policy: Callable[..., 
     assert ranks[0]["fed"][0][0].tolist() != ranks[1]["fed"][0][0].tolist()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.optimization")
 def test_steps_on_traces_are_not_the_students(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     policy = make_policy()
     _, data = parts(policy)

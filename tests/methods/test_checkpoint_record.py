@@ -42,6 +42,9 @@ from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.teachers import EMATeacher, ModelTeacher
 from opsd_lightning.types import ConfigError, PromptBatch, Sampling
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record")
+
+
 LORA = LoRA(r=4, alpha=8, dropout=0.0, target_modules=["q_proj"])
 
 

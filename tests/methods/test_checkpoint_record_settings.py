@@ -29,6 +29,9 @@ from opsd_lightning.prompts.online_contexts import ReasonFirst
 from opsd_lightning.teachers import EMATeacher, LiveTeacher, ModelTeacher, SyncTeacher
 from opsd_lightning.types import ConfigError, Example, PromptBatch, Sampling
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record")
+
+
 LORA = LoRA(r=4, alpha=8, dropout=0.0, target_modules=["q_proj"])
 
 

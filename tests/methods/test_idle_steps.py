@@ -177,6 +177,8 @@ def test_run_without_gradients_is_noticed(name: str, policy: Policy, tmp_path: P
         assert not any(bool(p.any()) for p in moved)  # rounding is not scaled up to steps
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.base")
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.callbacks.collapse_guard")
 @pytest.mark.parametrize("guarded", [False, True], ids=["alone", "guarded"])
 def test_run_without_gradients_does_not_end_as_finished(guarded: bool, policy: Policy, tmp_path: Path) -> None:
     module, context, cause = dead("skipped", policy)

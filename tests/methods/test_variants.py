@@ -460,6 +460,7 @@ def test_a_teacher_that_cannot_write_is_refused_where_it_must(make_policy: MakeP
 # -- full fine-tuning --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record")
 @pytest.mark.parametrize("fixed", [FixedTeacher, partial(ModelTeacher, privileged=True)])
 def test_full_fine_tuning_equals_the_flat_loss_and_resumes(fixed: Any, make_policy: MakePolicy, tmp_path: Path) -> None:
     policy = make_policy(lora=None)

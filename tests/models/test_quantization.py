@@ -124,6 +124,7 @@ def test_the_base_stays_as_it_was_quantized(
     assert 0 < error < original.abs().max() / 4
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning:bitsandbytes")
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
 def test_8_bit_optimizers_train_and_resume(name: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """They train the adapter, with states in 8 bits, and go on after a resume."""

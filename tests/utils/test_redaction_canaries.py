@@ -180,6 +180,7 @@ def server(folders: dict[str, str]) -> Iterator[ProtocolServer]:
     found.kill()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:opsd_lightning.rollouts.vllm.engines")
 @pytest.mark.parametrize("status", [400, 500])
 def test_server_errors_show_no_secret(
     base: list[str],
