@@ -7,4 +7,4 @@ import re
 
 def mentions(*parts: object) -> str:
     """Return the regular expression of a text that holds all these names and numbers, in any order."""
-    return "(?s)" + "".join(rf"(?=.*(?<![\w.]){re.escape(str(part))}(?!\w))" for part in parts)
+    return "(?s)" + "".join(rf"(?=.*(?<!\w){re.escape(str(part))}(?!\w))" for part in parts)
