@@ -1,4 +1,4 @@
-"""Tensor parallelism on gloo processes against one process."""
+"""Tests of tensor parallelism on gloo processes, against one process."""
 
 from __future__ import annotations
 

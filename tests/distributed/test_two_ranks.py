@@ -1,4 +1,4 @@
-"""Two processes on gloo against one process on the joined batch, for ddp and FSDP2."""
+"""Tests of ddp and FSDP2 on two gloo processes, against one process on the joined batch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What README and documentation tell a reader to type is typed: commands, Python and YAML, on tiny models and few rows.
+"""Tests that the commands, Python and YAML blocks of README and documentation run, on tiny models and few rows.
 
-Placeholders (CONFIG.yaml, CHECKPOINT, RUN) stand for a short run made here. Settings that make a run small are given last, and
-have the last word; everything that a command says itself is parsed and used. `make` targets are those of ``.ci/run``;
-benchmarks' arguments are parsed here, and the scripts run in ``project/test_benchmarks.py`` and ``project/test_learning.py``.
+A short run made here stands for the placeholders CONFIG.yaml, CHECKPOINT and RUN. Settings that make a run small come last on
+the command line; all other settings are used as the page gives them. The targets of `make` are not run (``.ci/run`` runs them).
+Arguments of benchmarks are only parsed: ``test_benchmarks.py`` and ``test_learning.py`` run the scripts.
 """
 
 from __future__ import annotations
