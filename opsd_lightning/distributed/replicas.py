@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 
 from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
+
+
+class Replicas:
+    """Sums and maxima over the ranks that hold different data. Every rank must call them.
+
+    Args:
+        trainer: Trainer of the run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """All-reduce each value to its sum."""
+        return self._reduce(values, "sum")
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """All-reduce each value to its maximum."""
+        return self._reduce(values, "max")
+
+    def _reduce(self, values: Sequence[float], operation: str) -> list[float]:
+        if self._trainer.world_size == 1:
+            return [float(value) for value in values]
+        strategy: Any = self._trainer.strategy
+        tensor = torch.tensor(values, dtype=torch.float64, device=strategy.root_device)
+        return strategy.reduce(tensor, replicas(strategy), operation).tolist()
 
 
 def replica(trainer: Trainer | None) -> tuple[int, int]:

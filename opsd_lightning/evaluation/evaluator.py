@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from opsd_lightning.distributed.replicas import replica, replicas
+from opsd_lightning.distributed.replicas import Replicas, replica
 from opsd_lightning.evaluation.accuracy import AccuracyAtK, pass_sizes
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.models.policy import Policy
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios
 from opsd_lightning.rollouts.self_checks import Agreement, check_policy
 from opsd_lightning.runs.resuming import batches_trained
 from opsd_lightning.runs.signals import release, stop_if_asked, watch
-from opsd_lightning.teachers import Teacher
+from opsd_lightning.teachers import GenerativeTeacher
 from opsd_lightning.types import PromptBatch, Rollouts, Sampling, UserError
 
 #: Called on the prompt of each completion, and the completions; raises where they are not the policy's.
@@ -48,7 +49,7 @@ class Evaluator(nn.Module):
             ranks the same batches on each, since sampling may need them all.
     """
 
-    def __init__(self, sampling: Sampling, grader: MathGrader, teacher: Teacher | None = None) -> None:
+    def __init__(self, sampling: Sampling, grader: MathGrader, teacher: GenerativeTeacher | None = None) -> None:
         super().__init__()
         self.sampling, self.grader, self.teacher = sampling, grader, teacher
         roles = ["student", "teacher"] if teacher is not None else ["student"]
@@ -295,16 +296,15 @@ class EvaluatedModule(LightningModule):
         self.rollouts.close()
         release(self.trainer)
 
-    def over_ranks(self, values: Sequence[float], operation: str) -> list[float]:
-        """Each value reduced (``sum``, ``max``) over the ranks that hold different data. Every rank must call."""
-        if self.trainer.world_size == 1:
-            return [float(value) for value in values]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.trainer.strategy.root_device)
-        return self.trainer.strategy.reduce(tensor, replicas(self.trainer.strategy), operation).tolist()  # type: ignore[union-attr]
+    @property
+    def ranks(self) -> Replicas:
+        """Sums and maxima over the ranks that hold different data."""
+        return Replicas(self.trainer)
 
-    def most_over_ranks(self, count: int) -> int:
-        """The largest of the ranks' counts. Every rank must call."""
-        return int(self.over_ranks([count], "max")[0])
+    @property
+    def scorer(self) -> Scorer:
+        """Scores completions with the policy, within the token budget."""
+        return Scorer(self.model, self.token_budget, self.ranks)
 
     def _graded(self, batch: PromptBatch, batch_idx: int) -> Records:
         records = self._sampled(batch, batch_idx, self.evaluator.roles)
@@ -323,9 +323,9 @@ class EvaluatedModule(LightningModule):
     def _check_sampler(self, students: list[list[int]], rollouts: Rollouts) -> None:
         if rollouts.logprobs is None or self.rollouts.logprob_tolerance is None:
             return
-        found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, self.most_over_ranks)
+        found = log_ratios(self.scorer, students, rollouts, self.objective)
         values = torch.cat([*found, torch.zeros(0)])
-        difference, count = self.over_ranks([float(values.abs().sum()), values.numel()], "sum")
+        difference, count = self.ranks.sum([float(values.abs().sum()), values.numel()])
         check_difference(difference / max(count, 1), self.rollouts.logprob_tolerance)
 
     def _log_evaluation(self, stage: str) -> None:

@@ -22,7 +22,7 @@ from opsd_lightning.losses.clips import Clip, NoClip
 from opsd_lightning.losses.divergences import Divergence, ForwardKL
 from opsd_lightning.losses.position_weights import PositionWeight
 from opsd_lightning.losses.supports import FullVocabulary, Support
-from opsd_lightning.types import PromptBatch, Rollouts, TokenStates
+from opsd_lightning.types import Rollouts, TokenStates
 
 # Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (4 MiB each in float32).
 _CACHED_NUMBERS = 2**20
@@ -71,8 +71,8 @@ class Objective(ABC):
         self.logits_memory_mib = PositiveInt(logits_memory_mib)
         self.position_weight = position_weight
 
-    def check(self, vocabulary: int) -> None:
-        """Raise ``ValueError`` where the settings cannot work for a vocabulary of that size."""
+    def check(self, vocabulary: int, setting: str) -> None:
+        """Raise `ConfigError` where the settings cannot work for a vocabulary of that size."""
 
     @abstractmethod
     def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,8 +230,8 @@ class DivergenceObjective(Objective):
         self.support = support or FullVocabulary()
         self.clip = clip or NoClip()
 
-    def check(self, vocabulary: int) -> None:
-        self.support.check(vocabulary)
+    def check(self, vocabulary: int, setting: str) -> None:
+        self.support.check(vocabulary, f"{setting}.support")
 
     def per_token(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         assert teacher_logprobs is not None
@@ -389,20 +389,24 @@ class Term(NamedTuple):
     teacher: TokenStates | None = None
     teacher_prompts: list[list[int]] | None = None
 
+    def weighted(self, factors: list[Tensor]) -> Term:
+        """Multiply the weights by a factor of each token, for each completion a tensor of shape [C]."""
+        return self._replace(weights=[weight * factor for weight, factor in zip(self.weights, factors, strict=True)])
 
-class Update(NamedTuple):
-    """What one optimizer step is made of.
+    def loss(
+        self, student: TokenStates, targets: Tensor, rows: Sequence[int], sizes: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the term for some completions. See `Objective.__call__` for what is returned.
 
-    Args:
-        batch: The questions.
-        students: Token ids that the student read before each completion.
-        rollouts: The completions.
-        terms: The terms of the loss, the method's own first.
-        measured: Of the first term, by name, one tensor of shape [C] a completion, on the CPU (see `Objective.__call__`).
-    """
-
-    batch: PromptBatch
-    students: list[list[int]]
-    rollouts: Rollouts
-    terms: list[Term]
-    measured: dict[str, list[Tensor]]
+        Args:
+            student: The student's states at these completions' tokens.
+            targets: These tokens. Shape [T].
+            rows: Indices of the completions among all of the step; none for an empty pass.
+            sizes: Number of tokens of each completion of the step.
+        """
+        weights = torch.cat([self.weights[row] for row in rows] or [torch.zeros(0)]).to(targets.device)
+        teacher = self.teacher
+        if teacher is not None:
+            states = teacher.hidden.split(list(sizes))
+            teacher = TokenStates(torch.cat([states[row] for row in rows] or [teacher.hidden[:0]]), teacher.head)
+        return self.objective(student, teacher, targets, weights)
