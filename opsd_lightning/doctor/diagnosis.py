@@ -290,10 +290,7 @@ class _Examination:
         """What the skeleton tells of that which `configure_model` and the start of `fit` would refuse."""
         module = self.module
         with self._refusals("settings"):
-            try:
-                module.objective.check(self.policy.load_config().get_text_config().vocab_size)
-            except ValueError as error:
-                raise UserError(f"model.{error}") from None
+            module.objective.check(self.policy.load_config().get_text_config().vocab_size, "model.objective")
         if (model := getattr(self, "skeleton", None)) is None:
             return
         for teacher in self.teachers:

@@ -47,10 +47,7 @@ class Anchor:
         Raises:
             UserError: A part does not go with the policy, or both teachers would keep an adapter: there is room for one.
         """
-        try:
-            self.objective.check(base_of(model).config.get_text_config().vocab_size)
-        except ValueError as error:
-            raise UserError(f"model.anchor.{error}") from None
+        self.objective.check(base_of(model).config.get_text_config().vocab_size, "model.anchor.objective")
         self.teacher.check(tokenizer)
         if isinstance(self.teacher, FixedTeacher) and isinstance(beside, FixedTeacher) and not isinstance(model, PeftModel):
             self.teacher.share(beside)

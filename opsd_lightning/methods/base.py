@@ -216,10 +216,7 @@ class PolicyModule(EvaluatedModule, ABC):
             self.evaluator.count_over(replicas(self._trainer.strategy))
         self.tokenizer = self.policy.load_tokenizer()
         vocabulary = self.policy.load_config().get_text_config().vocab_size
-        try:
-            self.objective.check(vocabulary)
-        except ValueError as error:
-            raise UserError(f"model.{error}") from None
+        self.objective.check(vocabulary, "model.objective")
         self.model = self.policy.build(self._trainer.strategy.root_device if self._trainer is not None else None)
         if self._trainer is not None and self._trains:
             check_dtypes(self.policy, str(self._trainer.precision), self.model)
