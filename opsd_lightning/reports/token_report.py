@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 import opsd_lightning
-from opsd_lightning.callbacks.schedule import due
+from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.distributed.collectives import together
 from opsd_lightning.losses.objectives import Update
 from opsd_lightning.methods.base import PolicyModule
@@ -117,7 +117,7 @@ class TokenReport(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module, PolicyModule)
         # By the step alone: every rank must come to the same, because under sharding the pass needs them all.
-        if pl_module.current is not None and due(trainer, pl_module, self.every_n_steps):
+        if pl_module.current is not None and is_due(trainer, pl_module, self.every_n_steps):
             self._shown = self._look(trainer, pl_module, pl_module.current)
 
     def on_train_batch_end(
