@@ -37,12 +37,10 @@ class AdapterExport(Callback):
 
     Example::
 
-        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.callbacks import ModelCheckpoint
         >>> from opsd_lightning import AdapterExport
         >>> best = ModelCheckpoint(monitor="val/avg@4", mode="max")
-        >>> export = AdapterExport(folder="adapter", merged_folder="merged")
-        >>> trainer = Trainer(callbacks=[best, export], accelerator="cpu", logger=False, enable_progress_bar=False)
+        >>> callbacks = [best, AdapterExport(folder="adapter", merged_folder="merged")]
     """
 
     #: True for callbacks that write to ``default_root_dir`` in ``fit``. `runs.lock` allows one such run at a time.
