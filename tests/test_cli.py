@@ -261,7 +261,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "top-k over the vocabulary": (
         lambda p, f: ["--model.objective.support=TopKWithTail", "--model.objective.support.k=999"],
-        r"model\.objective\.support\.k is 999, but the model's vocabulary has 107",
+        r"model\.objective\.support\.k: k is 999, but the model's vocabulary has only 107",
     ),
     "negative temperature": (lambda p, f: ["--model.sampling.temperature=-1"], "temperature"),
     "accumulate_grad_batches": (

@@ -207,8 +207,8 @@ def test_what_fit_refuses_is_found(mistake: str, doctor: Doctor, folders: dict[s
 
 def test_refusals_of_the_loaded_model(doctor: Doctor) -> None:
     found = doctor("--model.objective.support=TopKWithTail", "--model.objective.support.k=999")
-    (error,) = lines(found, "error")
-    assert "model.objective.support.k is 999" in error
+    (error,) = [each for each in found["findings"] if each["level"] == "error"]
+    assert error["setting"] == "model.objective.support.k"
 
 
 def test_several_things_at_once(doctor: Doctor) -> None:

@@ -19,7 +19,7 @@ from opsd_lightning.models.policy import Policy
 from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.runs.reader import read_run
-from opsd_lightning.types import ConfigError, Rollouts, Sampling, UserError
+from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
 
 def run(
@@ -96,14 +96,14 @@ def test_a_rule_on_nothing_and_a_run_that_is_too_short(
     with caplog.at_level("INFO"):
         steps, said = run(make_policy(), tmp_path, guard, lr=0.0, steps=3)
     assert steps == 3 and not said
-    assert "it needs 20 values" in caplog.text and "CollapseGuard.window" in caplog.text
+    assert "it needs 20 values" in caplog.text and "trainer.callbacks.window" in caplog.text
 
 
 def test_another_run_begins_anew(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     guard = CollapseGuard(rules=[Drift("train/forward_kl", highest=1.05)], window=2)
     for folder in ("first", "second"):
         _, said = run(make_policy(), tmp_path / folder, guard, lr=5.0)
-        assert len(said) == 1 and guard.said == said
+        assert len(said) == 1 and guard.messages == said
 
 
 def test_a_run_that_goes_on_after_a_stop_is_not_stopped(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_after_a_stop_is_not_stopped(make_policy: Callable[..
     steps, said = run(make_policy(), tmp_path, guard, lr=5.0)
     assert guard.stopped and len(said) == 1
     after, more = run(make_policy(), tmp_path, guard, lr=5.0, steps=steps + 2, ckpt_path=str(tmp_path / "last.ckpt"))
-    assert after == steps + 2 and not guard.stopped and more == [] and guard.said == said
+    assert after == steps + 2 and not guard.stopped and more == [] and guard.messages == said
 
 
 def test_a_run_that_stays_is_left_alone(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -151,13 +151,19 @@ def test_rules(rule: Drift | Ceiling, start: float, now: float, broken: bool) ->
     assert (rule.broken(start, now) is not None) == broken
 
 
-def test_settings_that_contradict_each_other() -> None:
-    with pytest.raises(UserError, match="not below highest"):
-        Drift("m", 2.0, 1.0)
-    with pytest.raises(UserError, match="has no bound"):
-        Drift("m")
-    with pytest.raises(UserError, match="choose warn or stop"):
-        CollapseGuard("halt")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("make", "setting"),
+    [
+        (lambda: Drift("m", 2.0, 1.0), "trainer.callbacks.rules"),
+        (lambda: Drift("m"), "trainer.callbacks.rules"),
+        (lambda: CollapseGuard("halt"), "trainer.callbacks.action"),  # type: ignore[arg-type]
+    ],
+    ids=["lowest above highest", "no bound", "unknown action"],
+)
+def test_contradictory_settings_are_refused(make: Callable[[], object], setting: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make()
+    assert refused.value.setting == setting
 
 
 def test_a_metric_that_is_logged_now_and_then_counts_once(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from opsd_lightning.methods.grpo import AnswerReward, GRPOModule
 from opsd_lightning.methods.mixed import MixedOPSDModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.types import Sampling, UserError
+from opsd_lightning.types import ConfigError, Sampling
 from opsd_lightning.utils.token_text import Piece
 
 
@@ -102,7 +102,7 @@ def test_phrases_are_whole_words_in_any_case() -> None:
     metric = PhraseRate(["wait", "let me  check"])
     metric.update(["Wait, wait: Let me\ncheck the waiter.", "No awaiting."], [40, 10])
     assert rounded(metric.compute()) == {"per_1k": 60.0, "fraction": 0.5}
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(ConfigError):
         PhraseRate([])
 
 
@@ -246,6 +246,7 @@ def test_steps_on_traces_are_not_the_students(make_policy: Callable[..., Policy]
 
 
 @pytest.mark.parametrize(("settings", "name"), [({"hedges": []}, "hedges"), ({"leaks": ["  "]}, "leaks")])
-def test_mistakes(settings: dict[str, Any], name: str) -> None:
-    with pytest.raises(UserError, match=f"Health.{name}: the phrases to count"):
+def test_empty_phrases_are_refused(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
         Health(**settings)
+    assert refused.value.setting == f"trainer.callbacks.{name}"

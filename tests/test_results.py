@@ -20,7 +20,7 @@ from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
 
 class Counting(TransformersEngine):
@@ -227,8 +227,9 @@ def test_batches_must_know_their_places(run: Callable[..., Run], tmp_path: Path,
 
     plain = EvalLoader.__iter__
     monkeypatch.setattr(EvalLoader, "__iter__", lambda self: (b._replace(indices=()) for b in plain(self)))
-    with pytest.raises(UserError, match="use OPSDDataModule"):
+    with pytest.raises(ConfigError) as refused:
         run(tmp_path)
+    assert refused.value.setting == "data"
 
 
 def test_the_table(run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

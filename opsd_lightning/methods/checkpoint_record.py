@@ -319,8 +319,7 @@ def _of_model(theirs: Mapping[str, Any], ours: Mapping[str, Any], resumes: bool,
         yield from _between("model", theirs["method"], ours["method"], upgraded)
     # In full fine-tuning the checkpoint brings all weights itself, but not those that a fixed teacher starts from.
     graded = module.evaluator.teacher
-    keeps = isinstance(graded, FixedTeacher) or (isinstance(graded, ModelTeacher) and graded.recipe is None)
-    weights = resumes or ours["adapter"] is not None or keeps
+    weights = resumes or ours["adapter"] is not None or isinstance(graded, FixedTeacher)
     yield from _of_base("model.policy", theirs["base"], ours["base"], weights, upgraded)
     lora = "adapter" if module.policy.adapter is not None else "lora"
     first, second = theirs["adapter"], ours["adapter"]

@@ -270,7 +270,7 @@ class RunReport(Callback):
             elif "train" in kinds:  # of a run that was stopped before its first validation
                 self._record.drop_training_samples()
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
-            self._ended = status, reason, [message(text) for guard in guards for text in guard.said]
+            self._ended = status, reason, [message(text) for guard in guards for text in guard.messages]
             told = self._unwritten(trainer)
             self._record.end(*self._ended, told)
         except Exception as error:  # what ended the run is more important

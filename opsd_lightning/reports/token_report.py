@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 import opsd_lightning
-from opsd_lightning.callbacks.schedule import due
+from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.distributed.collectives import together
-from opsd_lightning.losses.objectives import Update
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
 from opsd_lightning.runs.reader import RECORD
 from opsd_lightning.runs.record import CHECKPOINT_ID, is_of_another_run
@@ -42,17 +42,17 @@ MEASURED = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entr
 _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
-class TokenReport(Callback):
+class TokenReport(StepCallback):
     """Writes a page that shows where student and teacher disagree, token by token, on some rollouts of some steps.
 
     Every token is shaded by the divergence, and tells both roles' probability of it, what else each would have written, the
     entropies and the clip; beside it stand the question, the trace, what the teacher read and the grade. The first step is
-    always shown. Weights are those before the step's update. Loggers that take pictures get one of the newest rollouts, and
+    always shown. Weights are those before the step's record. Loggers that take pictures get one of the newest rollouts, and
     those that take pages the page at the end of ``fit``. With ``fast_dev_run`` nothing is written.
 
     Args:
         every_n_steps: Optimizer steps from one shown step to the next, at least 1. With ``updates_per_batch`` a batch is
-            shown that ends at a multiple or passes one, by its first update.
+            shown that ends at a multiple or passes one, by its first record.
         rows: Completions of a shown step, at least 1: of as many different questions as there are, of the first rank. They
             cost one more scoring pass of the student, in those steps only.
         keep: The page holds this many of the latest shown steps, at least 1.
@@ -114,11 +114,10 @@ class TokenReport(Callback):
                 "pip install 'opsd-lightning[plots]', or set pictures to false. The page is written all the same"
             )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        # By the step alone: every rank must come to the same, because under sharding the pass needs them all.
-        if pl_module.current is not None and due(trainer, pl_module, self.every_n_steps):
-            self._shown = self._look(trainer, pl_module, pl_module.current)
+    def on_step_scored(self, trainer: Trainer, pl_module: PolicyModule, record: StepRecord) -> None:
+        # Decided by the step alone: under sharding the scoring pass needs every rank.
+        if is_due(trainer, pl_module, self.every_n_steps):
+            self._shown = self._look(trainer, pl_module, record)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -149,28 +148,28 @@ class TokenReport(Callback):
 
     # -- what is shown -----------------------------------------------------------------------------------------------
 
-    def _look(self, trainer: Trainer, module: PolicyModule, update: Update) -> list[dict[str, Any]]:
+    def _look(self, trainer: Trainer, module: PolicyModule, record: StepRecord) -> list[dict[str, Any]]:
         """The rollouts of this step that are shown; nothing on ranks that only take part in the pass."""
-        rollouts = update.rollouts
+        rollouts = record.rollouts
         # The first completion of every question before the second of any.
         order = sorted(range(len(rollouts.completions)), key=lambda row: (row % rollouts.n, row // rollouts.n))
         rows = sorted(order[: self.rows])
-        scores = score_tokens(module, update, rows, self.max_tokens, TOP)
+        scores = score_tokens(module, record, rows, self.max_tokens, TOP)
         if not trainer.is_global_zero:
             return []
         found = []
         for row, (student, teacher) in zip(rows, scores, strict=True):
-            completion, example = rollouts.completions[row], update.batch.examples[row // rollouts.n]
-            shown, term = completion[: self.max_tokens], update.terms[0]
+            completion, example = rollouts.completions[row], record.batch.examples[row // rollouts.n]
+            shown, term = completion[: self.max_tokens], record.terms[0]
             read = None if term.teacher_prompts is None else module.tokenizer.decode(term.teacher_prompts[row])
-            measured = {name: update.measured[name][row][: len(shown)] for name in MEASURED if name in update.measured}
+            measured = {name: record.measured[name][row][: len(shown)] for name in MEASURED if name in record.measured}
             found.append(
                 {
                     "row": row,
                     "question": example.question,
                     "trace": example.trace,
                     "reference": example.answer,
-                    "student_prompt": redact_text(str(module.tokenizer.decode(update.students[row]))),
+                    "student_prompt": redact_text(str(module.tokenizer.decode(record.student_prompts[row]))),
                     "teacher_prompt": None if read is None else redact_text(str(read)),
                     **self._grade(module, completion, example.answer),
                     "truncated": not rollouts.terminated[row],

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from opsd_lightning.models.policy import base_of, device_of, evaluating, is_adapter_key
-from opsd_lightning.models.scoring import check_head, score, Scorer
+from opsd_lightning.models.scoring import Scorer, check_head, score
 from opsd_lightning.models.sharding import without_backward
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine
@@ -130,7 +130,7 @@ def agreement(model: PeftModel, prompts: Sequence[Sequence[int]], completions: S
     """Count how many greedily sampled tokens are also the likeliest when scored, and how many there are."""
     if not any(completions):
         return 0, 0
-    states = Scorer(model, prompts, completions, 8192)
+    states = Scorer(model).score(prompts, completions)
     targets = torch.tensor([token for row in completions for token in row], device=device_of(model))
     return _likeliest(model, _logits(states), targets), len(targets)
 
@@ -151,7 +151,7 @@ def _scoring(model: PeftModel) -> Agreement:
     batch = _distance(together, alone, tolerance)
     # Each prompt once for two rows of different lengths.
     prompts, completions = prompts * 2, [*completions, completions[1][:2], completions[0][:3]]
-    shared = _logits(Scorer(model, prompts, completions, 8192)).split([len(completion) for completion in completions])
+    shared = _logits(Scorer(model).score(prompts, completions)).split([len(completion) for completion in completions])
     return Agreement(batch, _distance(shared[:2], alone, tolerance), None, 0, 0, tolerance)
 
 

@@ -172,7 +172,7 @@ def test_a_run_that_learns_nothing_is_noticed(name: str, policy: Policy, tmp_pat
         warnings.simplefilter("always")
         fit(module, tmp_path, guard, steps=4, context=context)
     told = [str(w.message) for w in caught if "nothing was learned" in str(w.message) and "Guard" not in str(w.message)]
-    assert len(told) == 1 and cause in told[0] and len(guard.said) == 1 and cause in guard.said[0]
+    assert len(told) == 1 and cause in told[0] and len(guard.messages) == 1 and cause in guard.messages[0]
     assert module.global_step == 4 and module.idle.verdict
     if name != "empty":  # there the roles may differ in how likely they find the EOS
         moved = [p for n, p in module.model.named_parameters() if "lora_B" in n]
