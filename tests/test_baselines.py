@@ -149,7 +149,7 @@ def test_grpo_equals_the_clipped_surrogate(
 
 
 def test_grpo_trains_at_the_temperature_that_it_samples_at(make_policy: Callable[..., Policy]) -> None:
-    with pytest.raises(UserError, match=r"model\.likelihood\.temperature is 1 and model\.sampling\.temperature 0\.7"):
+    with pytest.raises(UserError, match=r"^model\.likelihood\.temperature: "):
         GRPOModule(make_policy(), likelihood=NegativeLogLikelihood(), sampling=Sampling(n=2, temperature=0.7))
     assert GRPOModule(make_policy(), sampling=Sampling(n=2, temperature=0.7)).objective.temperature == 0.7
 
@@ -195,7 +195,7 @@ def test_a_right_answer_is_worth_more() -> None:
 
 
 def test_grpo_needs_groups(make_policy: Callable[..., Policy]) -> None:
-    with pytest.raises(UserError, match=r"model\.sampling\.n is 1"):
+    with pytest.raises(UserError, match=r"^model\.sampling\.n: "):
         GRPOModule(make_policy(), sampling=Sampling(n=1))
 
 

@@ -42,6 +42,7 @@ from opsd_lightning.methods.mixed import MixedOPSDModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.models.sharding import whole
 from opsd_lightning.prompts.online_contexts import FeedbackContext
 from opsd_lightning.prompts.templates import Prompts
@@ -569,7 +570,7 @@ def test_base_and_adapter_are_sharded_and_the_fixed_teacher_stays(
 
         class Watch(Callback):
             def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-                states.append(pl_module.teacher.score(pl_module.model, [[40, 41, 42]], [[50, 51, EOS]]).hidden)
+                states.append(pl_module.teacher.score(Scorer(pl_module.model), [[40, 41, 42]], [[50, 51, EOS]]).hidden)
 
         trainer(tmp_path, Watch(), devices=2, strategy=fsdp2(), enable_checkpointing=False).fit(module, data)
         parameters = list(module.model.parameters())

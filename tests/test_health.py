@@ -26,6 +26,7 @@ from opsd_lightning.callbacks.health_metrics import (
 from opsd_lightning.methods.grpo import AnswerReward, GRPOModule
 from opsd_lightning.methods.mixed import MixedOPSDModule
 from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.types import ConfigError, Sampling
 from opsd_lightning.utils.token_text import Piece
@@ -136,15 +137,15 @@ def test_lengths() -> None:
     assert rounded(metric.compute()) == {"all": 5.0, "terminated": 3.0}
 
 
-class Seen(Callback):
+class Seen(StepCallback):
     """The health metrics after each step, and what they were made of."""
 
     def __init__(self) -> None:
         self.values: dict[int, dict[str, float]] = {}
         self.first_kl: dict[int, float] = {}
 
-    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        if module.current is not None and (rows := module.current.measured.get("forward_kl")):
+    def on_step_scored(self, trainer: Any, module: Any, record: StepRecord) -> None:
+        if rows := record.measured.get("forward_kl"):
             self.first_kl[trainer.global_step + 1] = float(torch.stack([row[0] for row in rows]).mean())
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:

@@ -27,6 +27,7 @@ from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.grpo import GRPOModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.reports import token_report
@@ -40,7 +41,7 @@ from opsd_lightning.utils.token_text import Pieces
 NASTY = "</script><script>alert(1)</script><!-- <b>&amp; \u2028\u2029 \u202eleft $x_1^2$ 'q' \"q\" \\ {{data}} 答え 😀"
 
 
-class ByHand(Callback):
+class ByHand(StepCallback):
     """Both roles' log-probabilities of every completion token, from the model's own forward pass; the step's measurements."""
 
     def __init__(self) -> None:
@@ -48,14 +49,12 @@ class ByHand(Callback):
         self.outputs: list[Any] = []
 
     @torch.no_grad()
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        if (now := pl_module.current) is None:
-            return
+    def on_step_scored(self, trainer: Trainer, pl_module: Any, now: StepRecord) -> None:
         rows = []
         for row, completion in enumerate(now.rollouts.completions):
             found = {"completion": completion, "example": now.batch.examples[row // now.rollouts.n]}
             for role in ("student", "teacher"):
-                prompts = now.students if role == "student" else now.terms[0].teacher_prompts
+                prompts = now.student_prompts if role == "student" else now.terms[0].teacher_prompts
                 if prompts is None or not completion:
                     continue
                 with evaluating(pl_module.model):

@@ -28,6 +28,7 @@ from opsd_lightning.methods.mixed import MixedOPSDModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy, base_of
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.prompts.contexts import AnswerContext
 from opsd_lightning.prompts.online_contexts import (
     Attempts,
@@ -389,9 +390,9 @@ def test_reason_first_with_long_traces(make_policy: MakePolicy, tmp_path: Path) 
     examples = [Example("q", "a long trace", "1"), Example("q" * limit, "t", "1"), Example("q", "t", "1")]
 
     class Reading(FixedTeacher):
-        def score(self, model: Any, prompts: Any, *rest: Any) -> Any:
+        def score(self, scorer: Any, prompts: Any, completions: Any) -> Any:
             read.extend(prompts)
-            return super().score(model, prompts, *rest)
+            return super().score(scorer, prompts, completions)
 
     context = ReasonFirst("{question} {trace}", sampling=Sampling(max_new_tokens=7))
     module = OPSDModule(policy, Reading(), context=context, prompts=prompts, rollouts=Says(), optimizer=sgd)
@@ -413,9 +414,9 @@ def test_reason_first_has_the_teachers_weights_write(make_policy: MakePolicy, tm
     read: list[list[list[int]]] = []
 
     class Reading(FixedTeacher):
-        def score(self, model: Any, prompts: Any, *rest: Any) -> Any:
+        def score(self, scorer: Any, prompts: Any, completions: Any) -> Any:
             read.append(prompts)
-            return super().score(model, prompts, *rest)
+            return super().score(scorer, prompts, completions)
 
     class Engine(RolloutEngine):
         """Fixed rollouts of the student; what else is asked for is sampled."""
@@ -478,7 +479,7 @@ def test_full_fine_tuning_equals_the_flat_loss_and_resumes(fixed: Any, make_poli
     again.load_state_dict(module.state_dict(), strict=False)
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), module.model.parameters(), strict=True))
     # The copy stays the model that it started from: on a resumed run too it is the untrained one.
-    scored = again.teacher.score(again.model, TEACHER_PROMPTS, COMPLETIONS)
+    scored = again.teacher.score(Scorer(again.model), TEACHER_PROMPTS, COMPLETIONS)
     torch.testing.assert_close(scored.head(scored.hidden).log_softmax(-1), teacher, atol=1e-4, rtol=1e-4)
 
 

@@ -33,7 +33,7 @@ from vllm_protocol import ProtocolServer, hang
 from conftest import EOS, PROMPTS, SECOND_EOS, make_tokenizer, perturb
 from opsd_lightning.losses.objectives import token_logprobs
 from opsd_lightning.models.policy import LoRA, Policy
-from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.rollouts.vllm.client import ServerPool
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
@@ -476,7 +476,7 @@ def test_the_importance_ratio_scales_a_tokens_loss(make_policy: Callable[..., Po
         def generate(self, model: PeftModel, prompts: Any, sampling: Sampling, seed: int) -> Rollouts:
             found = super().generate(model, prompts, sampling, seed)
             rows = [prompt for prompt in prompts for _ in range(sampling.n)]
-            states = score_all(model, rows, found.completions, 8192)
+            states = Scorer(model, 8192).score(rows, found.completions)
             targets = torch.tensor([token for row in found.completions for token in row])
             right = token_logprobs(states, targets)
             self.ratios = torch.tensor([2.0, 0.5, 1.0, 1.2]).repeat(len(targets))[: len(targets)]

@@ -82,9 +82,9 @@ class DistillationModule(PolicyModule):
     def __init__(
         self,
         policy: Policy,
-        *,
         teacher: Teacher | None = None,
         objective: Objective | None = None,
+        *,
         context: OnlineContext | None = None,
         prompts: Prompts = Prompts(),
         anchor: Anchor | None = None,

@@ -17,6 +17,7 @@ from conftest import EOS
 from opsd_lightning.callbacks.collapse_guard import CollapseGuard
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.distributed.replicas import Replicas
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.grpo import GRPOModule, Reward
@@ -196,16 +197,14 @@ def test_a_sound_run_finishes(policy: Policy, tmp_path: Path) -> None:
     assert module.idle.verdict is None and read_run(tmp_path).info["status"] == "finished"
 
 
-def test_one_rank_that_learns_keeps_all_from_being_idle(policy: Policy, tmp_path: Path) -> None:
+def test_one_rank_that_learns_keeps_all_from_being_idle(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counts are summed over ranks before anything is decided, so that all decide alike."""
     module = opsd(policy, rollouts=Writes(EMPTY))
-    original = module.over_ranks
-
-    def with_another(values: Sequence[float], operation: str) -> list[float]:
-        """A second rank, which always has a little of everything."""
-        return [value + 1 if operation == "sum" else max(value, 1.0) for value in original(values, operation)]
-
-    module.over_ranks = with_another  # type: ignore[method-assign]
+    # A second rank, which always has a little of everything.
+    monkeypatch.setattr(Replicas, "sum", lambda self, values: [value + 1 for value in values])
+    monkeypatch.setattr(Replicas, "max", lambda self, values: [max(value, 1.0) for value in values])
     fit(module, tmp_path, steps=3)
     assert module.idle.verdict is None
 
