@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -83,6 +83,59 @@ class Rollouts(NamedTuple):
     def tokens(self) -> int:
         """Number of completion tokens of all rows."""
         return sum(map(len, self.completions))
+
+
+class LimitedTeacher(Protocol):
+    """A teacher that scores completions, as the data module sees it.
+
+    Attributes:
+        setting: Name of the teacher's setting, such as ``model.teacher``.
+        privileged: If True, it reads the teacher's prompts, otherwise the student's.
+    """
+
+    @property
+    def setting(self) -> str: ...
+
+    @property
+    def privileged(self) -> bool: ...
+
+    def context_length(self) -> int | None:
+        """Return its longest prompt and completion in tokens. None for the policy's own limit."""
+
+
+@dataclass(frozen=True)
+class DataRequirements:
+    """The data that a training method needs. The data module drops training questions that do not meet them.
+
+    Args:
+        teacher_prompts: If True, make the teacher's prompts of training questions with ``data.context``. A question without
+            the trace that this context is made of is dropped.
+        traces: If True, every training question needs a trace, whatever ``data.context`` is.
+        answers: If True, every training question needs an answer or a trace that ends with one.
+        trace_completions: If True, traces are trained on in the place of completions: every training question needs one,
+            and it must fit the model's context behind the student's prompt.
+        privileged: If True, training reads the teacher's prompts, and they are checked before it starts.
+        graded_teacher: If True, evaluation samples completions of the teacher too, and needs its prompts.
+        max_new_tokens: Longest completion that is sampled in training, in tokens.
+        teachers: Teachers that score completions. Each must have room for a prompt and its completion.
+    """
+
+    teacher_prompts: bool = True
+    traces: bool = False
+    answers: bool = True
+    trace_completions: bool = False
+    privileged: bool = True
+    graded_teacher: bool = False
+    max_new_tokens: int = 0
+    teachers: Sequence[LimitedTeacher] = ()
+
+
+@runtime_checkable
+class DeclaresData(Protocol):
+    """A Lightning module that states its `DataRequirements`, such as every `PolicyModule`."""
+
+    @property
+    def data_requirements(self) -> DataRequirements: ...
 
 
 class TokenStates(NamedTuple):

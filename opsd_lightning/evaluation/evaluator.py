@@ -206,6 +206,11 @@ class EvaluatedModule(LightningModule):
     # Every rank evaluates as many batches.
     _even: bool = False
 
+    @property
+    def teachers(self) -> Sequence[Teacher]:
+        """Teachers that score completions in training."""
+        return ()
+
     def setup(self, stage: str) -> None:
         watch(self.trainer)
 
@@ -236,7 +241,7 @@ class EvaluatedModule(LightningModule):
         waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
         training = self.trainer.state.fn in (TrainerFn.FITTING, None)  # None: examined by the doctor, before a fit
         with self.trainer.precision_plugin.forward_context():
-            for teacher in getattr(self, "teachers", ()) if training else ():
+            for teacher in self.teachers if training else ():
                 if (network := teacher.network(self.model)) is not None:
                     check_policy(network, setting=teacher.setting)
             return check_policy(self.model, self.rollouts, every_adapter=waits and training and self.trainer.world_size > 1)

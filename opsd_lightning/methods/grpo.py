@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.online_contexts import Attempts, read_attempts
 from opsd_lightning.teachers import Teacher
-from opsd_lightning.types import PromptBatch, Rollouts, Sampling, TokenStates, UserError
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, TokenStates, UserError
 
 
 class Reward(ABC):
@@ -62,7 +63,6 @@ class GRPOModule(PolicyModule):
         common: What every method has; see `PolicyModule`.
     """
 
-    needs_traces = False
     # Hard questions, few of them a step: some steps in a row without a right answer among wrong ones are no sign yet.
     idle_limit = 50
     idle_reason = "the completions of each question have the same reward (train/groups_without_signal is 1)"
@@ -101,6 +101,10 @@ class GRPOModule(PolicyModule):
     @property
     def objective(self) -> Objective:
         return self.likelihood
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        return replace(super().data_requirements, teacher_prompts=False)
 
     @property
     def teachers(self) -> list[Teacher]:

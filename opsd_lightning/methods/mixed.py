@@ -6,6 +6,7 @@ Differs from OPSD in nothing but what is sampled; the loss stays the divergence 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval
@@ -13,7 +14,7 @@ from jsonargparse.typing import ClosedUnitInterval
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import traces_as_rollouts
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.types import PromptBatch, Rollouts
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts
 
 
 class MixedOPSDModule(OPSDModule):
@@ -25,12 +26,13 @@ class MixedOPSDModule(OPSDModule):
         common: What `OPSDModule` takes.
     """
 
-    trains_on_traces = True
-
     def __init__(self, policy: Policy, trace_share: ClosedUnitInterval = 0.25, **common: Any) -> None:
         super().__init__(policy, **common)
-        self.needs_traces = True
         self.trace_share = ClosedUnitInterval(trace_share)
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        return replace(super().data_requirements, teacher_prompts=True, traces=True, trace_completions=True)
 
     def sample(self, batch: PromptBatch) -> Rollouts:
         # By seed and step alone: every rank draws the same.

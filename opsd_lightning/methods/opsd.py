@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from opsd_lightning.prompts.online_contexts import OnlineContext, ReasonFirst, r
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.teachers import FixedTeacher, Teacher
-from opsd_lightning.types import PromptBatch, Rollouts, Sampling, TokenStates, UserError
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, TokenStates, UserError
 
 
 class _Scored(NamedTuple):
@@ -78,8 +79,6 @@ class OPSDModule(PolicyModule):
         "the teacher gives every token the student's own probability: it reads no more than the student (NoContext), no "
         "context was found, or it is the student itself"
     )
-    #: Whether a training question without trace and answer is left out.
-    needs_answers: bool = True
 
     def __init__(
         self,
@@ -134,7 +133,6 @@ class OPSDModule(PolicyModule):
         self.max_importance_ratio = PositiveFloat(2.0 if max_importance_ratio is None else max_importance_ratio)
         if context is not None:
             context.check(sampling)
-            self.needs_traces, self.needs_answers = context.needs_traces, context.needs_answers
             if not self.teacher.privileged:
                 raise UserError(
                     f"model.context is {type(context).__name__}, for a teacher that reads more than the student, and "
@@ -152,6 +150,14 @@ class OPSDModule(PolicyModule):
     @property
     def objective(self) -> Objective:
         return self._objective
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        needs = replace(super().data_requirements, privileged=self.teacher.privileged)
+        if self.context is None:
+            return needs
+        traces, answers = self.context.needs_traces, self.context.needs_answers
+        return replace(needs, teacher_prompts=traces, traces=traces, answers=answers)
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -211,7 +217,7 @@ class OPSDModule(PolicyModule):
 
     def _teacher_prompts(self, batch: PromptBatch, rollouts: Rollouts) -> tuple[list[list[int]], list[bool]]:
         """The teacher's prompt of every completion, and whether it holds a context."""
-        source = batch.teacher if self.teacher.privileged and self.needs_traces else batch.student
+        source = batch.teacher if self.teacher.privileged and self.data_requirements.teacher_prompts else batch.student
         prompts = [prompt for prompt in source for _ in range(rollouts.n)]
         known = [True] * len(prompts)
         if self.context is None or not rollouts.sampled:  # beside the data's own trace the data's own context

@@ -7,6 +7,7 @@ Differs from OPSD in that nothing is sampled in training and no teacher scores: 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from opsd_lightning.losses.objectives import NegativeLogLikelihood, Objective, Term
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.types import PromptBatch, Rollouts
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts
 
 
 def traces_as_rollouts(batch: PromptBatch) -> Rollouts:
@@ -31,7 +32,6 @@ class SFTModule(PolicyModule):
         common: What every method has; see `PolicyModule`.
     """
 
-    trains_on_traces = True
     idle_reason = "the gradient is 0: the model gives the traces a probability of 1 already, or no trace is left"
 
     def __init__(self, policy: Policy, likelihood: NegativeLogLikelihood | None = None, **common: Any) -> None:
@@ -41,6 +41,10 @@ class SFTModule(PolicyModule):
     @property
     def objective(self) -> Objective:
         return self.likelihood
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        return replace(super().data_requirements, trace_completions=True)
 
     def sample(self, batch: PromptBatch) -> Rollouts:
         return traces_as_rollouts(batch)
