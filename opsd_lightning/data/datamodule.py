@@ -234,7 +234,7 @@ class OPSDDataModule(LightningDataModule):
         counts = f"{len(batch.examples)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
         rank_zero_info(f"data.{split} ({type(self.sources[split]).__name__}): {counts}")
         if not batch.examples:
-            problem = f"it has no usable row among {len(found)} ({reasons})"
+            problem = f"no usable row of {len(found)} ({reasons})"
             raise ConfigError(problem, f"data.{split}", "Check the source and its columns")
         return batch
 
