@@ -19,6 +19,7 @@ from benchmarks.learning import methods, plots, quick, report, run, sweep, task
 from benchmarks.learning.bases import MAX_NEW_TOKENS, Base, Strong, batches, easier, make
 from benchmarks.learning.task import GRADER, PROMPTS, Chain, ChainProblems, draw, split_of
 from opsd_lightning import NoContext, OPSDDataModule, Policy, ReverseKL
+from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def test_the_data_module_verifies_traces(style: task.Style, base: Path) -> None:
 
     dropping = data("drop")
     dropping.setup("test")
-    assert dropping.dropped["test"] == {"trace contradicts the reference answer": 1}
+    assert dropping.dropped["test"] == {DropReason.WRONG_ANSWER: 1}
     assert len(dropping.rows["test"].examples) == 19
     with pytest.raises(UserError, match="row 0: trace contradicts"):
         data("error").setup("test")

@@ -139,7 +139,10 @@ def test_only_the_traces_own_text_is_cut(limit: int) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"student_template": "no"}, "student_template lacks"), ({"teacher_template": "{question}"}, "{context}")],
+    [
+        ({"student_template": "no"}, r"data\.prompts\.student_template: .*\{question\}"),
+        ({"teacher_template": "{question}"}, "{context}"),
+    ],
 )
 def test_templates_must_have_their_placeholders(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import EOS, make_model, make_tokenizer, write_jsonl
 from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.sources import FileSource
 from opsd_lightning.losses.objectives import DivergenceObjective, NegativeLogLikelihood
 from opsd_lightning.losses.supports import TopKWithTail
@@ -129,8 +130,8 @@ def test_a_teacher_with_a_shorter_context(method: str, make_policy: MakePolicy, 
     trainer = one_step(tmp_path)
     trainer.fit(with_teacher(method, policy, ModelTeacher(folder)), data)
     assert len(data.rows["train"].examples) == 4
-    (reason,) = data.dropped["train"]
-    assert reason == f"prompt and completion do not fit the context of {WHERE[method]}, {SHORT} tokens".replace("\\", "")
+    assert data.dropped["train"] == {DropReason.TEACHER_TOO_LONG: 4}
+    assert data.limits["train"].teachers[-1][:2] == (WHERE[method].replace("\\", ""), SHORT)
     batch = BATCH._replace(student=[[20] * 80, *BATCH.student[1:]])
     with pytest.raises(UserError, match=rf"^{WHERE[method]}: a prompt and completion of \d+ tokens do not fit its context"):
         fit(with_teacher(method, policy, ModelTeacher(folder)), 1, tmp_path, batch)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import EOS, PROMPTS, TEACHER_PROMPTS, perturb, write_jsonl
 from opsd_lightning.callbacks.export import AdapterExport
 from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.sources import Columns, FileSource
 from opsd_lightning.losses.divergences import ForwardKL
 from opsd_lightning.losses.objectives import DivergenceObjective
@@ -570,7 +571,7 @@ def test_only_methods_that_read_traces_need_them(method: str, make_policy: MakeP
     trainer.fit(make[method](), data)
     usable = len(data.rows["train"].examples)
     assert usable == (8 if method in ("grpo", "feedback") else 4)
-    assert data.dropped["train"]["empty trace"] == 8 - usable
+    assert data.dropped["train"][DropReason.EMPTY_TRACE] == 8 - usable
 
 
 def test_a_trace_that_does_not_fit_behind_the_students_prompt(make_policy: MakePolicy, tmp_path: Path) -> None:
@@ -584,7 +585,7 @@ def test_a_trace_that_does_not_fit_behind_the_students_prompt(make_policy: MakeP
         data = OPSDDataModule(policy, train=source, context=AnswerContext(), batch_size=1, max_new_tokens=4)
         trainer = one_step(tmp_path)
         trainer.fit(module, data)
-        assert sum(n for reason, n in data.dropped["train"].items() if "prompt and trace" in reason) == reasons
+        assert data.dropped["train"][DropReason.TRACE_TOO_LONG] == reasons
 
 
 def test_full_fine_tuning_writes_a_model(make_policy: MakePolicy, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ class RolloutWriter(Callback):
         self._lock = lock
         for line in from_rank_zero(create):
             rank_zero_info(line)
-        results.mend(replica(trainer)[0])
+        results.remove_incomplete_line(replica(trainer)[0])
         evaluator.finished = results.finished(batches, roles, evaluator.sampling.n)
         finished = f"{len(evaluator.finished)} of {len(batches)} batches are finished"
         rank_zero_info(f"Results are in {results.folder}: {finished}")

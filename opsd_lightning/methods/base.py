@@ -55,7 +55,7 @@ from opsd_lightning.runs import early_signals, lock as run_lock, requeue
 from opsd_lightning.runs.resuming import do_what_is_due, say_what_is_due
 from opsd_lightning.runs.saved_config import check_hidden
 from opsd_lightning.runs.signals import stop_if_asked
-from opsd_lightning.types import PromptBatch, Rollouts, Sampling, UserError
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, UserError
 from opsd_lightning.utils import disk_errors
 from opsd_lightning.utils.redaction import redact
 
@@ -92,10 +92,6 @@ class PolicyModule(EvaluatedModule, ABC):
 
     #: What is logged of every token, as a mean over the step's tokens.
     measured: ClassVar[tuple[str, ...]] = ("student_entropy",)
-    #: Whether a training question without a trace is left out.
-    needs_traces: bool = True
-    #: Whether traces stand in the place of completions, and must fit the context behind the student's prompt.
-    trains_on_traces: ClassVar[bool] = False
     #: Steps in a row without anything to learn from which a run counts as idle.
     idle_limit: ClassVar[int] = 10
     #: Why a step has no gradient though its tokens have weights.
@@ -156,6 +152,14 @@ class PolicyModule(EvaluatedModule, ABC):
     @abstractmethod
     def objective(self) -> Objective:
         """The method's objective, which decides the tokens that count."""
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        """The data that training needs. A method that needs more or less replaces fields."""
+        graded = self.evaluator.teacher is not None
+        return DataRequirements(
+            privileged=False, graded_teacher=graded, max_new_tokens=self.sampling.max_new_tokens, teachers=self.teachers
+        )
 
     def attach(self) -> None:
         """Prepare the freshly built model, before it is sharded."""

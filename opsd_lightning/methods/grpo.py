@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from opsd_lightning.methods.step import StepOutput
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.online_contexts import Attempts, read_attempts
 from opsd_lightning.teachers import Teacher
-from opsd_lightning.types import ConfigError, PromptBatch, Rollouts, Sampling
+from opsd_lightning.types import ConfigError, DataRequirements, PromptBatch, Rollouts, Sampling
 
 
 class Reward(ABC):
@@ -64,7 +65,6 @@ class GRPOModule(PolicyModule):
         0.2
     """
 
-    needs_traces = False
     # With few and hard questions, several steps in a row have no right completion beside wrong ones.
     idle_limit = 50
     idle_reason = "the completions of each question have the same reward (train/groups_without_signal is 1)"
@@ -108,6 +108,10 @@ class GRPOModule(PolicyModule):
     @property
     def objective(self) -> Objective:
         return self.likelihood
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        return replace(super().data_requirements, teacher_prompts=False)
 
     @property
     def teachers(self) -> list[Teacher]:

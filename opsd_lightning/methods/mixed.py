@@ -6,6 +6,7 @@ The loss is that of `opsd`: the divergence between both roles, on the tokens of 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval
@@ -13,7 +14,7 @@ from jsonargparse.typing import ClosedUnitInterval
 from opsd_lightning.methods.opsd import DistillationModule
 from opsd_lightning.methods.sft import traces_as_rollouts
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.types import PromptBatch, Rollouts
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts
 
 
 class MixedOPSDModule(DistillationModule):
@@ -25,12 +26,13 @@ class MixedOPSDModule(DistillationModule):
         common: Arguments of `DistillationModule`.
     """
 
-    trains_on_traces = True
-
     def __init__(self, policy: Policy, *, trace_share: ClosedUnitInterval = 0.25, **common: Any) -> None:
         super().__init__(policy, **common)
-        self.needs_traces = True
         self.trace_share = ClosedUnitInterval(trace_share)
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        return replace(super().data_requirements, teacher_prompts=True, traces=True, trace_completions=True)
 
     def completions(self, batch: PromptBatch) -> Rollouts:
         # Drawn from seed and step alone, so that all ranks agree.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 from jsonargparse.typing import PositiveFloat
@@ -29,7 +30,7 @@ from opsd_lightning.prompts.online_contexts import OnlineContext, ReasonFirst, r
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import seed_for
 from opsd_lightning.teachers import FixedTeacher, GenerativeTeacher, Teacher
-from opsd_lightning.types import ConfigError, PromptBatch, Rollouts, Sampling
+from opsd_lightning.types import ConfigError, DataRequirements, PromptBatch, Rollouts, Sampling
 
 
 class TeacherPrompts(NamedTuple):
@@ -76,8 +77,6 @@ class DistillationModule(PolicyModule):
         "the teacher gives every token the student's own probability: it reads no more than the student (NoContext), no "
         "context was found, or it is the student itself"
     )
-    #: Whether a training question without trace and answer is left out.
-    needs_answers: bool = True
 
     def __init__(
         self,
@@ -112,7 +111,6 @@ class DistillationModule(PolicyModule):
         self.max_importance_ratio = PositiveFloat(2.0 if max_importance_ratio is None else max_importance_ratio)
         if context is not None:
             context.check(self.sampling)
-            self.needs_traces, self.needs_answers = context.needs_traces, context.needs_answers
             if not self.teacher.privileged:
                 raise ConfigError(
                     f"{type(context).__name__} is for a teacher that reads a context, and model.teacher "
@@ -161,6 +159,14 @@ class DistillationModule(PolicyModule):
         return self._objective
 
     @property
+    def data_requirements(self) -> DataRequirements:
+        needs = replace(super().data_requirements, privileged=self.teacher.privileged)
+        if self.context is None:
+            return needs
+        traces, answers = self.context.needs_traces, self.context.needs_answers
+        return replace(needs, teacher_prompts=traces, traces=traces, answers=answers)
+
+    @property
     def teachers(self) -> list[Teacher]:
         """All teachers that score the completions."""
         return [self.teacher] if self.anchor is None else [self.teacher, self.anchor.teacher]
@@ -188,7 +194,7 @@ class DistillationModule(PolicyModule):
 
     def teacher_prompts(self, batch: PromptBatch, rollouts: Rollouts) -> TeacherPrompts:
         """Return the teacher's prompt of every completion. Every rank must call."""
-        source = batch.teacher if self.teacher.privileged and self.needs_traces else batch.student
+        source = batch.teacher if self.teacher.privileged and self.data_requirements.teacher_prompts else batch.student
         prompts = [prompt for prompt in source for _ in range(rollouts.n)]
         known = [True] * len(prompts)
         if self.context is None or not rollouts.sampled:  # traces in place of completions take data.context

@@ -7,13 +7,14 @@ Nothing is sampled in training and no teacher scores: the completions are the da
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from opsd_lightning.losses.objectives import NegativeLogLikelihood, Objective, Term
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepOutput
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.types import PromptBatch, Rollouts
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts
 
 
 def traces_as_rollouts(batch: PromptBatch) -> Rollouts:
@@ -36,7 +37,6 @@ class SFTModule(PolicyModule):
         4096
     """
 
-    trains_on_traces = True
     idle_reason = "the gradient is 0: the model gives the traces a probability of 1 already, or no trace is left"
 
     def __init__(self, policy: Policy, *, likelihood: NegativeLogLikelihood | None = None, **common: Any) -> None:
@@ -46,6 +46,10 @@ class SFTModule(PolicyModule):
     @property
     def objective(self) -> Objective:
         return self.likelihood
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        return replace(super().data_requirements, trace_completions=True)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         """Train on the traces of one batch."""
