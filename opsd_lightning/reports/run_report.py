@@ -52,7 +52,7 @@ _MAX_CHARACTERS = 20_000  # of a completion in the record
 
 
 class RunReport(Callback):
-    """Keeps a record of the run and writes its report as one HTML page.
+    """Callback that keeps a record of the run and writes its report as one HTML page.
 
     The report shows curves, accuracy against generated tokens, completions before and after training, settings, versions and
     the command that repeats the run. It is written at validations, which takes at most 1 % of the run's time, and at the

@@ -43,7 +43,7 @@ _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', 
 
 
 class TokenReport(Callback):
-    """Writes an HTML page that shows where student and teacher disagree, token by token, on rollouts of some steps.
+    """Callback that writes an HTML page with the disagreement of student and teacher at each token of some rollouts.
 
     Each token is shaded by its divergence. The page shows the probability that each role gives the token, the most probable
     tokens of each role, entropies and clip, and for each rollout its question, trace, prompts and grade. The first step is
