@@ -34,7 +34,7 @@ from opsd_lightning.models.policy import Policy
 from opsd_lightning.reports.page import main as report, write_report
 from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.runs.reader import Run, differences, flatten, read_run
-from opsd_lightning.types import Sampling, UserError
+from opsd_lightning.types import ConfigError, Sampling
 from opsd_lightning.utils.redaction import redact, redact_arguments, redact_text
 from opsd_lightning.utils.statistics import wilson_interval
 
@@ -147,8 +147,9 @@ def test_the_page_of_a_run_on_the_command_line(
     assert " ".join(command[2:4]) in html.unescape(page.source)
     start = run.info["starts"][0]
     assert start["versions"]["torch"] == torch.__version__ and start["seed"] == 0 and start["processes"] == 1
-    # Nothing outside the page is asked for, but links beside it.
-    assert all(not re.match(r"(https?:)?//", link) and (tmp_path / link).exists() for link in page.links)
+    # The page loads nothing and links only files of the run.
+    links = [link for link in page.links if link != "data:,"]  # the empty icon
+    assert all(not re.match(r"(https?:)?//", link) and (tmp_path / link).exists() for link in links)
     assert "@import" not in page.source and "fetch(" not in page.source and "url(" not in page.source
 
 
@@ -183,7 +184,7 @@ def test_without_validation_the_first_and_last_step_stand_in(make_policy: Callab
     run, page = read_run(tmp_path), Page(tmp_path / "report.html")
     assert [(line["kind"], line["step"], len(line["records"])) for line in run.samples] == [("train", 1, 2), ("train", 3, 2)]
     assert [point.step for point in run.train] == [1, 2, 3] and not run.validations
-    assert "Completions that the first and the last step trained on" in page.text and "step 3" in page.text
+    assert "Completions of the first and the last training step" in page.text and "step 3" in page.text
 
 
 def test_other_methods_and_several_updates(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -245,9 +246,9 @@ class Stops(Callback):
             RuntimeError("out of <memory>"),
             RuntimeError,
             "failed",
-            "ended by an error after step 3: RuntimeError: out of <memory>",
+            "failed after step 3: RuntimeError: out of <memory>",
         ),
-        (KeyboardInterrupt(), SystemExit, "interrupted", "interrupted by hand (Ctrl-C) after step 3"),
+        (KeyboardInterrupt(), SystemExit, "interrupted", "interrupted by Ctrl-C after step 3"),
     ],
 )
 def test_a_run_that_ends_early_leaves_its_report(
@@ -544,17 +545,19 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([str(tmp_path / "empty")], "empty holds no run: there is neither record/run.json"),
         ([str(tmp_path / "note.txt")], "is a file: give the folder of the run"),
         ([str(damaged)], "run.json is damaged"),
-        ([str(good), "--output", str(tmp_path)], "is a folder: give the page's own name"),
-        ([str(good), "--output", str(blocked)], "cannot be written to"),
+        ([str(good), "--output", str(tmp_path)], "output: "),
+        ([str(good), "--output", str(blocked)], "output: "),
     ):
         with pytest.raises(SystemExit) as stop:
             report(arguments)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
-    with pytest.raises(UserError, match=r"path is 'report', which is no page"):
+    with pytest.raises(ConfigError) as refused:
         RunReport(path="report")
-    with pytest.raises(UserError, match="needs a run"):
+    assert refused.value.setting == "trainer.callbacks.path"
+    with pytest.raises(ConfigError) as refused:
         write_report([])
+    assert refused.value.setting == "runs"
 
 
 GRADED = {"index": 0, "question": "1?", "correct": True, "answer": "1", "completion_tokens": 1, "truncated": False}

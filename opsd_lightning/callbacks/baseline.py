@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class BaselineEvaluation(Callback):
-    """Logs the validation metrics of the untrained model as step 0.
+    """Callback that logs the validation metrics of the untrained model as step 0.
 
     With ``trainer.num_sanity_val_steps: -1``, Lightning's sanity check runs over the whole validation set before training
     and discards its metrics. This callback logs them.

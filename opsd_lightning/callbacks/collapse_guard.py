@@ -97,7 +97,7 @@ class Ceiling(CollapseRule):
 
 
 class CollapseGuard(Callback):
-    """Warns or stops training when a rule on a logged metric is broken.
+    """Callback that warns or stops training when a rule on a logged metric is broken.
 
     A rule compares the mean of a metric's latest values with the mean of its first values in the run, and is reported once.
     Checkpoints store both. A stopped run ends like any other run, with the last checkpoint and the end of ``fit``.
@@ -108,10 +108,10 @@ class CollapseGuard(Callback):
 
     Args:
         action: ``warn``, or ``stop`` training after the step.
-        rules: Rules on logged metrics. By default, relative to the start of the run: completion length between 0.5 and 2
-            times, student entropy between 0.25 and 3 times and forward KL below 3 times; and at most half of the completions
-            truncated. With `Health` also at most 5 % of completions with a leak and hedging words above 0.25 times, over 3
-            measurements each.
+        rules: Rules on logged metrics. The defaults bound, relative to the start of the run, the completion length (0.5 to 2
+            times), the student's entropy (0.25 to 3 times) and the forward KL (3 times), and allow at most half of the
+            completions to be truncated. With `Health`, they also allow a leak in at most 5 % of the completions and a rate
+            of hedging words of at least 0.25 times that at the start, as means over 3 measurements.
         window: Number of values to average, at least 1. A rule applies once twice as many values were logged.
 
     Example::

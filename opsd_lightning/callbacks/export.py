@@ -22,7 +22,9 @@ from opsd_lightning.utils.terminal import say
 
 
 class AdapterExport(Callback):
-    """Exports the best adapter as a peft folder at the end of ``fit``. In full fine-tuning, exports the model and tokenizer.
+    """Callback that exports the best adapter as a peft folder at the end of ``fit``.
+
+    In full fine-tuning it exports the model and the tokenizer.
 
     The best adapter is the one of the checkpoint that the first `ModelCheckpoint` with a ``monitor`` kept. Without such a
     callback, the adapter of the last step is exported.

@@ -30,7 +30,7 @@ from opsd_lightning.utils.token_text import Pieces
 
 
 class Health(StepCallback):
-    """Logs early signs of the known failures of self-distillation under ``health/``.
+    """Callback that logs early signs of the known failures of self-distillation under ``health/``.
 
     docs/seeing.md lists all metrics. They cover all completions of a step on all ranks: forward KL of the first tokens, by
     quarter of the completion and by class of token; rates of hedging words and leak phrases; overlap with the trace;
@@ -47,7 +47,7 @@ class Health(StepCallback):
         leaks: Phrases that refer to the teacher's privileged context. Defaults to ``health_metrics.LEAKS``.
         overlap_n: Length n of the n-grams that are compared with the trace, at least 1.
         grade: If True, completions are graded, which takes a few milliseconds each.
-        window: Number of first measurements whose mean length is the reference for later lengths, at least 1.
+        window: Number of measurements at the start of the run that later lengths are compared with, at least 1.
 
     Example::
 

@@ -28,7 +28,7 @@ from opsd_lightning.utils.terminal import say
 
 
 class RolloutTable(Callback):
-    """Writes some rollouts of a step to ``rollouts.csv`` and to all loggers.
+    """Callback that writes some rollouts of a step to ``rollouts.csv`` and to all loggers.
 
     ``utils/loggers.py`` describes the table of each logger. With ``fast_dev_run`` no file is written.
 
@@ -119,11 +119,12 @@ class RolloutTable(Callback):
 
 
 class RolloutWriter(Callback):
-    """Writes graded completions of ``predict`` and ``test`` to JSON Lines files after each batch, one completion per line.
+    """Callback that writes graded completions of ``predict`` and ``test`` to JSON Lines files, one completion per line.
 
-    An interrupted evaluation resumes: batches that were written are not sampled again. This requires the same weights,
-    questions, prompts, sampling, seed, engine, grader and number of ranks. Otherwise the evaluation starts in a new folder
-    beside the old one. At the end of ``test``, the metrics are printed. With ``fast_dev_run`` nothing is written.
+    Each batch is written as soon as it is finished. An interrupted evaluation resumes and does not sample finished batches
+    again. This requires the same weights, questions, prompts, sampling, seed, engine, grader and number of ranks. Otherwise
+    the evaluation starts in a new folder beside the old one. At the end of ``test``, the metrics are printed. With
+    ``fast_dev_run`` nothing is written.
 
     Args:
         folder: Folder for ``predict.jsonl`` or ``test.jsonl`` of the last finished evaluation and for ``results/``, which

@@ -26,7 +26,7 @@ from opsd_lightning.doctor.findings import Diagnosis, Finding
 from opsd_lightning.doctor.memory import GIB
 from opsd_lightning.doctor.probe import LOOKED_AT
 from opsd_lightning.methods.base import PolicyModule
-from opsd_lightning.reports.page import duration
+from opsd_lightning.reports.html import duration
 from opsd_lightning.types import UserError
 from opsd_lightning.utils.files import replace
 from opsd_lightning.utils.redaction import redact
