@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from opsd_lightning.checkpoints.settings import check_settings, walk
+from opsd_lightning.checkpoints.settings import check_settings, walk_settings
 from opsd_lightning.checkpoints.values import plain_values
 from opsd_lightning.models.policy import STUDENT, TEACHER, Policy
 from opsd_lightning.types import ConfigError, UserError
@@ -108,11 +108,11 @@ def check_written(path: Path, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: It holds objects that a safe load refuses. The callback that they are of is named.
     """
-    if (kind := _unloadable(path)) is not None:
-        raise unwritable(checkpoint, kind)
+    if (kind := _load_failure(path)) is not None:
+        raise unloadable_state_error(checkpoint, kind)
 
 
-def unwritable(checkpoint: Mapping[str, Any], kind: str) -> ConfigError:
+def unloadable_state_error(checkpoint: Mapping[str, Any], kind: str) -> ConfigError:
     """The error for state that no checkpoint can hold.
 
     Args:
@@ -137,10 +137,10 @@ def _is_loadable(value: Any) -> bool:
     except Exception:  # whatever a class raises as it is written
         return False
     file.seek(0)
-    return _unloadable(file) is None
+    return _load_failure(file) is None
 
 
-def _unloadable(file: Path | IO[bytes]) -> str | None:
+def _load_failure(file: Path | IO[bytes]) -> str | None:
     """The class or error that a safe load stops at, if it does."""
     try:
         with warnings.catch_warnings(), plain_values() as finished:
@@ -209,7 +209,7 @@ def open_checked(path: Any, kind: type, keys: Sequence[str], given: Mapping[str,
 
 
 @contextmanager
-def restoring(path: Any) -> Iterator[None]:
+def wrap_restore_errors(path: Any) -> Iterator[None]:
     """Inside, contents of a checkpoint are put in place: what cannot be is an error of the checkpoint.
 
     Raises:
@@ -335,7 +335,7 @@ def _check_contents(found: Any, path: Any) -> None:
     for name, value in found["state_dict"].items():
         if not isinstance(name, str) or not _is_plain(value):
             raise refuse(f"{name!r} in its state_dict is no plain tensor")
-    for name, value in walk(found.get("loops", {})):
+    for name, value in walk_settings(found.get("loops", {})):
         if name in _COUNTS and not (type(value) is int and 0 <= value < 2**62):
             raise refuse(f"its loops count {value!r}")
     for state in found.get("optimizer_states", []):
@@ -372,7 +372,7 @@ def _is_plain(value: Any) -> bool:
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def unfit_weights(theirs: Mapping[str, Any], ours: Mapping[str, Any], policy: Policy) -> dict[str, str]:
+def mismatched_weights(theirs: Mapping[str, Any], ours: Mapping[str, Any], policy: Policy) -> dict[str, str]:
     """Compare the names and shapes of a checkpoint's weights with a run's.
 
     Args:
@@ -396,9 +396,9 @@ def unfit_weights(theirs: Mapping[str, Any], ours: Mapping[str, Any], policy: Po
 
 def _setting_of(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], policy: Policy) -> str:
     parts = key.split(".")
-    if TEACHER in parts and _has(TEACHER, theirs) != _has(TEACHER, ours):
+    if TEACHER in parts and _has_adapter(TEACHER, theirs) != _has_adapter(TEACHER, ours):
         return "model.teacher or model.policy.adapter"  # both keep a second adapter
-    if _has(STUDENT, theirs) != _has(STUDENT, ours):
+    if _has_adapter(STUDENT, theirs) != _has_adapter(STUDENT, ours):
         return "model.policy.lora"
     if policy.adapter is not None:
         return "model.policy.adapter"
@@ -415,7 +415,7 @@ def _setting_of_shape(key: str, theirs: torch.Size, ours: torch.Size, policy: Po
     return "model.policy.lora.r" if policy.adapter is None else "model.policy.adapter"
 
 
-def _has(adapter: str, weights: Mapping[str, Any]) -> bool:
+def _has_adapter(adapter: str, weights: Mapping[str, Any]) -> bool:
     return any(adapter in key.split(".") for key in weights)
 
 

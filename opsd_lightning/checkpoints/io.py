@@ -21,18 +21,25 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from opsd_lightning.checkpoints.file import check_finite, check_written, is_remote, load_file, local_path, unwritable
-from opsd_lightning.checkpoints.shards import is_part, is_shards, read_state
+from opsd_lightning.checkpoints.file import (
+    check_finite,
+    check_written,
+    is_remote,
+    load_file,
+    local_path,
+    unloadable_state_error,
+)
+from opsd_lightning.checkpoints.shards import is_shard_file, is_shards, read_state
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.files import sync
+from opsd_lightning.utils.files import fsync_path
 
 # Lightning brings the weights of spawned processes back in a file of this name, which has no other entries.
-_OF_SPAWNED = ".temp.ckpt"
+_SPAWN_FILE = ".temp.ckpt"
 _NAME_LIMIT = 200  # bytes; file systems allow 255, some of which the temporary name needs
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target, waits for the disk and renames it; loads local files without running code.
 
     The file under the target's name is whole at every instant: the earlier checkpoint until the new one is on disk. Every
@@ -46,15 +53,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        with replacing(target) as temporary, open(temporary, "xb") as file:
+        with replace_checkpoint(target) as temporary, open(temporary, "xb") as file:
             try:
                 torch.save(checkpoint, file)
             except Exception as error:
                 if type(error).__name__ != "PicklingError" and not isinstance(error, (AttributeError, TypeError)):
                     raise
-                raise unwritable(checkpoint, str(error)[:200]) from error
+                raise unloadable_state_error(checkpoint, str(error)[:200]) from error
             file.flush()
-            if target.name != _OF_SPAWNED:
+            if target.name != _SPAWN_FILE:
                 check_written(temporary, checkpoint)
             os.fsync(file.fileno())
 
@@ -62,7 +69,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         check_weights_only(weights_only)
         if isinstance(path, (str, Path)):
             recover(Path(path))
-        return load_file(path, lightning=Path(str(path)).name != _OF_SPAWNED)
+        return load_file(path, lightning=Path(str(path)).name != _SPAWN_FILE)
 
     def remove_checkpoint(self, path: Any) -> None:
         if is_remote(path):
@@ -86,7 +93,7 @@ def check_weights_only(weights_only: bool | None) -> None:
 
 
 def install(trainer: Trainer) -> None:
-    """Have a trainer write and load its checkpoints by `WholeCheckpointIO`, whatever its strategy.
+    """Have a trainer write and load its checkpoints by `AtomicCheckpointIO`, whatever its strategy.
 
     Raises:
         ConfigError: It has an `AsyncCheckpointIO`, by which Lightning removes the earlier checkpoint before the new one is
@@ -104,20 +111,20 @@ def install(trainer: Trainer) -> None:
             )
         part = getattr(part, "checkpoint_io", None)
     if found is None or type(found) is TorchCheckpointIO:
-        strategy.checkpoint_io = WholeCheckpointIO()
+        strategy.checkpoint_io = AtomicCheckpointIO()
     elif hasattr(found, "checkpoint_io"):
-        found.checkpoint_io = WholeCheckpointIO()  # has an effect on a wrapper of nothing alone
+        found.checkpoint_io = AtomicCheckpointIO()  # has an effect on a wrapper of nothing alone
     elif isinstance(found, CheckpointIO) and type(found).load_checkpoint is TorchCheckpointIO.load_checkpoint:
-        found.load_checkpoint = WholeCheckpointIO().load_checkpoint  # type: ignore[method-assign]
+        found.load_checkpoint = AtomicCheckpointIO().load_checkpoint  # type: ignore[method-assign]
     if isinstance(strategy, ParallelStrategy) and not hasattr(strategy, "_saves_on_all"):
         strategy._saves_on_all = True  # type: ignore[attr-defined]
-        strategy.save_checkpoint = _on_all_ranks(strategy)  # type: ignore[method-assign]
+        strategy.save_checkpoint = _raise_on_all_ranks(strategy)  # type: ignore[method-assign]
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
             callback._link_checkpoint = link_checkpoint  # type: ignore[method-assign]
 
 
-def _on_all_ranks(strategy: Strategy) -> Callable[..., None]:
+def _raise_on_all_ranks(strategy: Strategy) -> Callable[..., None]:
     """A strategy's ``save_checkpoint`` that raises on every rank what it raises on one: the others would wait for ever."""
     save, whose = type(strategy).save_checkpoint, weakref.ref(strategy)
 
@@ -139,7 +146,7 @@ def _on_all_ranks(strategy: Strategy) -> Callable[..., None]:
 
 
 @contextmanager
-def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
+def replace_checkpoint(target: Path, folder: bool = False) -> Iterator[Path]:
     """A name beside a checkpoint's, under which a new one is written, which then takes its place.
 
     Args:
@@ -150,22 +157,22 @@ def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
         ConfigError: It cannot be written. The earlier checkpoint stays, and nothing of the new one.
     """
     temporary = temporary_name(target)
-    with explained(target):
+    with wrap_write_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(target)
+            _remove_leftovers(target)
             if folder:
                 temporary.mkdir()
             yield temporary
-            put_in_place(temporary, target)
+            rename_into_place(temporary, target)
         except BaseException:
             with suppress(OSError):
-                _discard(temporary)
+                _remove_parts(temporary)
             raise
 
 
 @contextmanager
-def explained(target: Path) -> Iterator[None]:
+def wrap_write_errors(target: Path) -> Iterator[None]:
     """Inside, errors of the system are raised as ones that name the checkpoint, what stays, and the remedy.
 
     Raises:
@@ -176,7 +183,7 @@ def explained(target: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        if (cause := _cause(error)) is None:
+        if (cause := _system_error(error)) is None:
             raise
         stays = "; the earlier one is whole" if os.path.lexists(target) else ""
         raise ConfigError(
@@ -188,10 +195,10 @@ def explained(target: Path) -> Iterator[None]:
 
 def temporary_name(target: Path) -> Path:
     """The name beside a checkpoint's under which it is written."""
-    return target.with_name(f".{_short(target.name)}.partial")
+    return target.with_name(f".{_shortened(target.name)}.partial")
 
 
-def put_in_place(temporary: Path, target: Path) -> None:
+def rename_into_place(temporary: Path, target: Path) -> None:
     """Give a whole checkpoint its name, and remove the one that had it."""
     if target.is_dir() and not target.is_symlink() and not is_checkpoint(target):
         raise ConfigError(
@@ -201,22 +208,22 @@ def put_in_place(temporary: Path, target: Path) -> None:
         )
     if os.path.lexists(target) and (target.is_dir() or temporary.is_dir()):
         if not _exchange(temporary, target):  # a folder cannot be replaced by one rename
-            aside = _aside(target)
+            aside = _old_name(target)
             os.rename(target, aside)  # found by `recover`, should this be the end
             os.rename(temporary, target)
             os.rename(aside, temporary)
-        sync(target.parent)
-        _discard(temporary)
+        fsync_path(target.parent)
+        _remove_parts(temporary)
     else:
         os.replace(temporary, target)
-        sync(target.parent)
+        fsync_path(target.parent)
 
 
 def recover(path: Path) -> None:
     """Bring a checkpoint back to its name from the one under which a stopped process had put it aside, if it did."""
-    if not os.path.lexists(path) and is_checkpoint(_aside(path)):
+    if not os.path.lexists(path) and is_checkpoint(_old_name(path)):
         with suppress(OSError):  # another rank was faster, or the folder is read-only
-            os.rename(_aside(path), path)
+            os.rename(_old_name(path), path)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -241,20 +248,20 @@ def remove_checkpoint(path: Path) -> None:
         if not is_checkpoint(path):
             rank_zero_warn(f"{path} is no checkpoint, and is not removed")
             return
-        _lead_on(path)
-        _discard(path)
+        _relink(path)
+        _remove_parts(path)
 
 
 def link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
     """Point ``last.ckpt`` at a checkpoint, in place of Lightning's own, which removes whatever has that name first."""
     if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
         link = Path(linkpath)
-        with replacing(link) as temporary:
+        with replace_checkpoint(link) as temporary:
             os.symlink(os.path.relpath(filepath, link.parent), temporary)
     trainer.strategy.barrier()
 
 
-def _lead_on(path: Path) -> None:
+def _relink(path: Path) -> None:
     """Lead links to a checkpoint that is about to be removed to the newest other one beside it."""
     with os.scandir(path.parent) as entries:
         links = [Path(entry.path) for entry in entries if entry.is_symlink()]
@@ -265,17 +272,17 @@ def _lead_on(path: Path) -> None:
     newest = max((other for other in others if is_checkpoint(other)), key=lambda other: other.stat().st_mtime, default=None)
     for link in links if newest is not None else []:
         assert newest is not None
-        with replacing(link) as temporary:
+        with replace_checkpoint(link) as temporary:
             os.symlink(newest.name, temporary)
 
 
-def _discard(path: Path) -> None:
+def _remove_parts(path: Path) -> None:
     """Remove a checkpoint's file, or its parts out of a folder; other files in it stay, and then so does the folder."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
     for part in path.iterdir():
-        if is_part(part.name) and not part.is_dir():
+        if is_shard_file(part.name) and not part.is_dir():
             part.unlink()
     try:
         path.rmdir()
@@ -283,25 +290,25 @@ def _discard(path: Path) -> None:
         rank_zero_warn(f"{path} holds files that are not a checkpoint's, and is kept")
 
 
-def _sweep(target: Path) -> None:
+def _remove_leftovers(target: Path) -> None:
     """Remove what stopped processes left of earlier writes to the same name."""
     recover(target)
-    for left in (temporary_name(target), _aside(target)):
+    for left in (temporary_name(target), _old_name(target)):
         if os.path.lexists(left):
-            _discard(left)
+            _remove_parts(left)
         if os.path.lexists(left):
             raise FileExistsError(17, f"{left} is in the way")
 
 
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{_short(target.name)}.old")
+def _old_name(target: Path) -> Path:
+    return target.with_name(f".{_shortened(target.name)}.old")
 
 
-def _short(name: str) -> str:
+def _shortened(name: str) -> str:
     return name if len(os.fsencode(name)) <= _NAME_LIMIT else sha256(os.fsencode(name)).hexdigest()
 
 
-def _cause(error: BaseException) -> OSError | None:
+def _system_error(error: BaseException) -> OSError | None:
     """The system's error behind one of torch's, if there is one."""
     seen: set[int] = set()
     part: BaseException | None = error

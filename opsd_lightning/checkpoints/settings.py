@@ -18,9 +18,9 @@ from opsd_lightning.utils.redaction import HIDDEN
 
 _FIX = "Give a checkpoint that ModelCheckpoint wrote"
 #: Settings that name a class or a function to call, wherever they stand.
-_CALLED = ("class_path", "optimizer", "lr_scheduler")
+_CLASS_SETTINGS = ("class_path", "optimizer", "lr_scheduler")
 #: Packages whose classes the settings of a checkpoint may name; others must have been imported before.
-_KNOWN = ("opsd_lightning", "torch.optim", "lightning.pytorch", "transformers", "bitsandbytes.optim")
+_KNOWN_PACKAGES = ("opsd_lightning", "torch.optim", "lightning.pytorch", "transformers", "bitsandbytes.optim")
 #: Types of values that jsonargparse takes as they are: it reads no YAML and no file for them.
 _PLAIN = (str, int, float, bool, Enum, os.PathLike, type(None))
 
@@ -39,7 +39,7 @@ def check_settings(settings: Any, given: Container[str] = (), kind: type | None 
     if not isinstance(settings, Mapping):
         raise ConfigError("the checkpoint's settings are no mapping", "checkpoint_path", _FIX)
     settings = {key: value for key, value in settings.items() if key not in given}
-    for name, value in walk(settings):
+    for name, value in walk_settings(settings):
         name = name.rpartition(".")[2]  # jsonargparse takes "policy.model" for a setting of "policy"
         if name == "trust_remote_code" and value not in (False, None):
             raise ConfigError(
@@ -47,10 +47,10 @@ def check_settings(settings: Any, given: Container[str] = (), kind: type | None 
                 "checkpoint_path",
                 "Give policy=Policy(...) with what you trust",
             )
-        if name in _CALLED and isinstance(value, str):
+        if name in _CLASS_SETTINGS and isinstance(value, str):
             _check_class(value)
         if name == "__path__":
-            raise _refusal(f"name a file, {value!r}")
+            raise _refused(f"name a file, {value!r}")
     kinds = [kind] if kind is not None else []
     named = settings.get("_class_path")
     if isinstance(named, str) and named:
@@ -63,7 +63,7 @@ def check_settings(settings: Any, given: Container[str] = (), kind: type | None 
         _check_arguments(None, own)
 
 
-def walk(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def walk_settings(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Every key in nested mappings and lists, with its value.
 
     Raises:
@@ -74,13 +74,13 @@ def walk(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield str(key), part
-            yield from walk(part, depth + 1)
+            yield from walk_settings(part, depth + 1)
     elif isinstance(value, (list, tuple, set)):
         for part in value:
-            yield from walk(part, depth + 1)
+            yield from walk_settings(part, depth + 1)
 
 
-def _refusal(what: str) -> ConfigError:
+def _refused(what: str) -> ConfigError:
     return ConfigError(
         f"the checkpoint's own settings {what}",
         "checkpoint_path",
@@ -90,7 +90,7 @@ def _refusal(what: str) -> ConfigError:
 
 def _check_class(path: str) -> None:
     if not _is_known_class(path):
-        raise _refusal(f"name {path!r}, which is no class of this package, of torch.optim or of a module that is imported")
+        raise _refused(f"name {path!r}, which is no class of this package, of torch.optim or of a module that is imported")
 
 
 def _check_arguments(kind: Any, values: Mapping[Any, Any]) -> None:
@@ -98,7 +98,7 @@ def _check_arguments(kind: Any, values: Mapping[Any, Any]) -> None:
     hints = _hints(kind)
     for name, value in values.items():
         if not isinstance(name, str) or "." in name:
-            raise _refusal(f"hold one of the name {name!r}")
+            raise _refused(f"hold one of the name {name!r}")
         _check_value(hints.get(name, Any), value)
 
 
@@ -106,11 +106,11 @@ def _check_value(hint: Any, value: Any) -> None:
     if isinstance(value, str):
         if _is_plain(hint) or value == HIDDEN:  # a hidden value is refused by its name, where it is missing
             return
-        if parts := [part for part in _parts(hint) if part is not Any]:
+        if parts := [part for part in _classes_in_hint(hint) if part is not Any]:
             if not (value in ("", "null") or _is_known_class(value)) or _is_file(value):
-                raise _refusal(f"give {value[:80]!r} where a {getattr(parts[0], '__name__', parts[0])} belongs")
+                raise _refused(f"give {value[:80]!r} where a {getattr(parts[0], '__name__', parts[0])} belongs")
         elif _is_collection(value) or _is_file(value):
-            raise _refusal(f"hold {value[:80]!r}, which would be read as YAML or as a file")
+            raise _refused(f"hold {value[:80]!r}, which would be read as YAML or as a file")
     elif isinstance(value, Mapping):
         named = value.get("class_path")
         if isinstance(named, str):
@@ -118,10 +118,10 @@ def _check_value(hint: Any, value: Any) -> None:
             for group in ("init_args", "dict_kwargs"):
                 arguments = value.get(group) or {}
                 if not isinstance(arguments, Mapping):
-                    raise _refusal(f"hold {str(arguments)[:80]!r} as the arguments of {named}")
+                    raise _refused(f"hold {str(arguments)[:80]!r} as the arguments of {named}")
                 _check_arguments(_class_of(named), arguments)
             _check_arguments(None, {k: v for k, v in value.items() if k not in ("class_path", "init_args", "dict_kwargs")})
-        elif classes := [part for part in _parts(hint) if isinstance(part, type)]:
+        elif classes := [part for part in _classes_in_hint(hint) if isinstance(part, type)]:
             for one in classes:
                 _check_arguments(one, {k: v for k, v in value.items() if k != "init_args"})
                 if "init_args" in value:
@@ -131,10 +131,10 @@ def _check_value(hint: Any, value: Any) -> None:
                 _check_value(Any, part)
     elif isinstance(value, (list, tuple, set)):
         for part in value:
-            _check_value(_of_elements(hint), part)
+            _check_value(_element_hint(hint), part)
 
 
-def _of_elements(hint: Any) -> Any:
+def _element_hint(hint: Any) -> Any:
     """The hint of the elements of a list, where it says one."""
     hints = [hint, *get_args(hint)]
     found = [part for one in hints if get_origin(one) in (list, tuple, set) for part in get_args(one) if part is not ...]
@@ -164,12 +164,12 @@ def _is_plain(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, _PLAIN)
 
 
-def _parts(hint: Any) -> Iterator[Any]:
+def _classes_in_hint(hint: Any) -> Iterator[Any]:
     """Classes that a hint asks for an object of, and kinds of functions."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType, Annotated, list, tuple, set):
         for part in get_args(hint):
-            yield from _parts(part)
+            yield from _classes_in_hint(part)
     elif origin is not None and (origin is type or "Callable" in str(origin)):
         yield hint
     elif isinstance(hint, type) and not issubclass(hint, (*_PLAIN, list, tuple, set, dict, bytes)):
@@ -207,10 +207,10 @@ def _is_known_class(path: str) -> bool:
         return False
     if not module:
         return True  # jsonargparse looks it up among imported subclasses
-    if any(path.startswith(f"{known}.") for known in _KNOWN):
+    if any(path.startswith(f"{known}.") for known in _KNOWN_PACKAGES):
         try:
             found = getattr(import_module(module), name)
         except Exception:  # whatever importing raises
             return False
-        return any(f"{getattr(found, '__module__', '')}.".startswith(f"{known}.") for known in _KNOWN)
+        return any(f"{getattr(found, '__module__', '')}.".startswith(f"{known}.") for known in _KNOWN_PACKAGES)
     return isinstance(_class_of(path), type)

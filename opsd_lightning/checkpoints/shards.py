@@ -49,7 +49,7 @@ def is_shards(folder: Path) -> bool:
     return folder.is_dir() and (folder / META).is_file() and (folder / _DESCRIPTION).is_file()
 
 
-def is_part(name: str) -> bool:
+def is_shard_file(name: str) -> bool:
     """Tell whether a sharded checkpoint has a file of that name."""
     return name in (META, _DESCRIPTION, f"{_DESCRIPTION}.tmp") or (name.startswith("__") and name.endswith(".distcp"))
 
@@ -59,7 +59,7 @@ def write_shards(state: dict[str, Any], folder: Path) -> None:
     save(state, storage_writer=_Writer(folder))
 
 
-def write_rest(values: dict[str, Any], folder: Path) -> None:
+def write_meta(values: dict[str, Any], folder: Path) -> None:
     """Write what is no tensor of weights or optimizer, once, and wait for the disk."""
     with open(folder / META, "xb") as file:
         torch.save(values, file)
@@ -85,7 +85,7 @@ def read_shards(state: dict[str, Any], folder: Path, every_rank: bool = True) ->
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
-        raise _refused(folder, _reason(error)) from error
+        raise _damaged(folder, _cause_text(error)) from error
 
 
 def read_state(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def read_state(folder: Path, prefix: str) -> dict[str, Tensor]:
     """
     described = _Reader(folder).read_metadata().state_dict_metadata
     found = {
-        key: _unread(entry)
+        key: _unfilled(entry)
         for key, entry in described.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
@@ -104,7 +104,7 @@ def read_state(folder: Path, prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in found.items()}
 
 
-def _unread(entry: TensorStorageMetadata) -> Tensor:
+def _unfilled(entry: TensorStorageMetadata) -> Tensor:
     """A tensor to read into, of values that no checkpoint may have where nothing is read."""
     found = torch.empty(entry.size, dtype=entry.properties.dtype)
     return found.fill_(torch.nan) if found.is_floating_point() else found.zero_()
@@ -133,7 +133,7 @@ class _Reader(FileSystemReader):
         except ConfigError:
             raise
         except Exception as error:  # each part of the format fails in its own way
-            raise _refused(folder, _reason(error)) from error
+            raise _damaged(folder, _cause_text(error)) from error
         found.storage_meta = StorageMeta(load_id=self.load_id)
         return found
 
@@ -148,34 +148,34 @@ class _Planner(DefaultLoadPlanner):
 def _check(found: Any, folder: Path) -> None:
     """Check that a description is of files in the folder, and of no more values than they hold."""
     if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, Mapping):
-        raise _refused(folder, "its description is of another kind")
+        raise _damaged(folder, "its description is of another kind")
     if not isinstance(found.storage_data, Mapping):
-        raise _refused(folder, "its description names no files")
+        raise _damaged(folder, "its description names no files")
     held = 0
     for name in {info.relative_path for info in found.storage_data.values()}:
-        if not isinstance(name, str) or not is_part(name) or Path(name).name != name:
-            raise _refused(folder, f"its description names {name!r}")
+        if not isinstance(name, str) or not is_shard_file(name) or Path(name).name != name:
+            raise _damaged(folder, f"its description names {name!r}")
         if (folder / name).is_symlink() or not (folder / name).is_file():
-            raise _refused(folder, f"it has no file {name}")
+            raise _damaged(folder, f"it has no file {name}")
         held += (folder / name).stat().st_size
     described = 0
     for key, entry in found.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             size = [int(length) for length in entry.size]
             if min(size, default=0) < 0:
-                raise _refused(folder, f"{key} has a size below 0")
+                raise _damaged(folder, f"{key} has a size below 0")
             if sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) != torch.Size(size).numel():
-                raise _refused(folder, f"parts of {key} are missing")
+                raise _damaged(folder, f"parts of {key} are missing")
             described += torch.Size(size).numel() * torch.empty(0, dtype=entry.properties.dtype).element_size()
         if described > held:
-            raise _refused(folder, "its description is of more values than its files hold")
+            raise _damaged(folder, "its description is of more values than its files hold")
 
 
-def _refused(folder: Path, reason: str) -> ConfigError:
+def _damaged(folder: Path, reason: str) -> ConfigError:
     return ConfigError(f"{folder} is not a whole sharded checkpoint ({reason})", "ckpt_path", _FIX)
 
 
-def _reason(error: BaseException) -> str:
+def _cause_text(error: BaseException) -> str:
     """The cause of an error, also where torch wraps those of all ranks."""
     failures = getattr(error, "failures", None)
     if isinstance(failures, Mapping) and failures:

@@ -30,10 +30,10 @@ class _DType:
 
     def __init__(self, code: str, *_: Any) -> None:
         self.code, self.order = str(code), "="
-        _need(_DTYPE.fullmatch(self.code))
+        _require(_DTYPE.fullmatch(self.code))
 
     def __setstate__(self, state: Any) -> None:
-        _need(isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="))
+        _require(isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="))
         self.order = state[1]
 
     @property
@@ -48,9 +48,9 @@ class _Array:
     value: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        _need(isinstance(state, tuple) and len(state) == 5)
+        _require(isinstance(state, tuple) and len(state) == 5)
         _, shape, dtype, fortran, content = state
-        _need(isinstance(dtype, _DType) and isinstance(content, bytes) and isinstance(shape, tuple))
+        _require(isinstance(dtype, _DType) and isinstance(content, bytes) and isinstance(shape, tuple))
         self.value = np.frombuffer(content, dtype.value).reshape(shape, order="F" if fortran else "C").copy("K")
 
 
@@ -61,7 +61,7 @@ class _Factory:
         self.kind = kind
 
 
-class _Values:
+class _StandIns:
     """Values that one load builds, some of them in a shape that torch can fill."""
 
     def __init__(self) -> None:
@@ -76,22 +76,22 @@ class _Values:
         if not taken.isdisjoint(found):  # the user allowed numpy's own
             found = {}
         for kind in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
-            found[f"datetime.{kind.__name__}"] = _calls(kind, (int, str, bytes, datetime.timedelta, datetime.timezone))
+            found[f"datetime.{kind.__name__}"] = _constructor(kind, (int, str, bytes, datetime.timedelta, datetime.timezone))
         for name, path in {"PosixPath": Path, "PurePosixPath": PurePosixPath}.items():
-            found[f"pathlib.{name}"] = found[f"pathlib._local.{name}"] = _calls(path, (str,))
-        found |= {"decimal.Decimal": _calls(Decimal, (str,)), "builtins.frozenset": _calls(frozenset, (list,))}
-        found |= {"builtins.range": _calls(range, (int,)), "builtins.slice": _calls(slice, (int, type(None)))}
-        found |= {"builtins.bytes": _calls(bytes, ())}
+            found[f"pathlib.{name}"] = found[f"pathlib._local.{name}"] = _constructor(path, (str,))
+        found |= {"decimal.Decimal": _constructor(Decimal, (str,)), "builtins.frozenset": _constructor(frozenset, (list,))}
+        found |= {"builtins.range": _constructor(range, (int,)), "builtins.slice": _constructor(slice, (int, type(None)))}
+        found |= {"builtins.bytes": _constructor(bytes, ())}
         found |= {f"builtins.{kind.__name__}": _Factory(kind) for kind in _FACTORIES}
         found |= {"collections.deque": self._deque, "collections.defaultdict": self._defaultdict}
         return [(value, name) for name, value in found.items() if name not in taken]
 
     def _deque(self, items: Any = (), maxlen: Any = None) -> list[Any]:
-        _need(isinstance(items, (list, tuple)) and (maxlen is None or type(maxlen) is int))
+        _require(isinstance(items, (list, tuple)) and (maxlen is None or type(maxlen) is int))
         return self._keep(list(items), lambda filled: deque(filled, maxlen))
 
     def _defaultdict(self, factory: Any = None) -> dict[Any, Any]:
-        _need(factory is None or isinstance(factory, _Factory))
+        _require(factory is None or isinstance(factory, _Factory))
         return self._keep({}, lambda filled: defaultdict(factory and factory.kind, filled))
 
     def _keep(self, value: Any, finish: Callable[[Any], Any]) -> Any:
@@ -102,7 +102,7 @@ class _Values:
         """The value with every stand-in in it replaced; containers stay the same objects."""
         if isinstance(value, (_Array, _DType)):
             return value.value
-        _need(not isinstance(value, _Factory))
+        _require(not isinstance(value, _Factory))
         if not isinstance(value, (dict, list, tuple)):
             return value
         if id(value) in self.done:
@@ -129,7 +129,7 @@ def plain_values() -> Iterator[Callable[[Any], Any]]:
     Yields:
         A function that what was loaded has to be passed through.
     """
-    values = _Values()
+    values = _StandIns()
     with torch.serialization.safe_globals(values.stand_ins()):
         yield values.finished
 
@@ -138,23 +138,23 @@ def _name(one: Any) -> str:
     return str(one[1]) if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}"
 
 
-def _need(holds: object) -> None:
+def _require(holds: object) -> None:
     if not holds:
         raise ValueError("it is no plain value")
 
 
-def _calls(kind: Callable[..., Any], takes: tuple[type, ...]) -> Callable[..., Any]:
+def _constructor(kind: Callable[..., Any], takes: tuple[type, ...]) -> Callable[..., Any]:
     """A function that makes a plain value of arguments of these types."""
 
     def make(*arguments: Any) -> Any:
-        _need(all(isinstance(one, takes) for one in arguments))
+        _require(all(isinstance(one, takes) for one in arguments))
         return kind(*arguments)
 
     return make
 
 
 def _scalar(dtype: Any, content: Any) -> Any:
-    _need(isinstance(dtype, _DType) and isinstance(content, bytes) and len(content) == dtype.value.itemsize)
+    _require(isinstance(dtype, _DType) and isinstance(content, bytes) and len(content) == dtype.value.itemsize)
     return np.frombuffer(content, dtype.value)[0]
 
 

@@ -20,9 +20,9 @@ from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
 from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
 from opsd_lightning.prompts.templates import Prompt, Prompts
-from opsd_lightning.runs.signals import watch
+from opsd_lightning.runs.signals import watch_signals
 from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
-from opsd_lightning.utils.texts import folded
+from opsd_lightning.utils.texts import normalize_text
 
 
 class OPSDDataModule(LightningDataModule):
@@ -110,7 +110,7 @@ class OPSDDataModule(LightningDataModule):
             ConfigError: Something that is set does not reach the prompts.
         """
         if self.trainer is not None and self.trainer.state.fn is not None:
-            watch(self.trainer)  # reading takes long
+            watch_signals(self.trainer)  # reading takes long
         stage = str(getattr(stage, "value", stage))  # the trainer passes a member of an enumeration
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
@@ -173,7 +173,7 @@ class OPSDDataModule(LightningDataModule):
         online = getattr(module, "context", None) is not None
         needs_trace = in_place or (reads_context and (online or self.context.needs_traces))
         others = ("val", "test") if split == "train" else ()
-        held_out = {folded(example.question) for other in others for example in self._questions(other)}
+        held_out = {normalize_text(example.question) for other in others for example in self._questions(other)}
         valid: list[Example] = []
         numbers: list[int] = []  # of the valid examples among those found
         for number, example in enumerate(found):
@@ -270,7 +270,7 @@ class OPSDDataModule(LightningDataModule):
             return example, "empty trace"
         if not example.trace and not example.answer and needs_answer:
             return example, "neither trace nor answer"
-        if folded(example.question) in held_out:
+        if normalize_text(example.question) in held_out:
             return example, "question is also in data.val or data.test"
         if not example.trace:
             return example, ""

@@ -25,7 +25,7 @@ from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios
 from opsd_lightning.rollouts.self_checks import Agreement, check_policy
 from opsd_lightning.runs.resuming import batches_trained
-from opsd_lightning.runs.signals import release, stop_if_asked, watch
+from opsd_lightning.runs.signals import disconnect, stop_if_signalled, watch_signals
 from opsd_lightning.teachers import Teacher
 from opsd_lightning.types import PromptBatch, Rollouts, Sampling, UserError
 
@@ -207,7 +207,7 @@ class EvaluatedModule(LightningModule):
     _even: bool = False
 
     def setup(self, stage: str) -> None:
-        watch(self.trainer)
+        watch_signals(self.trainer)
 
     def logged_names(self) -> set[str]:
         """Names of all metrics that a fit logs, for the check of callbacks. A subclass that logs more adds its own."""
@@ -263,7 +263,7 @@ class EvaluatedModule(LightningModule):
     def _stop_if_asked(self) -> None:
         """Leave after a batch, if every rank has as many of them."""
         if self._even:
-            stop_if_asked(self.trainer, self.command)
+            stop_if_signalled(self.trainer, self.command)
 
     def _compare_batches(self, batches: Sequence[int | float]) -> None:
         """Find out whether every rank has as many batches. Every rank must call."""
@@ -275,16 +275,16 @@ class EvaluatedModule(LightningModule):
         self._even = most == -least < math.inf
 
     def on_predict_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
 
     def on_validation_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
         self._log_evaluation("val")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated = batches_trained(self.trainer)
 
     def on_test_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
         self._log_evaluation("test")
 
     def configure_callbacks(self) -> list[Callback]:
@@ -293,7 +293,7 @@ class EvaluatedModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollouts.close()
-        release(self.trainer)
+        disconnect(self.trainer)
 
     def over_ranks(self, values: Sequence[float], operation: str) -> list[float]:
         """Each value reduced (``sum``, ``max``) over the ranks that hold different data. Every rank must call."""

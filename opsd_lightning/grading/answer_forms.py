@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from opsd_lightning.grading.answer_text import FUNCTIONS, balanced, clean, closing_bracket, split
+from opsd_lightning.grading.answer_text import FUNCTIONS, clean, closing_bracket, is_balanced, split_outside_brackets
 from opsd_lightning.grading.quantities import (
     PERCENT,
     Quantity,
     Unit,
+    equal_numbers,
     equal_quantities,
-    quantity,
-    ratio,
+    read_quantity,
     read_unit,
-    same_number,
+    unit_ratio,
 )
 
 Algebra = Callable[[str, str], bool]
@@ -76,7 +76,7 @@ class Items:
         return self.opening in ("(", "[")
 
 
-def choice(text: str) -> Choice | None:
+def read_choice(text: str) -> Choice | None:
     """Read ``B``, ``(B)``, ``(B) 12``, ``B. 12`` or ``option B``."""
     found = _CHOICE.fullmatch(text)
     if found is None:
@@ -90,7 +90,7 @@ def choice(text: str) -> Choice | None:
     return Choice(letter.upper(), content)
 
 
-def clock(text: str) -> Clock | None:
+def read_clock(text: str) -> Clock | None:
     """Read a time of day, such as ``3:30 PM`` or ``15:30``; ``3:2`` is none."""
     found = _TIME.fullmatch(text)
     half = found[4].lower() if found is not None and found[4] else ""
@@ -112,12 +112,12 @@ def _same_time(ours: Clock, theirs: Clock) -> bool:
     return ours.seconds == theirs.seconds and (marked[0] == marked[1] or "" not in (ours.half, theirs.half))
 
 
-def items(text: str) -> Items | None:
+def read_items(text: str) -> Items | None:
     """Read several answers: separated by commas, semicolons, "and" or "or", in brackets or not."""
     french = re.fullmatch(r"\](.*),(.*)\[", text)
-    if french is not None and balanced(french[1]) and balanced(french[2]):
+    if french is not None and is_balanced(french[1]) and is_balanced(french[2]):
         return Items("(", ")", (french[1].strip(), french[2].strip()))
-    union = split(text, r"\\cup(?![A-Za-z])")
+    union = split_outside_brackets(text, r"\\cup(?![A-Za-z])")
     if len(union) > 1:
         return Items("", "", tuple(union))
     opening = closing = ""
@@ -133,10 +133,10 @@ def items(text: str) -> Items | None:
                 closing = ""
             break
     comma = r",(?!\d{3}(?!\d))" if re.search(r",\s|\\ ", inner) else ","
-    parts = split(inner, rf"{comma}\s*(?:and|or)\b|{comma}|;|\band\b|\bor\b|(?<=\d)\s*[或和と]\s*(?=\d)")
+    parts = split_outside_brackets(inner, rf"{comma}\s*(?:and|or)\b|{comma}|;|\band\b|\bor\b|(?<=\d)\s*[或和と]\s*(?=\d)")
     parts = [part for part in parts if part]
     if len(parts) == 1 and not opening:
-        sides = split(inner, r"\\pm(?![A-Za-z])")
+        sides = split_outside_brackets(inner, r"\\pm(?![A-Za-z])")
         if len(sides) == 2 and sides[1]:
             return Items("", "", (f"{sides[0]}+{sides[1]}".lstrip("+"), f"{sides[0]}-{sides[1]}"))
         numbers = inner.split(" ")
@@ -189,7 +189,7 @@ def strip_unit(text: str) -> tuple[str, Unit | None]:
         before, after = text[: place.start()].strip(), text[place.end() :].strip()
         if not before or not after or (after[:1] == "(" and not re.search(r"[A-Za-z]", after)):
             continue
-        if not re.search(r"[\d})\]A-Za-z|]$", before) or not balanced(before) or has_words(before):
+        if not re.search(r"[\d})\]A-Za-z|]$", before) or not is_balanced(before) or has_words(before):
             continue
         unit = read_unit(after)
         letters = re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before) is not None
@@ -240,7 +240,7 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
     decided = _choices(reference, answer, algebra, depth)
     if decided is not None:
         return decided
-    times = clock(reference), clock(answer)
+    times = read_clock(reference), read_clock(answer)
     if times[0] is not None and times[1] is not None:
         return _same_time(times[0], times[1])
     ratios = [re.sub(r"^(\d+)\s*:\s*(\d+)$", r"\1/\2", text) for text in (reference, answer)]
@@ -250,14 +250,14 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
     if bases[0] is not None or bases[1] is not None:
         return _equal_in_bases(bases, reference, answer)
 
-    numbers = quantity(reference), quantity(answer)
+    numbers = read_quantity(reference), read_quantity(answer)
     if numbers[0] is not None and numbers[1] is not None:
         return equal_quantities(numbers[0], numbers[1])
     reference, answer = (re.sub(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*", "", text) for text in (reference, answer))
-    lists = items(reference), items(answer)
+    lists = read_items(reference), read_items(answer)
     for number, text in ((numbers[0], answer), (numbers[1], reference)):
         if number is not None and re.fullmatch(r"-?\d+,\d+", text):  # a decimal comma
-            return same_number(number, Quantity(Fraction(text.replace(",", "."))))
+            return equal_numbers(number, Quantity(Fraction(text.replace(",", "."))))
     if (lists[0] is not None and numbers[0] is None) or (lists[1] is not None and numbers[1] is None):
         return _equal_lists(
             lists[0] if numbers[0] is None else None,
@@ -268,7 +268,7 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
             depth,
         )
 
-    sides = [split(text, EQUALS) for text in (reference, answer)]
+    sides = [split_outside_brackets(text, EQUALS) for text in (reference, answer)]
     if len(sides[0]) > 1 or len(sides[1]) > 1:
         return _equal_equations(sides[0], sides[1], reference, answer, algebra, depth)
     related = [_RELATION.search(text) is not None for text in (reference, answer)]
@@ -277,7 +277,7 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
 
     (left, unit), (right, other) = strip_unit(reference), strip_unit(answer)
     if unit is not None or other is not None:
-        factor = ratio(unit, other)
+        factor = unit_ratio(unit, other)
         if factor is None:
             return False
         for side in (unit, other):
@@ -293,27 +293,27 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
 
 def _expressions(reference: str, answer: str, algebra: Algebra) -> bool:
     if any(has_words(text) or r"\emptyset" in text for text in (reference, answer)):
-        return _words(reference) == _words(answer) != "" and _signs(reference) == _signs(answer)
-    if not (balanced(reference) and balanced(answer)):
+        return _words(reference) == _words(answer) != "" and _operators(reference) == _operators(answer)
+    if not (is_balanced(reference) and is_balanced(answer)):
         return False
     reference, answer = (re.sub(r"\*", r" \\cdot ", text) for text in (reference, answer))
     return algebra(reference, answer) or algebra(answer, reference)  # math-verify is not symmetric
 
 
-def _signs(text: str) -> list[str]:
+def _operators(text: str) -> list[str]:
     """The operators of a text, which `_words` leaves out; hyphens between letters are none."""
     return re.findall(r"[+*/^=<>|%]|(?<![A-Za-z])-|-(?![A-Za-z])", text)
 
 
 def _choices(reference: str, answer: str, algebra: Algebra, depth: int) -> bool | None:
-    ours, theirs = choice(reference), choice(answer)
+    ours, theirs = read_choice(reference), read_choice(answer)
     for one, other in ((ours, answer), (theirs, reference)):
-        if one is not None and re.fullmatch("[a-e]", other) and choice(other) is None:
+        if one is not None and re.fullmatch("[a-e]", other) and read_choice(other) is None:
             return one.letter.lower() == other
     if ours is not None and theirs is not None:
         if ours.letter != theirs.letter:
             return False
-        numbers = quantity(ours.content), quantity(theirs.content)
+        numbers = read_quantity(ours.content), read_quantity(theirs.content)
         return numbers[0] is None or numbers[1] is None or equal_quantities(numbers[0], numbers[1])
     if ours is None and theirs is None:
         return None
@@ -343,7 +343,7 @@ def _equal_lists(
         pairs = ((part, one) if theirs is None else (one, part) for part in many.parts)
         if (len(many.parts) == 1 or many.opening in ("", "{")) and all(_equal(*pair, algebra, depth - 1) for pair in pairs):
             return True
-        sides = split(one, EQUALS)
+        sides = split_outside_brackets(one, EQUALS)
         if len(sides) == 2 and is_label(sides[0]):
             pair = (sides[1], answer) if ours is None else (reference, sides[1])
             return _equal(*pair, algebra, depth - 1)
@@ -354,7 +354,7 @@ def _equal_lists(
     half_open = any(each.opening + each.closing in ("[)", "(]") for each in (ours, theirs))
     if brackets == {"(", "{"} or ("" in brackets and half_open):
         return False
-    labels = [[split(part, EQUALS) for part in each.parts] for each in (ours, theirs)]
+    labels = [[split_outside_brackets(part, EQUALS) for part in each.parts] for each in (ours, theirs)]
     labelled = [all(len(sides) == 2 for sides in each) and len({sides[0] for sides in each}) == len(each) for each in labels]
     ordered = "{" not in brackets and (ours.ordered or theirs.ordered or labelled[0] != labelled[1])
     left, right = list(ours.parts), list(theirs.parts)
@@ -387,7 +387,7 @@ def _equal_equations(ours: list[str], theirs: list[str], reference: str, answer:
                 for right in (theirs, theirs[::-1]):
                     if left[0] == right[0]:
                         return _equal(left[1], right[1], algebra, depth - 1)
-            named = [re.fullmatch(r"\\?[A-Za-z]+(?:_\S+)?", side[0]) and quantity(side[1]) for side in (ours, theirs)]
+            named = [re.fullmatch(r"\\?[A-Za-z]+(?:_\S+)?", side[0]) and read_quantity(side[1]) for side in (ours, theirs)]
             if all(named):
                 return False
         return _expressions(reference, answer, algebra)

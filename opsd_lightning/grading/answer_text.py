@@ -109,7 +109,7 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
     for _ in range(_ROUNDS):
         before = text
-        text = _undecorated(text)
+        text = _strip_decoration(text)
         for pattern, replacement in _REWRITES:
             text = pattern.sub(replacement, text)
         text = re.sub(r"\s+", " ", text).strip()
@@ -118,7 +118,7 @@ def clean(text: str) -> str:
     return text
 
 
-def _without_trailing(text: str) -> str:
+def _strip_trailing(text: str) -> str:
     """Take punctuation off the end. A search from the front would take quadratic time where there is much inside."""
     while (found := _TRAILING.search(text, bound := max(0, len(text) - _TAIL))) is not None:
         text = text[: found.start()]
@@ -132,8 +132,8 @@ def _vulgar(found: re.Match[str]) -> str:
     return f"{found[1]} {fraction}" if found[1] else fraction
 
 
-def _undecorated(text: str) -> str:
-    text = _LEADING.sub("", _without_trailing(text.strip()))
+def _strip_decoration(text: str) -> str:
+    text = _LEADING.sub("", _strip_trailing(text.strip()))
     if re.fullmatch(r"\\?\{ ?\\?\}", text):
         return r"\emptyset"
     for opening, closing in _PAIRS:
@@ -151,7 +151,7 @@ def _undecorated(text: str) -> str:
     if (
         text[start : start + 1] == "{"
         and closing_bracket(text, start) == len(text) - 1
-        and (box or not split(text[1:-1], ",")[1:])
+        and (box or not split_outside_brackets(text[1:-1], ",")[1:])
     ):
         return text[start + 1 : -1].strip()
     return text
@@ -179,7 +179,7 @@ def _depth_change(token: str) -> int:
     return -1 if token in (")", "]", "}", r"\}") or token.startswith(r"\end") else 0
 
 
-def balanced(text: str) -> bool:
+def is_balanced(text: str) -> bool:
     """Return whether every bracket of a text is closed, by any bracket: ``[0, 1)`` is."""
     depth = 0
     for token in _BRACKET.finditer(text):
@@ -189,7 +189,7 @@ def balanced(text: str) -> bool:
     return depth == 0
 
 
-def split(text: str, pattern: str) -> list[str]:
+def split_outside_brackets(text: str, pattern: str) -> list[str]:
     """Split a text at what a regular expression matches, outside of all brackets."""
     parts, start, depth = [], 0, 0
     for token in re.finditer(rf"(?P<separator>{pattern})|{_BRACKET.pattern}", text, re.DOTALL):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from collections import deque
 
-from opsd_lightning.grading.answer_forms import EQUALS, choice, clock, has_words, is_label, strip_unit
-from opsd_lightning.grading.answer_text import balanced, clean, split
-from opsd_lightning.grading.quantities import quantity
+from opsd_lightning.grading.answer_forms import EQUALS, has_words, is_label, read_choice, read_clock, strip_unit
+from opsd_lightning.grading.answer_text import clean, is_balanced, split_outside_brackets
+from opsd_lightning.grading.quantities import read_quantity
 
-_FARTHEST = 600  # characters behind a phrase that are looked at
+_LOOKAHEAD = 600  # characters behind a phrase that are looked at
 _MARKERS = 50  # phrases that are looked at, from the last one back
 _WORDS = 1000  # words "answer" that are looked at, from the last one back
 _PREFIX = 80  # characters in front of that word that belong to a phrase
@@ -29,7 +29,7 @@ _THINKING = re.compile(
 )
 
 
-def behind_thinking(text: str) -> str | None:
+def strip_thinking(text: str) -> str | None:
     """The text behind its last closed thinking block: all of it without one, None where a block is not closed."""
     start, opened = 0, False
     for tag in _THINKING.finditer(text):
@@ -61,7 +61,7 @@ def last_boxed(text: str) -> str | None:
                 opened.append((token.start(), token.end()))
             elif token[2]:
                 bare = _BARE.match(text, token.end())
-                if bare is not None and _ends(text, bare.end()):
+                if bare is not None and _bare_box_ends(text, bare.end()):
                     found.append((token.start(), bare.end(), bare[0]))
         elif token[0] == "{":
             opened.append((-1, token.end()))
@@ -81,7 +81,7 @@ def last_boxed(text: str) -> str | None:
     return answer
 
 
-def _ends(text: str, place: int) -> bool:
+def _bare_box_ends(text: str, place: int) -> bool:
     """Return whether a bare ``\\boxed 7`` ends here: in front of a delimiter, a sentence's end or nothing."""
     return re.match(r"\s*(?:$|\\?[$)\]]|[.,;:!]?(?:\s|$))", text[place : place + 40]) is not None and not re.match(
         r"\s*[\d/+*^-]", text[place : place + 40]
@@ -91,7 +91,7 @@ def _ends(text: str, place: int) -> bool:
 def _is_empty(answer: str) -> bool:
     if not answer or answer.isalnum():
         return not answer
-    answer = clean(answer[:_FARTHEST])
+    answer = clean(answer[:_LOOKAHEAD])
     return re.search(r"\w|\\emptyset|\\\{\s*\\\}|\{\s*\}", answer) is None
 
 
@@ -157,25 +157,25 @@ def final_answer(text: str) -> str | None:
 
     Behind a closed thinking block only what follows it is read; an open one gives no answer.
     """
-    rest = behind_thinking(text)
+    rest = strip_thinking(text)
     if rest is None:
         return None
     boxed = last_boxed(rest)
     if boxed is not None:
         return boxed
-    markers = list(_MARKER.finditer(rest, _start(rest)))[-_MARKERS:]
+    markers = list(_MARKER.finditer(rest, _search_start(rest)))[-_MARKERS:]
     for place in reversed(range(len(markers))):
         marker = markers[place]
         if marker["conditional"]:
             continue
         end = markers[place + 1].start() if place + 1 < len(markers) else len(rest)
-        after = rest[marker.end() : min(end, marker.end() + _FARTHEST)]
+        after = rest[marker.end() : min(end, marker.end() + _LOOKAHEAD)]
         if marker["hashes"]:
             answer = _last_line(rest, marker.end())
             if answer is not None:
                 return answer
             continue
-        answer = _read(after)
+        answer = _answer_after_phrase(after)
         if answer is not None:
             return answer
         clause = re.split(r"[.!?。]\s|\n\s*\S[^\n]*\n|\n", _FILLER.sub("", after, count=1).lstrip(), maxsplit=1)[0]
@@ -184,7 +184,7 @@ def final_answer(text: str) -> str | None:
     return None
 
 
-def _start(text: str) -> int:
+def _search_start(text: str) -> int:
     """Return where the search for phrases begins: a text that repeats one word without end is read from its last part on."""
     words = deque((found.start() for found in _ANSWER.finditer(text)), maxlen=_WORDS)
     return max(0, words[0] - _PREFIX) if len(words) == _WORDS else 0
@@ -192,47 +192,47 @@ def _start(text: str) -> int:
 
 def _last_line(text: str, start: int) -> str | None:
     """The rest of the text as an answer in the manner of GSM8K: one line, and nothing but a number or an expression."""
-    line = text[start:].strip() if len(text) - start <= _FARTHEST else ""
+    line = text[start:].strip() if len(text) - start <= _LOOKAHEAD else ""
     if not line or "\n" in line or re.match(r"\d+[.)]\s", line):
         return None
-    answer, whole = _cut(re.sub("[\x02\x03]", "", _without_emphasis(line)))
-    number = quantity(clean(answer)) if answer else None
+    answer, whole = _first_clause(re.sub("[\x02\x03]", "", _mark_emphasis(line)))
+    number = read_quantity(clean(answer)) if answer else None
     if not whole or answer is None or not _is_answer(answer):
         return None
     if number is not None and number.unit is not None and not number.unit.known and not answer.islower():
         return None  # a heading: "2 Check"
-    return _without_things(answer)
+    return _strip_counted_noun(answer)
 
 
-def _read(after: str) -> str | None:
+def _answer_after_phrase(after: str) -> str | None:
     """The answer that a text begins with, or None where it does not begin with one or its end is not clear."""
-    after = _without_emphasis(after)
+    after = _mark_emphasis(after)
     filler = _FILLER.match(after)
     after = after[filler.end() :] if filler is not None else after
     emphasised = re.match(r"\x02([^\x02\x03\n]{1,80})\x03\s*(?:[.!,;]|\n|$)", after)
-    answer, _ = _cut(after.replace("\x02", "").replace("\x03", ""))
+    answer, _ = _first_clause(after.replace("\x02", "").replace("\x03", ""))
     if answer is None:
         return None
     if _is_answer(answer):
-        return _without_things(answer)
+        return _strip_counted_noun(answer)
     name = emphasised[1].strip(" .") if emphasised is not None else ""
     words = name.lower().split()
     return name if 0 < len(words) <= 6 and not set(words) & _NO_ANSWERS and not re.search(r"[\d=\\$]", name) else None
 
 
-def _without_things(answer: str) -> str:
+def _strip_counted_noun(answer: str) -> str:
     """Take the counted things off one number: "3 1/2" of "3 1/2 cups". Units of measurement stay."""
-    number = quantity(clean(answer))
+    number = read_quantity(clean(answer))
     if number is None or number.unit is None or not number.unit.counted:
         return answer
     for end in re.finditer(r"\s+|(?<=\d)(?=[^\x00-\u2fff])", answer):
-        plain = quantity(clean(answer[: end.start()]))
+        plain = read_quantity(clean(answer[: end.start()]))
         if plain is not None and plain.unit is None and plain.value == number.value:
             return answer[: end.start()]
     return answer
 
 
-def _without_emphasis(text: str) -> str:
+def _mark_emphasis(text: str) -> str:
     """Mark strong emphasis, code and quotes by two control characters, and drop other emphasis."""
     text = re.sub(r"[\x02\x03]", "", text)
     text = re.sub(r"(?<![\w)\]])(\*\*|__)(?=\S)([^\n]{1,200}?)\1(?![\w(])", "\x02\\2\x03", text)
@@ -269,7 +269,7 @@ _TOKEN = re.compile(
 _CLOSERS = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
 
 
-def _cut(text: str) -> tuple[str | None, bool]:
+def _first_clause(text: str) -> tuple[str | None, bool]:
     """Cut a text where its first sentence or main clause ends.
 
     Returns:
@@ -383,15 +383,15 @@ def _is_answer(text: str) -> bool:
     plain = clean(text)
     if len(text) > 300 or _is_empty(text) or re.search(r"\\f?boxed|\$(?!\d)", text):
         return False
-    if not (balanced(plain) or plain.startswith("]") or choice(plain) is not None):
+    if not (is_balanced(plain) or plain.startswith("]") or read_choice(plain) is not None):
         return False
-    if _SPECIAL.fullmatch(plain) or clock(plain) is not None or choice(plain) is not None:
+    if _SPECIAL.fullmatch(plain) or read_clock(plain) is not None or read_choice(plain) is not None:
         return True
-    if quantity(plain) is not None:
+    if read_quantity(plain) is not None:
         return plain.lower() not in _ORDINALS
     if _UNFINISHED.search(plain):
         return False
-    parts = [part for part in split(plain, r",|;|\band\b|\bor\b") if part]
+    parts = [part for part in split_outside_brackets(plain, r",|;|\band\b|\bor\b") if part]
     if len(parts) > 1 and all(_is_answer(part) for part in parts):
         return True
     if re.fullmatch(r"\d{4}-\d\d?-\d\d?|\d{1,2}/\d{1,2}/\d{2,4}", plain):
@@ -403,7 +403,7 @@ def _is_answer(text: str) -> bool:
     before, unit = strip_unit(plain)
     if unit is not None:
         return _is_answer(before)
-    sides = split(plain, EQUALS)
+    sides = split_outside_brackets(plain, EQUALS)
     return len(sides) == 2 and is_label(sides[0]) and len(sides[0].split()) <= 4 and _is_answer(sides[1])
 
 

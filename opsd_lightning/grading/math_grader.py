@@ -17,7 +17,7 @@ import regex
 from jsonargparse.typing import PositiveFloat
 
 from opsd_lightning.grading import answer_forms, math_pool
-from opsd_lightning.grading.final_answer import behind_thinking, final_answer, last_boxed
+from opsd_lightning.grading.final_answer import final_answer, last_boxed, strip_thinking
 from opsd_lightning.types import ConfigError
 
 AUTO = "auto"
@@ -80,7 +80,7 @@ class MathGrader:
         """The final answer that a text gives, or None. It is never empty."""
         if self.answer_pattern == AUTO:
             return final_answer(text)
-        text = behind_thinking(text) or ""
+        text = strip_thinking(text) or ""
         boxed = last_boxed(text)
         if boxed is not None or self.answer_pattern is None:
             return boxed
@@ -90,7 +90,7 @@ class MathGrader:
             for match in regex.finditer(self.answer_pattern, text, timeout=self.timeout_seconds, concurrent=True):
                 found = (match[1] or "").strip() or found
         except TimeoutError:
-            _note("timeout", f"data.grader.answer_pattern in {text[-200:]!r}")
+            _record_problem("timeout", f"data.grader.answer_pattern in {text[-200:]!r}")
             return None
         return found
 
@@ -112,14 +112,14 @@ class MathGrader:
             completions: Texts.
             references: The right answer of each.
         """
-        in_turn = type(self).find_answer is not MathGrader.find_answer or self.answer_pattern in (None, AUTO)
-        found = _each(self.find_answer, [(text,) for text in completions], in_turn)
+        sequential = type(self).find_answer is not MathGrader.find_answer or self.answer_pattern in (None, AUTO)
+        found = _map_with_problems(self.find_answer, [(text,) for text in completions], sequential)
         if type(self).grade is not MathGrader.grade:
-            graded = _each(self.grade, list(zip(completions, references, strict=True)), in_turn=True)
+            graded = _map_with_problems(self.grade, list(zip(completions, references, strict=True)), sequential=True)
             return [Grade(answer, *verdict) for (answer, _), verdict in zip(found, graded, strict=True)]
         pairs = [(answer, reference) for (answer, _), reference in zip(found, references, strict=True)]
         different = list(dict.fromkeys(pairs))
-        verdicts = _each(self.equal, different, in_turn=type(self).equal is not MathGrader.equal)
+        verdicts = _map_with_problems(self.equal, different, sequential=type(self).equal is not MathGrader.equal)
         known = dict(zip(different, verdicts, strict=True))
         return [
             Grade(answer, known[pair][0], problem or known[pair][1])
@@ -175,11 +175,11 @@ class MathGrader:
             questions: The grades of each question's completions.
         """
         clear = [([None if g.problem else g.answer for g in grades], [g.correct for g in grades]) for grades in questions]
-        cast = _each(self.votes, clear, in_turn=type(self).votes is not MathGrader.votes)
-        return [_with_unclear(votes, grades) for (votes, _), grades in zip(cast, questions, strict=True)]
+        cast = _map_with_problems(self.votes, clear, sequential=type(self).votes is not MathGrader.votes)
+        return [_add_undecided_votes(votes, grades) for (votes, _), grades in zip(cast, questions, strict=True)]
 
 
-def _with_unclear(votes: Sequence[int | None], grades: Sequence[Grade]) -> list[int | None]:
+def _add_undecided_votes(votes: Sequence[int | None], grades: Sequence[Grade]) -> list[int | None]:
     """Add the votes of answers whose comparison gave no verdict."""
     found, own = list(votes), dict[str, int]()
     first = max((vote for vote in votes if vote is not None), default=0) + 1
@@ -199,7 +199,9 @@ _MEANING = {
 }
 
 
-def _each(function: Callable[..., T], calls: Sequence[tuple[Any, ...]], in_turn: bool) -> list[tuple[T, Problem]]:
+def _map_with_problems(
+    function: Callable[..., T], calls: Sequence[tuple[Any, ...]], sequential: bool
+) -> list[tuple[T, Problem]]:
     """Call a function with each tuple of arguments; return its values with the problems noted in the calls."""
 
     def watched(arguments: tuple[Any, ...]) -> tuple[T, Problem]:
@@ -210,7 +212,7 @@ def _each(function: Callable[..., T], calls: Sequence[tuple[Any, ...]], in_turn:
         finally:
             _problem.reset(token)
 
-    if in_turn or len(calls) < 2:
+    if sequential or len(calls) < 2:
         return [watched(arguments) for arguments in calls]
     return _in_parallel(watched, calls)
 
@@ -249,7 +251,7 @@ def _in_parallel(function: Callable[[tuple[Any, ...]], T], calls: Sequence[tuple
     return [found[place] for place in range(len(calls))]
 
 
-def _note(problem: Problem, example: str) -> None:
+def _record_problem(problem: Problem, example: str) -> None:
     """Count a call without a verdict, and warn of the first of its kind."""
     if (noted := _problem.get()) is not None:
         noted.append(problem)
@@ -286,7 +288,7 @@ def _compare(reference: str, answer: str, timeout_seconds: float) -> bool | None
     try:
         return answer_forms.equal(reference, answer, algebra)
     except TimeoutError:
-        _note("timeout", f"comparing {answer[:100]!r} with {reference[:100]!r}")
-    except math_pool.Ungradable as error:
-        _note("failure", f"comparing {answer[:100]!r} with {reference[:100]!r}: {error}, and it")
+        _record_problem("timeout", f"comparing {answer[:100]!r} with {reference[:100]!r}")
+    except math_pool.UngradableError as error:
+        _record_problem("failure", f"comparing {answer[:100]!r} with {reference[:100]!r}: {error}, and it")
     return None

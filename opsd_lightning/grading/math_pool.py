@@ -36,11 +36,11 @@ _MOST_WORKERS = 8
 _MOST_DEATHS = 2  # of the workers of one question
 
 
-class Ungradable(Exception):
+class UngradableError(Exception):
     """A question that ended two workers, or that needs more memory than a worker has."""
 
 
-class _Gone(Exception):
+class _DisconnectedError(Exception):
     """The process at the other end ended."""
 
 
@@ -88,22 +88,22 @@ class Pool:
             started, reply = time.monotonic(), ""
             try:
                 reply = worker.ask(question, seconds + _GRACE_SECONDS)
-            except (_Gone, TimeoutError):
+            except (_DisconnectedError, TimeoutError):
                 if time.monotonic() - started >= seconds:
                     raise TimeoutError from None
             finally:  # also where a signal interrupts the wait
                 del self._working[thread]
                 self._give_back(worker, alive=reply in ("equal", "different"))
             if thread in self._stopped:
-                raise Ungradable("it was stopped")
+                raise UngradableError("it was stopped")
             if reply == "memory":
-                raise Ungradable("it needs more memory than a worker may take")
+                raise UngradableError("it needs more memory than a worker may take")
             if reply:
                 return reply == "equal", time.monotonic() - started
-        raise Ungradable(f"it ended {_MOST_DEATHS} workers")
+        raise UngradableError(f"it ended {_MOST_DEATHS} workers")
 
     def end(self, threads: Collection[threading.Thread]) -> None:
-        """End the questions that threads ask. They raise `Ungradable` at once; so do their later ones."""
+        """End the questions that threads ask. They raise `UngradableError` at once; so do their later ones."""
         for thread in threads:
             self._stopped.add(thread)
             if (worker := self._working.get(thread)) is not None:
@@ -151,7 +151,7 @@ class Pool:
     def _fork(self) -> _Worker:
         for _ in range(2):
             with self._starting:
-                control = self._started()
+                control = self._ensure_server()
             ours, theirs = socket.socketpair()
             self._open.add(ours)
             try:
@@ -159,7 +159,7 @@ class Pool:
                     socket.send_fds(control, [_REQUEST.pack(b"f", 0)], [theirs.fileno()])
                 ours.settimeout(_STARTUP_SECONDS)
                 return _Worker(ours, control)
-            except (OSError, _Gone):  # the process that forks was killed: start another
+            except (OSError, _DisconnectedError):  # the process that forks was killed: start another
                 self._close(ours)
                 with self._starting:
                     if self._control is control:
@@ -167,9 +167,9 @@ class Pool:
             except BaseException:
                 self._close(ours)
                 raise
-        raise _no_start()
+        raise _start_error()
 
-    def _started(self) -> socket.socket:
+    def _ensure_server(self) -> socket.socket:
         """Return the socket of the process that forks workers, and start it where there is none."""
         if self._control is not None and self._process is not None and self._process.poll() is None:
             return self._control
@@ -189,12 +189,12 @@ class Pool:
         self._control = ours
         ours.settimeout(_STARTUP_SECONDS)
         try:
-            ready = _line(ours) == "ready"
-        except (_Gone, TimeoutError):
+            ready = _read_line(ours) == "ready"
+        except (_DisconnectedError, TimeoutError):
             ready = False
         if not ready:
             self._stop()
-            raise _no_start()
+            raise _start_error()
         return ours
 
     def stop(self) -> None:
@@ -236,7 +236,7 @@ class _Worker:
     def __init__(self, connection: socket.socket, control: socket.socket) -> None:
         self.socket, self.control = connection, control
         self.asked = 0
-        self.pid = int(_line(connection))
+        self.pid = int(_read_line(connection))
 
     @property
     def gone(self) -> bool:
@@ -255,14 +255,14 @@ class _Worker:
         self.socket.settimeout(seconds)
         try:
             self.socket.sendall(question)
-            return _line(self.socket)
+            return _read_line(self.socket)
         except TimeoutError:
             raise
         except OSError:
-            raise _Gone from None
+            raise _DisconnectedError from None
 
 
-def _line(connection: socket.socket) -> str:
+def _read_line(connection: socket.socket) -> str:
     """Read a short line.
 
     Raises:
@@ -276,14 +276,14 @@ def _line(connection: socket.socket) -> str:
         except TimeoutError:
             raise
         except OSError:
-            raise _Gone from None
+            raise _DisconnectedError from None
         if not part:
-            raise _Gone
+            raise _DisconnectedError
         found += part
     return found.decode().strip()
 
 
-def _no_start() -> RuntimeError:
+def _start_error() -> RuntimeError:
     return RuntimeError(
         "the math-verify process did not start, or was killed (out of memory?): is `pip install math-verify` complete?"
     )
@@ -297,12 +297,12 @@ def shared() -> Pool:
     return _pool
 
 
-def _renew() -> None:
+def _reset_in_child() -> None:
     global _pool
     _pool.forget()
     _pool = Pool()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+    os.register_at_fork(after_in_child=_reset_in_child)
 atexit.register(lambda: _pool.stop())

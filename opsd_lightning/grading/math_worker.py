@@ -31,7 +31,7 @@ _WATCH_SECONDS = 1.0  # between two looks at whether the process above is still 
 Compare = Callable[[str, str], bool]
 
 
-def _load() -> Compare:
+def _load_math_verify() -> Compare:
     """Import math-verify and let its parser learn usual expressions, which every worker then knows."""
     import logging
 
@@ -66,7 +66,7 @@ def _load() -> Compare:
     return compare
 
 
-def _work(connection: socket.socket, parent: int, compare: Compare) -> NoReturn:
+def _answer_questions(connection: socket.socket, parent: int, compare: Compare) -> NoReturn:
     """Answer questions until the socket is closed or the process above is gone.
 
     A question is a JSON line ``[reference, answer, seconds]``, the reply ``equal``, ``different`` or ``memory``.
@@ -100,7 +100,7 @@ def _work(connection: socket.socket, parent: int, compare: Compare) -> NoReturn:
 
 def _serve(control: socket.socket, parent: int) -> None:
     """Fork and end workers as requested, until the parent is gone; then end all of them."""
-    compare = _load()
+    compare = _load_math_verify()
     gc.freeze()  # what workers share with this process stays shared
     own = os.getpid()
     workers: set[int] = set()
@@ -120,7 +120,7 @@ def _serve(control: socket.socket, parent: int) -> None:
                         os.close(descriptor)
                     else:
                         control.close()
-                        _work(socket.socket(fileno=descriptor), own, compare)
+                        _answer_questions(socket.socket(fileno=descriptor), own, compare)
             with suppress(ChildProcessError):
                 while (ended := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                     workers.discard(ended)

@@ -17,12 +17,12 @@ from urllib.parse import quote
 
 from opsd_lightning import __version__
 from opsd_lightning.reports.charts import charts_of, curves_of
-from opsd_lightning.runs.reader import RECORD, Point, Run, differences, read_run
+from opsd_lightning.runs.reader import RECORD_FOLDER, Point, Run, differing_settings, read_run
 from opsd_lightning.types import UserError
-from opsd_lightning.utils.files import replace, script_json
+from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.statistics import mean_and_interval, wilson, wilson_interval
-from opsd_lightning.utils.terminal import Arguments, say
+from opsd_lightning.utils.terminal import SafeArgumentParser, say
 
 _NOTHING = "\N{EN DASH}"
 
@@ -53,7 +53,7 @@ def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"no page can be made of these runs, whose files hold what no run writes ({reason})") from error
     try:
-        replace(output, html)
+        atomic_write(output, html)
     except OSError as error:
         raise UserError(f"the page cannot be written to {output}: {error}") from None
     return output
@@ -61,7 +61,7 @@ def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.
 
 def main(argv: list[str] | None = None) -> None:
     """``opsd report``."""
-    parser = Arguments(prog="opsd report", description="One HTML page of one run, or of several side by side.")
+    parser = SafeArgumentParser(prog="opsd report", description="One HTML page of one run, or of several side by side.")
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's folder: its trainer.default_root_dir, or a CSV log's version folder"
     )
@@ -92,7 +92,7 @@ def render(runs: Sequence[Run], output: Path) -> str:
         runs=pages,
         sections=list(dict.fromkeys(chart["section"] for chart in data["charts"])),
         charts=data["charts"],
-        differing=list(differences(runs).items()) if len(runs) > 1 else [],
+        differing=list(differing_settings(runs).items()) if len(runs) > 1 else [],
         versions={name: [found.get(name) for found in versions] for name in dict.fromkeys(n for v in versions for n in v)},
         data=Markup(script_json(data)),
         made=datetime.now().astimezone().isoformat(timespec="minutes"),
@@ -125,7 +125,7 @@ def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
         top, _, rest = setting.partition(".")
         groups.setdefault(top if rest else "run", []).append((setting, value))
     command = starts[0].get("command") if starts else None
-    config = run.root / RECORD / "config.yaml"
+    config = run.root / RECORD_FOLDER / "config.yaml"
     # What a log of every step says: Lightning's loggers may have been asked for every tenth only.
     steps = [point.step for point in run.train]
     whole = len(steps) > 1 and all(b - a == steps[0] for a, b in pairwise(steps))
@@ -301,7 +301,7 @@ def _links(run: Run, output: Path) -> list[tuple[str, str]]:
         ("Adapter", of("AdapterExport.folder", "adapter")),
         ("Merged model", of("AdapterExport.merged_folder", "merged")),
         ("Rollouts (CSV)", of("RolloutTable.path", "rollouts.csv")),
-        ("Record", RECORD),
+        ("Record", RECORD_FOLDER),
         ("Held-out completions before", "before/test.jsonl"),
         ("and after", "after/test.jsonl"),
     ]

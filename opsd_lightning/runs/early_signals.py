@@ -39,7 +39,7 @@ class _Early:
         now = time.monotonic()
         if self.asked:
             if now - self.at >= SECOND_SIGNAL_SECONDS:
-                _end(number)
+                _exit(number)
             return
         self.asked, self.at = number, now
         threading.Thread(target=self.wait, name="opsd-early-wait", daemon=True).start()
@@ -47,34 +47,34 @@ class _Early:
     def wait(self) -> None:
         while not self.over.wait(0.2):
             if self.joins_at and time.monotonic() - max(self.joins_at, self.at) > WAIT_SECONDS:
-                _end(self.asked)
+                _exit(self.asked)
 
 
 _early: _Early | None = None
 
 
-def begin() -> None:
+def install() -> None:
     """Note signals from now on, if this is one of several ranks. To be called early, in the main thread."""
     global _early
-    if _early is not None or threading.current_thread() is not threading.main_thread() or not _is_one_of_several():
+    if _early is not None or threading.current_thread() is not threading.main_thread() or not _has_other_ranks():
         return
     early = _Early()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
             early.before[number] = before
-            signal.signal(number, _nothing)
+            signal.signal(number, _ignore_in_main_thread)
     early.wakeup = signal.set_wakeup_fd(early.writer, warn_on_full_buffer=False)
     threading.Thread(target=early.look, name="opsd-early-signals", daemon=True).start()
     _early = early
 
 
-def joins() -> None:
+def start_join_timeout() -> None:
     """Note that this rank waits for the others from now on."""
     if _early is not None:
         _early.joins_at = time.monotonic()
 
 
-def end() -> int:
+def uninstall() -> int:
     """Put the former handlers back, and return the number of the signal that came; 0 for none."""
     global _early
     early, _early = _early, None
@@ -84,13 +84,13 @@ def end() -> int:
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(early.wakeup)
         for number, before in early.before.items():
-            if signal.getsignal(number) is _nothing:
+            if signal.getsignal(number) is _ignore_in_main_thread:
                 signal.signal(number, before)
     os.write(early.writer, b"\0")
     return early.asked
 
 
-def _forget() -> None:
+def _uninstall_in_child() -> None:
     """In a process forked from this one: its signals are its own."""
     global _early
     early, _early = _early, None
@@ -100,18 +100,18 @@ def _forget() -> None:
             signal.signal(number, before)
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_uninstall_in_child)
 
 
-def _is_one_of_several() -> bool:
+def _has_other_ranks() -> bool:
     sizes = [os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
     return any(size.isdigit() and int(size) > 1 for size in sizes)
 
 
-def _nothing(number: int, frame: Any) -> None:
+def _ignore_in_main_thread(number: int, frame: Any) -> None:
     """The thread has seen it."""
 
 
-def _end(number: int) -> None:
+def _exit(number: int) -> None:
     """End the process. The main thread, which could set the signal's own effect, waits for other ranks."""
     os._exit(128 + number)

@@ -37,7 +37,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opsd_lightning.runs.record import now
+from opsd_lightning.runs.record import timestamp
 from opsd_lightning.utils.redaction import redact_arguments
 from opsd_lightning.distributed.collectives import together
 from opsd_lightning.types import ConfigError
@@ -47,7 +47,7 @@ WAIT_SECONDS = 5.0
 #: As long after a SLURM requeue, whose first start may be ending still.
 REQUEUE_WAIT_SECONDS = 60.0
 #: The lock of a run's own folder.
-NAME = ".opsd-fit.lock"
+LOCK_NAME = ".opsd-fit.lock"
 
 # File systems without locks, and those that cannot be written, on which a run fails elsewhere.
 _NO_LOCKS = {
@@ -67,31 +67,31 @@ _automatic: weakref.WeakSet[Any] = weakref.WeakSet()  # loggers whose version Li
 _START = b'{"host": '
 
 
-def _in_child() -> None:
+def _close_in_child() -> None:
     for held in _held.values():
         os.close(held.descriptor)  # not unlocked: that would unlock the parent's
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
-def hold(trainer: Trainer) -> None:
+def lock_fit(trainer: Trainer) -> None:
     """Lock the folders of a fit. For the first rank alone. Again for the same trainer, it does nothing.
 
     Raises:
         ConfigError: Another run writes there.
     """
     try:
-        for path, folder, setting in _places(trainer):
-            hold_file(path, folder, setting, trainer)
-        hold_logs(trainer, moves=False)
+        for path, folder, setting in _locks_of_fit(trainer):
+            lock_file(path, folder, setting, trainer)
+        lock_loggers(trainer, moves=False)
     except BaseException:
         release(trainer)
         raise
 
 
-def hold_logs(trainer: Trainer, moves: bool = True) -> None:
+def lock_loggers(trainer: Trainer, moves: bool = True) -> None:
     """Lock the folders of the loggers, and move a logger to its next free version if another run writes to its own.
 
     Args:
@@ -115,14 +115,14 @@ def hold_logs(trainer: Trainer, moves: bool = True) -> None:
             place = Path(logger.log_dir).resolve()
             lock, free = _lock_beside(place), moves or logger in _automatic
             try:
-                hold_file(lock, place, "trainer.logger", trainer, waits=not free)
+                lock_file(lock, place, "trainer.logger", trainer, waits=not free)
             except ConfigError as error:
                 if not free:
                     raise
                 reason = error.problem
             else:
                 if not (new and place.is_dir() and any(place.iterdir())):
-                    _sweep(place.parent)
+                    _remove_stale_locks(place.parent)
                     break
                 release(trainer, lock)
                 reason = f"{place} is of another run"
@@ -132,7 +132,7 @@ def hold_logs(trainer: Trainer, moves: bool = True) -> None:
             rank_zero_warn(f"{reason}: {type(logger).__name__} logs to {logger.log_dir} instead")
 
 
-def _sweep(folder: Path) -> None:
+def _remove_stale_locks(folder: Path) -> None:
     """Remove the locks of killed runs, which had other versions of a logger's folder."""
     for path in folder.glob(".*.lock"):
         if path.resolve() in _held or path.is_symlink():
@@ -141,13 +141,13 @@ def _sweep(folder: Path) -> None:
             descriptor = _open(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if {"host", "pid", "command"} <= _read(descriptor).keys():
+                if {"host", "pid", "command"} <= _read_holder(descriptor).keys():
                     path.unlink()
             finally:
                 os.close(descriptor)
 
 
-def hold_file(path: Path, folder: Path, setting: str, trainer: Trainer, waits: bool = True) -> None:
+def lock_file(path: Path, folder: Path, setting: str, trainer: Trainer, waits: bool = True) -> None:
     """Lock a file that stands for a folder.
 
     Args:
@@ -172,7 +172,7 @@ def hold_file(path: Path, folder: Path, setting: str, trainer: Trainer, waits: b
         descriptor = _lock(path, folder, setting, waits)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise _foreign(path, setting) from error
+            raise _not_a_lock(path, setting) from error
         if error.errno not in _NO_LOCKS:
             raise
         rank_zero_warn(f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
@@ -186,12 +186,12 @@ def release(trainer: Trainer, only: Path | None = None) -> None:
         if held.owner() in (trainer, None) and (only is None or path == only.parent.resolve() / only.name):
             del _held[path]
             with suppress(OSError):
-                if _is_at(held.descriptor, path):
+                if _is_current(held.descriptor, path):
                     path.unlink()  # while it is locked
             os.close(held.descriptor)
 
 
-def _places(trainer: Trainer) -> Iterator[tuple[Path, Path, str]]:
+def _locks_of_fit(trainer: Trainer) -> Iterator[tuple[Path, Path, str]]:
     """The file of each lock of a fit, the folder that it stands for, and the folder's setting."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
@@ -199,7 +199,7 @@ def _places(trainer: Trainer) -> Iterator[tuple[Path, Path, str]]:
     folders: list[Any] = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     places = [Path(folder).resolve() for folder in folders if folder is not None and _is_local(folder)]
     if _is_local(root) and (root.resolve() in places or _writes_to_root(trainer)):
-        yield root / NAME, root, "trainer.default_root_dir"
+        yield root / LOCK_NAME, root, "trainer.default_root_dir"
     for place in places:
         if place != root.resolve():
             yield _lock_beside(place), place, "trainer.callbacks.dirpath"
@@ -237,27 +237,27 @@ def _lock(path: Path, folder: Path, setting: str, waits: bool) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = _read(descriptor)
+            holder = _read_holder(descriptor)
             os.close(descriptor)
             if not isinstance(error, BlockingIOError) and error.errno != errno.EACCES:
                 raise
-            end = end or time.monotonic() + (_patience(holder) if waits else 0.0)
+            end = end or time.monotonic() + (_wait_seconds(holder) if waits else 0.0)
             if time.monotonic() >= end:
-                raise _refusal(holder, folder, setting) from None
+                raise _in_use(holder, folder, setting) from None
             time.sleep(0.1)
             continue
-        if not _is_at(descriptor, path):
+        if not _is_current(descriptor, path):
             os.close(descriptor)
             continue
         if not _is_lock(descriptor):
             os.close(descriptor)
-            raise _foreign(path, setting)
-        _inform(descriptor)
+            raise _not_a_lock(path, setting)
+        _write_holder(descriptor)
         return descriptor
 
 
 def _is_lock(descriptor: int) -> bool:
-    """Return whether a file is empty or begins as `_inform` writes it: a full disk may have cut it off."""
+    """Return whether a file is empty or begins as `_write_holder` writes it: a full disk may have cut it off."""
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return False
     try:
@@ -267,7 +267,7 @@ def _is_lock(descriptor: int) -> bool:
     return _START.startswith(start)
 
 
-def _foreign(path: Path, setting: str) -> ConfigError:
+def _not_a_lock(path: Path, setting: str) -> ConfigError:
     return ConfigError(f"{path} is no lock of a run, which would have this name", setting, "Move it away")
 
 
@@ -279,7 +279,7 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDONLY | flags)  # another user's
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_current(descriptor: int, path: Path) -> bool:
     """Return False for the file of a lock that its holder removed in the meantime."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -287,11 +287,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _inform(descriptor: int) -> None:
+def _write_holder(descriptor: int) -> None:
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "time": now(),
+        "time": timestamp(),
         "command": shlex.join(redact_arguments(sys.argv)),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
@@ -302,7 +302,7 @@ def _inform(descriptor: int) -> None:
         pass  # the lock holds without it: a full disk, another user's file
 
 
-def _read(descriptor: int) -> dict[str, Any]:
+def _read_holder(descriptor: int) -> dict[str, Any]:
     try:
         found = json.loads(os.pread(descriptor, 100_000, 0))
     except (OSError, ValueError, RecursionError):
@@ -310,14 +310,14 @@ def _read(descriptor: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _patience(holder: dict[str, Any]) -> float:
+def _wait_seconds(holder: dict[str, Any]) -> float:
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     if requeued and holder.get("slurm_job") in (os.environ.get("SLURM_JOB_ID"), None):
         return REQUEUE_WAIT_SECONDS
     return WAIT_SECONDS
 
 
-def _refusal(holder: dict[str, Any], folder: Path, setting: str) -> ConfigError:
+def _in_use(holder: dict[str, Any], folder: Path, setting: str) -> ConfigError:
     words = "another run writes there"
     if holder.get("pid") is not None:
         words += f", process {holder['pid']!s:.20} on {holder.get('host')!s:.100} since {holder.get('time')!s:.40}"
@@ -331,7 +331,7 @@ def launches_processes(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
-def is_first(trainer: Trainer) -> bool:
+def is_first_rank(trainer: Trainer) -> bool:
     """Return whether this is the first rank, also before the strategy has set it up."""
     strategy: Any = trainer.strategy
     if launches_processes(trainer):
@@ -339,7 +339,7 @@ def is_first(trainer: Trainer) -> bool:
     return trainer.is_global_zero
 
 
-def started_together(trainer: Trainer) -> bool:
+def ranks_started_externally(trainer: Trainer) -> bool:
     """Return whether several ranks were started from outside, and must learn together that the run is refused."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return trainer.world_size > 1 and environment is not None and environment.creates_processes_externally
@@ -366,7 +366,7 @@ class RunLock(Callback):
         if refusal is not None:
             raise refusal
         if trainer.is_global_zero:
-            hold(trainer)
+            lock_fit(trainer)
 
 
 class RunUnlock(Callback):
@@ -391,14 +391,14 @@ def attach(trainer: Trainer) -> None:
         lock = RunLock()
         callbacks.insert(0, lock)
         callbacks.append(RunUnlock())
-    if not is_first(trainer):
+    if not is_first_rank(trainer):
         return
     if trainer.state.fn != "fit":
         if trainer.state.fn is not None:  # an evaluation
-            hold_logs(trainer)
+            lock_loggers(trainer)
         return
     try:
-        hold(trainer)
+        lock_fit(trainer)
     except ConfigError as error:
         if trainer.world_size == 1:
             raise

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opsd_lightning.utils.disk_errors import keep_logs
-from opsd_lightning.utils.folders import Kept
-from opsd_lightning.runs.reader import RECORD
+from opsd_lightning.utils.disk_errors import keep_earlier_metrics
+from opsd_lightning.utils.folders import Protected
+from opsd_lightning.runs.reader import RECORD_FOLDER
 from opsd_lightning.types import ConfigError
 
 
@@ -37,12 +37,12 @@ def check_folders(trainer: Trainer) -> None:
             raise ConfigError(problem, setting, "Choose a folder that can be written") from error
 
 
-def outputs_of(trainer: Trainer) -> list[Kept]:
+def output_paths(trainer: Trainer) -> list[Protected]:
     """Return the local folders and files that a fit writes, with words for each."""
     root = Path(trainer.default_root_dir)
     found: list[tuple[str, Any]] = [
         ("the run's own folder (trainer.default_root_dir)", root),
-        ("the run's record", root / RECORD),
+        ("the run's record", root / RECORD_FOLDER),
         ("the folder of evaluations", root / "results"),
         ("the folder of checkpoints", root / "checkpoints"),
     ]
@@ -60,7 +60,7 @@ def open_loggers(trainer: Trainer) -> None:
         ConfigError: A logger's library fails, for example because it is not logged in.
     """
     if trainer.is_global_zero:
-        keep_logs(trainer.loggers)
+        keep_earlier_metrics(trainer.loggers)
     for logger in trainer.loggers:
         try:
             _ = logger.experiment  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ def open_loggers(trainer: Trainer) -> None:
             ) from error
 
 
-def check_last(trainer: Trainer, ckpt_path: str | None) -> None:
+def check_checkpoint_alias(trainer: Trainer, ckpt_path: str | None) -> None:
     """Refuse an evaluation of a checkpoint that has no name: Lightning would go on with the untrained weights.
 
     Raises:

@@ -26,7 +26,7 @@ from opsd_lightning.utils.redaction import redact
 from opsd_lightning.types import UserError
 from opsd_lightning.utils.yaml_limits import check_yaml
 
-RECORD = "record"
+RECORD_FOLDER = "record"
 # What the report reads of a graded completion.
 _GRADED: dict[str, type] = {"question": str, "correct": int, "answer": object, "completion_tokens": int, "truncated": int}
 _SAMPLE: dict[str, type] = _GRADED | {"completion": str, "samples": int, "right": int}
@@ -102,14 +102,14 @@ def read_run(path: str | Path) -> Run:
         if folder.name not in _FILES:
             raise UserError(f"{given} is a file: give the folder of the run that it is of")
         folder = folder.parent
-    record = _record(folder)
+    record = _find_record(folder)
     if record is not None:
         run = _from_record(record)
     else:
-        log = _log(folder)
+        log = _find_csv_log(folder)
         if log is None:
             raise UserError(
-                f"{given} holds no run: there is neither {RECORD}/run.json, which the RunReport callback writes, nor a "
+                f"{given} holds no run: there is neither {RECORD_FOLDER}/run.json, which the RunReport callback writes, nor a "
                 "metrics.csv of training, which CSVLogger writes"
             )
         run = _from_log(log, folder)
@@ -119,7 +119,7 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
-def _present(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     """Return whether a file of a run is there.
 
     Raises:
@@ -132,33 +132,33 @@ def _present(path: Path) -> bool:
     return True
 
 
-def _record(folder: Path) -> Path | None:
-    for candidate in (folder, folder / RECORD):
-        if _present(candidate / "run.json") and "starts" in _json(candidate / "run.json"):
+def _find_record(folder: Path) -> Path | None:
+    for candidate in (folder, folder / RECORD_FOLDER):
+        if _exists(candidate / "run.json") and "starts" in _json(candidate / "run.json"):
             return candidate
     for parent in list(folder.parents)[:3]:  # a logger's folder of a run that has a record
-        path = parent / RECORD / "run.json"
-        if _present(path) and str(folder) in _json(path).get("logs", []):
+        path = parent / RECORD_FOLDER / "run.json"
+        if _exists(path) and str(folder) in _json(path).get("logs", []):
             return path.parent
     return None
 
 
 def _from_record(record: Path) -> Run:
     for name in ("metrics.jsonl", "samples.jsonl"):
-        _present(record / name)
+        _exists(record / name)
     info = _json(record / "run.json")
-    run = Run(record.parent if record.name == RECORD else record, "", info=info)
-    run.name = run.root.name if record.name == RECORD else f"{run.root.name}/{record.name}"
+    run = Run(record.parent if record.name == RECORD_FOLDER else record, "", info=info)
+    run.name = run.root.name if record.name == RECORD_FOLDER else f"{run.root.name}/{record.name}"
     points: dict[tuple[str, int], Point] = {}
-    for line in read_lines(record / "metrics.jsonl"):
-        with _reading(record / "metrics.jsonl"):
+    for line in read_complete_lines(record / "metrics.jsonl"):
+        with _damage_as_error(record / "metrics.jsonl"):
             # A validation that a resumed run made again stands in the place of the first.
             points[line["kind"], line["step"]] = _point(line)
     run.train = sorted((p for (kind, _), p in points.items() if kind == "train"), key=lambda point: point.step)
     run.validations = sorted((p for (kind, _), p in points.items() if kind == "val"), key=lambda point: point.step)
     run.config = _config(record / "config.yaml")
-    run.samples = read_lines(record / "samples.jsonl")
-    with _reading(record / "samples.jsonl"):
+    run.samples = read_complete_lines(record / "samples.jsonl")
+    with _damage_as_error(record / "samples.jsonl"):
         for line in run.samples:
             _check(line, {"kind": str, "step": int, "records": list})
             for sample in line["records"]:
@@ -167,7 +167,7 @@ def _from_record(record: Path) -> Run:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _damage_as_error(path: Path) -> Iterator[None]:
     """Say that a file is damaged where its content is not what a run writes."""
     try:
         yield
@@ -195,12 +195,12 @@ def _point(line: Mapping[str, Any]) -> Point:
     return Point(line["step"], line["tokens"], line["seconds"], line["metrics"])
 
 
-def _log(folder: Path) -> Path | None:
+def _find_csv_log(folder: Path) -> Path | None:
     """The newest metrics.csv of training in or below a folder; tests have one as well."""
     found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}metrics.csv")]
-    found = [path for path in found if _present(path)]
+    found = [path for path in found if _exists(path)]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        with _reading(path), path.open(encoding="utf-8") as file:
+        with _damage_as_error(path), path.open(encoding="utf-8") as file:
             if any(name.startswith(("train/", "val/")) for name in next(csv.reader(file), [])):
                 return path
     return None
@@ -208,13 +208,13 @@ def _log(folder: Path) -> Path | None:
 
 def _from_log(path: Path, folder: Path) -> Run:
     run = Run(folder, folder.name, config=_config(path.parent / "config.yaml"))
-    with _reading(path.parent / "config.yaml"):
+    with _damage_as_error(path.parent / "config.yaml"):
         updates = int(run.settings.get("model.updates_per_batch") or 1)  # the log counts batches
         last = int(run.settings.get("trainer.max_steps") or -1)
     baseline = not run.config or "BaselineEvaluation" in str(run.config)
     tokens = 0.0
     for row in _rows(path):
-        with _reading(path):
+        with _damage_as_error(path):
             step = (int(row["step"]) + 1) * updates
         step = min(step, last) if last > 0 else step
         if any(name.startswith("train/") for name in row):
@@ -235,19 +235,19 @@ def _held_out(root: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for when in ("before", "after"):
         path = root / when / "test.jsonl"
-        with _reading(path):
-            for record in read_records(path) if _present(path) else []:
+        with _damage_as_error(path):
+            for record in read_records(path) if _exists(path) else []:
                 _check(record, _GRADED)
                 found.setdefault(f"{when}: {record.get('role', 'student')}", []).append(record)
     return found
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not _present(path):
+    if not _exists(path):
         return {}
     import yaml
 
-    with _reading(path):
+    with _damage_as_error(path):
         try:
             text = path.read_text(encoding="utf-8")
             check_yaml(text)
@@ -258,7 +258,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with _reading(path):
+    with _damage_as_error(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             _check({"starts": [], "logs": [], "warnings": []} | found, {"starts": list, "logs": list, "warnings": list})
@@ -298,7 +298,7 @@ def short_class(path: str) -> str:
     return path.rpartition(".")[2] if path.startswith(("opsd_lightning.", "lightning.pytorch.")) else path
 
 
-def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
+def differing_settings(runs: Iterable[Run]) -> dict[str, list[Any]]:
     """The settings in which runs differ: the value of each run by the setting's name, None where it is not set."""
     all_settings = [run.settings for run in runs]
     order = ("model", "data", "trainer")
@@ -309,7 +309,7 @@ def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
     return {name: row for name, row in values.items() if any(value != row[0] for value in row[1:])}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_complete_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of JSON Lines, each an object; an interrupted run may have left half of one at the end.
 
     Raises:
@@ -317,7 +317,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    with _reading(path):
+    with _damage_as_error(path):
         lines = path.read_bytes().splitlines(keepends=True)
         found = [json.loads(line) for line in lines if line.endswith(b"\n") and line.strip()]
         for value in found:
@@ -331,7 +331,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
-    with _reading(path):
+    with _damage_as_error(path):
         lines = path.read_bytes().splitlines(keepends=True)
         whole = [line.decode() for line in lines if line.endswith(b"\n")]  # an interrupted run may have left half of one
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]

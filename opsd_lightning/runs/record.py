@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from opsd_lightning import __version__
-from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.files import append, atomic_write
 from opsd_lightning.utils.folders import free_name
-from opsd_lightning.runs.reader import read_lines
+from opsd_lightning.runs.reader import read_complete_lines
 from opsd_lightning.types import ConfigError
 
 #: Name of the record's checkpoint identifier in a checkpoint.
@@ -37,17 +37,17 @@ _RESERVED_BYTES = 1 << 16
 _TRIES, _PAUSE_SECONDS = 3, 0.2  # of writing the end
 
 
-def is_newest(folder: Path, checkpoint: str | None) -> bool:
+def is_newest_checkpoint(folder: Path, checkpoint: str | None) -> bool:
     """Return whether a checkpoint is the newest that the run of a record wrote.
 
     Args:
         folder: The record's.
         checkpoint: Value of the checkpoint's entry `CHECKPOINT_ID`, if it has one.
     """
-    return checkpoint is not None and _info_of(folder).get("checkpoint") == checkpoint
+    return checkpoint is not None and _read_info(folder).get("checkpoint") == checkpoint
 
 
-def is_of_another_run(folder: Path, checkpoint: str | None) -> bool:
+def belongs_to_another_run(folder: Path, checkpoint: str | None) -> bool:
     """Return whether a checkpoint is surely of another run than a record.
 
     Args:
@@ -55,7 +55,7 @@ def is_of_another_run(folder: Path, checkpoint: str | None) -> bool:
         checkpoint: Value of the checkpoint's entry `CHECKPOINT_ID`, if it has one. Those of earlier versions name no run.
     """
     run, dash, _ = str(checkpoint or "").partition("-")
-    return bool(dash) and _info_of(folder).get("run") != run
+    return bool(dash) and _read_info(folder).get("run") != run
 
 
 def check_record(folder: Path) -> None:
@@ -106,10 +106,10 @@ class Record:
         self._info: dict[str, Any] = {}
         self._waiting: dict[str, list[str]] = {_METRICS: [], _SAMPLES: []}
         self._checkpoint: tuple[int, str] | None = None  # the newest of this start: its step and identifier
-        lines, info = read_lines(folder / _METRICS), _info_of(folder)
-        newest = is_newest(folder, checkpoint)
+        lines, info = read_complete_lines(folder / _METRICS), _read_info(folder)
+        newest = is_newest_checkpoint(folder, checkpoint)
         last = max((line["step"] for line in lines if line["kind"] == "train"), default=-1)
-        self.resumed = step > 0 and (last >= step or newest) and not is_of_another_run(folder, checkpoint)
+        self.resumed = step > 0 and (last >= step or newest) and not belongs_to_another_run(folder, checkpoint)
         if folder.exists() and not self.resumed:
             os.replace(folder, free_name(folder))
         elif self.resumed:
@@ -125,11 +125,11 @@ class Record:
         kept = [line for line in lines if keep(line)] if self.resumed else []
         self._before = max((line["seconds"] for line in kept), default=0.0)
         if self.resumed:  # steps after the checkpoint are made again
-            samples = [line for line in read_lines(folder / _SAMPLES) if keep(line)]
+            samples = [line for line in read_complete_lines(folder / _SAMPLES) if keep(line)]
             ends = [line for line in samples if line["kind"] == "train"][1:]  # of an earlier stop
             samples = [line for line in samples if line not in ends]
-            replace(folder / _SAMPLES, "".join(_line(line) for line in samples))
-            replace(folder / _METRICS, "".join(_line(line) for line in kept))
+            atomic_write(folder / _SAMPLES, "".join(_line(line) for line in samples))
+            atomic_write(folder / _METRICS, "".join(_line(line) for line in kept))
 
     def _copy(self) -> None:
         """Keep a copy of the record, which takes its name when it is whole."""
@@ -141,14 +141,14 @@ class Record:
 
     def _reserve(self) -> None:
         with suppress(OSError):  # there is no room for it
-            replace(self.folder / _RESERVE, b"\0" * _RESERVED_BYTES)
+            atomic_write(self.folder / _RESERVE, b"\0" * _RESERVED_BYTES)
 
     def seconds(self) -> float:
         """Since the first start, without pauses."""
         return round(self._before + time.monotonic() - self._started, 3)
 
     def start(self, start: dict[str, Any], logs: list[str], config: str) -> None:
-        old = _info_of(self.folder) if self.resumed else {}
+        old = _read_info(self.folder) if self.resumed else {}
         self._info = {
             "run": old.get("run") or secrets.token_hex(8),
             "starts": [*old.get("starts", []), start],
@@ -160,7 +160,7 @@ class Record:
             "checkpoint": old.get("checkpoint"),
             "ended": None,
         }
-        self._try(_CONFIG, lambda: replace(self.folder / _CONFIG, config))
+        self._try(_CONFIG, lambda: atomic_write(self.folder / _CONFIG, config))
         self._write()
 
     def checkpoint(self, step: int) -> str:
@@ -176,7 +176,7 @@ class Record:
         self._flush()
         with suppress(OSError):
             (self.folder / _RESERVE).unlink(missing_ok=True)
-        self._info |= {"status": status, "reason": reason, "warnings": warnings, "ended": now()}
+        self._info |= {"status": status, "reason": reason, "warnings": warnings, "ended": timestamp()}
         lost = dict(unwritten or {})
         for last in (False, True):  # first how it ended; then, if there is room, the lines that wait
             lines = {name: f"{len(waiting)} lines" for name, waiting in self._waiting.items() if waiting}
@@ -196,8 +196,8 @@ class Record:
         self._append(_SAMPLES, {"kind": kind, "step": step, "records": records})
 
     def drop_training_samples(self) -> None:
-        samples = [line for line in read_lines(self.folder / _SAMPLES) if line["kind"] != "train"]
-        replace(self.folder / _SAMPLES, "".join(_line(line) for line in samples))
+        samples = [line for line in read_complete_lines(self.folder / _SAMPLES) if line["kind"] != "train"]
+        atomic_write(self.folder / _SAMPLES, "".join(_line(line) for line in samples))
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         self._waiting[name].append(_line(line))
@@ -229,10 +229,10 @@ class Record:
 
     def _write(self) -> bool:
         content = json.dumps(self._info, indent=2, ensure_ascii=False)
-        return self._try(_RUN, lambda: replace(self.folder / _RUN, content))
+        return self._try(_RUN, lambda: atomic_write(self.folder / _RUN, content))
 
 
-def _info_of(folder: Path) -> dict[str, Any]:
+def _read_info(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / _RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -240,27 +240,27 @@ def _info_of(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def is_open(folder: Path, step: int) -> bool:
+def is_unfinished(folder: Path, step: int) -> bool:
     """Return whether a run has trained up to a step, and nobody has written its end."""
-    info = _info_of(folder)
-    steps = [line["step"] for line in read_lines(folder / _METRICS) if line["kind"] == "train"]
+    info = _read_info(folder)
+    steps = [line["step"] for line in read_complete_lines(folder / _METRICS) if line["kind"] == "train"]
     return bool(info) and info.get("status") not in ("finished", "stopped", "idle") and max(steps, default=-1) == step
 
 
-def described(value: Any, depth: int = 0) -> Any:
+def describe_object(value: Any, depth: int = 0) -> Any:
     """An object's plain settings, as the command line would write them."""
     if isinstance(value, bool) or value is None or (isinstance(value, (int, float, str)) and depth < 8):
         plain = (bool, int, float, str)
         return next((kind(value) for kind in plain if isinstance(value, kind)), None)
     if isinstance(value, Mapping):
-        return {str(key): described(part, depth + 1) for key, part in list(value.items())[:200]}
+        return {str(key): describe_object(part, depth + 1) for key, part in list(value.items())[:200]}
     if isinstance(value, (list, tuple)):
-        return [described(part, depth + 1) for part in value] if len(value) <= 50 else f"{len(value)} values"
+        return [describe_object(part, depth + 1) for part in value] if len(value) <= 50 else f"{len(value)} values"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: described(getattr(value, field.name), depth + 1) for field in dataclasses.fields(value)}
+        return {field.name: describe_object(getattr(value, field.name), depth + 1) for field in dataclasses.fields(value)}
     settings = vars(value) if depth < 6 and hasattr(value, "__dict__") and not callable(value) else {}
     kept = {name: part for name, part in settings.items() if not name.startswith("_") and _is_setting(part)}
-    return {"class_path": path_of(value)} | ({"init_args": described(kept, depth + 1)} if kept else {})
+    return {"class_path": class_path_of(value)} | ({"init_args": describe_object(kept, depth + 1)} if kept else {})
 
 
 def _is_setting(value: Any) -> bool:
@@ -268,11 +268,11 @@ def _is_setting(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str)) or own
 
 
-def path_of(value: Any) -> str:
+def class_path_of(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def launcher() -> list[str]:
+def launch_command() -> list[str]:
     """What stands before the arguments: `opsd`, under torchrun where that started the processes."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ["opsd"]
@@ -281,7 +281,7 @@ def launcher() -> list[str]:
     return ["torchrun", *nodes, "--nproc-per-node", str(local), "--no-python", "opsd"]
 
 
-def devices(device: torch.device, count: int) -> str:
+def device_summary(device: torch.device, count: int) -> str:
     """How many of which device."""
     if device.type == "cuda":
         return f"{count} x {torch.cuda.get_device_name(device)}"
@@ -290,7 +290,7 @@ def devices(device: torch.device, count: int) -> str:
     return f"{count} x {device.type} ({name}, {threads} thread{'s' * (threads > 1)})"
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of this package, of those that decide its numbers, and of the system."""
     found = {"opsd_lightning": __version__, "python": sys.version.split()[0]}
     for name in ("torch", "lightning", "transformers", "peft", "bitsandbytes", "vllm"):
@@ -301,7 +301,7 @@ def versions() -> dict[str, str]:
     return found | {"system": platform.platform(terse=True)}
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """The Git commit of the current folder, and whether files that it holds were changed since."""
 
     # A repository's own settings may name commands: its monitor, its hooks, and filters of files that changed.
@@ -322,7 +322,7 @@ def commit() -> str | None:
         return None
 
 
-def now() -> str:
+def timestamp() -> str:
     return datetime.now(UTC).astimezone().isoformat(timespec="seconds")
 
 

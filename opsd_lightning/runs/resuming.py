@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 _KEY = "opsd_within_epoch"
 
 
-class _EpochLoop(_TrainingEpochLoop):
+class _ResumedEpochLoop(_TrainingEpochLoop):
     """Begins with the validation of the last step, or with the end of the epoch."""
 
     pending: Literal["validation", "end"] | None = None
@@ -42,7 +42,7 @@ class _EpochLoop(_TrainingEpochLoop):
         return self.pending == "validation" or super()._should_check_val_fx(data_fetcher)
 
 
-class _Loop(_FitLoop):
+class _ResumedFitLoop(_FitLoop):
     """Resumes a checkpoint that was saved within an epoch, after a step.
 
     Attributes:
@@ -61,7 +61,7 @@ class _Loop(_FitLoop):
     def _begin(self, saved: dict[str, bool]) -> None:
         """Decide what comes first: by the limits of this run, which need not be those of the run that was stopped."""
         loop, trainer = self.epoch_loop, self.trainer
-        assert isinstance(loop, _EpochLoop)
+        assert isinstance(loop, _ResumedEpochLoop)
         due = saved["validation_due"] and trainer.enable_validation and trainer.limit_val_batches != 0
         if (due and saved["should_stop"]) or any(_has_stopped(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.should_stop = True
@@ -87,14 +87,14 @@ class _Loop(_FitLoop):
 
     def on_advance_end(self) -> None:
         loop = self.epoch_loop
-        assert isinstance(loop, _EpochLoop)
+        assert isinstance(loop, _ResumedEpochLoop)
         if loop.pending == "end":
             loop._batches_that_stepped += 1
             loop.restarting, loop.pending = False, None
         super().on_advance_end()
 
 
-def say_what_is_due(trainer: Trainer, checkpoint: dict[str, Any], validated: int) -> None:
+def record_pending_work(trainer: Trainer, checkpoint: dict[str, Any], validated: int) -> None:
     """Note in a checkpoint of a fit what its step and epoch still have before them.
 
     Args:
@@ -116,18 +116,18 @@ def batches_trained(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
-def do_what_is_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def restore_pending_work(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Let a fit begin with what a checkpoint says is due. Older checkpoints say nothing."""
     saved = checkpoint.pop(_KEY, None)
     fit: Any = trainer.fit_loop
-    if saved is None or type(fit) not in (_FitLoop, _Loop) or type(fit.epoch_loop) not in (_TrainingEpochLoop, _EpochLoop):
+    if saved is None or type(fit) not in (_FitLoop, _ResumedFitLoop) or type(fit.epoch_loop) not in (_TrainingEpochLoop, _ResumedEpochLoop):
         return
     # The trainer and its connectors hold on to these objects, which are the same but for a few methods.
-    fit.__class__, fit.epoch_loop.__class__ = _Loop, _EpochLoop
+    fit.__class__, fit.epoch_loop.__class__ = _ResumedFitLoop, _ResumedEpochLoop
     fit.saved, fit.epoch_loop.pending = dict(saved), None
 
 
-def validates_first(trainer: Trainer) -> bool:
+def starts_with_validation(trainer: Trainer) -> bool:
     """Return whether a resumed fit begins with a validation: asked in ``on_train_start``."""
     return getattr(trainer.fit_loop.epoch_loop, "pending", None) == "validation"
 

@@ -11,10 +11,10 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from opsd_lightning.utils.files import replace
+from opsd_lightning.utils.files import atomic_write
 from opsd_lightning.utils.folders import free_name
 from opsd_lightning.utils.redaction import HIDDEN, hidden_names, redact
-from opsd_lightning.utils.terminal import message
+from opsd_lightning.utils.terminal import safe_text
 from opsd_lightning.types import ConfigError
 
 
@@ -26,14 +26,14 @@ class SavedConfig(SaveConfigCallback):
     """
 
     def __init__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(_Parser(parser), *args, **kwargs)  # type: ignore[arg-type]
+        super().__init__(_RedactingParser(parser), *args, **kwargs)  # type: ignore[arg-type]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.parser.stage = stage  # type: ignore[attr-defined]
         super().setup(trainer, pl_module, stage)
 
 
-class _Parser:
+class _RedactingParser:
     """A parser that saves without secrets, and keeps what it would write over.
 
     Args:
@@ -53,8 +53,8 @@ class _Parser:
         found = yaml.safe_load(text)
         redacted = redact(found, whole=True)
         if redacted != found:
-            names = ", ".join(_changed(found, redacted))
-            head = f"# Hidden here ({HIDDEN}): {message(names)}\n# Give these again to run from this file.\n"
+            names = ", ".join(_changed_names(found, redacted))
+            head = f"# Hidden here ({HIDDEN}): {safe_text(names)}\n# Give these again to run from this file.\n"
             text = head.replace("\t", " ") + yaml.safe_dump(redacted, sort_keys=False, allow_unicode=True)
         files = get_filesystem(path)
         if "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,)):
@@ -71,27 +71,27 @@ def _write(path: Path, content: bytes, stage: str) -> None:
         before = path.read_bytes()
         copies = path.parent.glob(f"{path.stem}-*{path.suffix}")
         if not any(copy.is_file() and copy.read_bytes() == before for copy in copies):
-            replace(free_name(path), before)
-    replace(path, content)
+            atomic_write(free_name(path), before)
+    atomic_write(path, content)
 
 
 def _differs(path: Path, content: bytes) -> bool:
     return path.is_file() and path.read_bytes() != content
 
 
-def _changed(before: Any, after: Any, name: str = "") -> Iterator[str]:
+def _changed_names(before: Any, after: Any, name: str = "") -> Iterator[str]:
     """Dotted names of the values in which settings differ."""
     if isinstance(before, dict) and isinstance(after, dict) and len(before) == len(after):
         for (key, part), other in zip(before.items(), after.values(), strict=True):
-            yield from _changed(part, other, f"{name}.{key}" if name else str(key))
+            yield from _changed_names(part, other, f"{name}.{key}" if name else str(key))
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for place, (part, other) in enumerate(zip(before, after, strict=True)):
-            yield from _changed(part, other, f"{name}.{place}")
+            yield from _changed_names(part, other, f"{name}.{place}")
     elif before != after:
         yield name
 
 
-def check_hidden(settings: Any) -> None:
+def check_no_hidden_values(settings: Any) -> None:
     """Refuse settings whose values are hidden, as those of a saved ``config.yaml`` or of a checkpoint.
 
     A value with a hidden part is hidden wholly there: ``***`` inside a longer text is the text's own.

@@ -1,6 +1,6 @@
 """Runs that are told to stop, and ranks that are gone: every rank ends within seconds, at the same step.
 
-A signal is noted, and all ranks leave at the end of a step together, with one checkpoint (`stop_if_asked`). A second signal
+A signal is noted, and all ranks leave at the end of a step together, with one checkpoint (`stop_if_signalled`). A second signal
 ends the process at once. A thread sees signals that come while the main thread waits for other ranks, and holds a
 connection to rank 0, or on rank 0 to all: the system closes it where a process dies, and the others end too, instead of
 waiting for it in a collective until that times out.
@@ -36,7 +36,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from opsd_lightning.runs import early_signals
 from opsd_lightning.runs.early_signals import SECOND_SIGNAL_SECONDS
-from opsd_lightning.runs.requeue import ask_to_requeue, save_for_requeue
+from opsd_lightning.runs.requeue import requeue_job, save_for_requeue
 
 #: Seconds after a signal until the process ends though it has not come to the end of a step.
 DEADLINE_SECONDS = 900.0
@@ -47,7 +47,7 @@ _ABORT_SECONDS, _END_SECONDS, _LAST_SECONDS = 2.0, 6.0, 40.0
 _STUCK_SECONDS = 4.0
 _OWN_ERROR_SECONDS = 1.0  # until the failure of another rank ends this one
 _CONNECT_SECONDS = 60.0
-_BYE = "bye"
+_GOODBYE = "bye"
 
 
 class Stopped(SIGTERMException):
@@ -85,7 +85,7 @@ class Signals(_SignalConnector):
         super().__init__(trainer)
         self.asked, self.agreed, self._asked_at = 0, False, 0.0
         self.requeued = False
-        self._watch: _Watch | None = None
+        self._watch: _RankMonitor | None = None
         self._previous: dict[int, Any] = {}
 
     @property
@@ -99,7 +99,7 @@ class Signals(_SignalConnector):
     def connect(self) -> bool:
         """Connect the ranks, once their process group is there; return whether that is now. Every rank must call."""
         if self._watch is None and self.trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            self._watch = _Watch(self)
+            self._watch = _RankMonitor(self)
             self._watch.connect(self.trainer)
             return True
         return False
@@ -120,7 +120,7 @@ class Signals(_SignalConnector):
             if (before := signal.getsignal(number)) is not signal.SIG_IGN:  # nohup
                 self._previous[number] = before
                 signal.signal(number, self._note)
-        self._watch = self._watch or _Watch(self)
+        self._watch = self._watch or _RankMonitor(self)
         self._watch.start(set(self._previous))
 
     def _note(self, number: int, frame: Any) -> None:
@@ -154,27 +154,27 @@ class Signals(_SignalConnector):
             watch.close(failed=self.trainer.state.status == TrainerStatus.INTERRUPTED and not self.agreed)
 
 
-def watch(trainer: Trainer) -> None:
+def watch_signals(trainer: Trainer) -> None:
     """Take the trainer's signals over, and connect its ranks. To be called on every rank in ``setup``, before long work."""
     if not isinstance(trainer._signal_connector, Signals):
         trainer._signal_connector = Signals(trainer)
-    connected, number = trainer._signal_connector.connect(), early_signals.end()
+    connected, number = trainer._signal_connector.connect(), early_signals.uninstall()
     if connected:
-        number = _most(trainer, number)
+        number = _max_over_ranks(trainer, number)
     if number:
         if trainer.is_global_zero:
-            _say(f"Stopped by {signal.Signals(number).name} before the run began")
+            _write_stderr(f"Stopped by {signal.Signals(number).name} before the run began")
         trainer._signal_connector.agreed = True
-        raise _stopped(trainer, number)
+        raise _stop_error(trainer, number)
 
 
-def release(trainer: Trainer) -> None:
+def disconnect(trainer: Trainer) -> None:
     """Let the other ranks know that this one has nothing left to do. To be called in ``teardown``."""
     if isinstance(trainer._signal_connector, Signals):
         trainer._signal_connector.release()
 
 
-def stop_if_asked(trainer: Trainer, command: str | None = None) -> None:
+def stop_if_signalled(trainer: Trainer, command: str | None = None) -> None:
     """Leave at the end of a step, or of an evaluation's batch, if any rank was asked to. Every rank must call.
 
     Within a fit one checkpoint is saved, or the one that was just saved is taken.
@@ -189,46 +189,46 @@ def stop_if_asked(trainer: Trainer, command: str | None = None) -> None:
     connector = trainer._signal_connector
     asked = connector.asked if isinstance(connector, Signals) else 0
     if trainer.world_size > 1:
-        asked = _most(trainer, asked)
+        asked = _max_over_ranks(trainer, asked)
     if not asked or not isinstance(connector, Signals):
         return
     connector.asked = asked
     how = f"Stopped by {signal.Signals(asked).name}"
     if trainer.state.fn == "fit" and not trainer.sanity_checking:
-        how += f" after step {trainer.global_step}. {_checkpoint(trainer, connector, command)}"
+        how += f" after step {trainer.global_step}. {_save_and_advise(trainer, connector, command)}"
     if trainer.is_global_zero:
-        _say(how)
+        _write_stderr(how)
     connector.agreed = True
-    raise _stopped(trainer, asked)
+    raise _stop_error(trainer, asked)
 
 
-def _most(trainer: Trainer, number: int) -> int:
+def _max_over_ranks(trainer: Trainer, number: int) -> int:
     """The largest of all ranks' numbers. Every rank must call."""
     return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), None, "max"))
 
 
-def _stopped(trainer: Trainer, number: int) -> Stopped:
+def _stop_error(trainer: Trainer, number: int) -> Stopped:
     environment = trainer._accelerator_connector.cluster_environment
     return Stopped(number, launched=isinstance(environment, LightningEnvironment) and trainer.global_rank > 0)
 
 
-def _checkpoint(trainer: Trainer, connector: Signals, command: str | None) -> str:
+def _save_and_advise(trainer: Trainer, connector: Signals, command: str | None) -> str:
     """Have one checkpoint of this step; returns how to go on from it. Every rank must call."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return "fast_dev_run saves nothing"
     if connector.asked == connector.requeue_signal:
         path = save_for_requeue(trainer)
-        connector.requeued = trainer.is_global_zero and ask_to_requeue(path)
+        connector.requeued = trainer.is_global_zero and requeue_job(path)
         return f"The checkpoint is {path}"
     if not trainer.checkpoint_callbacks:
         return "Nothing was saved: the trainer has no ModelCheckpoint"
-    path = _saved(trainer) or _save(trainer)
+    path = _checkpoint_of_step(trainer) or _save_last(trainer)
     if command is None:
         return f"Go on with trainer.fit(..., ckpt_path={path!r})"
     return f"Go on with: {command} --ckpt_path {shlex.quote(path)}"
 
 
-def _saved(trainer: Trainer) -> str | None:
+def _checkpoint_of_step(trainer: Trainer) -> str | None:
     """The whole checkpoint of this very step, if there is one."""
     callbacks: list[Any] = trainer.checkpoint_callbacks
     for callback in callbacks:
@@ -239,7 +239,7 @@ def _saved(trainer: Trainer) -> str | None:
     return None
 
 
-def _save(trainer: Trainer) -> str:
+def _save_last(trainer: Trainer) -> str:
     """Save what ``--ckpt_path last`` finds: in the place of this run's last checkpoint, and of no other's."""
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     callback = next((callback for callback in callbacks if callback.save_last), callbacks[0] if callbacks else None)
@@ -260,7 +260,7 @@ def _save(trainer: Trainer) -> str:
     return path
 
 
-class _Watch:
+class _RankMonitor:
     """A thread that sees signals at once, and a connection that ends where another rank ends."""
 
     def __init__(self, signals: Signals) -> None:
@@ -282,7 +282,7 @@ class _Watch:
         self._wakeup: int | None = None
         self._ended, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
-        _watches.append(self)
+        _monitors.append(self)
 
     @property
     def asked(self) -> int:
@@ -305,7 +305,7 @@ class _Watch:
                 if listener is not None:
                     self._others = _accept(listener, token, trainer.world_size)
                 else:
-                    self._others = {_join(port, token, self.rank): 0}
+                    self._others = {_connect(port, token, self.rank): 0}
                 connected = True
         if listener is not None:
             listener.close()
@@ -339,7 +339,7 @@ class _Watch:
         with self._lock:
             for other in self._others:
                 with contextlib.suppress(OSError):
-                    other.sendall(f"{_BYE}\n".encode())
+                    other.sendall(f"{_GOODBYE}\n".encode())
         self._ended.set()
         self._wake()
         if self._wakeup is not None and threading.current_thread() is threading.main_thread():
@@ -353,8 +353,8 @@ class _Watch:
             os.write(self._writer, b"\0")
 
     def _shut(self) -> None:
-        if self in _watches:
-            _watches.remove(self)
+        if self in _monitors:
+            _monitors.remove(self)
         for other in self._others:
             other.close()
         self._others = {}
@@ -397,7 +397,7 @@ class _Watch:
             name = signal.Signals(number).name
             if not self._first:
                 self._first = now
-                _say(
+                _write_stderr(
                     f"rank {self.rank} received {name}: the run ends after this step (again after "
                     f"{SECOND_SIGNAL_SECONDS:.0f} seconds: at once, without a checkpoint)"
                 )
@@ -417,7 +417,7 @@ class _Watch:
                 # What failed there may fail here as well, in the same call: then this rank's own error is to be told.
                 self._ended.wait(_OWN_ERROR_SECONDS)
                 self._lose(int(found[1]), "has failed (see its own message)")
-        if _BYE in lines:
+        if _GOODBYE in lines:
             return False
         if not text:
             self._lose(rank, "has ended without a word (killed, or its machine is gone)")
@@ -431,7 +431,7 @@ class _Watch:
         if self.rank == 0:
             self._send(f"failed {rank}")
         if self._signals.trainer.state.status != TrainerStatus.INTERRUPTED:
-            _say(f"error: rank {rank} {how}: rank {self.rank} ends as well")
+            _write_stderr(f"error: rank {rank} {how}: rank {self.rank} ends as well")
             if signal.getsignal(signal.SIGTERM) == self._signals._note:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # ends a sleep, too
             else:  # the run has not begun or is over: it may be about to say why it ends
@@ -454,44 +454,44 @@ class _Watch:
         if interrupted and not self._signals.agreed:
             self._tell_failure()
         if self._first and self.lost is None and now - self._first > DEADLINE_SECONDS:
-            _say(f"rank {self.rank} has not come to the end of a step in {DEADLINE_SECONDS:.0f} seconds, and ends at once")
+            _write_stderr(f"rank {self.rank} has not come to the end of a step in {DEADLINE_SECONDS:.0f} seconds, and ends at once")
             os._exit(128 + (self._signals.asked or signal.SIGTERM))
         if self._again and now - self._again_at > _STUCK_SECONDS:
-            _say(f"rank {self.rank} is stuck, and ends at once")
+            _write_stderr(f"rank {self.rank} is stuck, and ends at once")
             os._exit(128 + self._again)
         if self.lost is None:
             return
         if now - self._lost_at > (_LAST_SECONDS if interrupted else _END_SECONDS):
-            _say(f"rank {self.rank} is stuck, and ends at once")
+            _write_stderr(f"rank {self.rank} is stuck, and ends at once")
             os._exit(1)
         if now - self._lost_at > _ABORT_SECONDS and not interrupted and not self._aborted:
             self._aborted = True
-            threading.Thread(target=_abort, daemon=True).start()
+            threading.Thread(target=_abort_collectives, daemon=True).start()
 
 
-_watches: list[_Watch] = []
+_monitors: list[_RankMonitor] = []
 
 
 def _after_fork() -> None:
-    for watch in list(_watches):
+    for watch in list(_monitors):
         watch.forget()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def asked() -> int:
+def stop_signal() -> int:
     """Return the number of the signal that asked a run of this process to stop, 0 for none."""
-    return next((watch.asked for watch in list(_watches) if watch.asked), 0)
+    return next((watch.asked for watch in list(_monitors) if watch.asked), 0)
 
 
-def _say(text: str) -> None:
+def _write_stderr(text: str) -> None:
     """Write a line at once: this may be the process's last, and the main thread may hold the stream's lock."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
-def _abort() -> None:
+def _abort_collectives() -> None:
     """Let waits for other ranks end: gloo's do by themselves, NCCL's do not."""
     with contextlib.suppress(Exception):
         dist.distributed_c10d._abort_process_group()
@@ -517,7 +517,7 @@ def _accept(listener: socket.socket, token: str, world: int) -> dict[socket.sock
         other = listener.accept()[0]
         other.settimeout(5)
         try:
-            given, rank = _line(other).split()
+            given, rank = _read_line(other).split()
         except (OSError, ValueError):
             given, rank = "", ""
         if not secrets.compare_digest(given, token) or not rank.isdigit():
@@ -529,14 +529,14 @@ def _accept(listener: socket.socket, token: str, world: int) -> dict[socket.sock
     return others
 
 
-def _join(port: int, token: str, rank: int) -> socket.socket:
+def _connect(port: int, token: str, rank: int) -> socket.socket:
     found = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), timeout=_CONNECT_SECONDS)
     found.sendall(f"{token} {rank}\n".encode())
     found.settimeout(5)
     return found
 
 
-def _line(connection: socket.socket) -> str:
+def _read_line(connection: socket.socket) -> str:
     text = b""
     while not text.endswith(b"\n") and len(text) < 100:
         if not (more := connection.recv(1)):

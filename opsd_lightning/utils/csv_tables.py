@@ -1,7 +1,7 @@
 """CSV files that grow row by row, also over kills, full disks and resumed runs, and that spreadsheets do not execute.
 
 A text cell that begins with a character that a spreadsheet takes for the start of a formula (``= + - @``, tab, carriage
-return, line feed) gets an apostrophe in front, and so does one that begins with apostrophes before such a character. `text`
+return, line feed) gets an apostrophe in front, and so does one that begins with apostrophes before such a character. `unescape_formula`
 takes it away again. Numbers and truth values are written as they are.
 """
 
@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.files import append, atomic_write
 from opsd_lightning.utils.folders import free_name
 
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
-def cell(value: Any) -> Any:
+def escape_formula(value: Any) -> Any:
     """Return a value as it is written: a text that a spreadsheet would take for a formula with an apostrophe in front."""
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
 
 
-def text(written: str) -> str:
-    """Return the text of a cell that was written with `cell` and read with `csv.reader`."""
+def unescape_formula(written: str) -> str:
+    """Return the text of a cell that was written with `escape_formula` and read with `csv.reader`."""
     return written[1:] if written.startswith("'") and _FORMULA.match(written) else written
 
 
@@ -38,11 +38,11 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
     Raises:
         OSError: They cannot be written. The file is as it was.
     """
-    lines = _lines([[cell(value) for value in row] for row in rows])
+    lines = _lines([[escape_formula(value) for value in row] for row in rows])
     if path.exists() and path.stat().st_size:
         append(path, lines)
     else:
-        replace(path, _lines([columns]) + lines)
+        atomic_write(path, _lines([columns]) + lines)
 
 
 def check_table(path: Path, columns: Sequence[str], setting: str) -> None:
@@ -64,7 +64,7 @@ def check_table(path: Path, columns: Sequence[str], setting: str) -> None:
         raise ConfigError(problem, setting, "Choose another file, or move this one away")
 
 
-def begin(path: Path, columns: Sequence[str], step: int, keep: bool) -> None:
+def prepare_table(path: Path, columns: Sequence[str], step: int, keep: bool) -> None:
     """Prepare a table whose first column is the optimizer step for a run that begins or goes on.
 
     A new run's table is a new file: the earlier one is renamed to ``NAME-1.csv`` and so on. A run that goes on makes later
@@ -80,7 +80,7 @@ def begin(path: Path, columns: Sequence[str], step: int, keep: bool) -> None:
         return
     content = path.read_bytes()
     if _lines([columns]).startswith(content):  # empty, or killed within its first line
-        replace(path, _lines([columns]))
+        atomic_write(path, _lines([columns]))
     elif not step:
         path.rename(free_name(path))
     else:
@@ -88,9 +88,9 @@ def begin(path: Path, columns: Sequence[str], step: int, keep: bool) -> None:
         whole = [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
         kept = [row for row in whole if int(row[0]) <= step]
         if keep and len(kept) < len(whole):
-            replace(free_name(path), content)
+            atomic_write(free_name(path), content)
         if (now := _lines([columns, *kept])) != content:
-            replace(path, now)
+            atomic_write(path, now)
 
 
 def _lines(rows: Iterable[Sequence[Any]]) -> bytes:

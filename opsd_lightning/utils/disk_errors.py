@@ -19,25 +19,25 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.files import append, atomic_write
 from opsd_lightning.utils.folders import free_name
 
 #: Numbers of the system's errors where there is no room.
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _METHODS = ("log_metrics", "log_hyperparams", "save", "finalize")
 _problems: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 _warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
-def begin(owners: Iterable[Any]) -> None:
+def reset(owners: Iterable[Any]) -> None:
     """Forget the problems of owners (trainers, loggers) whose run begins."""
     for owner in owners:
         _problems.pop(owner, None)
         _warned.pop(owner, None)
 
 
-def note(owner: Any, name: str, error: Exception) -> None:
-    """Warn, once a run, of what could not be written, and keep it for `unwritten`."""
+def record_failure(owner: Any, name: str, error: Exception) -> None:
+    """Warn, once a run, of what could not be written, and keep it for `write_failures`."""
     reason = " ".join(str(error).split()) or type(error).__name__
     _problems.setdefault(owner, {})[name] = reason[:300]
     if name not in _warned.setdefault(owner, set()):
@@ -45,13 +45,13 @@ def note(owner: Any, name: str, error: Exception) -> None:
         warnings.warn(f"{name} could not be written ({reason}): training goes on, and it is tried again later", stacklevel=3)
 
 
-def clear(owner: Any, name: str) -> None:
+def record_success(owner: Any, name: str) -> None:
     """Note that something could be written after all."""
     _problems.get(owner, {}).pop(name, None)
 
 
 @contextmanager
-def survived(owner: Any, name: str) -> Iterator[None]:
+def warn_on_write_error(owner: Any, name: str) -> Iterator[None]:
     """Go on where writing fails inside.
 
     Args:
@@ -66,12 +66,12 @@ def survived(owner: Any, name: str) -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__
         if not isinstance(cause, OSError):
             raise
-        note(owner, name, cause)
+        record_failure(owner, name, cause)
     else:
-        clear(owner, name)
+        record_success(owner, name)
 
 
-def unwritten(owners: Iterable[Any]) -> dict[str, str]:
+def write_failures(owners: Iterable[Any]) -> dict[str, str]:
     """Return what could not be written until now, and why."""
     return {name: reason for owner in owners for name, reason in _problems.get(owner, {}).items()}
 
@@ -79,7 +79,7 @@ def unwritten(owners: Iterable[Any]) -> dict[str, str]:
 def guard_loggers(loggers: Iterable[Logger]) -> None:
     """Let training go on where a logger cannot write, and keep the earlier log of a `CSVLogger` that is opened again."""
     loggers = list(loggers)
-    keep_logs(loggers)
+    keep_earlier_metrics(loggers)
     for logger in loggers:
         if "save" in vars(logger):  # guarded before
             continue
@@ -97,13 +97,13 @@ def _guarded(logger: Logger, method: Callable[..., Any]) -> Callable[..., Any]:
             experiment = getattr(logger, "_experiment", None)
             if experiment is not None and "://" not in str(logger.save_dir):
                 experiment.save = functools.partial(_save, experiment)
-        with survived(logger, name):
+        with warn_on_write_error(logger, name):
             return method(*arguments, **settings)
 
     return guarded
 
 
-def keep_logs(loggers: Iterable[Logger]) -> None:
+def keep_earlier_metrics(loggers: Iterable[Logger]) -> None:
     """Rename the metrics of an earlier run, which Lightning deletes where a version of `CSVLogger` is opened again."""
     for logger in loggers:
         if isinstance(logger, CSVLogger) and "://" not in str(logger.save_dir) and logger._experiment is None:
@@ -136,7 +136,7 @@ def _save(experiment: Any) -> None:
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
-        (replace if fresh else append)(path, buffer.getvalue().encode())
+        (atomic_write if fresh else append)(path, buffer.getvalue().encode())
     except OSError:
         experiment.metrics_keys[:] = keys
         raise

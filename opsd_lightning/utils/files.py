@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
-def replace(path: Path, content: str | bytes, lasting: bool = False) -> None:
+def atomic_write(path: Path, content: str | bytes, durable: bool = False) -> None:
     """Write a file under a temporary name, and rename it. Folders are made.
 
     Args:
         path: The file.
         content: Text is written in UTF-8; halves of surrogate pairs as ``\\udc80``.
-        lasting: Wait until the disk has it, where it must outlive the machine's end.
+        durable: Wait until the disk has it, where it must outlive the machine's end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
@@ -24,19 +24,19 @@ def replace(path: Path, content: str | bytes, lasting: bool = False) -> None:
         temporary.unlink(missing_ok=True)  # left by a killed process, or a link that somebody put there
         with temporary.open("xb") as file:
             file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
-            if lasting:
+            if durable:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-        if lasting:
-            sync(path.parent)
+        if durable:
+            fsync_path(path.parent)
     except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # on a full disk it would only take room
         raise
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Wait until the disk has a file's contents, or a folder's names, where the file system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -49,13 +49,13 @@ def sync(path: Path) -> None:
             raise
 
 
-def append(path: Path, content: bytes, lasting: bool = False) -> None:
+def append(path: Path, content: bytes, durable: bool = False) -> None:
     """Append to a file, all or nothing. A process that is killed within it may still leave a part.
 
     Args:
         path: The file.
         content: Bytes to append.
-        lasting: Wait until the disk has it.
+        durable: Wait until the disk has it.
 
     Raises:
         OSError: It cannot be written, or is a link. The file is as it was.
@@ -66,7 +66,7 @@ def append(path: Path, content: bytes, lasting: bool = False) -> None:
         try:
             while rest:
                 rest = rest[file.write(rest) :]
-            if lasting:
+            if durable:
                 os.fsync(file.fileno())
         except OSError:
             os.ftruncate(file.fileno(), size)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 @contextmanager
-def without_folder() -> Iterator[None]:
+def without_current_folder() -> Iterator[None]:
     """Take the current folder off the import path, where ``python -m``, ``python -c`` or a script put it first.
 
     A folder that ``PYTHONPATH`` names stays. At the end the path is as before. Processes that this one starts, such as
@@ -41,7 +41,7 @@ def without_folder() -> Iterator[None]:
         sys.path[:] = before
 
 
-def add_folder(arguments: Sequence[str]) -> None:
+def add_current_folder(arguments: Sequence[str]) -> None:
     """Append the current folder to the import path if arguments, or files that they name, name a module in it.
 
     Args:

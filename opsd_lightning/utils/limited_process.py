@@ -11,7 +11,7 @@ from contextlib import suppress
 _FAILED, _MEMORY = 1, 2
 
 
-def overruns(run: Callable[[], object], seconds: float, memory: int) -> str:
+def exceeded_limit(run: Callable[[], object], seconds: float, memory: int) -> str:
     """Run a function in a forked child and return what it runs out of: ``time``, ``memory`` or nothing.
 
     The system's alarm ends the child, also where no code of Python runs. Its exceptions are left to the caller, who runs the
@@ -59,6 +59,6 @@ def _run(run: Callable[[], object], seconds: float, memory: int) -> int:
         run()
     except MemoryError:
         return _MEMORY
-    except BaseException:  # see `overruns`
+    except BaseException:  # see `exceeded_limit`
         return _FAILED
     return 0

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from opsd_lightning.utils.csv_tables import append_rows
-from opsd_lightning.utils.disk_errors import survived
-from opsd_lightning.utils.files import replace
+from opsd_lightning.utils.disk_errors import warn_on_write_error
+from opsd_lightning.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def log_table(
         step: Optimizer steps made so far.
     """
     for logger in loggers:
-        with survived(logger, f"{name} of {type(logger).__name__}"):
+        with warn_on_write_error(logger, f"{name} of {type(logger).__name__}"):
             if isinstance(logger, CSVLogger):
                 append_rows(Path(logger.log_dir) / f"{name}.csv", columns, rows)
             elif isinstance(logger, TensorBoardLogger):
@@ -62,7 +62,7 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
     """
     png: bytes | None = None
     for logger in loggers:
-        with survived(logger, f"{name} of {type(logger).__name__}"):
+        with warn_on_write_error(logger, f"{name} of {type(logger).__name__}"):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure(name, figure, step, close=False)
                 continue
@@ -75,7 +75,7 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
             if isinstance(logger, CSVLogger):
                 path = Path(logger.log_dir) / name / f"step-{step:06d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                replace(path, png)
+                atomic_write(path, png)
                 continue
             from PIL import Image
 
@@ -96,7 +96,7 @@ def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> Non
         step: Optimizer steps made so far.
     """
     for logger in loggers:
-        with survived(logger, f"{name} of {type(logger).__name__}"):
+        with warn_on_write_error(logger, f"{name} of {type(logger).__name__}"):
             if isinstance(logger, WandbLogger):
                 from wandb import Html
 
@@ -105,7 +105,7 @@ def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> Non
                 logger.experiment.log_artifact(logger.run_id, str(path), "pages")
 
 
-def takes_pictures(loggers: Iterable[Logger]) -> bool:
+def accepts_figures(loggers: Iterable[Logger]) -> bool:
     """Whether `log_figure` has a place for a picture."""
     return any(isinstance(logger, (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger)) for logger in loggers)
 

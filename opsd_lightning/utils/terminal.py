@@ -35,7 +35,7 @@ _BEFORE, _AFTER = re.compile(f"[{_EMOJI}]\ufe0f?$"), re.compile(f"[{_EMOJI}]")
 _NON_JOINER, _JOINER = "\u200c", "\u200d"
 
 
-def shown(text: str) -> str:
+def escape_controls(text: str) -> str:
     r"""Return a text with its control characters written out, such as ``\x1b``.
 
     Newlines and tabs stay, and joiners where they have an effect: between letters of a script that joins them, or emoji.
@@ -67,20 +67,20 @@ def _letter(sign: str) -> bool:
     return bool(_JOINING.match(sign)) and unicodedata.category(sign)[0] in "LM"
 
 
-def message(text: object) -> str:
-    """Return a text, or an exception's, for the terminal and for records: `shown`, and without secrets."""
-    return shown(redact_text(str(text)))
+def safe_text(text: object) -> str:
+    """Return a text, or an exception's, for the terminal and for records: `escape_controls`, and without secrets."""
+    return escape_controls(redact_text(str(text)))
 
 
-def marked(text: object) -> str:
-    """Return a `message` in which rich finds no markup."""
+def safe_markup(text: object) -> str:
+    """Return a `safe_text` in which rich finds no markup."""
     from rich.markup import escape
 
-    return escape(message(text))
+    return escape(safe_text(text))
 
 
 def say(text: object, error: bool = False) -> None:
-    """Print a `message`. Characters that the terminal's encoding lacks are written out.
+    """Print a `safe_text`. Characters that the terminal's encoding lacks are written out.
 
     Args:
         text: Text to print.
@@ -88,18 +88,18 @@ def say(text: object, error: bool = False) -> None:
     """
     stream = sys.stderr if error else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(message(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(safe_text(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
-class Arguments(argparse.ArgumentParser):
+class SafeArgumentParser(argparse.ArgumentParser):
     """A parser of arguments whose errors are messages."""
 
     def error(self, text: str) -> NoReturn:
-        super().error(message(text))
+        super().error(safe_text(text))
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def safe_messages() -> Iterator[None]:
     """Make messages of what is logged and warned of by anyone, in this process and until the end of the block."""
     factory, form = logging.getLogRecordFactory(), warnings.formatwarning
 
@@ -109,13 +109,13 @@ def guarded() -> Iterator[None]:
             text = found.getMessage()
         except Exception:  # a log call's own mistake, which logging reports
             return found
-        found.msg, found.args = message(text), ()
+        found.msg, found.args = safe_text(text), ()
         if found.exc_info:
-            found.exc_text = message("".join(traceback.format_exception(*found.exc_info)).rstrip("\n"))
+            found.exc_text = safe_text("".join(traceback.format_exception(*found.exc_info)).rstrip("\n"))
         return found
 
     def warning(*args: Any, **kwargs: Any) -> str:
-        return message(form(*args, **kwargs))
+        return safe_text(form(*args, **kwargs))
 
     logging.setLogRecordFactory(record)
     warnings.formatwarning = warning
@@ -126,7 +126,7 @@ def guarded() -> Iterator[None]:
         warnings.formatwarning = form
 
 
-def guard_tracebacks() -> None:
+def safe_tracebacks() -> None:
     """Print the traceback of an exception that nothing catches as a message, until the process ends."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

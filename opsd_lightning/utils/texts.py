@@ -14,12 +14,12 @@ class NotTextError(ValueError):
     """A value that no text stands for. The message says what it is, such as ``a list``."""
 
 
-class Written(float):
+class NumberAsWritten(float):
     """A number that keeps the digits it was written with: ``str(Written("0.10"))`` is ``0.10``."""
 
     text: str
 
-    def __new__(cls, text: str) -> Written:
+    def __new__(cls, text: str) -> NumberAsWritten:
         number = super().__new__(cls, text)
         number.text = text
         return number
@@ -28,7 +28,7 @@ class Written(float):
         return self.text
 
 
-class Unreadable:
+class UnreadableValue:
     """Stands for a value that Python cannot hold, in rows whose other values are read.
 
     Args:
@@ -77,12 +77,12 @@ def _kind(value: Any) -> str:
         return f"an object with {', '.join(map(str, value)) or 'nothing in it'}"
     if isinstance(value, bytes | bytearray | memoryview):
         return "binary data"
-    if isinstance(value, Unreadable):
+    if isinstance(value, UnreadableValue):
         return f"a value that cannot be read ({value.kind})"
     return f"a value of type {type(value).__name__}"
 
 
-def folded(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Return a text with composed letters (Unicode NFC) and each run of white space, line ends included, as one space.
 
     Two questions that agree in it are the same question. Case and compatibility characters stay: ``x²`` is not ``x2``.
