@@ -1,11 +1,13 @@
-"""Folders and pages that the package replaces and removes: exports, model folders, reports.
+"""Atomic replacement of folders (exports, model folders) and checks before pages are overwritten.
 
-A folder is replaced only where nothing else can be lost. Each folder that is written here holds `MANIFEST`, which lists its
-files. A folder that exists is replaced if it is empty, or if it holds the files of its manifest and nothing else but what
-systems, Git and notebooks leave: ``.DS_Store``, ``__pycache__`` and ``.cache/huggingface`` are removed with the folder,
-``.gitattributes`` and ``.ipynb_checkpoints`` stay in the folder that was renamed aside, with a warning. The new
-folder is written beside it, the old one is renamed aside (``NAME.old-...``) and removed file by file once the new one is in
-its place. A process that is killed in between leaves the old or the new folder whole, under its name or beside it.
+A folder is replaced only if no other files can be lost. Each folder that is written here contains `MANIFEST`, which lists
+its files. An existing folder is replaced if it is empty, or if it contains only the files of its manifest and files that
+systems, Git and notebooks add. ``.DS_Store``, ``__pycache__`` and ``.cache/huggingface`` are removed with the folder.
+``.gitattributes`` and ``.ipynb_checkpoints`` stay in the renamed old folder, with a warning.
+
+The new folder is written under a temporary name. The old one is renamed to ``NAME.old-...``, the new one takes its name,
+and the files of the old one are removed. If the process is killed in between, the old or the new folder is complete, under
+its own name or next to it.
 """
 
 from __future__ import annotations
@@ -29,50 +31,51 @@ from typing import Any
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.files import atomic_write, fsync_path
 
-#: The file that marks a folder as written by this package, and lists what it holds.
+#: File that marks a folder as written by this package and lists its files.
 MANIFEST = "opsd_export.json"
 _MADE_BY = "opsd_lightning"
-_EMPTY = -1  # in the place of a size
+_EMPTY = -1  # stands for the size of an empty folder
 _GENERATOR = b'<meta name="generator" content="opsd-lightning">'
 _EARLIER_PAGE = (b"Content-Security-Policy", b'<script type="application/json" id="data">')
 _FIX = "Choose a folder that does not exist yet, or move this one away"
 
-#: A file or folder that must stay, with words for it, such as "the base model".
+#: A file or folder that must not be replaced, after its description, such as "the base model".
 Protected = tuple[str, str | Path]
 
 
 def resolve_parent(folder: str | Path) -> Path:
-    """Return where a folder really lies. Links on the way are followed; the folder itself may be a link."""
+    """Resolve symbolic links in the parents of a folder, but not the folder itself."""
     folder = Path(folder).absolute()
     return folder.resolve() if folder.name in ("", "..") else folder.parent.resolve() / folder.name
 
 
-def check_replaceable(folder: str | Path, setting: str, kind: str, kept: Iterable[Protected] = ()) -> Path:
-    """Refuse a folder that `replace_folder` would not replace.
+def check_replaceable(folder: str | Path, setting: str, kind: str, protected: Iterable[Protected] = ()) -> Path:
+    """Check that `replace_folder` may write a folder.
 
     Args:
         folder: The folder to be written.
-        setting: Name of the setting that it comes from.
-        kind: Kind of export, such as ``adapter``. A folder of another kind is refused.
-        kept: Files and folders that the run reads or writes elsewhere. The folder is none of them and holds none of them.
+        setting: Setting that names the folder, for errors.
+        kind: Kind of export, such as ``adapter``. An existing export must be of the same kind.
+        protected: Files and folders that the run uses otherwise. The folder must not be or contain any of them.
 
     Returns:
-        Where the folder really lies.
+        The folder with the links in its parents resolved.
 
     Raises:
-        ConfigError: It is in use, a link, a file or a mount point, cannot be written, or holds more than an earlier export.
+        ConfigError: The folder is in use, a link, a file or a mount point, cannot be written, or contains other files than
+            an earlier export.
     """
     place = resolve_parent(folder)
     here: list[Protected] = []
-    with suppress(FileNotFoundError):  # it was removed
+    with suppress(FileNotFoundError):  # the current folder was removed
         here.append(("the current folder", os.getcwd()))
-    with suppress(RuntimeError):  # the system knows of none
+    with suppress(RuntimeError):  # no home folder is known
         here.append(("the home folder", Path.home()))
-    for words, path in [*here, *kept]:
+    for words, path in [*here, *protected]:
         for other in (resolve_parent(path), Path(path).resolve()):
             if place == other or place in other.parents:
-                problem = f"{place} is {words}" if place == other else f"{place} holds {words} ({other})"
-                raise ConfigError(problem, setting, "Choose a folder of its own")
+                problem = f"{place} is {words}" if place == other else f"{place} contains {words} ({other})"
+                raise ConfigError(problem, setting, "Choose a separate folder")
     if (reason := _refusal_reason(place, kind)) is not None:
         raise ConfigError(reason, setting, _FIX)
     parent = next(path for path in place.parents if path.exists())
@@ -83,22 +86,22 @@ def check_replaceable(folder: str | Path, setting: str, kind: str, kept: Iterabl
 
 @contextmanager
 def replace_folder(
-    folder: str | Path, setting: str, kind: str, kept: Iterable[Protected] = (), durable: bool = True
+    folder: str | Path, setting: str, kind: str, protected: Iterable[Protected] = (), durable: bool = True
 ) -> Iterator[Path]:
-    """Write a folder whole, or leave the earlier one: yields a temporary folder, which takes its name at the end.
+    """Write a folder atomically: yield a temporary folder and rename it to the final name at the end.
 
     Args:
         folder: See `check_replaceable`.
         setting: See `check_replaceable`.
         kind: See `check_replaceable`.
-        kept: See `check_replaceable`.
-        durable: Wait until the disk has it, and list the digest of each file, so that one that was changed later is told
-            from one that was not. If False, for folders that live no longer than their process, files are listed by size.
+        protected: See `check_replaceable`.
+        durable: If True, wait until the files are on disk, and list the digest of each file in the manifest to detect later
+            changes. If False, list sizes only, which suits folders that are deleted with their process.
 
     Raises:
-        ConfigError: The folder may not be replaced, before or after it was written. The earlier one stays.
+        ConfigError: The folder must not be replaced, before or after the new one was written. The old one stays.
     """
-    place = check_replaceable(folder, setting, kind, kept)
+    place = check_replaceable(folder, setting, kind, protected)
     place.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(place)
     temporary, descriptor = _make_temporary(place, kind)
@@ -116,10 +119,10 @@ def replace_folder(
 
 
 def remove_export(folder: str | Path) -> bool:
-    """Remove a folder that `replace_folder` wrote: the files of its manifest, and nothing else.
+    """Remove the files that the manifest of a folder lists, then the folder if it is empty.
 
     Returns:
-        True if the folder is gone. What is not of the manifest stays, and the folder with it.
+        True if the folder no longer exists.
     """
     place = resolve_parent(folder)
     if place.is_symlink() or not place.is_dir():
@@ -134,15 +137,19 @@ def remove_export(folder: str | Path) -> bool:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with all that is in it. For folders of a run that has locked them under a name of its own."""
+    """Remove a folder with all its contents. Call only for a folder that this run has created and locked."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_page(path: str | Path, setting: str) -> None:
-    """Refuse to replace a file that exists and is no page of this package.
+    """Check that a file does not exist or is an HTML page written by this package.
+
+    Args:
+        path: The file to be overwritten.
+        setting: Setting that names the file, for the error.
 
     Raises:
-        ConfigError: With the setting that names the file.
+        ConfigError: The file is something else.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -153,12 +160,12 @@ def check_page(path: str | Path, setting: str) -> None:
         # Pages of earlier versions do not name their generator.
         ours = not content or _GENERATOR in content[:1000] or all(part in content for part in _EARLIER_PAGE)
     if not ours:
-        fix = "Choose another file, or move this one away"
-        raise ConfigError(f"{path} is no page that this package wrote, and would be replaced", setting, fix)
+        problem = f"{path} exists and is not a page that this package wrote"
+        raise ConfigError(problem, setting, "Choose another file or move this one away")
 
 
 def free_name(folder: Path) -> Path:
-    """Return the first of ``NAME-1``, ``NAME-2``, ... beside a folder or file that nothing has yet."""
+    """Return the first unused name of ``NAME-1``, ``NAME-2``, ... next to a folder or file."""
     ending = "" if folder.is_dir() else folder.suffix
     stem = folder.name.removesuffix(ending)
     names = (folder.with_name(f"{stem}-{n}{ending}") for n in range(1, 10**6))
@@ -166,7 +173,7 @@ def free_name(folder: Path) -> Path:
 
 
 def _refusal_reason(place: Path, kind: str) -> str | None:
-    """Return why what lies at a place may not be replaced; None where it may."""
+    """Return the reason why a path must not be replaced, or None."""
     if place.is_symlink():
         return f"{place} is a symbolic link"
     if not place.exists():
@@ -185,13 +192,13 @@ def _refusal_reason(place: Path, kind: str) -> str | None:
     manifest = _read_manifest(place)
     if manifest is None:
         return (
-            f"{place} is not empty, and no earlier export ({MANIFEST} is missing, as in exports of earlier versions): "
-            f"it holds {_some_names(found)}"
+            f"{place} is not empty and has no {MANIFEST} of an earlier export (exports of old versions have none): "
+            f"it contains {_some_names(found)}"
         )
     if manifest["kind"] != kind:
-        return f"{place} holds an export of another kind ({manifest['kind']}, not {kind})"
+        return f"{place} contains an export of another kind ({manifest['kind']}, not {kind})"
     if others := [name for name, size in found.items() if not _matches_manifest(place, name, size, manifest["files"], True)]:
-        return f"{place} holds an earlier export and files that were added or changed since: {_some_names(others)}"
+        return f"{place} contains an earlier export with files that were added or changed later: {_some_names(others)}"
     return None
 
 
@@ -213,8 +220,7 @@ def _read_manifest(place: Path) -> dict[str, Any] | None:
 
 
 def _file_sizes(place: Path) -> dict[str, int | None]:
-    """Return the sizes of all below a folder, by relative name: of regular files; `_EMPTY` for empty folders, None for links
-    and other things."""
+    """Map the relative names below a folder to sizes in bytes, `_EMPTY` for empty folders, and None for links and so on."""
     found: dict[str, int | None] = {}
     pending = [place]
     while pending:
@@ -234,10 +240,10 @@ def _file_sizes(place: Path) -> dict[str, int | None]:
 
 
 def _matches_manifest(place: Path, name: str, size: int | None, files: dict[str, Any], thorough: bool) -> bool:
-    """Return True if a file is as the manifest lists it."""
+    """Return True if a file has the size, and with ``thorough`` the digest, that the manifest lists."""
     if name == MANIFEST:
         return size is not None
-    if size == _EMPTY:  # left by a removal that was cut short
+    if size == _EMPTY:  # left by an interrupted removal
         return any(other.startswith(f"{name}/") for other in files)
     listed = files.get(name)
     if size is None or not isinstance(listed, list) or len(listed) != 2 or listed[0] != size:
@@ -246,14 +252,14 @@ def _matches_manifest(place: Path, name: str, size: int | None, files: dict[str,
 
 
 def _is_generated(name: str) -> bool:
-    """Return True for a file that its program makes again, and that is removed with an export."""
+    """Return True for a file that systems or tools create again. It is removed with an export."""
     path = Path(name)
     compiled = "__pycache__" in path.parts and path.suffix in (".pyc", "")
     return path.name == ".DS_Store" or compiled or path.is_relative_to(".cache/huggingface")
 
 
 def _is_kept_aside(name: str) -> bool:
-    """Return True for a file beside an export that hinders no other, and is kept."""
+    """Return True for a file that does not prevent replacement and is kept in the old folder."""
     return name == ".gitattributes" or ".ipynb_checkpoints" in Path(name).parts
 
 
@@ -276,17 +282,14 @@ def _write_manifest(folder: Path, kind: str, durable: bool, partial: bool = Fals
 
 
 def _make_temporary(place: Path, kind: str) -> tuple[Path, int | None]:
-    """Make a temporary folder beside a place, locked as long as its process lives, so that no other sweeps it."""
+    """Create a temporary folder next to a path. It is locked while its process lives, so that no other one removes it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _write_manifest(folder, kind, durable=False, partial=True)
-        except BlockingIOError:  # just being swept
-            os.close(descriptor)
-            continue
-        except FileNotFoundError:
+        except (BlockingIOError, FileNotFoundError):  # another process is removing it as a leftover
             os.close(descriptor)
             continue
         except OSError as error:
@@ -299,7 +302,7 @@ def _make_temporary(place: Path, kind: str) -> tuple[Path, int | None]:
 
 
 def _remove_leftovers(place: Path) -> None:
-    """Remove temporary folders of processes that were killed, and old exports that they had put aside."""
+    """Remove the temporary folders and renamed old exports of processes that were killed."""
     name = glob.escape(place.name)
     for folder in place.parent.glob(f".{name}.partial-????????"):
         if folder.is_symlink() or not folder.is_dir():
@@ -316,18 +319,18 @@ def _remove_leftovers(place: Path) -> None:
             if manifest is None or manifest.get("partial") or place.exists():
                 _remove_temporary(folder)
         except OSError:
-            pass  # of a process that lives, or a file system without locks
+            pass  # its process is alive, or the file system has no locks
         finally:
             os.close(descriptor)
     if not place.exists():
-        return  # an old export may be the only one
+        return  # a renamed old export may be the only copy
     for folder in place.parent.glob(f"{name}.old-????????"):
         if folder.is_symlink() or not folder.is_dir():
             continue
         manifest = _read_manifest(folder)
         if manifest is None:
             with suppress(OSError):
-                folder.rmdir()  # only where it is empty
+                folder.rmdir()  # succeeds only if it is empty
         else:
             found = _file_sizes(folder)
             if all(
@@ -338,7 +341,7 @@ def _remove_leftovers(place: Path) -> None:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Remove a temporary folder of `replace_folder`; its manifest last, so that a rest is still known for one."""
+    """Remove a temporary folder, its manifest last, so that an interrupted removal is recognized later."""
     with suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -350,13 +353,13 @@ def _remove_temporary(folder: Path) -> None:
 
 
 def _rename_into_place(temporary: Path, place: Path, setting: str, kind: str) -> None:
-    """Rename a folder to its place, and what is there aside, which is then removed."""
+    """Rename a folder to its final name. An existing folder is first renamed to ``NAME.old-...``, then removed."""
     aside: Path | None = None
     files: list[str] = []
     try:
-        for _ in range(100):  # another process may put one there at the same time
+        for _ in range(100):  # another process may create one at the same time
             try:
-                os.rename(temporary, place)  # where there is none, or an empty one
+                os.rename(temporary, place)  # succeeds if there is none or an empty one
                 break
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -369,7 +372,7 @@ def _rename_into_place(temporary: Path, place: Path, setting: str, kind: str) ->
                 os.rename(place, mine)
             except FileNotFoundError:
                 continue
-            if _file_stamps(mine) != before:  # changed since it was looked at
+            if _file_stamps(mine) != before:  # changed since the check
                 _rename_back(mine, place)
                 raise ConfigError(f"{place} is being changed by another process", setting, _FIX)
             if aside is not None:
@@ -377,24 +380,24 @@ def _rename_into_place(temporary: Path, place: Path, setting: str, kind: str) ->
             aside, files = mine, [name for name in before if not _is_kept_aside(name)]
         else:
             raise ConfigError(
-                f"{place} is replaced by other processes all the time", setting, "Give each a folder of its own"
+                f"{place} is constantly replaced by other processes", setting, "Give each process its own folder"
             )
     except BaseException:
         if aside is not None:
             _rename_back(aside, place)
         raise
     if aside is not None and not _remove_files(aside, files):
-        warnings.warn(f"the folder that was at {place} before was not removed whole: {aside}", stacklevel=4)
+        warnings.warn(f"the old folder at {place} was not removed completely. The rest is in {aside}", stacklevel=4)
 
 
 def _rename_back(aside: Path, place: Path) -> None:
-    """Rename a folder back, if its place is still free."""
+    """Rename a folder back if its former name is still free."""
     if not os.path.lexists(place):
         os.rename(aside, place)
 
 
 def _file_stamps(place: Path) -> dict[str, tuple[int, ...]]:
-    """Return what changes with the files below a folder."""
+    """Return inode, size and modification time of the files below a folder, to detect changes."""
     try:
         found = {name: os.lstat(place / name) for name in _file_sizes(place)}
     except OSError:
@@ -403,10 +406,10 @@ def _file_stamps(place: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _remove_files(place: Path, names: Iterable[str]) -> bool:
-    """Remove files, then the folders that are empty without them; the manifest last, so that a rest is still known for ours.
+    """Remove files, then the folders that became empty. The manifest goes last, so that a partial removal is recognized.
 
     Returns:
-        True if the folder is gone.
+        True if the folder no longer exists.
     """
     names = list(names)
     with suppress(OSError):
