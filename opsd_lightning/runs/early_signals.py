@@ -1,7 +1,7 @@
-"""Signals to one of several ranks before they are connected: it joins the others first, and all end together.
+"""Delay the effect of signals on a rank until all ranks have joined their process group, so that all end together.
 
-A rank that ended at once would leave the others waiting for it until their process group times out. Where the others do not
-come, or a second signal does, it ends as it would without this module. Imports nothing that takes long.
+A rank that exits before it joins would leave the others waiting until their process group times out. If the others do not
+join in time, or a second signal arrives, the rank exits. This module imports only the standard library, to start early.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import threading
 import time
 from typing import Any
 
-#: Seconds that a rank with a signal waits for the others.
+#: Seconds that a signalled rank waits for the other ranks to join.
 WAIT_SECONDS = 10.0
-#: From this many seconds after a signal on, another one ends the process: launchers may send one twice.
+#: A second signal ends the process only after this many seconds, because launchers may send the same signal twice.
 SECOND_SIGNAL_SECONDS = 2.0
 
 
@@ -29,7 +29,7 @@ class _Early:
         self.wakeup = -1
 
     def look(self) -> None:
-        """See signals at once, also while the main thread waits for other ranks."""
+        """Read signals in a thread, so that they are seen while the main thread waits for other ranks."""
         while not self.over.is_set():
             for number in os.read(self.reader, 4096):
                 if number in self.before:
@@ -54,7 +54,7 @@ _early: _Early | None = None
 
 
 def install() -> None:
-    """Note signals from now on, if this is one of several ranks. To be called early, in the main thread."""
+    """Install the handlers if this process is one of several ranks. Call it early, in the main thread."""
     global _early
     if _early is not None or threading.current_thread() is not threading.main_thread() or not _has_other_ranks():
         return
@@ -69,13 +69,13 @@ def install() -> None:
 
 
 def start_join_timeout() -> None:
-    """Note that this rank waits for the others from now on."""
+    """Start the timeout of a signalled rank: from now on this rank waits for the others."""
     if _early is not None:
         _early.joins_at = time.monotonic()
 
 
 def uninstall() -> int:
-    """Put the former handlers back, and return the number of the signal that came; 0 for none."""
+    """Restore the former handlers and return the number of the received signal, or 0."""
     global _early
     early, _early = _early, None
     if early is None:
@@ -91,7 +91,7 @@ def uninstall() -> int:
 
 
 def _uninstall_in_child() -> None:
-    """In a process forked from this one: its signals are its own."""
+    """Restore the former handlers in a forked child."""
     global _early
     early, _early = _early, None
     if early is not None:
@@ -109,9 +109,9 @@ def _has_other_ranks() -> bool:
 
 
 def _ignore_in_main_thread(number: int, frame: Any) -> None:
-    """The thread has seen it."""
+    """Do nothing: the thread reads the signal from the wakeup descriptor."""
 
 
 def _exit(number: int) -> None:
-    """End the process. The main thread, which could set the signal's own effect, waits for other ranks."""
+    """End the process with the exit status of a signal, from a thread: the main thread may be blocked."""
     os._exit(128 + number)

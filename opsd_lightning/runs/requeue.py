@@ -1,7 +1,7 @@
-"""SLURM jobs that are started again: the checkpoint for the next start, and which checkpoint a start goes on from.
+"""Requeued SLURM jobs: save the checkpoint for the next start, and choose the checkpoint to resume from.
 
-Lightning's names and places are kept: ``hpc_ckpt_N.ckpt`` in the trainer's ``default_root_dir``. Lightning itself saves in
-the midst of a step, and resumes whatever lies there, also that of another job or of an earlier part of the run.
+The names are Lightning's: ``hpc_ckpt_N.ckpt`` in the trainer's ``default_root_dir``. Lightning's own requeue saves in the
+middle of a step, and resumes any such file, even that of another job or an outdated one.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from opsd_lightning.checkpoints.io import remove_checkpoint
-from opsd_lightning.utils.folders import free_name
 from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.folders import free_name
 
 _JOB_KEY = "opsd_slurm_job"
 _NAME = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
 
 
 def slurm_job() -> str | None:
-    """The job's name for ``scontrol``, which stays when it is started again; None outside SLURM."""
+    """Return the job's name for ``scontrol``, which a requeue does not change, or None outside SLURM."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     found = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
     return found if re.fullmatch(r"[0-9_]+", found) else None
 
 
 def record_job(checkpoint: dict[str, Any]) -> None:
-    """Note in a checkpoint which job has written it."""
+    """Store the name of the SLURM job in a checkpoint."""
     if (name := slurm_job()) is not None:
         checkpoint[_JOB_KEY] = name
 
 
 def save_for_requeue(trainer: Trainer) -> str:
-    """Save the checkpoint that the job's next start resumes, and return its path. Every rank must call."""
+    """Save the checkpoint for the job's next start, and return its path. All ranks must call this function."""
     root = Path(trainer.default_root_dir)
     old = _requeue_checkpoints(root)
     path = Path(trainer.strategy.broadcast(str(root / f"hpc_ckpt_{max(old, default=0) + 1}.ckpt")))
-    temporary = path.with_name(".requeue.ckpt")  # Lightning takes anything with hpc_ckpt_ in its name for a whole checkpoint
+    temporary = path.with_name(".requeue.ckpt")  # Lightning would resume any file with hpc_ckpt_ in its name
     trainer.save_checkpoint(temporary)
     if trainer.is_global_zero:
         os.replace(temporary, path)
@@ -55,27 +55,27 @@ def save_for_requeue(trainer: Trainer) -> str:
 
 
 def requeue_job(path: str) -> bool:
-    """Ask SLURM to start the job again; return whether it will."""
+    """Ask SLURM to requeue the job, and return True if it accepts."""
     name = slurm_job()
     command = ["scontrol", "requeue", str(name)]
     try:
         if name is None:
             raise OSError("SLURM_JOB_ID is not set")
         status = subprocess.run(command, timeout=60, check=False).returncode
-        problem = f"it ended with status {status}" if status else None
+        problem = f"exit status {status}" if status else None
     except (OSError, subprocess.SubprocessError) as error:
         problem = str(error)
     if problem is None:
-        _print(f"SLURM starts job {name} again; it goes on from {path}")
+        _print(f"SLURM will requeue job {name}, which resumes from {path}")
     else:
-        _print(f"SLURM did not take `{' '.join(command)}` ({problem}). Submit the job again with --ckpt_path {path}")
+        _print(f"`{' '.join(command)}` failed ({problem}). Submit the job again with --ckpt_path {path}")
     return problem is None
 
 
 def checkpoint_to_resume(trainer: Trainer) -> str | None:
-    """Return the newest checkpoint of this job, where SLURM has started it again; None elsewhere.
+    """Return the newest checkpoint of a requeued job, or None.
 
-    That of another job is put aside, so that Lightning does not take it.
+    A requeue checkpoint of another job is renamed, so that Lightning does not resume it.
     """
     if not isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment):
         return None
@@ -96,34 +96,34 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
 
 
 def check_evaluation(trainer: Trainer) -> None:
-    """Refuse an evaluation without a checkpoint where Lightning would take that of a requeue by itself.
+    """Check that Lightning would not evaluate a requeue checkpoint when no checkpoint is given.
 
     Raises:
-        ConfigError: One lies in ``trainer.default_root_dir``, and this is a SLURM job.
+        ConfigError: This is a SLURM job, and ``trainer.default_root_dir`` contains a requeue checkpoint.
     """
     saved = _requeue_checkpoints(Path(trainer.default_root_dir))
     if saved and SLURMEnvironment.detect():
         raise ConfigError(
-            f"{saved[max(saved)]} is there, and in a SLURM job Lightning would evaluate it where no checkpoint is named",
+            f"{saved[max(saved)]} exists, and in a SLURM job Lightning evaluates it if no checkpoint is given",
             "ckpt_path",
-            "Name the checkpoint, or set another trainer.default_root_dir",
+            "Give the checkpoint or set another trainer.default_root_dir",
         )
 
 
 def retire_checkpoints(root: Path, name: str | None = None) -> None:
-    """Rename checkpoints of a requeue that nothing should go on from by itself any more."""
+    """Rename requeue checkpoints that must not be resumed automatically any more."""
     for number, path in _requeue_checkpoints(root).items():
         aside = root / f"requeue-of-job-{name or slurm_job()}-{number}.ckpt"
         aside = free_name(aside) if os.path.lexists(aside) else aside
         try:
             os.replace(path, aside)
         except FileNotFoundError:
-            continue  # another rank was faster
-        _print(f"{path} is not resumed by itself any more, and is now {aside}")
+            continue  # another rank has renamed it
+        _print(f"{path} will not be resumed automatically. It was renamed to {aside}")
 
 
 def retire_after_fit(trainer: Trainer) -> None:
-    """Put the checkpoints of a requeue aside at the end of a fit."""
+    """Rename the requeue checkpoints at the end of a fit."""
     if trainer.is_global_zero and isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment):
         retire_checkpoints(Path(trainer.default_root_dir))
 
@@ -144,9 +144,9 @@ def _job_of(path: Path) -> str | None:
         )
     except Exception as error:
         raise ConfigError(
-            f"{path} cannot be read ({type(error).__name__}), and SLURM started this job to go on from it",
+            f"{path}, from which this requeued job would resume, cannot be read ({type(error).__name__})",
             "ckpt_path",
-            "Remove the file, or name another checkpoint",
+            "Remove the file or give another checkpoint",
         ) from error
     found = checkpoint.get(_JOB_KEY)
     return found if isinstance(found, str) else None
