@@ -1,4 +1,4 @@
-"""Checkpoints on disk: under their name there is a whole one at every instant, and only checkpoints are removed."""
+"""Atomic writes and safe removal of checkpoints: a checkpoint's name always refers to a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ from opsd_lightning.checkpoints.shards import is_shard_file, is_shards, read_sta
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.files import fsync_path
 
-# Lightning brings the weights of spawned processes back in a file of this name, which has no other entries.
+# File in which Lightning returns the weights of spawned processes. It contains only weights.
 _SPAWN_FILE = ".temp.ckpt"
-_NAME_LIMIT = 200  # bytes; file systems allow 255, some of which the temporary name needs
+_NAME_LIMIT = 200  # bytes. File systems allow 255, and the temporary name adds a few
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, waits for the disk and renames it; loads local files without running code.
+    """Checkpoint plugin that writes atomically, and loads local files without running code from them.
 
-    The file under the target's name is whole at every instant: the earlier checkpoint until the new one is on disk. Every
-    `PolicyModule` gives it to its trainer; a ``CheckpointIO`` of a user's own takes its place. What could not be loaded
-    again is refused, and the earlier checkpoint stays. Remote targets, such as ``s3://``, are written as Lightning does; a
-    `ModelCheckpoint` with a remote folder is refused before training.
+    A checkpoint is written under a temporary name, flushed to disk and renamed, so that the earlier checkpoint stays until
+    the new one is complete. A checkpoint that could not be loaded again is rejected, and the earlier one stays. Remote
+    targets, such as ``s3://``, are written as Lightning does.
+
+    `PolicyModule` installs this plugin in its trainer, unless the user gives a ``CheckpointIO``.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -79,25 +80,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_weights_only(weights_only: bool | None) -> None:
-    """Refuse to load a checkpoint together with the code that it may hold.
+    """Check that a checkpoint is not loaded with ``weights_only=False``, which runs code from it.
 
     Raises:
-        ConfigError: It is false.
+        ConfigError: ``weights_only`` is False.
     """
     if weights_only is False:
         raise ConfigError(
-            "with false a checkpoint could run any code as it is loaded",
+            "with False, loading a checkpoint can run arbitrary code",
             "weights_only",
-            "Leave it out, and allow classes that you trust with torch.serialization.add_safe_globals",
+            "Leave it out and allow classes that you trust with torch.serialization.add_safe_globals",
         )
 
 
 def install(trainer: Trainer) -> None:
-    """Have a trainer write and load its checkpoints by `AtomicCheckpointIO`, whatever its strategy.
+    """Make a trainer write and load its checkpoints with `AtomicCheckpointIO`, for any strategy.
 
     Raises:
-        ConfigError: It has an `AsyncCheckpointIO`, by which Lightning removes the earlier checkpoint before the new one is
-            written.
+        ConfigError: The trainer has an `AsyncCheckpointIO`, with which Lightning removes the earlier checkpoint before the
+            new one is written.
     """
     strategy = trainer.strategy
     found: Any = getattr(strategy, "_checkpoint_io", None)
@@ -105,15 +106,15 @@ def install(trainer: Trainer) -> None:
     while part is not None:
         if isinstance(part, AsyncCheckpointIO):
             raise ConfigError(
-                "AsyncCheckpointIO writes after Lightning has removed the earlier checkpoint, and a stop would lose both",
+                "AsyncCheckpointIO writes after Lightning has removed the earlier checkpoint, and an interruption loses both",
                 "trainer.plugins",
-                "Leave it out",
+                "Remove AsyncCheckpointIO",
             )
         part = getattr(part, "checkpoint_io", None)
     if found is None or type(found) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicCheckpointIO()
     elif hasattr(found, "checkpoint_io"):
-        found.checkpoint_io = AtomicCheckpointIO()  # has an effect on a wrapper of nothing alone
+        found.checkpoint_io = AtomicCheckpointIO()  # only has an effect if the wrapper has no plugin yet
     elif isinstance(found, CheckpointIO) and type(found).load_checkpoint is TorchCheckpointIO.load_checkpoint:
         found.load_checkpoint = AtomicCheckpointIO().load_checkpoint  # type: ignore[method-assign]
     if isinstance(strategy, ParallelStrategy) and not hasattr(strategy, "_saves_on_all"):
@@ -125,36 +126,38 @@ def install(trainer: Trainer) -> None:
 
 
 def _raise_on_all_ranks(strategy: Strategy) -> Callable[..., None]:
-    """A strategy's ``save_checkpoint`` that raises on every rank what it raises on one: the others would wait for ever."""
-    save, whose = type(strategy).save_checkpoint, weakref.ref(strategy)
+    """Wrap a strategy's ``save_checkpoint`` to raise on all ranks if it fails on rank 0, or else the others would hang."""
+    save, reference = type(strategy).save_checkpoint, weakref.ref(strategy)
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        ours = whose()
-        assert ours is not None
+        owner = reference()
+        assert owner is not None
         error: Exception | None = None
         try:
-            save(ours, checkpoint, filepath, storage_options)
+            save(owner, checkpoint, filepath, storage_options)
         except Exception as caught:
             error = caught
-        told = ours.broadcast(None if error is None else str(error))
+        problem = owner.broadcast(None if error is None else str(error))
         if error is not None:
             raise error
-        if told is not None:
-            raise ConfigError(f"rank 0 could not write a checkpoint ({told})", "trainer.callbacks", "See rank 0's message")
+        if problem is not None:
+            raise ConfigError(
+                f"rank 0 could not write a checkpoint ({problem})", "trainer.callbacks", "See rank 0's message"
+            )
 
     return save_checkpoint
 
 
 @contextmanager
 def replace_checkpoint(target: Path, folder: bool = False) -> Iterator[Path]:
-    """A name beside a checkpoint's, under which a new one is written, which then takes its place.
+    """Yield a temporary path for a new checkpoint, which replaces the target at the end of the block.
 
     Args:
-        target: The checkpoint. Where it is a link, the link is replaced. Folders above it are made.
-        folder: Make an empty folder under the name.
+        target: Path of the checkpoint. A symbolic link is replaced itself. Missing parent folders are created.
+        folder: If True, create an empty folder at the temporary path.
 
     Raises:
-        ConfigError: It cannot be written. The earlier checkpoint stays, and nothing of the new one.
+        ConfigError: The checkpoint cannot be written. The earlier one stays, and the new one is removed.
     """
     temporary = temporary_name(target)
     with wrap_write_errors(target):
@@ -173,7 +176,7 @@ def replace_checkpoint(target: Path, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def wrap_write_errors(target: Path) -> Iterator[None]:
-    """Inside, errors of the system are raised as ones that name the checkpoint, what stays, and the remedy.
+    """Convert system errors inside the block to a `ConfigError` that names the checkpoint.
 
     Raises:
         ConfigError: The checkpoint cannot be written.
@@ -185,31 +188,31 @@ def wrap_write_errors(target: Path) -> Iterator[None]:
     except Exception as error:
         if (cause := _system_error(error)) is None:
             raise
-        stays = "; the earlier one is whole" if os.path.lexists(target) else ""
+        kept = ". The earlier one is intact" if os.path.lexists(target) else ""
         raise ConfigError(
-            f"cannot write the checkpoint {target} ({cause.strerror or cause}){stays}",
-            "trainer.default_root_dir or a ModelCheckpoint's dirpath",
-            "Make room or choose a folder that can be written, and go on from the last checkpoint (ckpt_path)",
+            f"cannot write the checkpoint {target} ({cause.strerror or cause}){kept}",
+            "trainer.default_root_dir",
+            "Free disk space or choose a writable folder (also the dirpath of ModelCheckpoint), and resume with ckpt_path",
         ) from error
 
 
 def temporary_name(target: Path) -> Path:
-    """The name beside a checkpoint's under which it is written."""
+    """Return the temporary path, next to a checkpoint, under which it is written."""
     return target.with_name(f".{_shortened(target.name)}.partial")
 
 
 def rename_into_place(temporary: Path, target: Path) -> None:
-    """Give a whole checkpoint its name, and remove the one that had it."""
+    """Rename a complete checkpoint to its final name, and remove the one that it replaces."""
     if target.is_dir() and not target.is_symlink() and not is_checkpoint(target):
         raise ConfigError(
-            f"{target} is a folder, and no checkpoint",
-            "a ModelCheckpoint's filename",
-            "Choose another name, or move it away",
+            f"{target} is a folder and not a checkpoint",
+            "trainer.callbacks",
+            "Choose another filename for ModelCheckpoint or move the folder away",
         )
     if os.path.lexists(target) and (target.is_dir() or temporary.is_dir()):
-        if not _exchange(temporary, target):  # a folder cannot be replaced by one rename
+        if not _exchange(temporary, target):  # a single rename cannot replace a folder
             aside = _old_name(target)
-            os.rename(target, aside)  # found by `recover`, should this be the end
+            os.rename(target, aside)  # `recover` restores it if the process ends here
             os.rename(temporary, target)
             os.rename(aside, temporary)
         fsync_path(target.parent)
@@ -220,14 +223,14 @@ def rename_into_place(temporary: Path, target: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Bring a checkpoint back to its name from the one under which a stopped process had put it aside, if it did."""
+    """Rename a checkpoint back if a process was stopped while it replaced the checkpoint."""
     if not os.path.lexists(path) and is_checkpoint(_old_name(path)):
-        with suppress(OSError):  # another rank was faster, or the folder is read-only
+        with suppress(OSError):  # another rank has renamed it, or the folder is read-only
             os.rename(_old_name(path), path)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a path is a checkpoint's file or folder, whole or cut off within its tensors."""
+    """Return True if a path is a checkpoint file or folder, even with incomplete tensors."""
     if path.is_dir():
         return is_shards(path)
     try:
@@ -238,22 +241,22 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, and nothing else: of a folder its shards, of a link the link.
+    """Remove a checkpoint: the file, the shards of a folder, or only the link if it is a symbolic link.
 
-    Links beside it that lead to it are led to the newest other checkpoint first (``save_last: link``).
+    Links in the same folder that point to it (``save_last: link``) are first changed to the newest other checkpoint.
     """
     if path.is_symlink():
         path.unlink()
     elif path.exists():
         if not is_checkpoint(path):
-            rank_zero_warn(f"{path} is no checkpoint, and is not removed")
+            rank_zero_warn(f"{path} is not a checkpoint and is not removed")
             return
         _relink(path)
         _remove_parts(path)
 
 
 def link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
-    """Point ``last.ckpt`` at a checkpoint, in place of Lightning's own, which removes whatever has that name first."""
+    """Link ``last.ckpt`` to a checkpoint. Lightning's version first removes any file or folder of that name."""
     if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
         link = Path(linkpath)
         with replace_checkpoint(link) as temporary:
@@ -262,7 +265,7 @@ def link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
 
 
 def _relink(path: Path) -> None:
-    """Lead links to a checkpoint that is about to be removed to the newest other one beside it."""
+    """Change the links to a checkpoint that will be removed to the newest other one in its folder."""
     with os.scandir(path.parent) as entries:
         links = [Path(entry.path) for entry in entries if entry.is_symlink()]
     links = [link for link in links if os.path.realpath(link) == os.path.realpath(path)]
@@ -277,7 +280,7 @@ def _relink(path: Path) -> None:
 
 
 def _remove_parts(path: Path) -> None:
-    """Remove a checkpoint's file, or its parts out of a folder; other files in it stay, and then so does the folder."""
+    """Remove a checkpoint file, or the shards in a folder and then the folder if it is empty."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
@@ -287,11 +290,11 @@ def _remove_parts(path: Path) -> None:
     try:
         path.rmdir()
     except OSError:
-        rank_zero_warn(f"{path} holds files that are not a checkpoint's, and is kept")
+        rank_zero_warn(f"{path} contains files that are not part of a checkpoint, and is kept")
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what stopped processes left of earlier writes to the same name."""
+    """Remove the leftovers of interrupted writes to the same name."""
     recover(target)
     for left in (temporary_name(target), _old_name(target)):
         if os.path.lexists(left):
@@ -309,7 +312,7 @@ def _shortened(name: str) -> str:
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The system's error behind one of torch's, if there is one."""
+    """Return the `OSError` that caused an error of torch, or None."""
     seen: set[int] = set()
     part: BaseException | None = error
     while part is not None and id(part) not in seen and isinstance(part, Exception):
@@ -322,7 +325,7 @@ def _system_error(error: BaseException) -> OSError | None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, where the system can."""
+    """Exchange two names atomically. Return False if the system does not support it."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -331,7 +334,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def read_adapters(path: str | Path) -> dict[str, Tensor]:
-    """The adapters' weights of a checkpoint, by their names in the module: of one file or a folder of shards."""
+    """Read the adapter weights of a checkpoint file or sharded folder, by their names in the module."""
     path = local_path(path)
     if not path.is_dir():
         return load_file(path)["state_dict"]

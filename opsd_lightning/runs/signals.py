@@ -463,9 +463,7 @@ class _RankMonitor:
         if interrupted and not self._signals.agreed:
             self._tell_failure()
         if self._first and self.lost is None and now - self._first > DEADLINE_SECONDS:
-            _write_stderr(
-                f"rank {self.rank} has not come to the end of a step in {DEADLINE_SECONDS:.0f} seconds, and ends at once"
-            )
+            _write_stderr(f"rank {self.rank} did not finish its step within {DEADLINE_SECONDS:.0f} seconds and ends at once")
             os._exit(128 + (self._signals.asked or signal.SIGTERM))
         if self._again and now - self._again_at > _STUCK_SECONDS:
             _write_stderr(f"rank {self.rank} is stuck and ends at once")
