@@ -106,7 +106,7 @@ def install(trainer: Trainer) -> None:
     while part is not None:
         if isinstance(part, AsyncCheckpointIO):
             raise ConfigError(
-                "AsyncCheckpointIO writes after Lightning has removed the earlier checkpoint, and an interruption loses both",
+                "AsyncCheckpointIO writes after Lightning has removed the earlier checkpoint, so an interruption loses both",
                 "trainer.plugins",
                 "Remove AsyncCheckpointIO",
             )

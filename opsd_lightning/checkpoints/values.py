@@ -1,7 +1,7 @@
-"""Plain values beyond torch's own in a checkpoint, such as of numpy and collections, loaded without calling their classes.
+"""Load plain values of numpy, collections, datetime, pathlib and decimal in a checkpoint without calling their classes.
 
-A safe load of torch's refuses them. Here each class is stood in for by a function of this module that takes what is
-written of a plain value, and nothing else.
+``torch.load(weights_only=True)`` rejects them. Here each class is replaced by a stand-in of this module, which accepts only
+the pickled form of plain values.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Kinds and sizes of numpy's types whose values are their bytes.
+#: Codes of numpy types whose values are stored as raw bytes.
 _DTYPE = re.compile(r"(b1|[iuf][1248]|c8|c16|[SU]\d{1,6})")
 _FACTORIES = (bool, dict, float, int, list, set, str, tuple)
 
 
 class _DType:
-    """In place of ``numpy.dtype``."""
+    """Stand-in for ``numpy.dtype``."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -42,7 +42,7 @@ class _DType:
 
 
 class _Array:
-    """In place of ``numpy.ndarray``."""
+    """Stand-in for ``numpy.ndarray``."""
 
     __hash__ = None  # type: ignore[assignment]
     value: Any = None
@@ -55,14 +55,17 @@ class _Array:
 
 
 class _Factory:
-    """In place of a built-in class, which only a ``defaultdict`` may name."""
+    """Stand-in for a built-in class, which only a ``defaultdict`` may refer to."""
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
 
 
 class _StandIns:
-    """Values that one load builds, some of them in a shape that torch can fill."""
+    """Stand-ins of one load, and the conversion of its result.
+
+    ``deque`` and ``defaultdict`` are loaded as a list and a dict, which torch can fill, and converted at the end.
+    """
 
     def __init__(self) -> None:
         self.made: dict[int, tuple[Any, Callable[[Any], Any]]] = {}
@@ -70,10 +73,10 @@ class _StandIns:
 
     def stand_ins(self) -> list[Any]:
         found: dict[str, Any] = {"numpy.dtype": _DType, "numpy.ndarray": _Array}
-        for package in ("numpy._core", "numpy.core"):  # of numpy 2 and 1
+        for package in ("numpy._core", "numpy.core"):  # numpy 2 and numpy 1
             found |= {f"{package}.multiarray.scalar": _scalar, f"{package}.multiarray._reconstruct": _array}
         taken = {_name(one) for one in torch.serialization.get_safe_globals()}
-        if not taken.isdisjoint(found):  # the user allowed numpy's own
+        if not taken.isdisjoint(found):  # the user has allowed numpy's classes
             found = {}
         for kind in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
             found[f"datetime.{kind.__name__}"] = _constructor(kind, (int, str, bytes, datetime.timedelta, datetime.timezone))
@@ -99,7 +102,7 @@ class _StandIns:
         return value
 
     def finished(self, value: Any) -> Any:
-        """The value with every stand-in in it replaced; containers stay the same objects."""
+        """Replace all stand-ins in a value. Mutable containers keep their identity."""
         if isinstance(value, (_Array, _DType)):
             return value.value
         _require(not isinstance(value, _Factory))
@@ -124,10 +127,10 @@ class _StandIns:
 
 @contextmanager
 def plain_values() -> Iterator[Callable[[Any], Any]]:
-    """Inside, ``torch.load(weights_only=True)`` takes plain values of numpy, collections, datetime, pathlib and decimal.
+    """Let ``torch.load(weights_only=True)`` accept plain values inside the block.
 
     Yields:
-        A function that what was loaded has to be passed through.
+        A function to which the loaded value must be passed. It returns the final value.
     """
     values = _StandIns()
     with torch.serialization.safe_globals(values.stand_ins()):
@@ -140,11 +143,11 @@ def _name(one: Any) -> str:
 
 def _require(holds: object) -> None:
     if not holds:
-        raise ValueError("it is no plain value")
+        raise ValueError("not a plain value")
 
 
 def _constructor(kind: Callable[..., Any], takes: tuple[type, ...]) -> Callable[..., Any]:
-    """A function that makes a plain value of arguments of these types."""
+    """Return a function that calls a class after checking that all arguments have the given types."""
 
     def make(*arguments: Any) -> Any:
         _require(all(isinstance(one, takes) for one in arguments))

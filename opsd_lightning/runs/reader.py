@@ -108,8 +108,8 @@ def read_run(path: str | Path) -> Run:
         log = _find_csv_log(folder)
         if log is None:
             raise UserError(
-                f"{given} contains no run: it has neither {RECORD_FOLDER}/run.json (written by the RunReport callback) nor a "
-                "metrics.csv of training (written by CSVLogger)"
+                f"{given} contains no run: it has neither {RECORD_FOLDER}/run.json (written by the RunReport callback) nor "
+                "a metrics.csv of training (written by CSVLogger)"
             )
         run = _from_log(log, folder)
     if not run.train and not run.validations and not run.info:
