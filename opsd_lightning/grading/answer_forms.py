@@ -1,9 +1,8 @@
-r"""Compare two answers as a careful person would, and ask computer algebra only where it is needed.
+r"""Compare two answers as a careful person would, with computer algebra only for expressions.
 
-Both are first written in one way (``answer_text``) and then read as one of a few forms: numbers with units
-(``quantities``), times of day, choices, words, lists and intervals. Two answers of such a form are compared here. What is
-left, expressions, goes to the ``algebra`` that the caller gives, without the parts that it misreads: units, equations'
-left sides, words.
+Both answers are normalized (``answer_text``) and read as one of a few forms: numbers with units (``quantities``), times of
+day, choices, words, lists and intervals. These forms are compared here. Other expressions are passed to the caller's
+``algebra``, without units, left sides of equations and words, which it would misread.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from opsd_lightning.grading.quantities import (
 )
 
 Algebra = Callable[[str, str], bool]
-"""Say whether two expressions in TeX are equal, the reference first."""
+"""Function that returns True if two TeX expressions are equal. The reference is the first argument."""
 
 LONGEST = 2000
-"""Longer answers, in characters, are equal only if their texts are."""
+"""Maximum length in characters of answers that are parsed. Longer answers are equal only if their texts are identical."""
 
-_DEEPEST = 8  # lists within lists
+_DEEPEST = 8  # maximum depth of nested lists
 _LONGEST_UNIT, _UNIT_WORDS = 60, 8
 
 _CHOICE = re.compile(
@@ -42,7 +41,7 @@ _CHOICE = re.compile(
 _TIME = re.compile(
     r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:o'clock\s*)?(?:([ap])\.?\s?m\.?(?:\s+in the \w+)?|o'clock)?", re.IGNORECASE
 )
-_NAMES = {  # different words for the same answer
+_NAMES = {  # synonyms of the same answer
     "no solutions": "no solution", "none": "no solution", "there is no solution": "no solution", "no answer": "no solution",
     "there are no solutions": "no solution", "empty set": "no solution", "no such number exists": "no solution",
     "dne": "does not exist", "doesn t exist": "does not exist", "n a": "not applicable", "na": "not applicable",
@@ -54,18 +53,22 @@ _SMALL_WORDS = set("am an as at be by do go he if in is it me my no of on or so 
 
 
 class Choice(NamedTuple):
+    """Choice of a multiple-choice question, with the text after its letter."""
+
     letter: str
     content: str
 
 
 class Clock(NamedTuple):
+    """Time of day."""
+
     seconds: int
-    half: str  # "a" or "p" where am or pm is written, "24" where the hour shows that none is needed, or ""
+    half: str  # "a" or "p" for am and pm, "24" for a 24-hour time such as 15:30 or 03:30, "" if ambiguous
 
 
 @dataclass(frozen=True)
 class Items:
-    """Several answers: a list, a set, a tuple, an interval, or a union of intervals."""
+    """Answer with several parts: a list, set, tuple, interval, or union of intervals."""
 
     opening: str
     closing: str
@@ -73,6 +76,7 @@ class Items:
 
     @property
     def ordered(self) -> bool:
+        """True for tuples and intervals."""
         return self.opening in ("(", "[")
 
 
@@ -91,7 +95,7 @@ def read_choice(text: str) -> Choice | None:
 
 
 def read_clock(text: str) -> Clock | None:
-    """Read a time of day, such as ``3:30 PM`` or ``15:30``; ``3:2`` is none."""
+    """Read a time of day, such as ``3:30 PM`` or ``15:30``. ``3:2`` is not one."""
     found = _TIME.fullmatch(text)
     half = found[4].lower() if found is not None and found[4] else ""
     if found is None or not (found[2] or half or "clock" in text.lower()):
@@ -107,13 +111,13 @@ def read_clock(text: str) -> Clock | None:
 
 
 def _same_time(ours: Clock, theirs: Clock) -> bool:
-    """Return whether two times are equal; ``3:30`` does not say which half of the day ``3:30 PM`` is in."""
+    """Return True if two times are equal. An ambiguous ``3:30`` does not equal ``3:30 PM``."""
     marked = [time.half in ("a", "p") for time in (ours, theirs)]
     return ours.seconds == theirs.seconds and (marked[0] == marked[1] or "" not in (ours.half, theirs.half))
 
 
 def read_items(text: str) -> Items | None:
-    """Read several answers: separated by commas, semicolons, "and" or "or", in brackets or not."""
+    """Read an answer with several parts, separated by commas, semicolons, "and" or "or", with or without brackets."""
     french = re.fullmatch(r"\](.*),(.*)\[", text)
     if french is not None and is_balanced(french[1]) and is_balanced(french[2]):
         return Items("(", ")", (french[1].strip(), french[2].strip()))
@@ -148,7 +152,7 @@ def read_items(text: str) -> Items | None:
 
 
 def has_words(text: str) -> bool:
-    """Return whether a text holds words, no products of letters: ``cat`` and ``AB`` do, ``xy`` and ``2ab`` do not."""
+    """Return True if a text contains words, such as ``cat`` and ``AB``, and not only products such as ``xy`` and ``2ab``."""
     text = re.sub(r"\\(?:begin|end|operatorname|math(?:bb|cal))\s*\{[^{}]*\}", " ", text)
     if re.search(r"[^\W\d_A-Za-z]", text):
         return True
@@ -168,14 +172,14 @@ def has_words(text: str) -> bool:
 
 
 def _words(text: str) -> str:
-    """Words without case, punctuation and a leading article."""
+    """Normalize words: no case, punctuation or leading article, and one name for synonyms."""
     text = re.sub(r"[\W_]+", " ", text.replace(r"\emptyset", "empty set")).strip().casefold()
     text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
     return _NAMES.get(text, text)
 
 
 def is_label(text: str) -> bool:
-    """Return whether a text can name the other side of an equation: ``x``, ``f(x)``, ``\\angle ABC``, ``total``."""
+    """Return True if a text can be the name on one side of an equation: ``x``, ``f(x)``, ``\\angle ABC``, ``total``."""
     bare = re.sub(r"_\{[^{}]*\}|_\w|'", "", text)
     bare = re.sub(r"(?<=[A-Za-z\s])\([^()]*\)", "", bare)
     bare = re.sub(r"^\([A-Za-z, ]+\)$", "x", bare.strip())
@@ -183,7 +187,7 @@ def is_label(text: str) -> bool:
 
 
 def strip_unit(text: str) -> tuple[str, Unit | None]:
-    """Take a unit off the end of an expression: ``2\\sqrt{3} cm``."""
+    """Split a unit from the end of an expression such as ``2\\sqrt{3} cm``."""
     tail = max(0, len(text) - _LONGEST_UNIT)
     for place in list(re.compile(r"\s+(?=[A-Za-z(])|(?=[°%])").finditer(text, tail))[-_UNIT_WORDS:]:
         before, after = text[: place.start()].strip(), text[place.end() :].strip()
@@ -209,16 +213,16 @@ def _in_base(text: str) -> tuple[str, str] | None:
 
 
 def equal(reference: str, answer: str, algebra: Algebra) -> bool:
-    """Return whether an answer equals the reference as a careful person would say.
+    """Return True if an answer equals the reference.
 
-    A unit may be missing on one side; two units must agree. Numbers are compared exactly: a decimal equals a fraction
-    that does not end only if it is that fraction rounded, with six digits or more. Order counts in tuples and
-    intervals, not in sets and bare lists. Words are compared without their case.
+    A unit may be missing on one side, but two units must agree. Numbers are compared exactly. A decimal equals a fraction
+    with an infinite decimal expansion only if it is that fraction rounded to six or more digits. Order matters in tuples
+    and intervals, but not in sets and lists without brackets. Words are compared without case.
 
     Args:
         reference: The right answer.
-        answer: The answer in question.
-        algebra: Asked about expressions; whatever it raises is passed on.
+        answer: The answer to compare.
+        algebra: Compares expressions. Its exceptions are passed on.
     """
     reference, answer = reference.strip(), answer.strip()
     if not reference or not answer:
@@ -301,7 +305,7 @@ def _expressions(reference: str, answer: str, algebra: Algebra) -> bool:
 
 
 def _operators(text: str) -> list[str]:
-    """The operators of a text, which `_words` leaves out; hyphens between letters are none."""
+    """Return the operators in a text, which `_words` removes. Hyphens between letters are not operators."""
     return re.findall(r"[+*/^=<>|%]|(?<![A-Za-z])-|-(?![A-Za-z])", text)
 
 
@@ -324,7 +328,7 @@ def _choices(reference: str, answer: str, algebra: Algebra, depth: int) -> bool 
 
 
 def _equal_in_bases(bases: tuple[tuple[str, str] | None, tuple[str, str] | None], reference: str, answer: str) -> bool:
-    """The digits must agree, and the bases where both are written."""
+    """Compare digits, and bases if both answers have one."""
     if bases[0] is not None and bases[1] is not None:
         return bases[0] == bases[1]
     known = bases[0] or bases[1]
