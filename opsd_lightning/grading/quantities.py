@@ -1,4 +1,4 @@
-"""Read numbers as people and computers write them, with their units, and compare them exactly."""
+"""Parse numbers with units in the notations of people and programs, and compare them exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
-_LARGEST_POWER = 2000  # digits of a power that is written out
+_LARGEST_POWER = 2000  # maximum number of digits of a computed power
 
 _WHOLE = (
     r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:[ ]\d{3})+(?!\d)|[1-9]\d{0,2}(?:'\d{3})+(?!\d)"
@@ -77,7 +77,7 @@ _UNITS: dict[str, tuple[Fraction, str]] = {}
 for _names, _factor, _dimension in re.findall(r"([^=;]+)=\s*(\S+) ([^\s;]+)", _UNITS_TABLE.replace("\n", ";")):
     _UNITS |= dict.fromkeys(_names.split(), (Fraction(_factor), _dimension))
 _MEASURES = {dimension for _, dimension in _UNITS.values()}
-# In these phrases the words after a number are not a unit: they change the number or say something else of it.
+# Words after a number that are not a unit: they change the number or continue the sentence.
 _NO_UNIT = set(
     "and or plus minus times over by divided squared cubed factorial to than not no nor is are was were be been has "
     "have had if then so because since as when where which that who whose but however wrong correct right incorrect "
@@ -92,7 +92,13 @@ PERCENT = frozenset([("%", 1)])
 
 
 class Unit(NamedTuple):
-    """A product of powers of units, such as km/h, or a counted thing, such as apples."""
+    """Product of powers of units, such as km/h, or a counted noun, such as apples.
+
+    Args:
+        factor: Factor to the base units of the dimensions.
+        dimensions: Base units and counted nouns with their exponents.
+        known: True if all parts are in the table of units.
+    """
 
     factor: Fraction
     dimensions: frozenset[tuple[str, int]]
@@ -100,17 +106,17 @@ class Unit(NamedTuple):
 
     @property
     def counted(self) -> bool:
-        """Return whether no unit of measurement is part of it: ``apples``, ``cups``, but not ``miles per trip``."""
+        """True for a counted noun without units of measurement: ``apples`` and ``cups``, but not ``miles per trip``."""
         return not self.known and not {name for name, _ in self.dimensions} & _MEASURES
 
 
 class Quantity(NamedTuple):
-    """A number with its unit.
+    """Number with an optional unit.
 
     Args:
-        value: The exact number.
-        places: Digits after the decimal point, or None where the number is written otherwise.
-        unit: None where there is none.
+        value: Exact value.
+        places: Digits after the decimal point, or None if the number is not a decimal.
+        unit: Unit, or None.
     """
 
     value: Fraction
@@ -119,7 +125,7 @@ class Quantity(NamedTuple):
 
 
 def _read_fraction(text: str) -> Fraction | None:
-    """The value of digits with separators, or of one fraction of two such."""
+    """Return the value of a number with separators, or of a fraction of two such numbers."""
     text = text.strip()
     if text.startswith(r"\frac"):
         top, bottom = re.findall(r"\{([^{}]*)\}", text)
@@ -135,7 +141,7 @@ def _read_fraction(text: str) -> Fraction | None:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """Read a cleaned text as one number with an optional unit, or as a sum such as ``2 hours 30 minutes``."""
+    """Read a normalized text as a number with an optional unit, or as a sum such as ``2 hours 30 minutes``."""
     single = _read_quantity(text)
     if single is not None:
         return single
@@ -259,11 +265,11 @@ def _repeating(whole: str, head: str, cycle: str) -> Fraction:
 
 
 def read_unit(text: str, attached: bool = False) -> Unit | None:
-    """Read what follows a number as a unit or a counted thing.
+    """Read the text after a number as a unit or a counted noun.
 
     Args:
-        text: The text behind the number.
-        attached: No space stands between them: single letters are then variables, as in ``2h``.
+        text: The text after the number.
+        attached: True if no space separates them. A single letter is then a variable, as in ``2h``.
     """
     if re.fullmatch(
         r"(?![^万萬億亿千百十半分度倍或和と与]*[万萬億亿千百十半分度倍或和と与])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]{1,8}",
@@ -332,7 +338,7 @@ def _singular(word: str) -> str:
 
 
 def unit_ratio(reference: Unit | None, answer: Unit | None) -> Fraction | None:
-    """By how much the answer's number has to be multiplied to be in the reference's unit; None for another unit."""
+    """Return the factor that converts the answer's number to the reference's unit, or None for incompatible units."""
     if reference is None or answer is None or not reference.dimensions or not answer.dimensions:
         return Fraction(1)
     if reference.dimensions == answer.dimensions:
@@ -346,6 +352,13 @@ def unit_ratio(reference: Unit | None, answer: Unit | None) -> Fraction | None:
 
 
 def equal_numbers(reference: Quantity, answer: Quantity, factor: Fraction = Fraction(1)) -> bool:
+    """Return True if two values are equal, or one is the other rounded to six or more digits.
+
+    Args:
+        reference: The right number.
+        answer: The number to compare.
+        factor: Factor that converts the answer to the unit of the reference.
+    """
     left, right = reference.value, answer.value * factor
     if left == right:
         return True
@@ -362,6 +375,7 @@ def equal_numbers(reference: Quantity, answer: Quantity, factor: Fraction = Frac
 
 
 def equal_quantities(reference: Quantity, answer: Quantity) -> bool:
+    """Return True if numbers and units are equal. A percentage without its sign equals the number or its hundredth."""
     shares = [side.unit is not None and side.unit.dimensions == PERCENT for side in (reference, answer)]
     if shares[0] != shares[1] and (reference.unit is None or answer.unit is None):
         hundredth = Fraction(1, 100)
