@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import stat
 import warnings
 from argparse import ArgumentError
@@ -23,11 +22,10 @@ from opsd_lightning.checkpoints.settings import check_settings, walk_settings
 from opsd_lightning.checkpoints.values import plain_values
 from opsd_lightning.models.policy import STUDENT, TEACHER, Policy
 from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.utils.files import SCHEME, is_remote
 
 _ENTRIES = ("pytorch-lightning_version", "state_dict")
 _FIX = "Give a checkpoint that ModelCheckpoint wrote"
-#: A URL scheme of at least two letters, unlike a Windows drive, or a chain such as ``simplecache::s3://``.
-_SCHEME = re.compile(r"(?:registry:|[A-Za-z][A-Za-z0-9+.\-]+:/|[A-Za-z][A-Za-z0-9+.\-]*::)")
 #: Entries of a checkpoint that Lightning and this package read, and their types if they are present.
 _TYPES: dict[str, tuple[type, ...]] = {
     "state_dict": (Mapping,),
@@ -48,12 +46,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _MOMENTS = {"exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum"}
 #: Counters of Lightning's loops.
 _COUNTS = {"ready", "started", "processed", "completed", "total_ready", "total_completed"}
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Return True if a path is a URL of any scheme and there is no local file of that name."""
-    text = os.fspath(path)
-    return isinstance(text, str) and _SCHEME.match(text) is not None and "\0" not in text and not os.path.lexists(text)
 
 
 def local_path(path: Any, setting: str = "ckpt_path") -> Path:
@@ -135,7 +127,7 @@ def _is_loadable(value: Any) -> bool:
     file = io.BytesIO()
     try:
         torch.save(value, file)
-    except Exception:  # whatever a class raises as it is written
+    except Exception:  # a class may raise any error while it is saved
         return False
     file.seek(0)
     return _load_failure(file) is None
@@ -149,7 +141,7 @@ def _load_failure(file: Path | IO[bytes]) -> str | None:
             finished(torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path)))
     except (OSError, MemoryError, RuntimeError) as error:  # not caused by the contents of the file
         return "it is nested too deeply" if isinstance(error, RecursionError) else None
-    except Exception as error:  # each part of the format fails in its own way
+    except Exception as error:  # each part of the format raises its own errors
         return _refused_class(error) or f"{type(error).__name__}: {error}"[:200]
     return None
 
@@ -171,7 +163,7 @@ def load_file(path: str | Path, lightning: bool = True, weights: dict[str, Tenso
     if lightning:
         _check_contents(found, path)
         check_finite(found["state_dict"], path)
-        found.pop("opsd_compared", None)  # a mark that only this process sets
+        found.pop("opsd_compared", None)  # only this process may set this mark
     elif not isinstance(found, dict):
         raise ConfigError(f"{path} is not a checkpoint: it contains a {type(found).__name__}", "ckpt_path", _FIX)
     return found
@@ -259,9 +251,9 @@ def check_callbacks(checkpoint: Mapping[str, Any]) -> None:
             if leaves or "\0" in name:
                 problem = f"the checkpoint names {name!r} as an earlier checkpoint of its run"
                 raise ConfigError(problem, "ckpt_path", "Do not use this file")
-        state |= {key: "" for key in keys if _SCHEME.match(state[key])}
+        state |= {key: "" for key in keys if SCHEME.match(state[key])}
         if best:
-            state["best_k_models"] = {name: score for name, score in best.items() if not _SCHEME.match(name)}
+            state["best_k_models"] = {name: score for name, score in best.items() if not SCHEME.match(name)}
 
 
 def check_no_hparams(path: Any) -> None:
@@ -283,7 +275,7 @@ def _read(path: Any, mmap: bool = False) -> Any:
         with warnings.catch_warnings(), plain_values() as finished:
             warnings.simplefilter("ignore")  # about other pickle protocols, which are rejected below
             return finished(torch.load(found, map_location="cpu", weights_only=True, mmap=mmap))
-    except Exception as error:  # each part of the format fails in its own way
+    except Exception as error:  # each part of the format raises its own errors
         if (kind := _refused_class(error)) is not None:
             problem = f"{path} contains objects other than tensors and plain values ({kind}) and is not loaded"
             fix = (

@@ -24,14 +24,13 @@ from torch import Tensor
 from opsd_lightning.checkpoints.file import (
     check_finite,
     check_written,
-    is_remote,
     load_file,
     local_path,
     unloadable_state_error,
 )
 from opsd_lightning.checkpoints.shards import is_shard_file, is_shards, read_state
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.files import fsync_path
+from opsd_lightning.utils.files import fsync_path, is_remote
 
 # File in which Lightning returns the weights of spawned processes. It contains only weights.
 _SPAWN_FILE = ".temp.ckpt"
@@ -80,7 +79,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_weights_only(weights_only: bool | None) -> None:
-    """Check that a checkpoint is not loaded with ``weights_only=False``, which runs code from it.
+    """Check that ``weights_only`` is not False, which would run code from a checkpoint.
 
     Raises:
         ConfigError: ``weights_only`` is False.

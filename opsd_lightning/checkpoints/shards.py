@@ -1,6 +1,6 @@
 """Sharded checkpoints: a folder to which each rank writes its part, read without running code from it.
 
-torch's own reader unpickles the metadata and non-tensor values, which can call any function.
+torch's own reader can call any function while it loads the metadata and non-tensor values.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _Reader(FileSystemReader):
             _check(found, folder)
         except ConfigError:
             raise
-        except Exception as error:  # each part of the format fails in its own way
+        except Exception as error:  # each part of the format raises its own errors
             raise _damaged(folder, _cause_text(error)) from error
         found.storage_meta = StorageMeta(load_id=self.load_id)
         return found

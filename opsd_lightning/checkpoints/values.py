@@ -1,7 +1,7 @@
 """Load plain values of numpy, collections, datetime, pathlib and decimal in a checkpoint without calling their classes.
 
 ``torch.load(weights_only=True)`` rejects them. Here each class is replaced by a stand-in of this module, which accepts only
-the pickled form of plain values.
+the serialized form of plain values.
 """
 
 from __future__ import annotations

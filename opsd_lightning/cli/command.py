@@ -41,7 +41,7 @@ import opsd_lightning.rollouts.transformers_engine
 import opsd_lightning.rollouts.vllm.engines
 import opsd_lightning.teachers
 from opsd_lightning.callbacks.rollouts import RolloutWriter
-from opsd_lightning.checkpoints.file import check_file, is_remote, local_path, wrap_restore_errors
+from opsd_lightning.checkpoints.file import check_file, local_path, wrap_restore_errors
 from opsd_lightning.checkpoints.io import check_weights_only, recover
 from opsd_lightning.cli.parser import Parser, check_nulls, remembering
 from opsd_lightning.data.datamodule import OPSDDataModule
@@ -57,6 +57,7 @@ from opsd_lightning.runs.requeue import check_evaluation, checkpoint_to_resume
 from opsd_lightning.runs.saved_config import SavedConfig, check_no_hidden_values
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.disk_errors import DISK_FULL
+from opsd_lightning.utils.files import is_remote
 from opsd_lightning.utils.redaction import redact_arguments
 from opsd_lightning.utils.terminal import safe_messages, say
 

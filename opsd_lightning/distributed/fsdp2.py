@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opsd_lightning.checkpoints.file import check_written, is_remote, load_file, local_path, wrap_restore_errors
+from opsd_lightning.checkpoints.file import check_written, load_file, local_path, wrap_restore_errors
 from opsd_lightning.checkpoints.io import (
     check_weights_only,
     read_adapters,
@@ -44,6 +44,7 @@ from opsd_lightning.distributed.tensor_parallel import plan_of, split
 from opsd_lightning.models.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.models.sharding import _sharded_modules, whole
 from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.utils.files import is_remote
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -287,7 +287,7 @@ def _first_clause(text: str) -> tuple[str | None, bool]:
             span = _tex(text, token)
             if span is None:
                 if token[0] == "$" and re.match(r"\s*[-+]?\d[\d,.]*(?!\s*[+*/^=\\_\d])", text[place:]):
-                    continue  # a dollar sign
+                    continue  # a price
                 return None, False
             pieces += [text[start : token.start()], text[place : span[0]]]
             start = place = span[1]

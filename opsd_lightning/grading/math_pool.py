@@ -55,13 +55,13 @@ class Pool:
     """Pool of the workers of one process. Use `shared`: a forked child gets its own pool."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards the attributes up to `_stopped`
+        self._changed = threading.Condition()  # guards `_idle` and `_busy`
         self._idle: list[_Worker] = []
         self._busy = 0
         self._open: set[socket.socket] = set()
         self._working: dict[threading.Thread, _Worker] = {}  # by the asking thread
         self._stopped: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._starting = threading.Lock()  # guards the attributes below
+        self._starting = threading.Lock()  # guards `_process` and `_control`
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 

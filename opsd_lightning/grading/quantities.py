@@ -375,7 +375,7 @@ def equal_numbers(reference: Quantity, answer: Quantity, factor: Fraction = Frac
 
 
 def equal_quantities(reference: Quantity, answer: Quantity) -> bool:
-    """Return True if numbers and units are equal. A percentage without its sign equals the number or its hundredth."""
+    """Return True if numbers and units are equal. If only one side has a unit, 50 % equals both 50 and 0.5."""
     shares = [side.unit is not None and side.unit.dimensions == PERCENT for side in (reference, answer)]
     if shares[0] != shares[1] and (reference.unit is None or answer.unit is None):
         hundredth = Fraction(1, 100)

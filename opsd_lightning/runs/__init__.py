@@ -1,1 +1,1 @@
-"""The life of a run: record, lock, signals, requeue, resumption."""
+"""Run management: record, lock, signals, requeue and resumption."""

@@ -18,7 +18,9 @@ WAIT_SECONDS = 10.0
 SECOND_SIGNAL_SECONDS = 2.0
 
 
-class _Early:
+class _EarlySignals:
+    """State of the handlers: former handlers, received signal, wakeup pipe and timeouts."""
+
     def __init__(self) -> None:
         self.before: dict[int, Any] = {}
         self.asked, self.at, self.joins_at = 0, 0.0, 0.0
@@ -50,7 +52,7 @@ class _Early:
                 _exit(self.asked)
 
 
-_early: _Early | None = None
+_early: _EarlySignals | None = None
 
 
 def install() -> None:
@@ -58,7 +60,7 @@ def install() -> None:
     global _early
     if _early is not None or threading.current_thread() is not threading.main_thread() or not _has_other_ranks():
         return
-    early = _Early()
+    early = _EarlySignals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
             early.before[number] = before

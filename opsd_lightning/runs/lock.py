@@ -41,6 +41,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from opsd_lightning.distributed.collectives import together
 from opsd_lightning.runs.record import timestamp
 from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.files import is_remote
 from opsd_lightning.utils.redaction import redact_arguments
 
 #: Seconds to wait for another run to end: a killed process needs time to free its memory.
@@ -112,7 +113,7 @@ def lock_loggers(trainer: Trainer, change_versions: bool = True) -> None:
         new = logger._version is None
         if new:
             _automatic.add(logger)
-        while _is_local(logger.log_dir):
+        while not is_remote(logger.log_dir):
             place = Path(logger.log_dir).resolve()
             lock, may_change = _lock_beside(place), change_versions or logger in _automatic
             try:
@@ -198,8 +199,8 @@ def _locks_of_fit(trainer: Trainer) -> Iterator[tuple[Path, Path, str]]:
         return
     root = Path(trainer.default_root_dir)
     folders: list[Any] = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    places = [Path(folder).resolve() for folder in folders if folder is not None and _is_local(folder)]
-    if _is_local(root) and (root.resolve() in places or _writes_to_root(trainer)):
+    places = [Path(folder).resolve() for folder in folders if folder is not None and not is_remote(folder)]
+    if not is_remote(root) and (root.resolve() in places or _writes_to_root(trainer)):
         yield root / LOCK_NAME, root, "trainer.default_root_dir"
     for place in places:
         if place != root.resolve():
@@ -224,10 +225,6 @@ def _writes_to_root(trainer: Trainer) -> bool:
 def _lock_beside(place: Path) -> Path:
     """Return the lock file next to a folder. A file inside it would make Lightning warn about a non-empty folder."""
     return place.with_name(f".{place.name}.lock")
-
-
-def _is_local(folder: Any) -> bool:
-    return "://" not in str(folder) and not str(folder).startswith(("s3:", "gs:"))
 
 
 def _lock(path: Path, folder: Path, setting: str, wait: bool) -> int:

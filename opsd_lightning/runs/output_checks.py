@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from opsd_lightning.runs.reader import RECORD_FOLDER
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.disk_errors import keep_earlier_metrics
+from opsd_lightning.utils.files import is_remote
 from opsd_lightning.utils.folders import Protected
 
 
@@ -26,7 +27,7 @@ def check_folders(trainer: Trainer) -> None:
     callbacks: list[Any] = trainer.checkpoint_callbacks
     folders += [("trainer.callbacks", callback.dirpath) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     for setting, folder in folders:
-        if folder is None or "://" in str(folder):
+        if folder is None or is_remote(folder):
             continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def output_paths(trainer: Trainer) -> list[Protected]:
     found += [("a logger's folder", logger.log_dir or logger.save_dir) for logger in trainer.loggers]
     pages = [getattr(callback, "path", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     found += [("a page or table of the run", root / path) for path in pages if isinstance(path, str)]
-    return [(words, path) for words, path in found if path is not None and "://" not in str(path)]
+    return [(words, path) for words, path in found if path is not None and not is_remote(path)]
 
 
 def open_loggers(trainer: Trainer) -> None:

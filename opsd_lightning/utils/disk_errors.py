@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from opsd_lightning.utils.files import append, atomic_write
+from opsd_lightning.utils.files import append, atomic_write, is_remote
 from opsd_lightning.utils.folders import free_name
 
 #: ``errno`` values of a full disk, an exceeded quota and a file that is too large.
@@ -95,7 +95,7 @@ def _guarded(logger: Logger, method: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*arguments: Any, **settings: Any) -> Any:
         if isinstance(logger, CSVLogger):
             experiment = getattr(logger, "_experiment", None)
-            if experiment is not None and "://" not in str(logger.save_dir):
+            if experiment is not None and not is_remote(logger.save_dir):
                 experiment.save = functools.partial(_save, experiment)
         with warn_on_write_error(logger, name):
             return method(*arguments, **settings)
@@ -106,7 +106,7 @@ def _guarded(logger: Logger, method: Callable[..., Any]) -> Callable[..., Any]:
 def keep_earlier_metrics(loggers: Iterable[Logger]) -> None:
     """Rename an existing ``metrics.csv``, which Lightning deletes when it opens the same `CSVLogger` version again."""
     for logger in loggers:
-        if isinstance(logger, CSVLogger) and "://" not in str(logger.save_dir) and logger._experiment is None:
+        if isinstance(logger, CSVLogger) and not is_remote(logger.save_dir) and logger._experiment is None:
             path = Path(logger.log_dir) / "metrics.csv"
             if path.is_file():
                 path.rename(free_name(path))

@@ -1,13 +1,23 @@
-"""Atomic file writes, and JSON for embedding in HTML pages."""
+"""Atomic file writes, remote paths, and JSON for embedding in HTML pages."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+#: A URL scheme of at least two letters, unlike a Windows drive, or a chain such as ``simplecache::s3://``.
+SCHEME = re.compile(r"(?:registry:|[A-Za-z][A-Za-z0-9+.\-]+:/|[A-Za-z][A-Za-z0-9+.\-]*::)")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Return True if a path is a URL of any scheme and there is no local file of that name."""
+    text = os.fspath(path)
+    return isinstance(text, str) and SCHEME.match(text) is not None and "\0" not in text and not os.path.lexists(text)
 
 
 def atomic_write(path: Path, content: str | bytes, durable: bool = False) -> None:
