@@ -273,7 +273,7 @@ def _read(path: Any, mmap: bool = False) -> Any:
     _check_archive(found)
     try:
         with warnings.catch_warnings(), plain_values() as finished:
-            warnings.simplefilter("ignore")  # about other pickle protocols, which are rejected below
+            warnings.simplefilter("ignore")  # about other serialization protocols, which are rejected below
             return finished(torch.load(found, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # each part of the format raises its own errors
         if (kind := _refused_class(error)) is not None:

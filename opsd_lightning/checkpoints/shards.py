@@ -152,7 +152,7 @@ class _Planner(DefaultLoadPlanner):
 def _check(found: Any, folder: Path) -> None:
     """Check that metadata names existing files in the folder, and no more values than they contain."""
     if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, Mapping):
-        raise _damaged(folder, "its metadata has another type")
+        raise _damaged(folder, "its metadata has an unknown type")
     if not isinstance(found.storage_data, Mapping):
         raise _damaged(folder, "its metadata names no files")
     held = 0
@@ -167,7 +167,7 @@ def _check(found: Any, folder: Path) -> None:
         if isinstance(entry, TensorStorageMetadata):
             size = [int(length) for length in entry.size]
             if min(size, default=0) < 0:
-                raise _damaged(folder, f"{key} has a size below 0")
+                raise _damaged(folder, f"{key} has a negative size")
             if sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) != torch.Size(size).numel():
                 raise _damaged(folder, f"parts of {key} are missing")
             described += torch.Size(size).numel() * torch.empty(0, dtype=entry.properties.dtype).element_size()

@@ -1,8 +1,8 @@
 """File locks that prevent two runs from writing to the same folder. The system releases them when the process ends.
 
 A fit locks its own folder if it writes there, and the folders of its checkpoints and loggers. An evaluation locks the
-folders of its results and loggers. If the version folder of a logger is in use, an evaluation, or a run whose version
-Lightning chose, logs to the next free version. The first rank holds the locks.
+folders of its results and loggers. If the version folder of a logger is in use, an evaluation logs to the next free
+version. A fit does the same if Lightning chose the version, and fails if the user did. The first rank holds the locks.
 
 A lock file contains the host, process, time and command of its run, for information only. It is removed when the run ends.
 A lock file of a killed run remains, but is not locked.
