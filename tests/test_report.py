@@ -33,7 +33,7 @@ from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.reports.page import main as report, write_report
 from opsd_lightning.reports.run_report import RunReport
-from opsd_lightning.runs.reader import Run, differences, flatten, read_run
+from opsd_lightning.runs.reader import Run, differing_settings, flatten, read_run
 from opsd_lightning.types import ConfigError, Sampling
 from opsd_lightning.utils.redaction import redact, redact_arguments, redact_text
 from opsd_lightning.utils.statistics import wilson_interval
@@ -205,7 +205,7 @@ def test_runs_side_by_side(base: list[str], tmp_path: Path) -> None:  # noqa: F8
     changes = [[], ["--model.teacher=EMATeacher", "--model.teacher.decay=0.5"], ["--model.token_budget=99"]]
     for folder, change in zip(folders, changes, strict=True):
         main(["fit", *base, *CLI, f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}", *change])
-    found = differences([read_run(folder) for folder in folders])
+    found = differing_settings([read_run(folder) for folder in folders])
     assert {name: found[name] for name in found if name.startswith("model")} == {
         "model.teacher": ["FixedTeacher", "EMATeacher", "FixedTeacher"],
         "model.teacher.decay": [None, 0.5, None],
@@ -223,7 +223,7 @@ def test_runs_side_by_side(base: list[str], tmp_path: Path) -> None:  # noqa: F8
     for name, values in found.items():
         row = [name, *("\N{EN DASH}" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values)]
         assert row in page.rows
-    assert differences([read_run(folders[0])] * 2) == {}
+    assert differing_settings([read_run(folders[0])] * 2) == {}
     # A log's folder leads to the record of its run.
     assert read_run(next((folders[0] / "lightning_logs").iterdir())).root == folders[0].resolve()
 

@@ -15,9 +15,9 @@ from opsd_lightning.distributed.collectives import together
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.export import ADAPTER, MERGED, inputs_of, merge_adapter, write_adapter
 from opsd_lightning.models.sharding import whole
-from opsd_lightning.runs.output_checks import outputs_of
+from opsd_lightning.runs.output_checks import output_paths
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.folders import Kept, check, free_name, place_of
+from opsd_lightning.utils.folders import Protected, check_replaceable, free_name, resolve_parent
 from opsd_lightning.utils.terminal import say
 
 
@@ -57,17 +57,17 @@ class AdapterExport(Callback):
 
     def _check(self, trainer: Trainer, module: PolicyModule) -> None:
         root, kept = Path(trainer.default_root_dir), self._kept(trainer, module)
-        folder = check(root / self.folder, _SETTING, ADAPTER, kept)
+        folder = check_replaceable(root / self.folder, _SETTING, ADAPTER, kept)
         if self.merged_folder is not None and not module.policy.trains_all:
             setting = "trainer.callbacks.merged_folder"
-            merged = check(root / self.merged_folder, setting, MERGED, [*kept, ("the adapter's folder", folder)])
+            merged = check_replaceable(root / self.merged_folder, setting, MERGED, [*kept, ("the adapter's folder", folder)])
             if merged in folder.parents or folder in merged.parents:
                 raise ConfigError(f"{merged} and {folder} are inside each other", setting, "Choose another folder")
 
-    def _kept(self, trainer: Trainer, module: PolicyModule) -> list[Kept]:
+    def _kept(self, trainer: Trainer, module: PolicyModule) -> list[Protected]:
         checkpoint = trainer.ckpt_path
         given = [("the checkpoint", str(checkpoint))] if checkpoint is not None and Path(str(checkpoint)).exists() else []
-        return [*outputs_of(trainer), *inputs_of(module.policy), *given]
+        return [*output_paths(trainer), *inputs_of(module.policy), *given]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -129,7 +129,7 @@ def _written(folder: Path, root: Path, setting: str, checkpoint: str, write: Cal
         except (ConfigError, PermissionError) as error:
             if isinstance(error, ConfigError) and error.setting != setting:
                 raise
-            place = place_of(folder)
+            place = resolve_parent(folder)
             inside = (
                 place.parent.is_dir()
                 and os.access(place.parent, os.W_OK)

@@ -18,11 +18,11 @@ from opsd_lightning.evaluation.evaluator import Records
 from opsd_lightning.evaluation.store import Results, identity
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.runs import lock as run_lock
-from opsd_lightning.runs.reader import RECORD
-from opsd_lightning.runs.record import CHECKPOINT_ID, is_newest, is_of_another_run
+from opsd_lightning.runs.reader import RECORD_FOLDER
+from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run, is_newest_checkpoint
 from opsd_lightning.types import ConfigError, PromptBatch
-from opsd_lightning.utils.csv_tables import append_rows, begin, check_table
-from opsd_lightning.utils.disk_errors import survived
+from opsd_lightning.utils.csv_tables import append_rows, check_table, prepare_table
+from opsd_lightning.utils.disk_errors import warn_on_write_error
 from opsd_lightning.utils.loggers import log_table
 from opsd_lightning.utils.terminal import say
 
@@ -64,8 +64,11 @@ class RolloutTable(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # In this hook, since RunReport changes the record later.
-        record, identifier = Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID)
-        self._is_branch, self._is_new = not is_newest(record, identifier), is_of_another_run(record, identifier)
+        record, identifier = Path(trainer.default_root_dir) / RECORD_FOLDER, checkpoint.get(CHECKPOINT_ID)
+        self._is_branch, self._is_new = (
+            not is_newest_checkpoint(record, identifier),
+            belongs_to_another_run(record, identifier),
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._multiples = trainer.global_step // self.every_n_steps
@@ -74,8 +77,8 @@ class RolloutTable(Callback):
         paths = [Path(trainer.default_root_dir) / self.path]
         paths += [Path(logger.log_dir) / "rollouts.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for path in paths:
-            with survived(trainer, str(path)):
-                begin(path, self.COLUMNS, 0 if self._is_new else trainer.global_step, self._is_branch)
+            with warn_on_write_error(trainer, str(path)):
+                prepare_table(path, self.COLUMNS, 0 if self._is_new else trainer.global_step, self._is_branch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -113,7 +116,7 @@ class RolloutTable(Callback):
     def _write(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / self.path
         if self._unwritten:
-            with survived(trainer, str(path)):
+            with warn_on_write_error(trainer, str(path)):
                 append_rows(path, self.COLUMNS, self._unwritten)
                 self._unwritten = []
 
@@ -181,7 +184,7 @@ class RolloutWriter(Callback):
         lock = results.folder.with_name(f".{results.folder.name}.lock")
 
         def create() -> list[str]:
-            run_lock.hold_file(lock, results.folder, "writer.folder", trainer)
+            run_lock.lock_file(lock, results.folder, "writer.folder", trainer)
             return results.create(self.resume)
 
         self._lock = lock

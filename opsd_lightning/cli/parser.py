@@ -18,7 +18,7 @@ from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.terminal import message
+from opsd_lightning.utils.terminal import safe_text
 from opsd_lightning.utils.yaml_limits import check_yaml
 
 # Options and their values, as the command line has them.
@@ -38,7 +38,7 @@ class Parser(LightningArgumentParser):
         return super().parse_args(args, *more, **options)
 
     def error(self, text: str, ex: Exception | None = None) -> NoReturn:
-        super().error(message(text), ex)
+        super().error(safe_text(text), ex)
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
 from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
 from opsd_lightning.prompts.templates import Prompt, Prompts
-from opsd_lightning.runs.signals import watch
+from opsd_lightning.runs.signals import watch_signals
 from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PromptBatch
-from opsd_lightning.utils.texts import folded
+from opsd_lightning.utils.texts import normalize_text
 
 
 class OPSDDataModule(LightningDataModule):
@@ -125,7 +125,7 @@ class OPSDDataModule(LightningDataModule):
                 setting does not reach the prompts.
         """
         if self.trainer is not None and self.trainer.state.fn is not None:
-            watch(self.trainer)  # reading takes long
+            watch_signals(self.trainer)  # reading takes long
         stage = str(getattr(stage, "value", stage))  # the trainer passes a member of an enumeration
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
@@ -254,7 +254,7 @@ class OPSDDataModule(LightningDataModule):
     ) -> tuple[list[int], list[Example]]:
         """Return the numbers of the valid examples in their source, and these examples with their answers filled in."""
         others = ("val", "test") if split == "train" else ()
-        held_out = {folded(example.question) for other in others for example in self._questions(other)}
+        held_out = {normalize_text(example.question) for other in others for example in self._questions(other)}
         needs_trace = needs.traces or needs.trace_completions or (needs.teacher_prompts and self.context.needs_traces)
         numbers: list[int] = []
         valid: list[Example] = []
@@ -307,7 +307,7 @@ class OPSDDataModule(LightningDataModule):
             return DropReason.EMPTY_TRACE
         if not example.trace and not example.answer and needs_answer:
             return DropReason.NO_ANSWER
-        if folded(example.question) in held_out:
+        if normalize_text(example.question) in held_out:
             return DropReason.HELD_OUT
         if not example.trace:
             return example

@@ -26,7 +26,7 @@ from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios
 from opsd_lightning.rollouts.self_checks import Agreement, check_policy
 from opsd_lightning.runs.resuming import batches_trained
-from opsd_lightning.runs.signals import release, stop_if_asked, watch
+from opsd_lightning.runs.signals import disconnect, stop_if_signalled, watch_signals
 from opsd_lightning.teachers import GenerativeTeacher, Teacher
 from opsd_lightning.types import ConfigError, PromptBatch, Rollouts, Sampling
 
@@ -218,7 +218,7 @@ class EvaluatedModule(LightningModule):
         return ()
 
     def setup(self, stage: str) -> None:
-        watch(self.trainer)
+        watch_signals(self.trainer)
 
     def logged_names(self) -> set[str]:
         """Return the names of all metrics that a fit logs, to check callbacks. Subclasses add their own metrics."""
@@ -274,7 +274,7 @@ class EvaluatedModule(LightningModule):
     def _stop_if_asked(self) -> None:
         """Stop after a batch if a signal asks for it and all ranks have the same number of batches."""
         if self._even:
-            stop_if_asked(self.trainer, self.command)
+            stop_if_signalled(self.trainer, self.command)
 
     def _compare_batches(self, batches: Sequence[int | float]) -> None:
         """Compare the ranks' numbers of batches. Every rank must call it."""
@@ -286,16 +286,16 @@ class EvaluatedModule(LightningModule):
         self._even = most == -least < math.inf
 
     def on_predict_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
 
     def on_validation_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
         self._log_evaluation("val")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated = batches_trained(self.trainer)
 
     def on_test_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
         self._log_evaluation("test")
 
     def configure_callbacks(self) -> list[Callback]:
@@ -304,7 +304,7 @@ class EvaluatedModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollouts.close()
-        release(self.trainer)
+        disconnect(self.trainer)
 
     @property
     def ranks(self) -> Replicas:

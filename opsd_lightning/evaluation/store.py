@@ -29,7 +29,7 @@ from opsd_lightning.models.fingerprint import digest, plain
 from opsd_lightning.models.policy import base_of, device_of, eos_ids
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.types import ConfigError, PromptBatch
-from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.files import append, atomic_write
 from opsd_lightning.utils.redaction import redact
 
 _SETTINGS, _JOINED, _METRICS = "settings.json", "completions.jsonl", "metrics.json"
@@ -135,7 +135,7 @@ class Results:
                 if _OWN.fullmatch(path.name) and not path.is_dir():
                     path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace(self.folder / _SETTINGS, json.dumps(self.settings, indent=2), lasting=True)
+        atomic_write(self.folder / _SETTINGS, json.dumps(self.settings, indent=2), durable=True)
         told = []
         for other in sorted(self.folder.parent.glob(f"{self.stage}-*/{_SETTINGS}")):
             if other.parent != self.folder and not (other.parent / _JOINED).exists():
@@ -197,7 +197,7 @@ class Results:
     def append(self, rank: int, records: Records) -> None:
         """Append a batch's records to a rank's file, and wait until they are on disk."""
         lines = [json.dumps({"role": role} | r, ensure_ascii=False) + "\n" for role, rows in records.items() for r in rows]
-        append(self.folder / f"rank{rank}.jsonl", "".join(lines).encode("utf-8", "backslashreplace"), lasting=True)
+        append(self.folder / f"rank{rank}.jsonl", "".join(lines).encode("utf-8", "backslashreplace"), durable=True)
 
     def join(self, metrics: Mapping[str, float] | None = None) -> Path:
         """Merge all ranks' records into one file. Only one rank calls it, after all ranks have finished.
@@ -210,11 +210,11 @@ class Results:
         """
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for records in self.read().values() for record in records]
         old = [path for path in self._files() if path.name != _JOINED]
-        replace(self.folder / _JOINED, "".join(lines), lasting=True)
+        atomic_write(self.folder / _JOINED, "".join(lines), durable=True)
         for path in old:
             path.unlink()
         if metrics is not None:
-            replace(self.folder / _METRICS, json.dumps(metrics, indent=2), lasting=True)
+            atomic_write(self.folder / _METRICS, json.dumps(metrics, indent=2), durable=True)
         newest = self.root / f"{self.stage}.jsonl"
         with tempfile.TemporaryDirectory(prefix=f".{newest.name}.partial-", dir=self.root) as folder:
             temporary = Path(folder) / newest.name

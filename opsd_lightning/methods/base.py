@@ -52,9 +52,9 @@ from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.runs import early_signals, lock as run_lock, requeue
-from opsd_lightning.runs.resuming import do_what_is_due, say_what_is_due
-from opsd_lightning.runs.saved_config import check_hidden
-from opsd_lightning.runs.signals import stop_if_asked
+from opsd_lightning.runs.resuming import record_pending_work, restore_pending_work
+from opsd_lightning.runs.saved_config import check_no_hidden_values
+from opsd_lightning.runs.signals import stop_if_signalled
 from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, UserError
 from opsd_lightning.utils import disk_errors
 from opsd_lightning.utils.redaction import redact
@@ -172,11 +172,11 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def configure_callbacks(self) -> list[Callback]:
         """Lock the run's folders and prepare its checkpoints. Called by Lightning before every stage, first of all hooks."""
-        early_signals.joins()
+        early_signals.start_join_timeout()
         run_lock.attach(self.trainer)
         checkpoint_io.install(self.trainer)
-        disk_errors.begin([self.trainer, *self.trainer.loggers])
-        if run_lock.is_first(self.trainer):
+        disk_errors.reset([self.trainer, *self.trainer.loggers])
+        if run_lock.is_first_rank(self.trainer):
             disk_errors.guard_loggers(self.trainer.loggers)
         return super().configure_callbacks()
 
@@ -259,10 +259,10 @@ class PolicyModule(EvaluatedModule, ABC):
             self.configured.apply(self.trainer.optimizers[0], self.lr_schedulers(), self.global_step)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        stop_if_asked(self.trainer, self.command)  # after callbacks, of which one may have saved this step
+        stop_if_signalled(self.trainer, self.command)  # after callbacks, of which one may have saved this step
 
     def on_fit_end(self) -> None:
-        requeue.finished(self.trainer)
+        requeue.retire_after_fit(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # ragged lists; tensors are made where they are used
@@ -418,14 +418,14 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def _step_optimizer(self, loss: float) -> None:
         # A restored optimizer state is used for the first time: an error is the checkpoint's.
-        with checkpoint_file.restoring(None) if self._resumed else nullcontext():
+        with checkpoint_file.wrap_restore_errors(None) if self._resumed else nullcontext():
             self._optimizer.step()
         parameters = [p.detach() for p in self.model.parameters() if p.requires_grad]
         adapter_norm = float(whole(torch.nn.utils.get_total_norm(parameters)))
         if not math.isfinite(adapter_norm):  # before a teacher follows, or a checkpoint is written
             self._stop(f"the norm of the trained weights is {adapter_norm} after step {self.global_step}, loss {loss}")
         if (scheduler := self.lr_schedulers()) is not None:
-            with checkpoint_file.restoring(None) if self._resumed else nullcontext():
+            with checkpoint_file.wrap_restore_errors(None) if self._resumed else nullcontext():
                 scheduler.step()  # type: ignore[union-attr, call-arg]
         self._resumed = False
         self.log("train/adapter_norm", adapter_norm, batch_size=1)
@@ -543,9 +543,9 @@ class PolicyModule(EvaluatedModule, ABC):
             raise self._diverged
         checkpoint["opsd_tokens_generated"] = self.tokens_generated
         checkpoint[checkpoint_record.KEY] = checkpoint_record.record_of(self)
-        requeue.say_the_job(checkpoint)
+        requeue.record_job(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            say_what_is_due(self.trainer, checkpoint, self.validated)
+            record_pending_work(self.trainer, checkpoint, self.validated)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -580,13 +580,13 @@ class PolicyModule(EvaluatedModule, ABC):
         checkpoint_file.check_callbacks(checkpoint)
         self._resumed = True
         if self._trainer is None:  # the module is made of the checkpoint's settings
-            check_hidden(checkpoint.get("hyper_parameters", {}))
+            check_no_hidden_values(checkpoint.get("hyper_parameters", {}))
         self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
         self.configure_model()
-        with checkpoint_file.restoring(None):
+        with checkpoint_file.wrap_restore_errors(None):
             if "opsd_compared" not in checkpoint:  # a strategy may have called this before
                 checkpoint["opsd_compared"] = True
                 self._settings_changed = checkpoint_record.compare(self, checkpoint)
             checkpoint_record.check_weights(self, checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            do_what_is_due(self._trainer, checkpoint)
+            restore_pending_work(self._trainer, checkpoint)

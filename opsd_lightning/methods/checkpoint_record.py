@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler, MultiplicativeLR, SequentialLR
 
-from opsd_lightning.checkpoints.file import unfit_weights
+from opsd_lightning.checkpoints.file import mismatched_weights
 from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.models.fingerprint import adapter_record, base_record, described, digest, plain
 from opsd_lightning.teachers import FixedTeacher, ModelTeacher
@@ -191,7 +191,7 @@ def check_weights(module: Any, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: They do not; the message names the settings that decide it.
     """
-    unfit = unfit_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
+    unfit = mismatched_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
     if not unfit:
         return
     theirs = checkpoint.get(KEY) or {}
@@ -300,7 +300,7 @@ def _advance(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> None:
 def _refuse(module: Any, checkpoint: Mapping[str, Any], differences: list[Difference]) -> None:
     if not differences:
         return
-    fits = not unfit_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
+    fits = not mismatched_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
     told = f"the checkpoint does not fit this configuration: {_list(differences)}"
     if module.allow_checkpoint_changes:
         if fits:  # else `check_weights` refuses it

@@ -22,7 +22,7 @@ from opsd_lightning.models.policy import STUDENT, LoRA, Policy, base_of
 from opsd_lightning.models.sharding import whole
 from opsd_lightning.models.verification import check_adapter, check_model, logits_of, probe_tokens
 from opsd_lightning.types import ConfigError, UserError
-from opsd_lightning.utils.folders import Kept, check, replacing
+from opsd_lightning.utils.folders import Protected, check_replaceable, replace_folder
 
 #: What the folders of an adapter (in full fine-tuning, of the model) and of a merged model hold. See `folders`.
 ADAPTER, MERGED = "adapter", "merged model"
@@ -34,7 +34,7 @@ def write_adapter(
     state_dict: dict[str, Tensor] | None = None,
     tokenizer: Any = None,
     setting: str = "folder",
-    kept: Sequence[Kept] = (),
+    kept: Sequence[Protected] = (),
 ) -> Path:
     """Write the student's adapter as a peft folder, whole or not at all; in full fine-tuning the whole model.
 
@@ -45,14 +45,14 @@ def write_adapter(
         state_dict: The policy's adapter weights to write, by their names in ``model``. Defaults to its present ones.
         tokenizer: Written into the folder as well. Defaults to none.
         setting: Name of the setting that the folder comes from, for errors.
-        kept: Files and folders that the folder may not be or hold, with words for each (see `folders.check`).
+        kept: Files and folders that the folder may not be or hold, with words for each (see `folders.check_replaceable`).
 
     Raises:
         ConfigError: The folder may not be replaced, or, read back, is not the policy. An earlier export stays.
     """
     folder = Path(folder)
     adapter: Any = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
-    with replacing(folder, setting, ADAPTER, [*kept, *_sources(model)]) as temporary:
+    with replace_folder(folder, setting, ADAPTER, [*kept, *_sources(model)]) as temporary:
         model.save_pretrained(str(temporary), state_dict=state_dict, safe_serialization=True, **adapter)
         if isinstance(model, PeftModel):
             check_adapter(model, temporary, state_dict)
@@ -66,13 +66,13 @@ def write_adapter(
     return folder
 
 
-def _sources(model: Any) -> list[Kept]:
+def _sources(model: Any) -> list[Protected]:
     """The folders and files that a model was loaded from."""
     name = getattr(base_of(model).config, "_name_or_path", "")
     return [("the base model", name)] if name and Path(name).exists() else []
 
 
-def inputs_of(policy: Policy) -> list[Kept]:
+def inputs_of(policy: Policy) -> list[Protected]:
     """The folders and files that a policy is loaded from, with words for each."""
     found = [("the base model", policy.model), ("the adapter that the policy starts from", policy.adapter)]
     return [(words, path) for words, path in found if path and Path(path).exists()]
@@ -95,7 +95,7 @@ def write_weights(config: PeftConfig, weights: dict[str, Tensor], folder: str | 
     """Write `adapter_weights` and their configuration as a peft folder, whole or not at all."""
     config = copy.copy(config)
     config.inference_mode = True
-    with replacing(folder, "model.rollouts.init_args.adapter_folder", "served adapter", lasting=False) as temporary:
+    with replace_folder(folder, "model.rollouts.init_args.adapter_folder", "served adapter", durable=False) as temporary:
         save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
     return Path(folder)
@@ -107,7 +107,7 @@ def merge_adapter(
     folder: str | Path,
     dequantize: bool = False,
     setting: str = "folder",
-    kept: Sequence[Kept] = (),
+    kept: Sequence[Protected] = (),
 ) -> Path:
     """Write the base model with an adapter merged into its weights, as an ordinary model folder with its tokenizer.
 
@@ -120,7 +120,7 @@ def merge_adapter(
         dequantize: Merge a policy that was trained in 4 bits into the weights it was trained on, rounded to 4 bits and
             back, rather than into the original ones: it then computes what it computed in training.
         setting: Name of the setting that the folder comes from, for errors.
-        kept: Files and folders that the folder may not be or hold, with words for each (see `folders.check`).
+        kept: Files and folders that the folder may not be or hold, with words for each (see `folders.check_replaceable`).
 
     Raises:
         UserError: ``dequantize`` of a policy that is not quantized to 4 bits.
@@ -134,7 +134,7 @@ def merge_adapter(
         *inputs_of(dataclasses.replace(policy, adapter=None)),
         *([("the adapter", adapter)] * Path(adapter).exists()),
     ]
-    check(folder, setting, MERGED, kept)
+    check_replaceable(folder, setting, MERGED, kept)
     if dequantize and (policy.quantization is None or not policy.quantization.load_in_4bit):
         raise UserError("merge_adapter: dequantize needs the policy that was trained with 4-bit quantization")
     # Attention kernels of a GPU have no part in the merge, and its passes run where the weights are loaded.
@@ -152,7 +152,7 @@ def merge_adapter(
         _tie_again(merged)
     if generation is not None:
         merged.generation_config = generation
-    with replacing(folder, setting, MERGED, kept) as temporary:
+    with replace_folder(folder, setting, MERGED, kept) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         policy.load_tokenizer().save_pretrained(temporary)
         like = merged.to("meta")  # frees the weights before they are read back

@@ -26,13 +26,13 @@ from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.reports.html import render_template
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
-from opsd_lightning.runs.reader import RECORD
-from opsd_lightning.runs.record import CHECKPOINT_ID, is_of_another_run
+from opsd_lightning.runs.reader import RECORD_FOLDER
+from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run
 from opsd_lightning.types import ConfigError, PromptBatch, UserError
-from opsd_lightning.utils.disk_errors import survived
-from opsd_lightning.utils.files import replace, script_json
+from opsd_lightning.utils.disk_errors import warn_on_write_error
+from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
-from opsd_lightning.utils.loggers import log_figure, log_page, takes_pictures
+from opsd_lightning.utils.loggers import accepts_figures, log_figure, log_page
 from opsd_lightning.utils.redaction import redact_text
 from opsd_lightning.utils.token_text import Pieces
 
@@ -101,7 +101,7 @@ class TokenReport(StepCallback):
             together(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._is_new = is_of_another_run(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))
+        self._is_new = belongs_to_another_run(Path(trainer.default_root_dir) / RECORD_FOLDER, checkpoint.get(CHECKPOINT_ID))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -117,7 +117,7 @@ class TokenReport(StepCallback):
                 self._steps = [(step["step"], script_json(step)) for step in kept]
             except (UserError, KeyError, TypeError):
                 rank_zero_warn(f"{page} has no data of a token report, and is replaced instead of extended")
-        if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is None:
+        if self.pictures and accepts_figures(trainer.loggers) and find_spec("matplotlib") is None:
             rank_zero_warn(
                 "TokenReport writes the page but draws no figures for the loggers, because matplotlib is not installed: run "
                 "pip install 'opsd-lightning[plots]', or set trainer.callbacks.pictures to false"
@@ -143,7 +143,7 @@ class TokenReport(StepCallback):
         }
         self._steps = [*self._steps, (trainer.global_step, script_json(step))][-self.keep :]
         self._write(trainer, pl_module)
-        if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is not None:
+        if self.pictures and accepts_figures(trainer.loggers) and find_spec("matplotlib") is not None:
             from opsd_lightning.reports.token_figure import draw
 
             log_figure(trainer.loggers, "tokens", draw(step), trainer.global_step)
@@ -233,8 +233,8 @@ class TokenReport(StepCallback):
             run[part] = type(getattr(module.objective, part)).__name__ if hasattr(module.objective, part) else None
         data = f'{{"run":{script_json(run)},"steps":[{",".join(text for _, text in self._steps)}]}}'
         self._unwritten = True
-        with survived(trainer, self.path):
-            replace(self._page(trainer), render_template("token_report.html", data))
+        with warn_on_write_error(trainer, self.path):
+            atomic_write(self._page(trainer), render_template("token_report.html", data))
             self._unwritten = False
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from whole_runs import Child, configure, fit
 
 from opsd_lightning.cli.command import main
-from opsd_lightning.runs.requeue import put_aside, save_for_requeue
+from opsd_lightning.runs.requeue import retire_checkpoints, save_for_requeue
 
 SLURM = {
     "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0",
@@ -91,5 +91,5 @@ def test_nothing_of_the_users_is_removed_or_replaced(slurm: Path, tmp_path: Path
     with pytest.warns(UserWarning, match="hpc_ckpt_1"):
         assert save_for_requeue(trainer) == str(root / "hpc_ckpt_2.ckpt")
     assert mine.read_text() == "mine"
-    put_aside(root)
+    retire_checkpoints(root)
     assert aside.read_text() == "mine" and (root / "requeue-of-job-7-2-1.ckpt").is_file()

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from opsd_lightning.cli.command import main
 from opsd_lightning.distributed.checks import check_name
-from opsd_lightning.runs.output_checks import check_folders, check_last, open_loggers
+from opsd_lightning.runs.output_checks import check_checkpoint_alias, check_folders, open_loggers
 from opsd_lightning.types import ConfigError
 
 
@@ -62,13 +62,13 @@ def test_logger_that_cannot_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["best", "last", "hpc"])
 def test_evaluation_of_a_checkpoint_that_is_not_there(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_last(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), name)
+        check_checkpoint_alias(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), name)
     assert caught.value.setting == "ckpt_path"
 
 
 def test_evaluation_of_the_last_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").touch()
-    check_last(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), "last")
+    check_checkpoint_alias(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), "last")
 
 
 @pytest.mark.parametrize("name", ["fsdp3", "ddpp", "model_parallel"])

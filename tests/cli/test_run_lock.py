@@ -137,7 +137,7 @@ def test_a_second_run_is_refused_and_one_after_a_kill_is_not(
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
         os.kill(int(orphan.read_text()), 0)  # lives
-        assert (root / run_lock.NAME).exists()
+        assert (root / run_lock.LOCK_NAME).exists()
         trainer(root, RunReport()).fit(*parts(model))
         os.kill(int(orphan.read_text()), signal.SIGKILL)
     assert not list(tmp_path.rglob("*.lock"))
@@ -149,14 +149,14 @@ def test_a_run_waits_for_one_that_is_ending(folders: dict[str, str], tmp_path: P
     owner = trainer(root, logger=False)
 
     def work(ready: Callable[[], None]) -> None:
-        run_lock.hold(owner)
+        run_lock.lock_fit(owner)
         ready()
         time.sleep(1)
         os._exit(0)
 
     with elsewhere(work, tmp_path):
         started = time.monotonic()
-        run_lock.hold(owner)
+        run_lock.lock_fit(owner)
         assert time.monotonic() - started < 4
     run_lock.release(owner)
 
@@ -191,7 +191,7 @@ def test_evaluations_beside_a_fit(folders: dict[str, str], tmp_path: Path, impat
 
     def work(ready: Callable[[], None]) -> None:
         owner = Trainer(logger=False, default_root_dir=root, enable_checkpointing=False)
-        run_lock.hold_file(results.with_name(f".{results.name}.lock"), results, "writer.folder", owner)
+        run_lock.lock_file(results.with_name(f".{results.name}.lock"), results, "writer.folder", owner)
         ready()
         time.sleep(60)
 
@@ -253,7 +253,7 @@ def test_ranks_that_the_trainer_forks_hold_the_lock(folders: dict[str, str], tmp
         trainer(root, Waits(ready), strategy="ddp_fork", devices=2).fit(*parts(model))
 
     with elsewhere(work, tmp_path):
-        holder = json.loads((root / run_lock.NAME).read_text())["pid"]
+        holder = json.loads((root / run_lock.LOCK_NAME).read_text())["pid"]
         with pytest.raises(ConfigError):
             trainer(root).fit(*parts(model))
         os.kill(holder, signal.SIGKILL)
@@ -292,7 +292,7 @@ def test_runs_that_share_nothing_are_not_refused(folders: dict[str, str], tmp_pa
     with elsewhere(lambda ready: plain(tmp_path, Waits(ready)).fit(*parts(model)), tmp_path):
         log = plain(tmp_path, logger=late)
         log.fit(*parts(model))
-        assert late.version == 1 and not (tmp_path / run_lock.NAME).exists()
+        assert late.version == 1 and not (tmp_path / run_lock.LOCK_NAME).exists()
     with elsewhere(lambda ready: trainer(tmp_path, Waits(ready)).fit(*parts(model)), tmp_path):
         trainer(tmp_path, fast_dev_run=True).fit(*parts(model))
 
@@ -302,12 +302,12 @@ def test_two_runs_that_choose_the_same_version_together(tmp_path: Path) -> None:
     assert not (tmp_path / "lightning_logs").exists()
 
     def work(ready: Callable[[], None]) -> None:
-        run_lock.hold(one)
+        run_lock.lock_fit(one)
         ready()
         time.sleep(60)
 
     with elsewhere(work, tmp_path), pytest.warns(UserWarning, match="version_1"):
-        run_lock.hold(other)
+        run_lock.lock_fit(other)
     run_lock.release(other)
     assert other.logger is not None and other.logger.version == 1
 
@@ -345,7 +345,7 @@ def test_columns_of_another_writer_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
 def test_what_is_no_lock_stays(kind: str, tmp_path: Path) -> None:
-    path, mine = tmp_path / run_lock.NAME, tmp_path / "mine"
+    path, mine = tmp_path / run_lock.LOCK_NAME, tmp_path / "mine"
     mine.write_text("mine")
     if kind == "file":
         mine.rename(path)
@@ -355,7 +355,7 @@ def test_what_is_no_lock_stays(kind: str, tmp_path: Path) -> None:
         path.mkdir()
     before = tree(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        run_lock.hold(trainer(tmp_path, logger=False))
+        run_lock.lock_fit(trainer(tmp_path, logger=False))
     assert caught.value.setting == "trainer.default_root_dir" and tree(tmp_path) == before
     assert path.is_symlink() == (kind == "link")
 
@@ -369,7 +369,7 @@ def test_a_checkpoint_of_a_failing_run_is_saved_under_its_lock(folders: dict[str
         locked = False
 
         def on_exception(self, *args: Any) -> None:
-            self.locked = (tmp_path / run_lock.NAME).exists() and (tmp_path / ".saved.lock").exists()
+            self.locked = (tmp_path / run_lock.LOCK_NAME).exists() and (tmp_path / ".saved.lock").exists()
 
     saves = Saves(tmp_path / "saved")
     with pytest.raises(RuntimeError):
