@@ -14,7 +14,7 @@ from opsd_lightning.checkpoints.file import check_no_hparams, open_checked
 from opsd_lightning.checkpoints.io import check_weights_only
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
 from opsd_lightning.data.sources import ExampleSource
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.distributed.collectives import rank_and_world_size
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
@@ -125,10 +125,10 @@ class OPSDDataModule(LightningDataModule):
         limit = self.policy.context_length()
         for split in splits:
             self.rows[split] = self._prepare(split, tokenizer, limit)
-        if stage == "fit" and len(self.rows["train"].examples) < self.batch_size * replica(self.trainer)[1]:
+        if stage == "fit" and len(self.rows["train"].examples) < self.batch_size * rank_and_world_size(self.trainer)[1]:
             raise UserError(
                 f"data.train has {len(self.rows['train'].examples)} usable rows, fewer than the {self.batch_size} questions "
-                f"of one step on {replica(self.trainer)[1]} device(s): lower data.batch_size or give more data"
+                f"of one step on {rank_and_world_size(self.trainer)[1]} device(s): lower data.batch_size or give more data"
             )
 
     def reads_teacher(self, stage: str) -> bool:
@@ -289,13 +289,15 @@ class OPSDDataModule(LightningDataModule):
         dropped[reason] += 1
 
     def _loader(self, split: str) -> EvalLoader:
-        return EvalLoader(self.rows[split], self.eval_batch_size, *replica(self.trainer))
+        return EvalLoader(self.rows[split], self.eval_batch_size, *rank_and_world_size(self.trainer))
 
     def train_dataloader(self) -> TrainLoader:
         limit, same = 1.0, False
         if self.trainer is not None:
             limit, same = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), limit, not same)
+        return TrainLoader(
+            self.rows["train"], self.batch_size, self.seed, *rank_and_world_size(self.trainer), limit, not same
+        )
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         return self._loader("val") if "val" in self.rows else []

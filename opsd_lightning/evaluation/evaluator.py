@@ -8,16 +8,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from opsd_lightning.distributed.replicas import replica, replicas
+from opsd_lightning.distributed.collectives import rank_and_world_size
 from opsd_lightning.evaluation.accuracy import AccuracyAtK, pass_sizes
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.models.policy import Policy
@@ -61,12 +60,6 @@ class Evaluator(nn.Module):
         )
         self.problems = nn.ModuleDict({role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles})
         self.finished: Mapping[int, Records] = {}
-
-    def count_over(self, group: dist.ProcessGroup | None) -> None:
-        """Take metrics over these ranks, which hold different questions; over all ranks where None."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.process_group = group
 
     @property
     def roles(self) -> list[str]:
@@ -296,11 +289,11 @@ class EvaluatedModule(LightningModule):
         release(self.trainer)
 
     def over_ranks(self, values: Sequence[float], operation: str) -> list[float]:
-        """Each value reduced (``sum``, ``max``) over the ranks that hold different data. Every rank must call."""
+        """Each value reduced (``sum``, ``max``) over all ranks. Every rank must call."""
         if self.trainer.world_size == 1:
             return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64, device=self.trainer.strategy.root_device)
-        return self.trainer.strategy.reduce(tensor, replicas(self.trainer.strategy), operation).tolist()  # type: ignore[union-attr]
+        return self.trainer.strategy.reduce(tensor, reduce_op=operation).tolist()  # type: ignore[union-attr]
 
     def most_over_ranks(self, count: int) -> int:
         """The largest of the ranks' counts. Every rank must call."""
@@ -316,7 +309,7 @@ class EvaluatedModule(LightningModule):
         finished = self.evaluator.finished
         if batch_idx in finished:
             return finished[batch_idx]
-        seed = seed_for(self.seed, "evaluation", batch_idx, replica(self._trainer)[0])
+        seed = seed_for(self.seed, "evaluation", batch_idx, rank_and_world_size(self._trainer)[0])
         check = self._check_sampler if all(number in finished for number in range(batch_idx)) else None
         return self.evaluator.grade(self.rollouts, self.model, self.tokenizer, batch, seed, roles, check)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opsd_lightning import __version__
-from opsd_lightning.distributed.collectives import of_every_rank
+from opsd_lightning.distributed.collectives import all_gather_object
 from opsd_lightning.evaluation.evaluator import Evaluator, Records
 from opsd_lightning.models.fingerprint import digest, plain
 from opsd_lightning.models.policy import base_of, device_of, eos_ids
@@ -54,9 +54,9 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
         for batch in batches
     )
     return {
-        "weights": of_every_rank(digest(_contents(module.model))),
+        "weights": all_gather_object(digest(_contents(module.model))),
         "model": _architecture(module.model),
-        "questions": of_every_rank(questions),  # texts, prompts, references and how they are spread over batches and ranks
+        "questions": all_gather_object(questions),  # texts, prompts, references, and their order over batches and ranks
         "sampling": asdict(evaluator.sampling),
         "seed": module.seed,
         "engine": {"class": type(engine).__name__} | settings,
@@ -173,7 +173,7 @@ class Results:
             groups = {role: [by_question.get((role, index), []) for index in own] for role in roles}
             if all(len(group) == n for role in roles for group in groups[role]):
                 here[number] = {role: [r for group in groups[role] for r in group] for role in roles}
-        everywhere = set.intersection(*of_every_rank(set(here)))
+        everywhere = set.intersection(*all_gather_object(set(here)))
         return {number: here[number] for number in sorted(everywhere)}
 
     def mend(self, rank: int) -> None:

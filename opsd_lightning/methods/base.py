@@ -26,8 +26,8 @@ from torch import Tensor
 
 from opsd_lightning.checkpoints import file as checkpoint_file, io as checkpoint_io
 from opsd_lightning.distributed.checks import check_precision, check_strategy
+from opsd_lightning.distributed.collectives import no_backward_sync
 from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
-from opsd_lightning.distributed.replicas import replica, replicas, unsynchronized
 from opsd_lightning.evaluation.evaluator import EvaluatedModule, Evaluator
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.losses.objectives import Objective, Term, Update
@@ -40,7 +40,7 @@ from opsd_lightning.models.fingerprint import base_record
 from opsd_lightning.models.policy import Policy, base_of, eos_ids, is_adapter_key
 from opsd_lightning.models.precision import check_dtypes
 from opsd_lightning.models.scoring import score, split_rows
-from opsd_lightning.models.sharding import whole
+from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -155,7 +155,7 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def sample(self, batch: PromptBatch) -> Rollouts:
         """The completions that a step trains on: the student's own."""
-        step, rank = self.global_step, replica(self.trainer)[0]
+        step, rank = self.global_step, self.trainer.global_rank
         seed = seed_for(self.seed, "rollout", step, rank)
         rollouts = self.rollouts.generate(self.model, batch.student, self.sampling, seed)
         ahead = step + self.updates_per_batch
@@ -208,12 +208,6 @@ class PolicyModule(EvaluatedModule, ABC):
             if self._trains:
                 check_dtypes(self.policy, str(self._trainer.precision))
             self._check_trainer()
-            if replica(self._trainer)[1] < self._trainer.world_size and not self.rollouts.splits_layers:
-                raise UserError(
-                    f"trainer.strategy.tensor_parallel_size does not go with model.rollouts {type(self.rollouts).__name__}: "
-                    "use TransformersEngine"
-                )
-            self.evaluator.count_over(replicas(self._trainer.strategy))
         self.tokenizer = self.policy.load_tokenizer()
         vocabulary = self.policy.load_config().get_text_config().vocab_size
         try:
@@ -311,7 +305,7 @@ class PolicyModule(EvaluatedModule, ABC):
             if update and self.global_step >= self.trainer.max_steps >= 0:
                 break
             optimizer.zero_grad()
-            torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, replica(self.trainer)[0]))
+            torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.trainer.global_rank))
             with _timed(seconds, "scoring"):
                 # In the first update all ratios are 1; traces are no samples of the student's, and have none.
                 ratios = self._ratios(students, rollouts) if update and rollouts.sampled else None
@@ -340,12 +334,12 @@ class PolicyModule(EvaluatedModule, ABC):
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if terms == 1 and self._agree_to_rounding(measured):
             optimizer.zero_grad(set_to_none=False)
-        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
+        grad_norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
         if not math.isfinite(grad_norm):
             self._stop(f"the gradient's norm is {grad_norm} at step {self.global_step}, loss {loss}")
         with checkpoint_file.restoring(None) if self._resumed else nullcontext():  # its state is used for the first time
             optimizer.step()
-        adapter_norm = float(whole(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
+        adapter_norm = float(full_tensor(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
         if not math.isfinite(adapter_norm):  # before a teacher follows, or a checkpoint is written
             self._stop(f"the norm of the trained weights is {adapter_norm} after step {self.global_step}, loss {loss}")
         if (scheduler := self.lr_schedulers()) is not None:
@@ -491,8 +485,8 @@ class PolicyModule(EvaluatedModule, ABC):
                         store[i] = value
             total = torch.stack(parts).sum()
             # Distributed strategies average gradients over ranks; the weights already divide by all ranks' tokens.
-            with nullcontext() if number == passes - 1 else unsynchronized(self.trainer.strategy):
-                self.manual_backward(total * replica(self.trainer)[1])
+            with nullcontext() if number == passes - 1 else no_backward_sync(self.trainer.strategy):
+                self.manual_backward(total * self.trainer.world_size)
             loss += float(total.detach())
         return self.over_ranks([loss], "sum")[0], measured
 

@@ -14,7 +14,6 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.evaluation.evaluator import Evaluator
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.losses.objectives import DivergenceObjective, Objective, Term
@@ -239,7 +238,7 @@ class OPSDModule(PolicyModule):
         fits = [len(prompt) + sampling.max_new_tokens <= limit for prompt in prompts]
         # Every rank must sample: one token stands for a message that is too long.
         asked = [prompt if fit else prompt[:1] for prompt, fit in zip(prompts, fits, strict=True)]
-        seed = seed_for(self.seed, "context", self.global_step, replica(self.trainer)[0])
+        seed = seed_for(self.seed, "context", self.global_step, self.trainer.global_rank)
         with self.teacher.weights(self.model):
             written = self.rollouts.generate(self.model, asked, sampling, seed)
         self.tokens_generated += int(self.over_ranks([written.tokens], "sum")[0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from opsd_lightning.models.policy import STUDENT, LoRA, Policy, base_of
-from opsd_lightning.models.sharding import whole
+from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.models.verification import check_adapter, check_model, logits_of, probe_tokens
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.folders import Kept, check, replacing
@@ -85,7 +85,7 @@ def adapter_weights(model: PeftModel, adapter: str = STUDENT) -> dict[str, Tenso
         model: The policy. Where it is sharded, every rank must ask.
         adapter: Which of its adapters.
     """
-    own = {name: whole(value) for name, value in model.state_dict().items() if adapter in name.split(".")}
+    own = {name: full_tensor(value) for name, value in model.state_dict().items() if adapter in name.split(".")}
     # Embeddings are no part of it; peft would else ask the hub, at every call, whether their size is the base model's.
     weights = get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter, save_embedding_layers=False)
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}

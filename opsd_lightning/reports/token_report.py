@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import opsd_lightning
 from opsd_lightning.callbacks.schedule import due
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.losses.objectives import Update
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
@@ -89,7 +89,7 @@ class TokenReport(Callback):
         self._begins = False
         if stage == "fit":
             page = self._page(trainer)
-            together(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._begins = is_of_another_run(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))

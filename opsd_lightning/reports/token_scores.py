@@ -18,7 +18,7 @@ from opsd_lightning.losses.objectives import Update
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.policy import evaluating
 from opsd_lightning.models.scoring import score_all
-from opsd_lightning.models.sharding import without_backward
+from opsd_lightning.models.sharding import reshard_on_exit
 from opsd_lightning.types import TokenStates
 
 
@@ -99,7 +99,7 @@ def score_tokens(
     sizes = [len(completion) for completion in completions]
     settings = (objective.temperature, top, objective.logits_memory_mib)
     # Under sharding the head is whole from the pass to the end of the block, for both roles.
-    with torch.no_grad(), evaluating(module.model), without_backward(module.model):
+    with torch.no_grad(), evaluating(module.model), reshard_on_exit(module.model):
         prompts = [update.students[row] for row in rows]
         states = score_all(module.model, prompts, completions, module.token_budget, module.most_over_ranks)
         flat = [token for completion in completions for token in completion]

@@ -20,14 +20,11 @@ class RolloutEngine(ABC):
             rollouts may be from the trainer's own; training stops beyond. None: not checked.
         max_importance_ratio: Tokens' losses are weighted by the probability under the student over that under the
             sampler, at most this. None: not weighted. Needs rollouts with log-probabilities.
-        splits_layers: Whether ranks that split the layers among them (tensor parallelism) all get the same completions, by
-            making every pass together.
         without_effect: Settings that leave the completions as they are: where they are sampled, and what is done after.
     """
 
     logprob_tolerance: float | None = None
     max_importance_ratio: float | None = None
-    splits_layers: bool = False
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {"urls", "adapter_folder", "adapter_name", "timeout_seconds", "retries", "max_concurrency", "overlap", "api_key_env"}
         | {"logprob_tolerance", "max_importance_ratio", "gpu_memory_utilization", "max_memory_percent", "sleep"}

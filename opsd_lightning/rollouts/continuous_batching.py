@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from opsd_lightning.models.packing import cut_at_eos
 from opsd_lightning.models.policy import base_of, device_of, eos_ids, evaluating
-from opsd_lightning.models.sharding import gathered
+from opsd_lightning.models.sharding import unsharded
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter
 from opsd_lightning.rollouts.transformers_engine import _generation_config
@@ -58,7 +58,7 @@ class ContinuousBatchingEngine(RolloutEngine):
         merging = merged_adapter(model) if self.merge_adapter else nullcontext()
         with (
             evaluating(model),
-            gathered(model),
+            unsharded(model),
             merging,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         ):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from opsd_lightning.models.policy import base_of, device_of, evaluating, is_adapter_key
 from opsd_lightning.models.scoring import check_head, score, score_all
-from opsd_lightning.models.sharding import without_backward
+from opsd_lightning.models.sharding import reshard_on_exit
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -83,7 +83,7 @@ def check_policy(
         torch.random.fork_rng(devices=devices),
         torch.no_grad(),
         evaluating(model),
-        without_backward(model),
+        reshard_on_exit(model),
         _refusing(name, setting),
         _reached(model) as reached,
     ):

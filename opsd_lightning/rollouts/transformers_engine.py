@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from opsd_lightning.models.packing import cut_at_eos, pad_left
 from opsd_lightning.models.policy import base_of, device_of, eos_ids, evaluating
 from opsd_lightning.models.scoring import hidden_states, selectable_cache
-from opsd_lightning.models.sharding import gathered
+from opsd_lightning.models.sharding import unsharded
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
 from opsd_lightning.types import Rollouts, Sampling, UserError
@@ -46,8 +46,6 @@ class TransformersEngine(RolloutEngine):
         gather_weights: Under FSDP2, hold all weights on every device for the time of a rollout. Without it they are
             gathered layer by layer for every single token: slow, for models that do not fit one device.
     """
-
-    splits_layers = True
 
     def __init__(
         self,
@@ -73,7 +71,7 @@ class TransformersEngine(RolloutEngine):
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             if self.gather_weights:
-                stack.enter_context(gathered(model))
+                stack.enter_context(unsharded(model))
             if self.merge_adapter:
                 stack.enter_context(merged_adapter(model))
             stack.enter_context(packed_linears(model))

@@ -39,7 +39,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from opsd_lightning.runs.record import now
 from opsd_lightning.utils.redaction import redact_arguments
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.types import ConfigError
 
 #: How long a run waits for one that is ending, in seconds: a killed process may take a while to give its memory back.
@@ -359,7 +359,7 @@ class RunLock(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: isinstance(callback, RunUnlock))
         if stage == "fit":
-            together(lambda: self._hold(trainer))
+            run_on_all_ranks(lambda: self._hold(trainer))
 
     def _hold(self, trainer: Trainer) -> None:
         refusal, self.refusal = self.refusal, None

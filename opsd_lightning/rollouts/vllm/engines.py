@@ -22,7 +22,7 @@ from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat,
 from peft import PeftModel
 from torch import Tensor
 
-from opsd_lightning.distributed.collectives import from_rank_zero, of_every_rank, this_rank, together
+from opsd_lightning.distributed.collectives import all_gather_object, get_rank, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.models.export import adapter_weights
 from opsd_lightning.models.policy import active_adapter, base_of, device_of, eos_ids
 from opsd_lightning.models.rope import sampler_length
@@ -103,15 +103,15 @@ class VLLMServerEngine(RolloutEngine):
 
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         asked = _Asked(tuple(map(tuple, prompts)), sampling, seed)
-        if self._ahead is not None and all(of_every_rank(self._ahead.asked == asked)):
+        if self._ahead is not None and all(all_gather_object(self._ahead.asked == asked)):
             ahead, self._ahead = self._ahead, None
             try:
-                return together(ahead.result)
+                return run_on_all_ranks(ahead.result)
             except BaseException:  # interrupted
                 ahead.stop()
                 raise
         task = self._task(model, asked)
-        return together(task)
+        return run_on_all_ranks(task)
 
     def prefetch(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> None:
         if self.overlap:
@@ -163,7 +163,7 @@ class VLLMServerEngine(RolloutEngine):
             # Not a rank's own mistake to raise before: the others would wait for it.
             pool.require(unfit)
             read = partial(read_answer, expected=expected)
-            rows = pool.post_all(bodies, adapter, read, this_rank(), cancelled)
+            rows = pool.post_all(bodies, adapter, read, get_rank(), cancelled)
             return as_rollouts(rows, expected, asked.sampling.n)
 
         return send
@@ -172,7 +172,7 @@ class VLLMServerEngine(RolloutEngine):
         if self._pool is None:
             pool = ServerPool(self.urls, self.timeout_seconds, self.retries, self.max_concurrency, self.api_key_env)
             try:
-                together(pool.connect)
+                run_on_all_ranks(pool.connect)
             except BaseException:
                 pool.close()
                 raise
@@ -202,9 +202,9 @@ class VLLMServerEngine(RolloutEngine):
                     versions.sweep()
             return adapter, [server.url for server in pool.alive()]
 
-        adapter, living = from_rank_zero(push)
+        adapter, living = run_on_rank_zero(push)
         for server in pool.servers:  # every rank goes by what the first has seen
-            if this_rank():
+            if get_rank():
                 server.returned |= not server.alive
                 server.alive, server.failures = server.url in living, 0
             if adapter is not None and server.alive:
@@ -268,7 +268,7 @@ class VLLMEngine(RolloutEngine):
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         role = active_adapter(model)
         weights = None if role is None else adapter_weights(model, role)
-        return together(lambda: self._generate(model, role, weights, prompts, sampling, seed))
+        return run_on_all_ranks(lambda: self._generate(model, role, weights, prompts, sampling, seed))
 
     def _generate(
         self,
