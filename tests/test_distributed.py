@@ -442,7 +442,7 @@ def test_shards_of_another_adapter_are_refused(make_policy: Callable[..., Policy
         wider = make_policy(lora=LoRA(r=6, alpha=8, dropout=0.0))
         for path, message in (
             ("saved/two.ckpt", "does not fit this configuration"),
-            ("saved", "is a folder, but no checkpoint"),
+            ("saved", r"^ckpt_path: "),
         ):
             with pytest.raises(UserError, match=message):
                 run(wider, tmp_path, 2, fsdp2, steps=4, checkpoint=str(tmp_path / path))

@@ -59,7 +59,9 @@ def run_on_all_ranks(action: Callable[[], T]) -> T:
         result = action()
     except Exception as caught:
         error = caught
-    failures = [failure for failure in all_gather_object(None if error is None else _copy_for_ranks(error)) if failure is not None]
+    failures = [
+        failure for failure in all_gather_object(None if error is None else _copy_for_ranks(error)) if failure is not None
+    ]
     if error is not None:
         raise error
     if failures:
