@@ -18,7 +18,7 @@ from opsd_lightning.doctor.findings import Finding
 from opsd_lightning.doctor.memory import Step
 from opsd_lightning.models.policy import device_of
 from opsd_lightning.models.scoring import score, score_all
-from opsd_lightning.rollouts.self_checks import samples_here
+from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.teachers import Teacher
 from opsd_lightning.types import Sampling, TokenStates
 
@@ -141,7 +141,7 @@ def time_facts(
     rows = len(found.students)
     facts: dict[str, Any] = {"rows": rows, "engine": type(module.rollouts).__name__}
     completions: list[list[int]] = []
-    if samples_here(module.rollouts):
+    if isinstance(module.rollouts, LocalEngine):
         # The quicker of two each: the first warms up, and other processes may come in between.
         times: dict[int, tuple[float, int]] = {}
         for length in (_SHORT, _LONG, _SHORT, _LONG):

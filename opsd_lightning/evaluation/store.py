@@ -48,7 +48,7 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
     """
     evaluator: Evaluator = module.evaluator
     engine: RolloutEngine = module.rollouts
-    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.without_effect)}
+    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.neutral_settings)}
     questions = digest(
         repr((batch.student, batch.teacher, [example[:3] for example in batch.examples], list(batch.indices), batch.counted))
         for batch in batches
