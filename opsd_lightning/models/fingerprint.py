@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from opsd_lightning.models.policy import STUDENT, Policy, base_of, is_adapter_key
+from opsd_lightning.models.policy import STUDENT, ModelSettings, base_of, is_adapter_key
 from opsd_lightning.models.rope import frequencies_in_use
 
 _ROWS, _COLUMNS = 64, 256  # sampled evenly from a large tensor
@@ -137,7 +137,7 @@ def adapter_record(model: Any) -> dict[str, Any] | None:
     return found | {"target_modules": sorted(modules)}
 
 
-def base_record(policy: Policy, model: Any) -> dict[str, Any]:
+def base_record(policy: ModelSettings, model: Any) -> dict[str, Any]:
     """Return a record of the base model: class, configuration, dtype, quantization and a digest of the weights.
 
     If loading rounds the weights (4 or 8 bits, float16), the digest is computed from the checkpoint's files. It is then the
@@ -172,7 +172,7 @@ def _parameter_samples(base: Any) -> dict[str, bytes]:
     return found
 
 
-def _file_samples(policy: Policy) -> dict[str, bytes]:
+def _file_samples(policy: ModelSettings) -> dict[str, bytes]:
     """Sample the tensors in the checkpoint's safetensors files. Return an empty dictionary if it has no such files."""
 
     def find(name: str) -> str | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
@@ -52,6 +53,7 @@ TEACHER = "teacher"
 Probability = restricted_number_type("Probability", float, [(">=", 0), ("<", 1)], docstring="from 0 to below 1")
 
 
+@final
 @dataclass(frozen=True)
 class LoRA:
     """Settings of the trainable low-rank adapter (peft's ``LoraConfig``).
@@ -107,37 +109,8 @@ class LoRA:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Settings of the policy: a causal language model with a trainable LoRA adapter.
-
-    Args:
-        model: Hugging Face id, local folder, or ``.gguf`` file (dequantized when it is loaded).
-        lora: Settings of the trainable adapter. Ignored if ``adapter`` is given, which has its own settings. Null for full
-            fine-tuning: all weights train, and checkpoints contain all of them.
-        adapter: Trained LoRA adapter to start from, as a peft folder or Hugging Face id. The fixed teacher is then the model
-            with this adapter. Defaults to a new adapter.
-        dtype: Dtype of the base weights. ``auto`` uses the checkpoint's dtype. The adapter is float32.
-        quantization: Quantization of the base weights by transformers and bitsandbytes: 4-bit NF4 with ``load_in_4bit: true,
-            bnb_4bit_quant_type: nf4``, or 8-bit with ``load_in_8bit: true``. Defaults to none.
-        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ... Defaults to the choice of transformers.
-        max_length: Length limit of a row (prompt and completion) in tokens. Longer rows are dropped from the data. Defaults
-            to the model's context length, or to the original length of RoPE whose frequencies depend on the length
-            (``longrope``, ``dynamic``). With a larger value all rows use the frequencies for rows of that length.
-        gradient_checkpointing: If True, recompute activations in the backward pass, which saves memory and takes about a
-            third more time.
-        pad_token: Padding token for a tokenizer without one, for example its EOS token. Padding does not affect the loss.
-        chat_template: Jinja file with a chat template, which replaces the tokenizer's own.
-        revision: Branch, tag or commit of a Hugging Face id. Defaults to ``main``.
-        trust_remote_code: If True, run code from the model's repository. Read the code first.
-
-    Example::
-
-        >>> from opsd_lightning import LoRA, Policy
-        >>> policy = Policy("Qwen/Qwen3-0.6B", lora=LoRA(r=16, alpha=32), dtype="bfloat16", max_length=4096)
-        >>> policy.trains_all
-        False
-        >>> model = policy.build()  # doctest: +SKIP
-    """
+class ModelSettings(ABC):
+    """Abstract base class of the settings of a causal language model, which load it. `Policy` documents the fields."""
 
     model: str
     lora: LoRA | None = field(default_factory=LoRA)
@@ -167,9 +140,9 @@ class Policy:
             )
 
     @property
+    @abstractmethod
     def setting(self) -> str:
         """Prefix of the setting names in errors."""
-        return "model.policy"
 
     @property
     def trains_all(self) -> bool:
@@ -222,40 +195,9 @@ class Policy:
             return ""
         return f" ({self.setting}.max_length)"
 
+    @abstractmethod
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer, and set its chat template and padding token."""
-        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer.from_pretrained)
-        if self.chat_template is not None:
-            try:
-                tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-                raise ConfigError(
-                    f"cannot read {self.chat_template} ({reason})",
-                    "model.policy.chat_template",
-                    "Name a Jinja file in UTF-8 that this process can read",
-                ) from None
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"the tokenizer of {self.model} has no chat template",
-                "model.policy.chat_template",
-                "Name a Jinja file, or choose an instruction-tuned model",
-            )
-        if self.pad_token is not None:
-            if tokenizer.convert_tokens_to_ids(self.pad_token) in (None, tokenizer.unk_token_id):
-                raise ConfigError(
-                    f"{self.pad_token!r} is not a token of {self.model}",
-                    "model.policy.pad_token",
-                    f"Use one of its tokens, such as its EOS token {tokenizer.eos_token!r}",
-                )
-            tokenizer.pad_token = self.pad_token
-        if tokenizer.pad_token_id is None:
-            raise ConfigError(
-                f"the tokenizer of {self.model} has no padding token",
-                "model.policy.pad_token",
-                f"Set it, for example to the EOS token {tokenizer.eos_token!r}",
-            )
-        return tokenizer
+        """Load the tokenizer."""
 
     def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the ids of all tokens that end a completion, the tokenizer's EOS token first.
@@ -443,10 +385,89 @@ class Policy:
         return model
 
 
-class OtherModel(Policy):
-    """Settings of another model than the policy, such as a separate teacher. It needs no chat template."""
+@final
+@dataclass(frozen=True)
+class Policy(ModelSettings):
+    """Settings of the policy: a causal language model with a trainable LoRA adapter.
 
-    role: Any = None  # the object that the model belongs to, with a `setting` for errors
+    Args:
+        model: Hugging Face id, local folder, or ``.gguf`` file (dequantized when it is loaded).
+        lora: Settings of the trainable adapter. Ignored if ``adapter`` is given, which has its own settings. Null for full
+            fine-tuning: all weights train, and checkpoints contain all of them.
+        adapter: Trained LoRA adapter to start from, as a peft folder or Hugging Face id. The fixed teacher is then the model
+            with this adapter. Defaults to a new adapter.
+        dtype: Dtype of the base weights. ``auto`` uses the checkpoint's dtype. The adapter is float32.
+        quantization: Quantization of the base weights by transformers and bitsandbytes: 4-bit NF4 with ``load_in_4bit: true,
+            bnb_4bit_quant_type: nf4``, or 8-bit with ``load_in_8bit: true``. Defaults to none.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ... Defaults to the choice of transformers.
+        max_length: Length limit of a row (prompt and completion) in tokens. Longer rows are dropped from the data. Defaults
+            to the model's context length, or to the original length of RoPE whose frequencies depend on the length
+            (``longrope``, ``dynamic``). With a larger value all rows use the frequencies for rows of that length.
+        gradient_checkpointing: If True, recompute activations in the backward pass, which saves memory and takes about a
+            third more time.
+        pad_token: Padding token for a tokenizer without one, for example its EOS token. Padding does not affect the loss.
+        chat_template: Jinja file with a chat template, which replaces the tokenizer's own.
+        revision: Branch, tag or commit of a Hugging Face id. Defaults to ``main``.
+        trust_remote_code: If True, run code from the model's repository. Read the code first.
+
+    Example::
+
+        >>> from opsd_lightning import LoRA, Policy
+        >>> policy = Policy("Qwen/Qwen3-0.6B", lora=LoRA(r=16, alpha=32), dtype="bfloat16", max_length=4096)
+        >>> policy.trains_all
+        False
+        >>> model = policy.build()  # doctest: +SKIP
+    """
+
+    @property
+    def setting(self) -> str:
+        return "model.policy"
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer, and set its chat template and padding token."""
+        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer.from_pretrained)
+        if self.chat_template is not None:
+            try:
+                tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+                raise ConfigError(
+                    f"cannot read {self.chat_template} ({reason})",
+                    "model.policy.chat_template",
+                    "Name a Jinja file in UTF-8 that this process can read",
+                ) from None
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"the tokenizer of {self.model} has no chat template",
+                "model.policy.chat_template",
+                "Name a Jinja file, or choose an instruction-tuned model",
+            )
+        if self.pad_token is not None:
+            if tokenizer.convert_tokens_to_ids(self.pad_token) in (None, tokenizer.unk_token_id):
+                raise ConfigError(
+                    f"{self.pad_token!r} is not a token of {self.model}",
+                    "model.policy.pad_token",
+                    f"Use one of its tokens, such as its EOS token {tokenizer.eos_token!r}",
+                )
+            tokenizer.pad_token = self.pad_token
+        if tokenizer.pad_token_id is None:
+            raise ConfigError(
+                f"the tokenizer of {self.model} has no padding token",
+                "model.policy.pad_token",
+                f"Set it, for example to the EOS token {tokenizer.eos_token!r}",
+            )
+        return tokenizer
+
+
+@final
+class OtherModel(ModelSettings):
+    """Settings of another model than the policy, such as a separate teacher. It needs no chat template.
+
+    Attributes:
+        role: The object that the model belongs to. Its ``setting`` is the prefix of the setting names in errors.
+    """
+
+    role: Any = None
 
     @property
     def setting(self) -> str:

@@ -99,7 +99,7 @@ def check_policy(
         )
     if found.agreed < 0.95 * found.tokens:
         raise ConfigError(
-            f"{name}: {found.tokens - found.agreed} of {found.tokens} greedily sampled tokens are not the most likely scored",
+            f"{name}: {found.tokens - found.agreed} of {found.tokens} greedily sampled tokens are not the likeliest scored",
             f"{setting}.attn_implementation",
             "Set it to eager or sdpa, or choose another model",
         )
