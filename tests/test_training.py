@@ -23,7 +23,7 @@ from opsd_lightning.callbacks.rollouts import RolloutTable
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.distributed.checks import check_precision
-from opsd_lightning.distributed.replicas import Replicas
+from opsd_lightning.distributed.collectives import TrainerRanks
 from opsd_lightning.losses.divergences import ReverseKL
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.opsd import OPSDModule
@@ -243,7 +243,7 @@ def test_passes_that_only_keep_ranks_in_step_change_nothing(
     for more in (0, 3):
         torch.manual_seed(0)
         module, data = parts(make_policy())
-        monkeypatch.setattr(Replicas, "max", lambda self, values, more=more: [value + more for value in values])
+        monkeypatch.setattr(TrainerRanks, "max", lambda self, values, more=more: [value + more for value in values])
         recorder = Recorder()
         trainer(tmp_path / str(more), recorder, max_steps=2).fit(module, data)
         found.append((recorder.losses, adapters(module)))

@@ -500,7 +500,7 @@ def test_full_fine_tuning_samples_for_itself(make_policy: MakePolicy, tmp_path: 
 def test_full_fine_tuning_in_half_precision_is_asked_for_by_name(folders: dict[str, str], tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.bfloat16).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folders["llama"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"set model\.policy\.dtype to float32 and trainer\.precision to bf16-mixed"):
+    with pytest.raises(UserError, match=r"^model\.policy\.dtype: "):
         Policy(str(tmp_path), lora=None).build()
     assert Policy(str(tmp_path), lora=None, dtype="bfloat16").build().dtype == torch.bfloat16
     assert Policy(str(tmp_path), lora=None, dtype="float32").build().dtype == torch.float32
@@ -600,5 +600,5 @@ def test_full_fine_tuning_writes_a_model(make_policy: MakePolicy, tmp_path: Path
 
 
 def test_vllm_needs_an_adapter(make_policy: MakePolicy) -> None:
-    with pytest.raises(UserError, match=r"model\.policy\.lora is null"):
+    with pytest.raises(UserError, match=r"^model\.rollouts: "):
         VLLMEngine().generate(make_policy(lora=None).build(), PROMPTS, Sampling(), 0)

@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
 
 from opsd_lightning.checkpoints.io import read_adapters
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.export import ADAPTER, MERGED, inputs_of, merge_adapter, write_adapter
-from opsd_lightning.models.sharding import whole
+from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.runs.output_checks import output_paths
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.folders import Protected, check_replaceable, free_name, resolve_parent
@@ -53,7 +53,7 @@ class AdapterExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, PolicyModule):
-            together(lambda: self._check(trainer, pl_module) if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: self._check(trainer, pl_module) if trainer.is_global_zero else None)
 
     def _check(self, trainer: Trainer, module: PolicyModule) -> None:
         root, kept = Path(trainer.default_root_dir), self._kept(trainer, module)
@@ -79,7 +79,7 @@ class AdapterExport(Callback):
         if best and not trainer.is_global_zero:
             return  # the file may exist on the first node only
         # Gathering sharded weights needs every rank.
-        found = read_adapters(best) if best else {key: whole(value) for key, value in pl_module.state_dict().items()}
+        found = read_adapters(best) if best else {key: full_tensor(value) for key, value in pl_module.state_dict().items()}
         if not trainer.is_global_zero:
             return
         weights = {key.removeprefix("model."): value for key, value in found.items()}

@@ -12,8 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from opsd_lightning.callbacks.progress import print_metrics
-from opsd_lightning.distributed.collectives import from_rank_zero, of_every_rank, together
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.distributed.collectives import all_gather_object, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.evaluation.evaluator import Records
 from opsd_lightning.evaluation.store import Results, identity
 from opsd_lightning.methods.base import PolicyModule
@@ -60,7 +59,9 @@ class RolloutTable(Callback):
         self._unwritten, self._is_branch, self._is_new = [], True, False
         if stage == "fit":
             path = Path(trainer.default_root_dir) / self.path
-            together(lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None)
+            run_on_all_ranks(
+                lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # In this hook, since RunReport changes the record later.
@@ -188,26 +189,23 @@ class RolloutWriter(Callback):
             return results.create(self.resume)
 
         self._lock = lock
-        for line in from_rank_zero(create):
+        for line in run_on_rank_zero(create):
             rank_zero_info(line)
-        results.remove_incomplete_line(replica(trainer)[0])
+        results.remove_incomplete_line(trainer.global_rank)
         evaluator.finished = results.finished(batches, roles, evaluator.sampling.n)
         finished = f"{len(evaluator.finished)} of {len(batches)} batches are finished"
         rank_zero_info(f"Results are in {results.folder}: {finished}")
 
     def _append(self, trainer: Trainer, module: Any, records: Records, batch_idx: int) -> None:
-        rank, replicas = replica(trainer)
-        # Ranks of one tensor-parallel group have the same completions, and the first of them writes.
-        writes = trainer.global_rank % (trainer.world_size // replicas) == 0
-        if writes and self.results is not None and batch_idx not in module.evaluator.finished:
-            self.results.append(rank, records)
+        if self.results is not None and batch_idx not in module.evaluator.finished:
+            self.results.append(trainer.global_rank, records)
 
     def _end(self, trainer: Trainer, module: Any, metrics: dict[str, float] | None) -> None:
         results, self.results, module.evaluator.finished = self.results, None, {}
         if results is None:
             return
-        of_every_rank(None)  # wait until all ranks have written
-        path = from_rank_zero(lambda: results.join(metrics))
+        all_gather_object(None)  # wait until all ranks have written
+        path = run_on_rank_zero(lambda: results.join(metrics))
         self._release(trainer)
         if trainer.is_global_zero:
             say(f"Graded completions are in {path} and {results.folder}")

@@ -45,7 +45,7 @@ from opsd_lightning.checkpoints.file import check_file, local_path, wrap_restore
 from opsd_lightning.checkpoints.io import check_weights_only, recover
 from opsd_lightning.cli.parser import Parser, check_nulls, remembering
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.distributed.checks import check_name, refusal
+from opsd_lightning.distributed.checks import check_strategy_name, strategy_problem
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.trainer_checks import check_trainer
 from opsd_lightning.models.precision import precision_problem
@@ -148,9 +148,9 @@ class OPSDCLI(LightningCLI):
                 "many). A single file (save_distributed_checkpoint: false) is read by every strategy"
             )
         if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # no class's name
-            check_name(trainer.strategy)
-        if isinstance(strategy, str) and (reason := refusal(strategy)) is not None:
-            raise UserError(reason)
+            check_strategy_name(trainer.strategy)
+        if isinstance(strategy, str) and (problem := strategy_problem(strategy)) is not None:
+            raise problem
         if (problem := precision_problem(trainer.precision)) is not None:
             raise problem
         for name, (default, instead) in _NOT_THE_TRAINERS.items():

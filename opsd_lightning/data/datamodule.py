@@ -16,7 +16,7 @@ from opsd_lightning.checkpoints.io import check_weights_only
 from opsd_lightning.data.drop_reasons import DropReason, RowLimits, TeacherLimit
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
 from opsd_lightning.data.sources import ExampleSource
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.distributed.collectives import rank_and_world_size
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
@@ -140,7 +140,7 @@ class OPSDDataModule(LightningDataModule):
         limit = self.policy.context_length()
         for split in splits:
             self.rows[split] = self._prepare(split, tokenizer, limit)
-        devices = replica(self.trainer)[1]
+        devices = rank_and_world_size(self.trainer)[1]
         if stage == "fit" and (usable := len(self.rows["train"].examples)) < self.batch_size * devices:
             raise ConfigError(
                 f"one step on {devices} device(s) takes {self.batch_size * devices} questions, and data.train has only "
@@ -325,13 +325,15 @@ class OPSDDataModule(LightningDataModule):
         dropped[reason] += 1
 
     def _loader(self, split: str) -> EvalLoader:
-        return EvalLoader(self.rows[split], self.eval_batch_size, *replica(self.trainer))
+        return EvalLoader(self.rows[split], self.eval_batch_size, *rank_and_world_size(self.trainer))
 
     def train_dataloader(self) -> TrainLoader:
         limit, same = 1.0, False
         if self.trainer is not None:
             limit, same = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), limit, not same)
+        return TrainLoader(
+            self.rows["train"], self.batch_size, self.seed, *rank_and_world_size(self.trainer), limit, not same
+        )
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         return self._loader("val") if "val" in self.rows else []

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.drop_reasons import DropReason
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.doctor.findings import Finding, at_share, histogram, percent
 from opsd_lightning.losses.objectives import Objective
 from opsd_lightning.methods.trainer_checks import late_validations, trainer_problems
@@ -256,7 +255,7 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
         trainer: As configured.
         usable: Training rows.
     """
-    batches = usable // (data.batch_size * replica(trainer)[1])
+    batches = usable // (data.batch_size * trainer.world_size)
     updates = module.updates_per_batch
     evaluation = module.evaluator.sampling
     validates = data.sources["val"] is not None

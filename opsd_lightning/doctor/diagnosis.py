@@ -57,7 +57,8 @@ from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy, eos_ids
 from opsd_lightning.models.precision import check_dtypes
 from opsd_lightning.prompts.template_checks import rendering_problems
-from opsd_lightning.rollouts.self_checks import agreement, samples_here
+from opsd_lightning.rollouts.base import LocalEngine
+from opsd_lightning.rollouts.self_checks import agreement
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, SyncTeacher, Teacher, TrustRegionTeacher
 from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
@@ -243,7 +244,7 @@ class _Examination:
         if not self.samples:
             completion = at_share(self.traces, 0.99) or completion
         at_once = getattr(module.rollouts, "max_rows", None) or max(rows, data.eval_batch_size * module.evaluator.sampling.n)
-        here = samples_here(module.rollouts)
+        here = isinstance(module.rollouts, LocalEngine)
         evaluates = data.sources["val"] is not None
         return Step(
             rows,

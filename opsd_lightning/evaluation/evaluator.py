@@ -8,16 +8,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from opsd_lightning.distributed.replicas import Replicas, replica
+from opsd_lightning.distributed.collectives import TrainerRanks, rank_and_world_size
 from opsd_lightning.evaluation.accuracy import AccuracyAtK, pass_sizes
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.models.policy import Policy
@@ -62,12 +61,6 @@ class Evaluator(nn.Module):
         )
         self.problems = nn.ModuleDict({role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles})
         self.finished: Mapping[int, Records] = {}
-
-    def count_over(self, group: dist.ProcessGroup | None) -> None:
-        """Reduce metrics over the ranks of a group. Each must have different questions. None for all ranks."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.process_group = group
 
     @property
     def roles(self) -> list[str]:
@@ -307,9 +300,9 @@ class EvaluatedModule(LightningModule):
         disconnect(self.trainer)
 
     @property
-    def ranks(self) -> Replicas:
-        """Sums and maxima over the ranks that hold different data."""
-        return Replicas(self.trainer)
+    def ranks(self) -> TrainerRanks:
+        """Sums and maxima over all ranks. Every rank must call them."""
+        return TrainerRanks(self.trainer)
 
     @property
     def scorer(self) -> Scorer:
@@ -326,7 +319,7 @@ class EvaluatedModule(LightningModule):
         finished = self.evaluator.finished
         if batch_idx in finished:
             return finished[batch_idx]
-        seed = seed_for(self.seed, "evaluation", batch_idx, replica(self._trainer)[0])
+        seed = seed_for(self.seed, "evaluation", batch_idx, rank_and_world_size(self._trainer)[0])
         check = self._check_sampler if all(number in finished for number in range(batch_idx)) else None
         return self.evaluator.grade(self.rollouts, self.model, self.tokenizer, batch, seed, roles, check)
 

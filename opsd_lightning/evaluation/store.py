@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opsd_lightning import __version__
-from opsd_lightning.distributed.collectives import of_every_rank
+from opsd_lightning.distributed.collectives import all_gather_object
 from opsd_lightning.evaluation.evaluator import Evaluator, Records
 from opsd_lightning.models.fingerprint import digest, plain
 from opsd_lightning.models.policy import base_of, device_of, eos_ids
@@ -49,15 +49,15 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
     """
     evaluator: Evaluator = module.evaluator
     engine: RolloutEngine = module.rollouts
-    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.without_effect)}
+    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.neutral_settings)}
     questions = digest(
         repr((batch.student, batch.teacher, [example[:3] for example in batch.examples], list(batch.indices), batch.counted))
         for batch in batches
     )
     return {
-        "weights": of_every_rank(digest(_contents(module.model))),
+        "weights": all_gather_object(digest(_contents(module.model))),
         "model": _architecture(module.model),
-        "questions": of_every_rank(questions),  # also depends on how they are split into batches and over ranks
+        "questions": all_gather_object(questions),  # also depends on how they are split into batches and over ranks
         "sampling": asdict(evaluator.sampling),
         "seed": module.seed,
         "engine": {"class": type(engine).__name__} | settings,
@@ -185,7 +185,7 @@ class Results:
             groups = {role: [by_question.get((role, index), []) for index in own] for role in roles}
             if all(len(group) == n for role in roles for group in groups[role]):
                 here[number] = {role: [r for group in groups[role] for r in group] for role in roles}
-        everywhere = set.intersection(*of_every_rank(set(here)))
+        everywhere = set.intersection(*all_gather_object(set(here)))
         return {number: here[number] for number in sorted(everywhere)}
 
     def remove_incomplete_line(self, rank: int) -> None:

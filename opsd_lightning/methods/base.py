@@ -31,8 +31,8 @@ from torch import Tensor
 
 from opsd_lightning.checkpoints import file as checkpoint_file, io as checkpoint_io
 from opsd_lightning.distributed.checks import check_precision, check_strategy
+from opsd_lightning.distributed.collectives import no_backward_sync
 from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
-from opsd_lightning.distributed.replicas import replica, replicas, unsynchronized
 from opsd_lightning.evaluation.evaluator import EvaluatedModule, Evaluator
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.losses.objectives import Objective, Term
@@ -47,7 +47,7 @@ from opsd_lightning.models.fingerprint import base_record
 from opsd_lightning.models.policy import Policy, base_of, eos_ids, is_adapter_key
 from opsd_lightning.models.precision import check_dtypes
 from opsd_lightning.models.scoring import score
-from opsd_lightning.models.sharding import whole
+from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -194,12 +194,6 @@ class PolicyModule(EvaluatedModule, ABC):
             if self._trains:
                 check_dtypes(self.policy, str(self._trainer.precision))
             self._check_trainer()
-            if replica(self._trainer)[1] < self._trainer.world_size and not self.rollouts.splits_layers:
-                raise UserError(
-                    f"trainer.strategy.tensor_parallel_size does not go with model.rollouts {type(self.rollouts).__name__}: "
-                    "use TransformersEngine"
-                )
-            self.evaluator.count_over(replicas(self._trainer.strategy))
         self.tokenizer = self.policy.load_tokenizer()
         self.objective.check(self.policy.load_config().get_text_config().vocab_size, "model.objective")
         self.model = self.policy.build(self._trainer.strategy.root_device if self._trainer is not None else None)
@@ -271,7 +265,7 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def sample(self, batch: PromptBatch) -> Rollouts:
         """Sample the student's completions, and prefetch those of the next batch if the engine can."""
-        step, rank = self.global_step, replica(self.trainer)[0]
+        step, rank = self.global_step, self.trainer.global_rank
         self._clock.restart()
         seed = seed_for(self.seed, "rollout", step, rank)
         rollouts = self.rollouts.generate(self.model, batch.student, self.sampling, seed)
@@ -313,7 +307,7 @@ class PolicyModule(EvaluatedModule, ABC):
             if number and self.global_step >= self.trainer.max_steps >= 0:
                 return
             self._optimizer.zero_grad()
-            torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, replica(self.trainer)[0]))
+            torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.trainer.global_rank))
             ratios = None
             if number and step.rollouts.sampled:
                 found = log_ratios(
@@ -404,8 +398,8 @@ class PolicyModule(EvaluatedModule, ABC):
                             store[i] = value
             total = torch.stack(losses).sum()
             # Distributed strategies average gradients over ranks, and the weights already divide by all ranks' tokens.
-            with nullcontext() if number == len(plan) - 1 else unsynchronized(self.trainer.strategy):
-                self.manual_backward(total * replica(self.trainer)[1])
+            with nullcontext() if number == len(plan) - 1 else no_backward_sync(self.trainer.strategy):
+                self.manual_backward(total * self.trainer.world_size)
             loss += float(total.detach())
         return self.ranks.sum([loss])[0], measured
 
@@ -414,14 +408,14 @@ class PolicyModule(EvaluatedModule, ABC):
         if len(terms) == 1 and self._agree_to_rounding(measured):
             self._optimizer.zero_grad(set_to_none=False)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
+        return float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
 
     def _step_optimizer(self, loss: float) -> None:
         # A restored optimizer state is used for the first time: an error is the checkpoint's.
         with checkpoint_file.wrap_restore_errors(None) if self._resumed else nullcontext():
             self._optimizer.step()
         parameters = [p.detach() for p in self.model.parameters() if p.requires_grad]
-        adapter_norm = float(whole(torch.nn.utils.get_total_norm(parameters)))
+        adapter_norm = float(full_tensor(torch.nn.utils.get_total_norm(parameters)))
         if not math.isfinite(adapter_norm):  # before a teacher follows, or a checkpoint is written
             self._stop(f"the norm of the trained weights is {adapter_norm} after step {self.global_step}, loss {loss}")
         if (scheduler := self.lr_schedulers()) is not None:

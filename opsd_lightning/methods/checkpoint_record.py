@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler, MultiplicativeLR, SequentialLR
 
 from opsd_lightning.checkpoints.file import mismatched_weights
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.models.fingerprint import adapter_record, base_record, described, digest, plain
 from opsd_lightning.teachers import FixedTeacher, ModelTeacher
 from opsd_lightning.types import ConfigError, PromptBatch
@@ -110,7 +109,7 @@ def record_of(module: Any) -> dict[str, Any]:
             "digest": module.rows_digest[1][0],
             "tokens_digest": module.rows_digest[1][1],
             "batch_size": int(data.batch_size),
-            "devices": replica(trainer)[1],
+            "devices": trainer.world_size,
             "seed": int(data.seed),
         }
     if module.configured is not None:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.evaluation.evaluator import Evaluator
 from opsd_lightning.grading.math_grader import PROBLEMS
 from opsd_lightning.losses.objectives import DivergenceObjective, Objective, Term
@@ -230,7 +229,7 @@ class DistillationModule(PolicyModule):
         fits = [len(prompt) + sampling.max_new_tokens <= limit for prompt in prompts]
         # Every rank must sample: one token replaces a message that is too long.
         asked = [prompt if fit else prompt[:1] for prompt, fit in zip(prompts, fits, strict=True)]
-        seed = seed_for(self.seed, "context", self.global_step, replica(self.trainer)[0])
+        seed = seed_for(self.seed, "context", self.global_step, self.trainer.global_rank)
         with self.teacher.weights(self.model):
             written = self.rollouts.generate(self.model, asked, sampling, seed)
         self.tokens_generated += int(self.ranks.sum([written.tokens])[0])

@@ -62,7 +62,7 @@ def score(
 
 
 class Ranks(Protocol):
-    """Collectives over the ranks that hold different data. See `distributed.replicas.Replicas`."""
+    """Sums and maxima over ranks. See `distributed.collectives.TrainerRanks`."""
 
     def sum(self, values: Sequence[float]) -> list[float]: ...
 

@@ -20,7 +20,7 @@ from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.statistics import mean_and_interval, wilson, wilson_interval
-from opsd_lightning.utils.terminal import say
+from opsd_lightning.utils.terminal import SafeArgumentParser, say
 
 
 def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.html") -> Path:

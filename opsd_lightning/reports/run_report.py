@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opsd_lightning.callbacks.collapse_guard import CollapseGuard
 from opsd_lightning.callbacks.schedule import newly_logged
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.evaluation.evaluator import Records
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.prompts.online_contexts import read_attempts
@@ -110,7 +110,7 @@ class RunReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded = None
         if stage == "fit":
-            together(lambda: self._check(trainer) if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: self._check(trainer) if trainer.is_global_zero else None)
 
     def _check(self, trainer: Trainer) -> None:
         root = Path(trainer.default_root_dir)

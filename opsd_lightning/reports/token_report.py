@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import opsd_lightning
 from opsd_lightning.callbacks.schedule import is_due
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.reports.html import render_template
@@ -98,7 +98,7 @@ class TokenReport(StepCallback):
         self._begins = False
         if stage == "fit":
             page = self._page(trainer)
-            together(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._is_new = belongs_to_another_run(Path(trainer.default_root_dir) / RECORD_FOLDER, checkpoint.get(CHECKPOINT_ID))

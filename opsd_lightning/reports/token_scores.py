@@ -17,7 +17,7 @@ from torch import Tensor
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepRecord
 from opsd_lightning.models.policy import evaluating
-from opsd_lightning.models.sharding import without_backward
+from opsd_lightning.models.sharding import reshard_on_exit
 from opsd_lightning.types import TokenStates
 
 
@@ -98,7 +98,7 @@ def score_tokens(
     sizes = [len(completion) for completion in completions]
     settings = (objective.temperature, top, objective.logits_memory_mib)
     # With a sharded model, the head stays gathered from the pass to the end of the block, for both roles.
-    with torch.no_grad(), evaluating(module.model), without_backward(module.model):
+    with torch.no_grad(), evaluating(module.model), reshard_on_exit(module.model):
         prompts = [record.student_prompts[row] for row in rows]
         states = module.scorer.score(prompts, completions)
         flat = [token for completion in completions for token in completion]

@@ -38,7 +38,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.runs.record import timestamp
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.files import is_remote
@@ -357,7 +357,7 @@ class RunLock(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: isinstance(callback, RunUnlock))
         if stage == "fit":
-            together(lambda: self._hold(trainer))
+            run_on_all_ranks(lambda: self._hold(trainer))
 
     def _hold(self, trainer: Trainer) -> None:
         refusal, self.refusal = self.refusal, None

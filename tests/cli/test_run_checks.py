@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from opsd_lightning.cli.command import main
-from opsd_lightning.distributed.checks import check_name
+from opsd_lightning.distributed.checks import check_strategy_name
 from opsd_lightning.runs.output_checks import check_checkpoint_alias, check_folders, open_loggers
 from opsd_lightning.types import ConfigError
 
@@ -74,7 +74,7 @@ def test_evaluation_of_the_last_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["fsdp3", "ddpp", "model_parallel"])
 def test_strategy_that_does_not_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_name(name)
+        check_strategy_name(name)
     assert caught.value.setting == "trainer.strategy" and "FSDP1" not in str(caught.value)
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--model.policy.model=x", f"--trainer.strategy={name}"])

@@ -17,7 +17,7 @@ from conftest import EOS
 from opsd_lightning.callbacks.collapse_guard import CollapseGuard
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import WordProblems
-from opsd_lightning.distributed.replicas import Replicas
+from opsd_lightning.distributed.collectives import TrainerRanks
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.grpo import GRPOModule, Reward
@@ -203,8 +203,8 @@ def test_one_rank_that_learns_keeps_all_from_being_idle(
     """Counts are summed over ranks before anything is decided, so that all decide alike."""
     module = opsd(policy, rollouts=Writes(EMPTY))
     # A second rank, which always has a little of everything.
-    monkeypatch.setattr(Replicas, "sum", lambda self, values: [value + 1 for value in values])
-    monkeypatch.setattr(Replicas, "max", lambda self, values: [max(value, 1.0) for value in values])
+    monkeypatch.setattr(TrainerRanks, "sum", lambda self, values: [value + 1 for value in values])
+    monkeypatch.setattr(TrainerRanks, "max", lambda self, values: [max(value, 1.0) for value in values])
     fit(module, tmp_path, steps=3)
     assert module.idle.verdict is None
 

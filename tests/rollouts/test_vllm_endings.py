@@ -24,7 +24,7 @@ from vllm_protocol import ProtocolServer, hang
 from conftest import PROMPTS, perturb
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.rollouts.vllm import client as vllm_servers
-from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, said
+from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, sanitize
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import ConfigError, Sampling
 
@@ -103,7 +103,7 @@ def test_a_signal_leaves_no_adapter(
     tmp_path: Path,
 ) -> None:
     """SIGTERM between steps; SIGINT in the middle of a rollout that hangs."""
-    monkeypatch.setattr(vllm_servers, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(vllm_servers, "STOP_TIMEOUT_SECONDS", 1.0)
     policy = make_policy()
 
     def fit() -> None:
@@ -348,7 +348,7 @@ def test_addresses() -> None:
 
 def test_words_of_a_server() -> None:
     for text in ("\x1b[2J\x1b]0;title\x07", "a\r\nb", "\u202eabc", "\ud800", "x" * 10**6, {"a": "\x00"}, None, 5):
-        found = said(text)
+        found = sanitize(text)
         assert found.isprintable() and len(found) <= 300
 
 
