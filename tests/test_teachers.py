@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_divergences import subclasses
 
-from conftest import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
+from helpers.classes import subclasses
+from helpers.models import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.models.export import write_adapter
 from opsd_lightning.models.policy import STUDENT, TEACHER, LoRA, Policy

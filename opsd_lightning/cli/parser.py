@@ -6,6 +6,7 @@ parser: ``null`` becomes the text ``None``, ``007`` becomes ``7``, and ``123e456
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.terminal import safe_text
 from opsd_lightning.utils.yaml_limits import check_yaml
+
+# jsonargparse writes hundreds of debug records for each command to a logger without handlers. Creating them takes time.
+logging.getLogger("jsonargparse_null_logger").setLevel(logging.CRITICAL)
 
 # Options and their values, as the command line has them.
 _typed: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("typed", default=())

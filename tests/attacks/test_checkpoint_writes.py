@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from test_distributed import fsdp2, on_ranks, parts
 
-from conftest import Attack
+from helpers.attack import Attack
+from helpers.distributed import fsdp2, parts
+from helpers.processes import on_ranks
 from opsd_lightning.checkpoints.io import AtomicCheckpointIO, is_checkpoint, link_checkpoint, read_adapters, recover
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.types import ConfigError
@@ -214,7 +215,7 @@ def test_a_full_disk_ends_both_ranks(make_policy: Callable[..., Policy], tmp_pat
     policy = make_policy()
 
     def work(rank: int) -> str:
-        from test_distributed import ddp
+        from helpers.distributed import ddp
 
         module, data = parts(policy, 2)
         keep = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=1, save_top_k=-1)

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import CHAT_TEMPLATE, Attack, make_tokenizer
+from helpers.attack import Attack
+from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from opsd_lightning.cli.command import main
 from opsd_lightning.cli.parser import load_yaml
 from opsd_lightning.grading.math_grader import MathGrader

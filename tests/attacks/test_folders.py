@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Attack
+from helpers.attack import Attack
 from opsd_lightning.runs.reader import read_complete_lines
 from opsd_lightning.runs.record import Record
 from opsd_lightning.utils.csv_tables import append_rows, prepare_table, unescape_formula

@@ -22,7 +22,9 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from conftest import Attack, make_model, make_tokenizer
+from helpers.attack import Attack
+from helpers.models import make_model, make_tokenizer
+from helpers.paths import ROOT
 from opsd_lightning.checkpoints.io import AtomicCheckpointIO, read_adapters
 from opsd_lightning.checkpoints.shards import write_meta, write_shards
 from opsd_lightning.data.datamodule import OPSDDataModule
@@ -641,7 +643,7 @@ def test_hostile_models_and_adapters(
 
 def test_every_load_in_the_repository_is_safe() -> None:
     """Nothing that runs code which a file holds, in the package, benchmarks and notebooks."""
-    root = Path(__file__).parents[2]
+    root = ROOT
     sources = {str(path): path.read_text(encoding="utf-8") for part in ("opsd_lightning", "benchmarks")
                for path in (root / part).rglob("*.py")}  # fmt: skip
     sources |= {str(path): path.read_text(encoding="utf-8") for path in (root / "notebooks").glob("*.py")}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from conftest import Attack
+from helpers.attack import Attack
 from opsd_lightning import quickstart
 from opsd_lightning.callbacks.progress import ProgressLines, print_metrics
 from opsd_lightning.doctor import command as doctor

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from conftest import EOS, make_tokenizer, perturb
+from helpers.models import EOS, make_tokenizer, perturb
 from opsd_lightning.models.policy import LoRA, Policy, base_of
 from opsd_lightning.models.rope import constant_length, sampler_length
 from opsd_lightning.models.scoring import Scorer, score
