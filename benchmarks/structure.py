@@ -4,8 +4,8 @@
     python benchmarks/structure.py --tree ../before    another checkout, such as `git worktree add ../before COMMIT` makes
 
 A unit is a subpackage or a module at the top of the package. The last row is of one ``training_step`` of OPSD on a random
-two-layer model: the pairs of files of which one calls the other, and the calls between the file of the method and the file of
-its base class, in each direction.
+two-layer model: the pairs of files of which one calls the other, and the calls between the files of the method and of its
+base class, in each direction.
 """
 
 from __future__ import annotations

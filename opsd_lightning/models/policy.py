@@ -292,7 +292,9 @@ class ModelSettings(ABC):
                 "Set it to float32, or remove modules_to_save from model.policy.lora.options",
             )
         if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed the method.
+            name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+            getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
         # `from_pretrained` returns the model in evaluation mode, in which gradient checkpointing has no effect.
         model.train()
         return model
