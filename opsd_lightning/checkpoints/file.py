@@ -24,6 +24,8 @@ from opsd_lightning.models.policy import STUDENT, TEACHER, Policy
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.files import SCHEME, is_remote
 
+# The two settings that add a second adapter to a checkpoint.
+SECOND_ADAPTER = "model.teacher or model.policy.adapter"
 _ENTRIES = ("pytorch-lightning_version", "state_dict")
 _FIX = "Give a checkpoint that ModelCheckpoint wrote"
 #: Entries of a checkpoint that Lightning and this package read, and their types if they are present.
@@ -390,7 +392,7 @@ def mismatched_weights(theirs: Mapping[str, Any], ours: Mapping[str, Any], polic
 def _setting_of(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], policy: Policy) -> str:
     parts = key.split(".")
     if TEACHER in parts and _has_adapter(TEACHER, theirs) != _has_adapter(TEACHER, ours):
-        return "model.teacher or model.policy.adapter"  # both add a second adapter
+        return SECOND_ADAPTER
     if _has_adapter(STUDENT, theirs) != _has_adapter(STUDENT, ours):
         return "model.policy.lora"
     if policy.adapter is not None:
