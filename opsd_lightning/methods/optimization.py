@@ -17,16 +17,17 @@ MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 
 
 def make_optimizer(make: MakeOptimizer, parameters: list[nn.Parameter]) -> Optimizer:
-    """Make the optimizer of the trainable parameters, and check that it works with dense gradients and a plain ``step()``.
+    """Make the optimizer of the trainable parameters, and check that it can be used in training.
 
-    On the CPU the check makes one step of a second optimizer on a small parameter.
+    If the parameters are on the CPU, a second optimizer makes a trial step on a small parameter.
 
     Args:
         make: Function that makes an optimizer of parameters.
         parameters: The trainable parameters.
 
     Raises:
-        ConfigError: The settings of the optimizer are out of range, or it needs a closure or sparse gradients.
+        ConfigError: The settings of the optimizer are out of range, or the trial step fails, for example because the
+            optimizer needs a closure or sparse gradients.
     """
     try:
         optimizer = make(parameters)
@@ -42,7 +43,7 @@ def make_optimizer(make: MakeOptimizer, parameters: list[nn.Parameter]) -> Optim
             make([probe]).step()
         except (TypeError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"{name} needs a closure or sparse gradients, and training has neither ({error})",
+                f"{name} fails in a step with dense gradients and without a closure ({error})",
                 "model.optimizer",
                 "Choose another optimizer, such as torch.optim.AdamW",
             ) from error
