@@ -397,8 +397,8 @@ def _teacher_differences(
         if first.get("class") != second.get("class"):
             continue
         if first_base is None or second_base is None:
-            models = (base and base["model"] for base in (first_base, second_base))
-            yield from _value_differences(f"{setting}.model", *models, upgraded)
+            first_model, second_model = (base and base["model"] for base in (first_base, second_base))
+            yield from _value_differences(f"{setting}.model", first_model, second_model, upgraded)
         else:
             yield from _base_differences(setting, first_base, second_base, True, upgraded)
 
@@ -463,7 +463,7 @@ def _optimizer_differences(saved: Any, current: Any) -> OptimizerDifferences:
                         found.optimizer.append(Difference(f"model.optimizer.{name}{group}", first[name], second[name]))
                     else:
                         found.values.append(Difference(f"{name}{group}", first[name], second[name]))
-    none = {"class": None, "settings": {}}
+    none: dict[str, Any] = {"class": None, "settings": {}}
     first, second = (none if record["scheduler"] is None else record["scheduler"] for record in (saved, current))
     if first["class"] != second["class"]:
         found.schedule.append(Difference("model.lr_scheduler", first["class"], second["class"]))
