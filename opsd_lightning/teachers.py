@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -21,7 +20,15 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from opsd_lightning.models.fingerprint import base_record
 from opsd_lightning.models.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
 from opsd_lightning.models.scoring import has_adapted_head, head_of, moving_weights, score_all
-from opsd_lightning.types import ConfigError, TokenStates, UserError
+from opsd_lightning.types import (
+    ClosedUnitInterval,
+    ConfigError,
+    OpenUnitInterval,
+    PositiveInt,
+    TokenStates,
+    UserError,
+    checked,
+)
 
 
 class Teacher(ABC):
@@ -120,6 +127,7 @@ class LiveTeacher(Teacher):
         yield
 
 
+@checked
 class EMATeacher(Teacher):
     """An exponential moving average of the student's adapter: teacher <- decay teacher + (1 - decay) student.
 
@@ -131,8 +139,8 @@ class EMATeacher(Teacher):
     """
 
     def __init__(self, decay: ClosedUnitInterval = 0.999, update_every_steps: PositiveInt = 1) -> None:
-        self.decay = ClosedUnitInterval(decay)
-        self.update_every_steps = PositiveInt(update_every_steps)
+        self.decay = decay
+        self.update_every_steps = update_every_steps
 
     def attach(self, model: PeftModel) -> None:
         _require_adapter(model, self.setting)
@@ -148,6 +156,7 @@ class EMATeacher(Teacher):
                 teacher.lerp_(student.to(teacher.dtype), 1 - self.decay)
 
 
+@checked
 class SyncTeacher(EMATeacher):
     """A hard copy of the student, taken anew every some steps.
 
@@ -159,6 +168,7 @@ class SyncTeacher(EMATeacher):
         super().__init__(0.0, every_n_steps)
 
 
+@checked
 class TrustRegionTeacher(FixedTeacher):
     """Between the initial policy and the student: its logits are (1 - weight) fixed + weight live ones.
 
@@ -172,7 +182,7 @@ class TrustRegionTeacher(FixedTeacher):
     writes = False
 
     def __init__(self, weight: OpenUnitInterval = 0.1) -> None:
-        self.weight = OpenUnitInterval(weight)
+        self.weight = weight
 
     def score(
         self,
@@ -196,6 +206,7 @@ class TrustRegionTeacher(FixedTeacher):
         return TokenStates(torch.cat([fixed.hidden, live.hidden], dim=-1), head)
 
 
+@checked
 class ModelTeacher(Teacher):
     """Another model, in memory beside the policy: on-policy distillation from a separate teacher.
 

@@ -10,15 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from opsd_lightning.callbacks.schedule import newly_logged
-from opsd_lightning.types import UserError
+from opsd_lightning.types import NonNegativeFloat, PositiveFloat, PositiveInt, UserError, checked
 
 
+@checked
 class CollapseRule(ABC):
     """What must hold of one logged metric.
 
@@ -28,7 +28,7 @@ class CollapseRule(ABC):
     """
 
     def __init__(self, metric: str, window: PositiveInt | None = None) -> None:
-        self.metric, self.window = metric, None if window is None else PositiveInt(window)
+        self.metric, self.window = metric, window
 
     @abstractmethod
     def broken(self, start: float, now: float) -> str | None:
@@ -40,6 +40,7 @@ class CollapseRule(ABC):
         """
 
 
+@checked
 class Drift(CollapseRule):
     """The metric stays within a range around its start.
 
@@ -58,7 +59,7 @@ class Drift(CollapseRule):
         window: PositiveInt | None = None,
     ) -> None:
         super().__init__(metric, window)
-        self.lowest, self.highest = NonNegativeFloat(lowest), None if highest is None else PositiveFloat(highest)
+        self.lowest, self.highest = lowest, highest
         if highest is None and not lowest:
             raise UserError(f"Drift of {metric} has no bound: set lowest, highest or both")
         if highest is not None and lowest >= highest:
@@ -74,6 +75,7 @@ class Drift(CollapseRule):
         return None
 
 
+@checked
 class Ceiling(CollapseRule):
     """The metric stays below a limit.
 
@@ -93,6 +95,7 @@ class Ceiling(CollapseRule):
         return f"it should stay below {self.limit:g}" if asked and now > self.limit else None
 
 
+@checked
 class CollapseGuard(Callback):
     """Warns, or stops training, when a rule on a logged metric is broken, and says by what numbers.
 
@@ -122,7 +125,7 @@ class CollapseGuard(Callback):
     ) -> None:
         if action not in ("warn", "stop"):
             raise UserError(f"CollapseGuard.action is {action}: choose warn or stop")
-        self.action, self.window = action, PositiveInt(window)
+        self.action, self.window = action, window
         self._own = rules is not None
         self.rules: Sequence[CollapseRule] = rules or [
             Drift("train/completion_tokens", 0.5, 2.0),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -25,10 +24,11 @@ from opsd_lightning.callbacks.health_metrics import (
 from opsd_lightning.callbacks.schedule import due
 from opsd_lightning.losses.objectives import Update
 from opsd_lightning.methods.base import PolicyModule
-from opsd_lightning.types import UserError
+from opsd_lightning.types import PositiveInt, UserError, checked
 from opsd_lightning.utils.token_text import Pieces
 
 
+@checked
 class Health(Callback):
     """Logs, under ``health/``, what goes wrong in self-distillation before accuracy tells (docs/seeing.md has every name).
 
@@ -60,8 +60,8 @@ class Health(Callback):
         grade: bool = True,
         window: PositiveInt = 3,
     ) -> None:
-        self.every_n_steps, self.window = PositiveInt(every_n_steps), PositiveInt(window)
-        self.overlap_n = PositiveInt(overlap_n)
+        self.every_n_steps, self.window = every_n_steps, window
+        self.overlap_n = overlap_n
         self.hedges = HEDGES if hedges is None else tuple(hedges)
         self.leaks = LEAKS if leaks is None else tuple(leaks)
         self.grade = grade

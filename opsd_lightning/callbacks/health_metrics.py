@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torchmetrics import Metric
 
-from opsd_lightning.types import UserError
+from opsd_lightning.types import PositiveInt, UserError, checked
 from opsd_lightning.utils.token_text import Piece
 
 #: Words that reconsider. Self-distillation suppresses them, at up to 40 % of the accuracy out of domain (arXiv 2603.24472).
@@ -217,6 +216,7 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
+@checked
 class TraceOverlap(Share):
     """The share of the completions' n-grams that stand in the trace, those of the question left out on both sides.
 
@@ -228,7 +228,7 @@ class TraceOverlap(Share):
 
     def __init__(self, n: PositiveInt = 4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.n = PositiveInt(n)
+        self.n = n
 
     def update(self, texts: Sequence[str], traces: Sequence[str], questions: Sequence[str]) -> None:
         """Add completions with the trace and the question of each."""
@@ -240,6 +240,7 @@ class TraceOverlap(Share):
             self.bottom += len(own)
 
 
+@checked
 class Distinct(Share):
     """Diversity: the mean over questions of (different n-grams / n-grams) of all its completions together.
 
@@ -252,7 +253,7 @@ class Distinct(Share):
 
     def __init__(self, n: PositiveInt = 3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.n = PositiveInt(n)
+        self.n = n
 
     def update(self, texts: Sequence[str]) -> None:
         """Add one question's completions; without any n-gram nothing."""

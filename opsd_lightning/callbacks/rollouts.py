@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -20,13 +19,14 @@ from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.runs import lock as run_lock
 from opsd_lightning.runs.reader import RECORD
 from opsd_lightning.runs.record import CHECKPOINT_ID, is_newest, is_of_another_run
-from opsd_lightning.types import PromptBatch, UserError
+from opsd_lightning.types import PositiveInt, PromptBatch, UserError, checked
 from opsd_lightning.utils.csv_tables import append_rows, begin, check_table
 from opsd_lightning.utils.disk_errors import survived
 from opsd_lightning.utils.loggers import log_table
 from opsd_lightning.utils.terminal import say
 
 
+@checked
 class RolloutTable(Callback):
     """Writes some of a step's rollouts to ``rollouts.csv`` and to whatever loggers there are.
 
@@ -48,7 +48,7 @@ class RolloutTable(Callback):
     COLUMNS = ("step", "question", "completion", "tokens", "truncated", "forward_kl", "first_token_forward_kl")
 
     def __init__(self, every_n_steps: PositiveInt = 10, rows: PositiveInt = 4, path: str = "rollouts.csv") -> None:
-        self.every_n_steps, self.rows, self.path = PositiveInt(every_n_steps), PositiveInt(rows), path
+        self.every_n_steps, self.rows, self.path = every_n_steps, rows, path
         self._passed = 0  # multiples of every_n_steps so far
         self._waiting: list[list[Any]] = []  # rows that could not be written yet
         self._branches = True  # whether the run goes on from another checkpoint than the newest

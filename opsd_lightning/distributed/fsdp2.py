@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from peft import PeftModel
 from torch import Tensor, nn
@@ -36,9 +35,10 @@ from opsd_lightning.checkpoints.shards import META, is_shards, read_shards, writ
 from opsd_lightning.distributed.tensor_parallel import plan_of, split
 from opsd_lightning.models.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.models.sharding import _sharded_modules, whole
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.types import ConfigError, PositiveInt, UserError, checked
 
 
+@checked
 class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallelism (torch's FSDP2): every decoder layer's weights, gradients and optimizer state are
     spread over all devices, and gathered a layer at a time when they are needed.
@@ -67,14 +67,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend = "cuda:nccl,cpu:gloo"  # the norm of gradients that lie on the host is summed there
         super().__init__(
             "auto",
-            PositiveInt(tensor_parallel_size),
+            tensor_parallel_size,
             save_distributed_checkpoint,
             process_group_backend,
-            timedelta(seconds=PositiveInt(timeout_seconds)),
+            timedelta(seconds=timeout_seconds),
         )
         if cpu_offload and tensor_parallel_size > 1:
             raise UserError("trainer.strategy.tensor_parallel_size does not go with cpu_offload: leave out one of them")
-        self.tensor_parallel_size = PositiveInt(tensor_parallel_size)
+        self.tensor_parallel_size = tensor_parallel_size
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import regex
-from jsonargparse.typing import PositiveFloat
 
 from opsd_lightning.grading import answer_forms, math_pool
 from opsd_lightning.grading.final_answer import behind_thinking, final_answer, last_boxed
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, PositiveFloat, checked
 
 AUTO = "auto"
 """The ``answer_pattern`` that stands for the package's own reader."""
@@ -46,6 +45,7 @@ class Grade(NamedTuple):
     problem: Problem = ""
 
 
+@checked
 @dataclass(frozen=True)
 class MathGrader:
     r"""Grades the final answer of a completion against the reference.

@@ -18,8 +18,9 @@ import warnings
 from abc import ABC, abstractmethod
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval
 from torch import Tensor
+
+from opsd_lightning.types import ClosedUnitInterval, checked
 
 
 class Divergence(ABC):
@@ -49,6 +50,7 @@ class ReverseKL(Divergence):
         return student_logprobs.exp() * (student_logprobs - teacher_logprobs)
 
 
+@checked
 class GeneralizedJSD(Divergence):
     """Generalized Jensen-Shannon divergence between teacher and student, the paper's first recipe at beta 0.5.
 
@@ -58,7 +60,7 @@ class GeneralizedJSD(Divergence):
     """
 
     def __init__(self, beta: ClosedUnitInterval = 0.5) -> None:
-        self.beta = ClosedUnitInterval(beta)
+        self.beta = beta
         if 0 < beta < 0.02 or 0.98 < beta < 1:
             warnings.warn(
                 f"GeneralizedJSD(beta={beta}) is almost zero everywhere, unlike the forward or reverse KL that beta = 0 "

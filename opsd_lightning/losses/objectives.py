@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from opsd_lightning.losses.clips import Clip, NoClip
 from opsd_lightning.losses.divergences import Divergence, ForwardKL
 from opsd_lightning.losses.position_weights import PositionWeight
 from opsd_lightning.losses.supports import FullVocabulary, Support
-from opsd_lightning.types import PromptBatch, Rollouts, TokenStates
+from opsd_lightning.types import NonNegativeInt, PositiveFloat, PositiveInt, PromptBatch, Rollouts, TokenStates, checked
 
 # Numbers of one tensor of a block on a CPU: a few of them fit the last-level cache (4 MiB each in float32).
 _CACHED_NUMBERS = 2**20
@@ -31,6 +30,7 @@ _CACHED_NUMBERS = 2**20
 _LOWEST = -1e30
 
 
+@checked
 class Objective(ABC):
     """What the student is trained to minimise on its own completions.
 
@@ -64,11 +64,11 @@ class Objective(ABC):
     ) -> None:
         if reduction not in ("token_mean", "sequence_mean"):
             raise ValueError(f"objective.reduction is {reduction!r}: choose token_mean or sequence_mean")
-        self.temperature = PositiveFloat(temperature)
+        self.temperature = temperature
         self.reduction = reduction
-        self.skip_first_tokens = NonNegativeInt(skip_first_tokens)
+        self.skip_first_tokens = skip_first_tokens
         self.include_truncated = include_truncated
-        self.logits_memory_mib = PositiveInt(logits_memory_mib)
+        self.logits_memory_mib = logits_memory_mib
         self.position_weight = position_weight
 
     def check(self, vocabulary: int) -> None:
@@ -194,6 +194,7 @@ class Objective(ABC):
         return log_softmax(full if self.temperature == 1 else full / self.temperature)
 
 
+@checked
 class DivergenceObjective(Objective):
     """A divergence between both roles' distributions at every completion token, over a support, clipped.
 

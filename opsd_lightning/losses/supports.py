@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from jsonargparse.typing import PositiveInt
 from torch import Tensor
+
+from opsd_lightning.types import PositiveInt, checked
 
 
 class Support(ABC):
@@ -31,9 +32,10 @@ class FullVocabulary(Support):
         return student_logprobs, teacher_logprobs
 
 
+@checked
 class _TopK(Support):
     def __init__(self, k: PositiveInt) -> None:
-        self.k = PositiveInt(k)
+        self.k = k
 
     def check(self, vocabulary: int) -> None:
         if self.k >= vocabulary:

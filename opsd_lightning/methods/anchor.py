@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from jsonargparse.typing import PositiveFloat
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -13,9 +12,10 @@ from opsd_lightning.losses.divergences import ReverseKL
 from opsd_lightning.losses.objectives import DivergenceObjective, Objective
 from opsd_lightning.models.policy import TEACHER, base_of
 from opsd_lightning.teachers import FixedTeacher, LiveTeacher, Teacher, is_identity, without_adapter
-from opsd_lightning.types import Rollouts, TokenStates, UserError
+from opsd_lightning.types import PositiveFloat, Rollouts, TokenStates, UserError, checked
 
 
+@checked
 class Anchor:
     """A second term of the loss, which holds the student near a reference that reads the student's own prompt.
 
@@ -29,7 +29,7 @@ class Anchor:
     def __init__(
         self, weight: PositiveFloat = 0.01, objective: Objective | None = None, teacher: Teacher | None = None
     ) -> None:
-        self.weight = PositiveFloat(weight)
+        self.weight = weight
         self.objective = objective or DivergenceObjective(ReverseKL())
         self.teacher = teacher or FixedTeacher()
         self.teacher.setting = "model.anchor.teacher"

@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -48,7 +47,17 @@ from opsd_lightning.runs import early_signals, lock as run_lock, requeue
 from opsd_lightning.runs.resuming import do_what_is_due, say_what_is_due
 from opsd_lightning.runs.saved_config import check_hidden
 from opsd_lightning.runs.signals import stop_if_asked
-from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, TokenStates, UserError
+from opsd_lightning.types import (
+    DataRequirements,
+    PositiveFloat,
+    PositiveInt,
+    PromptBatch,
+    Rollouts,
+    Sampling,
+    TokenStates,
+    UserError,
+    checked,
+)
 from opsd_lightning.utils import disk_errors
 from opsd_lightning.utils.redaction import redact
 
@@ -61,6 +70,7 @@ _HALF_ROUNDING = 1e-3
 _INFINITE = 1e20
 
 
+@checked
 class PolicyModule(EvaluatedModule, ABC):
     """A method of training the policy on completions.
 
@@ -128,8 +138,8 @@ class PolicyModule(EvaluatedModule, ABC):
         self.sampling = sampling
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.max_grad_norm = max_grad_norm
-        self.token_budget = PositiveInt(token_budget)
-        self.updates_per_batch = PositiveInt(updates_per_batch)
+        self.token_budget = token_budget
+        self.updates_per_batch = updates_per_batch
         self.seed = seed
         self.allow_checkpoint_changes = allow_checkpoint_changes
         self._resumed = False  # a checkpoint was loaded, and no step made since

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
 from opsd_lightning.grading.math_grader import PROBLEMS
@@ -26,7 +25,16 @@ from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.online_contexts import Attempts, read_attempts
 from opsd_lightning.teachers import Teacher
-from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, TokenStates, UserError
+from opsd_lightning.types import (
+    DataRequirements,
+    PositiveFloat,
+    PromptBatch,
+    Rollouts,
+    Sampling,
+    TokenStates,
+    UserError,
+    checked,
+)
 
 
 class Reward(ABC):
@@ -49,6 +57,7 @@ class _Prepared(NamedTuple):
     anchor: TokenStates | None
 
 
+@checked
 class GRPOModule(PolicyModule):
     """GRPO: several completions of each question, graded, the better ones made likelier than the worse.
 
@@ -95,7 +104,7 @@ class GRPOModule(PolicyModule):
                 f"model.likelihood.temperature is {self.likelihood.temperature:g} and model.sampling.temperature "
                 f"{sampling.temperature:g}: a policy gradient is of the distribution that was sampled from. Make them equal"
             )
-        self.clip_ratio = PositiveFloat(clip_ratio)
+        self.clip_ratio = clip_ratio
         self.anchor = anchor
 
     @property

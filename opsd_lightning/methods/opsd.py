@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
@@ -26,7 +25,17 @@ from opsd_lightning.prompts.online_contexts import OnlineContext, ReasonFirst, r
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.teachers import FixedTeacher, Teacher
-from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, TokenStates, UserError
+from opsd_lightning.types import (
+    DataRequirements,
+    PositiveFloat,
+    PositiveInt,
+    PromptBatch,
+    Rollouts,
+    Sampling,
+    TokenStates,
+    UserError,
+    checked,
+)
 
 
 class _Scored(NamedTuple):
@@ -36,6 +45,7 @@ class _Scored(NamedTuple):
     prompts: list[list[int]]
 
 
+@checked
 class OPSDModule(PolicyModule):
     """On-policy self-distillation: one LoRA-adapted model learns from itself, reading the solution.
 
@@ -130,7 +140,7 @@ class OPSDModule(PolicyModule):
                 "model.max_importance_ratio has no effect with one update on a batch: leave it out, or set "
                 "model.updates_per_batch to 2 or more"
             )
-        self.max_importance_ratio = PositiveFloat(2.0 if max_importance_ratio is None else max_importance_ratio)
+        self.max_importance_ratio = 2.0 if max_importance_ratio is None else max_importance_ratio
         if context is not None:
             context.check(sampling)
             if not self.teacher.privileged:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
@@ -44,14 +43,13 @@ from opsd_lightning.models.base_checks import (
 )
 from opsd_lightning.models.gguf_header import check_gguf
 from opsd_lightning.models.rope import constant_length, fix_frequencies, row_limit
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.types import ConfigError, PositiveFloat, PositiveInt, Probability, UserError, checked
 
 STUDENT = "default"
 TEACHER = "teacher"
 
-Probability = restricted_number_type("Probability", float, [(">=", 0), ("<", 1)], docstring="from 0 to below 1")
 
-
+@checked
 @dataclass(frozen=True)
 class LoRA:
     """The trainable low-rank adapter (peft's ``LoraConfig``).
@@ -67,7 +65,7 @@ class LoRA:
 
     r: PositiveInt = 64
     alpha: PositiveFloat = 128.0
-    dropout: Probability = 0.05  # type: ignore[valid-type]
+    dropout: Probability = 0.05
     target_modules: str | list[str] = "all-linear"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -91,6 +89,7 @@ class LoRA:
             raise UserError(f"model.policy.lora does not make a peft LoraConfig: {error}") from None
 
 
+@checked
 @dataclass(frozen=True)
 class Policy:
     """The LoRA-adapted causal language model: what to load and how.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
@@ -38,7 +37,7 @@ from opsd_lightning.runs.record import (
 )
 from opsd_lightning.runs.resuming import validates_first
 from opsd_lightning.runs.signals import Stopped
-from opsd_lightning.types import PromptBatch, Rollouts, UserError
+from opsd_lightning.types import PositiveInt, PromptBatch, Rollouts, UserError, checked
 from opsd_lightning.utils.disk_errors import clear, note, unwritten
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.loggers import log_page
@@ -48,6 +47,7 @@ from opsd_lightning.utils.terminal import message, say
 _LONGEST_TEXT = 20_000  # characters of a completion that are kept
 
 
+@checked
 class RunReport(Callback):
     """Keeps a record of the run and makes one HTML page of it: curves, accuracy against generated tokens, completions before
     and after, settings, versions and the command to repeat it.
@@ -76,7 +76,7 @@ class RunReport(Callback):
     def __init__(self, path: str = "report.html", questions: PositiveInt = 8) -> None:
         if not path.endswith((".html", ".htm")):
             raise UserError(f"RunReport: path is {path!r}, which is no page: let it end in .html")
-        self.path, self.questions = path, PositiveInt(questions)
+        self.path, self.questions = path, questions
         #: The command line of the run, set by `cli.command.OPSDCLI`; None for a run that Python started.
         self.arguments: list[str] | None = None
         self._record: Record | None = None

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -28,7 +27,7 @@ from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
 from opsd_lightning.runs.reader import RECORD
 from opsd_lightning.runs.record import CHECKPOINT_ID, is_of_another_run
-from opsd_lightning.types import PromptBatch, UserError
+from opsd_lightning.types import PositiveInt, PromptBatch, UserError, checked
 from opsd_lightning.utils.disk_errors import survived
 from opsd_lightning.utils.files import replace, script_json
 from opsd_lightning.utils.folders import check_page
@@ -42,6 +41,7 @@ MEASURED = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entr
 _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
+@checked
 class TokenReport(Callback):
     """Writes a page that shows where student and teacher disagree, token by token, on some rollouts of some steps.
 
@@ -73,8 +73,8 @@ class TokenReport(Callback):
         path: str = "tokens.html",
         pictures: bool = True,
     ) -> None:
-        self.every_n_steps, self.rows, self.keep = PositiveInt(every_n_steps), PositiveInt(rows), PositiveInt(keep)
-        self.max_tokens, self.path, self.pictures = PositiveInt(max_tokens), path, pictures
+        self.every_n_steps, self.rows, self.keep = every_n_steps, rows, keep
+        self.max_tokens, self.path, self.pictures = max_tokens, path, pictures
         if not str(path).endswith((".html", ".htm")):
             raise UserError(f"TokenReport.path is {path}, and the report is a web page: end it in .html")
         self._steps: list[tuple[int, str]] = []  # the optimizer step, and what is shown of it as JSON

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jsonargparse.typing import OpenUnitInterval
 from peft import PeftModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -17,9 +16,10 @@ from opsd_lightning.models.sharding import gathered
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter
 from opsd_lightning.rollouts.transformers_engine import _generation_config
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.types import OpenUnitInterval, Rollouts, Sampling, UserError, checked
 
 
+@checked
 class ContinuousBatchingEngine(RolloutEngine):
     """transformers' ``generate_batch``: continuous batching over a paged cache, for GPUs.
 
@@ -38,7 +38,7 @@ class ContinuousBatchingEngine(RolloutEngine):
         merge_adapter: bool = True,
         options: dict[str, Any] | None = None,
     ) -> None:
-        self.max_memory_percent = OpenUnitInterval(max_memory_percent)
+        self.max_memory_percent = max_memory_percent
         self.merge_adapter = merge_adapter
         self.options = options or {}
         if own := {"max_memory_percent", "seed"} & set(self.options):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,9 +25,10 @@ from opsd_lightning.models.scoring import hidden_states, selectable_cache
 from opsd_lightning.models.sharding import gathered
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.types import PositiveInt, Rollouts, Sampling, UserError, checked
 
 
+@checked
 class TransformersEngine(RolloutEngine):
     """transformers' ``generate``, in segments: rows that have ended leave the batch, and waiting ones take their place.
 
@@ -59,7 +59,7 @@ class TransformersEngine(RolloutEngine):
     ) -> None:
         if compile and not static_cache:
             raise UserError("model.rollouts.init_args.compile needs static_cache: true, a cache whose shape does not change")
-        self.max_rows = None if max_rows is None else PositiveInt(max_rows)
+        self.max_rows = max_rows
         self.merge_adapter = merge_adapter
         self.static_cache = static_cache
         self.compile = compile

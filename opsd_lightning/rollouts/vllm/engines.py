@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 from peft import PeftModel
 from torch import Tensor
 
@@ -30,11 +29,21 @@ from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.vllm.adapters import AdapterVersions
 from opsd_lightning.rollouts.vllm.client import Adapter, Server, ServerPool, check_urls
 from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts, check_length, read_answer, sampling_fields
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.types import (
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    Rollouts,
+    Sampling,
+    UserError,
+    checked,
+)
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may be
 
 
+@checked
 class VLLMServerEngine(RolloutEngine):
     """vLLM servers on this or other machines: each rollout is spread over all of them, and survives the end of some.
 
@@ -83,14 +92,14 @@ class VLLMServerEngine(RolloutEngine):
         self.urls = list(urls)
         check_urls(self.urls)
         self.adapter_folder, self.adapter_name = adapter_folder, adapter_name
-        self.timeout_seconds = PositiveFloat(timeout_seconds)
-        self.retries = NonNegativeInt(retries)
-        self.max_concurrency = PositiveInt(max_concurrency)
-        self.logprob_tolerance = None if logprob_tolerance is None else PositiveFloat(logprob_tolerance)
+        self.timeout_seconds = timeout_seconds
+        self.retries = retries
+        self.max_concurrency = max_concurrency
+        self.logprob_tolerance = logprob_tolerance
         self.overlap = overlap
         self.max_importance_ratio = 2.0 if overlap else None
         if max_importance_ratio is not None:
-            self.max_importance_ratio = PositiveFloat(max_importance_ratio)
+            self.max_importance_ratio = max_importance_ratio
         self.api_key_env = api_key_env
         self._pool: ServerPool | None = None
         self._versions: AdapterVersions | None = None
@@ -212,6 +221,7 @@ class VLLMServerEngine(RolloutEngine):
         return adapter
 
 
+@checked
 class VLLMEngine(RolloutEngine):
     """vLLM in this very process, on the trainer's GPU: every rank has an engine of its own. Needs ``pip install vllm``.
 
@@ -240,12 +250,12 @@ class VLLMEngine(RolloutEngine):
         max_importance_ratio: PositiveFloat | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        self.gpu_memory_utilization = OpenUnitInterval(gpu_memory_utilization)
+        self.gpu_memory_utilization = gpu_memory_utilization
         self.sleep = sleep
-        self.max_model_len = None if max_model_len is None else PositiveInt(max_model_len)
+        self.max_model_len = max_model_len
         self.adapter_folder = adapter_folder
-        self.logprob_tolerance = None if logprob_tolerance is None else PositiveFloat(logprob_tolerance)
-        self.max_importance_ratio = None if max_importance_ratio is None else PositiveFloat(max_importance_ratio)
+        self.logprob_tolerance = logprob_tolerance
+        self.max_importance_ratio = max_importance_ratio
         self.options = options or {}
         own = {
             "model",
