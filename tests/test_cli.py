@@ -135,9 +135,9 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
         return " ".join(capsys.readouterr().out.split())
 
     text, method = shown("fit", "--help"), shown("fit", "--model.help=OPSDModule")
-    ours = method + text[text.index("Pairs questions with verified traces") :]
+    ours = method + text[text.index("Reads questions with verified traces") :]
     for phrase in (
-        "Length limit of a completion in tokens",
+        "Longest completion in tokens",
         "from 0 to 1",
         "OpenThoughts" and "verified",
     ):
@@ -199,7 +199,7 @@ def strict(path: str) -> list[str]:
 Mistake = tuple[Callable[[Path, dict[str, str]], list[str]], str]
 MISTAKES: dict[str, Mistake] = {
     "missing column": (lambda p, f: ["--data.train.columns.trace=proof"], r"no column 'proof' \(columns.trace\); it has problem"),
-    "empty trace": (lambda p, f: strict(rows(p, row(solution=""))), r"data\.train, row 4: empty trace"),
+    "empty trace": (lambda p, f: strict(rows(p, row(solution=""))), r"data\.train: row 4: empty trace"),
     "contradicting trace": (lambda p, f: strict(rows(p, row(gold="6"))), "row 4: trace contradicts the reference answer"),
     "trace without answer": (lambda p, f: strict(rows(p, row(solution="Hm."))), "row 4: trace has no final answer"),
     "prompt too long": (lambda p, f: strict(rows(p, row("q" * 600))), "do not fit the model's context of 512 tokens"),
