@@ -15,15 +15,15 @@ from opsd_lightning.checkpoints.io import check_weights_only
 from opsd_lightning.data.drop_reasons import DropReason, RowLimits, TeacherLimit
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
 from opsd_lightning.data.sources import ExampleSource
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.distributed.collectives import rank_and_world_size
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
 from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
 from opsd_lightning.prompts.templates import Prompt, Prompts
-from opsd_lightning.runs.signals import watch
+from opsd_lightning.runs.signals import watch_signals
 from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PositiveInt, PromptBatch, checked
-from opsd_lightning.utils.texts import folded
+from opsd_lightning.utils.texts import normalize_text
 
 
 @checked
@@ -125,7 +125,7 @@ class OPSDDataModule(LightningDataModule):
                 setting does not reach the prompts.
         """
         if self.trainer is not None and self.trainer.state.fn is not None:
-            watch(self.trainer)  # reading takes long
+            watch_signals(self.trainer)  # reading takes long
         stage = str(getattr(stage, "value", stage))  # the trainer passes a member of an enumeration
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
@@ -140,7 +140,7 @@ class OPSDDataModule(LightningDataModule):
         limit = self.policy.context_length()
         for split in splits:
             self.rows[split] = self._prepare(split, tokenizer, limit)
-        devices = replica(self.trainer)[1]
+        devices = rank_and_world_size(self.trainer)[1]
         if stage == "fit" and (usable := len(self.rows["train"].examples)) < self.batch_size * devices:
             raise ConfigError(
                 f"one step on {devices} device(s) takes {self.batch_size * devices} questions, and data.train has only "
@@ -254,7 +254,7 @@ class OPSDDataModule(LightningDataModule):
     ) -> tuple[list[int], list[Example]]:
         """Return the numbers of the valid examples in their source, and these examples with their answers filled in."""
         others = ("val", "test") if split == "train" else ()
-        held_out = {folded(example.question) for other in others for example in self._questions(other)}
+        held_out = {normalize_text(example.question) for other in others for example in self._questions(other)}
         needs_trace = needs.traces or needs.trace_completions or (needs.teacher_prompts and self.context.needs_traces)
         numbers: list[int] = []
         valid: list[Example] = []
@@ -307,7 +307,7 @@ class OPSDDataModule(LightningDataModule):
             return DropReason.EMPTY_TRACE
         if not example.trace and not example.answer and needs_answer:
             return DropReason.NO_ANSWER
-        if folded(example.question) in held_out:
+        if normalize_text(example.question) in held_out:
             return DropReason.HELD_OUT
         if not example.trace:
             return example
@@ -325,13 +325,15 @@ class OPSDDataModule(LightningDataModule):
         dropped[reason] += 1
 
     def _loader(self, split: str) -> EvalLoader:
-        return EvalLoader(self.rows[split], self.eval_batch_size, *replica(self.trainer))
+        return EvalLoader(self.rows[split], self.eval_batch_size, *rank_and_world_size(self.trainer))
 
     def train_dataloader(self) -> TrainLoader:
         limit, same = 1.0, False
         if self.trainer is not None:
             limit, same = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), limit, not same)
+        return TrainLoader(
+            self.rows["train"], self.batch_size, self.seed, *rank_and_world_size(self.trainer), limit, not same
+        )
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         return self._loader("val") if "val" in self.rows else []

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.texts import Unreadable, Written
+from opsd_lightning.utils.texts import NumberAsWritten, UnreadableValue
 
 #: Longer integers stay text: Python refuses to convert them.
 _INTEGER_DIGITS = 4000
@@ -233,7 +233,7 @@ def _integer(text: str) -> int | str:
     return int(text) if len(text) < _INTEGER_DIGITS and text != "-0" else text
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=Written)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=NumberAsWritten)
 
 
 def _read_json(path: Path) -> Table:
@@ -317,7 +317,8 @@ def _values(column: Any, labels: list[str] | None) -> list[Any]:
     if labels and types.is_integer(column.type):
         known = dict(enumerate(labels))
         return [
-            known.get(value, Unreadable(f"label {value}")) if value is not None and value >= 0 else None for value in values
+            known.get(value, UnreadableValue(f"label {value}")) if value is not None and value >= 0 else None
+            for value in values
         ]
     if types.is_float16(column.type) or types.is_float32(column.type):
         return [_widened(value, numpy.dtype(column.type.to_pandas_dtype()).type) for value in values]
@@ -328,7 +329,7 @@ def _value(cell: Any) -> Any:
     try:
         return cell.as_py()
     except Exception:  # see `_values`
-        return Unreadable(str(cell.type))
+        return UnreadableValue(str(cell.type))
 
 
 #: Readers by a file's ending.

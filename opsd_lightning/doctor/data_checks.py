@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.drop_reasons import DropReason
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.doctor.findings import Finding, at_share, histogram, percent
 from opsd_lightning.losses.objectives import Objective
 from opsd_lightning.methods.trainer_checks import late_validations, trainer_problems
 from opsd_lightning.types import Example, Sampling, UserError
-from opsd_lightning.utils.texts import folded
+from opsd_lightning.utils.texts import normalize_text
 
 #: How many traces are tokenized at most, for an estimate of completions.
 TRACES = 1000
@@ -72,7 +71,7 @@ Rooms = Mapping[str, Sequence[Room]]
 
 def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
     """Rows of a split: how many there are, are kept, and were left out by reason."""
-    kept = [folded(e.question) for e in data.rows[split].examples] if split in data.rows else []
+    kept = [normalize_text(e.question) for e in data.rows[split].examples] if split in data.rows else []
     dropped: Counter[DropReason] = data.dropped.get(split, Counter())
     repeats = sum(count - 1 for count in Counter(kept).values())
     return {
@@ -126,10 +125,10 @@ def overlap_findings(data: OPSDDataModule) -> Iterator[Finding]:
     if data.sources["val"] is None or data.sources["test"] is None or "val" not in data.rows:
         return
     try:
-        tested = {folded(example.question) for example in data.sources["test"].examples()}
+        tested = {normalize_text(example.question) for example in data.sources["test"].examples()}
     except UserError:  # already found where the training questions were compared with them
         return
-    shared = sum(folded(example.question) in tested for example in data.rows["val"].examples)
+    shared = sum(normalize_text(example.question) in tested for example in data.rows["val"].examples)
     if shared:
         total = len(data.rows["val"].examples)
         text = f"{shared} of {total} questions of data.val ({percent(shared, total)}) are also in data.test"
@@ -256,7 +255,7 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
         trainer: As configured.
         usable: Training rows.
     """
-    batches = usable // (data.batch_size * replica(trainer)[1])
+    batches = usable // (data.batch_size * trainer.world_size)
     updates = module.updates_per_batch
     evaluation = module.evaluator.sampling
     validates = data.sources["val"] is not None

@@ -57,9 +57,10 @@ from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy, eos_ids
 from opsd_lightning.models.precision import check_dtypes
 from opsd_lightning.prompts.template_checks import rendering_problems
-from opsd_lightning.rollouts.self_checks import agreement, samples_here
+from opsd_lightning.rollouts.base import LocalEngine
+from opsd_lightning.rollouts.self_checks import agreement
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, Teacher, TrustRegionTeacher
+from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, SyncTeacher, Teacher, TrustRegionTeacher
 from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
 
 _RENDERED = 32  # rows whose prompts are looked at closely
@@ -243,7 +244,7 @@ class _Examination:
         if not self.samples:
             completion = at_share(self.traces, 0.99) or completion
         at_once = getattr(module.rollouts, "max_rows", None) or max(rows, data.eval_batch_size * module.evaluator.sampling.n)
-        here = samples_here(module.rollouts)
+        here = isinstance(module.rollouts, LocalEngine)
         evaluates = data.sources["val"] is not None
         return Step(
             rows,
@@ -262,13 +263,14 @@ class _Examination:
         model, step = skeleton(policy), self._step()
         self.skeleton = model
         trainable, kept = [p for p in model.parameters() if p.requires_grad], 0
+        keep_start = (FixedTeacher, TrustRegionTeacher)
         for teacher in self.teachers:
             if isinstance(teacher, ModelTeacher):
                 recipe = teacher.recipe
                 kept += weight_bytes(model, None) if recipe is None else weight_bytes(skeleton(recipe), recipe.quantization)
-            elif isinstance(teacher, FixedTeacher) and policy.trains_all:
+            elif isinstance(teacher, keep_start) and policy.trains_all:
                 kept = kept or weight_bytes(model, None)  # one copy serves the anchor, too
-            elif isinstance(teacher, EMATeacher) or (isinstance(teacher, FixedTeacher) and policy.adapter is not None):
+            elif isinstance(teacher, (EMATeacher, SyncTeacher)) or (isinstance(teacher, keep_start) and policy.adapter):
                 kept += size_of(trainable)
         plain = policy.quantization is None and model.dtype == torch.float32
         merges = getattr(module.rollouts, "merge_adapter", False) and not policy.trains_all
@@ -291,10 +293,7 @@ class _Examination:
         """What the skeleton tells of that which `configure_model` and the start of `fit` would refuse."""
         module = self.module
         with self._refusals("settings"):
-            try:
-                module.objective.check(self.policy.load_config().get_text_config().vocab_size)
-            except ValueError as error:
-                raise UserError(f"model.{error}") from None
+            module.objective.check(self.policy.load_config().get_text_config().vocab_size, "model.objective")
         if (model := getattr(self, "skeleton", None)) is None:
             return
         for teacher in self.teachers:

@@ -8,25 +8,25 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from opsd_lightning.distributed.replicas import replica, replicas
+from opsd_lightning.distributed.collectives import TrainerRanks, rank_and_world_size
 from opsd_lightning.evaluation.accuracy import AccuracyAtK, pass_sizes
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.models.policy import Policy
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios
 from opsd_lightning.rollouts.self_checks import Agreement, check_policy
 from opsd_lightning.runs.resuming import batches_trained
-from opsd_lightning.runs.signals import release, stop_if_asked, watch
-from opsd_lightning.teachers import Teacher
+from opsd_lightning.runs.signals import disconnect, stop_if_signalled, watch_signals
+from opsd_lightning.teachers import GenerativeTeacher, Teacher
 from opsd_lightning.types import ConfigError, PromptBatch, Rollouts, Sampling
 
 #: Raises if completions were not sampled from the policy. Takes the prompt of each completion, and the completions.
@@ -48,7 +48,7 @@ class Evaluator(nn.Module):
             same numbers, since sampling may need all ranks.
     """
 
-    def __init__(self, sampling: Sampling, grader: MathGrader, teacher: Teacher | None = None) -> None:
+    def __init__(self, sampling: Sampling, grader: MathGrader, teacher: GenerativeTeacher | None = None) -> None:
         super().__init__()
         self.sampling, self.grader, self.teacher = sampling, grader, teacher
         roles = ["student", "teacher"] if teacher is not None else ["student"]
@@ -61,12 +61,6 @@ class Evaluator(nn.Module):
         )
         self.problems = nn.ModuleDict({role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles})
         self.finished: Mapping[int, Records] = {}
-
-    def count_over(self, group: dist.ProcessGroup | None) -> None:
-        """Reduce metrics over the ranks of a group. Each must have different questions. None for all ranks."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.process_group = group
 
     @property
     def roles(self) -> list[str]:
@@ -217,7 +211,7 @@ class EvaluatedModule(LightningModule):
         return ()
 
     def setup(self, stage: str) -> None:
-        watch(self.trainer)
+        watch_signals(self.trainer)
 
     def logged_names(self) -> set[str]:
         """Return the names of all metrics that a fit logs, to check callbacks. Subclasses add their own metrics."""
@@ -273,7 +267,7 @@ class EvaluatedModule(LightningModule):
     def _stop_if_asked(self) -> None:
         """Stop after a batch if a signal asks for it and all ranks have the same number of batches."""
         if self._even:
-            stop_if_asked(self.trainer, self.command)
+            stop_if_signalled(self.trainer, self.command)
 
     def _compare_batches(self, batches: Sequence[int | float]) -> None:
         """Compare the ranks' numbers of batches. Every rank must call it."""
@@ -285,16 +279,16 @@ class EvaluatedModule(LightningModule):
         self._even = most == -least < math.inf
 
     def on_predict_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
 
     def on_validation_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
         self._log_evaluation("val")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated = batches_trained(self.trainer)
 
     def on_test_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
         self._log_evaluation("test")
 
     def configure_callbacks(self) -> list[Callback]:
@@ -303,18 +297,17 @@ class EvaluatedModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollouts.close()
-        release(self.trainer)
+        disconnect(self.trainer)
 
-    def over_ranks(self, values: Sequence[float], operation: str) -> list[float]:
-        """Reduce each value (``sum``, ``max``) over the ranks with different data. Every rank must call it."""
-        if self.trainer.world_size == 1:
-            return [float(value) for value in values]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.trainer.strategy.root_device)
-        return self.trainer.strategy.reduce(tensor, replicas(self.trainer.strategy), operation).tolist()  # type: ignore[union-attr]
+    @property
+    def ranks(self) -> TrainerRanks:
+        """Sums and maxima over all ranks. Every rank must call them."""
+        return TrainerRanks(self.trainer)
 
-    def most_over_ranks(self, count: int) -> int:
-        """Return the largest count of all ranks. Every rank must call it."""
-        return int(self.over_ranks([count], "max")[0])
+    @property
+    def scorer(self) -> Scorer:
+        """Scores completions with the policy, within the token budget."""
+        return Scorer(self.model, self.token_budget, self.ranks)
 
     def _graded(self, batch: PromptBatch, batch_idx: int) -> Records:
         records = self._sampled(batch, batch_idx, self.evaluator.roles)
@@ -326,16 +319,16 @@ class EvaluatedModule(LightningModule):
         finished = self.evaluator.finished
         if batch_idx in finished:
             return finished[batch_idx]
-        seed = seed_for(self.seed, "evaluation", batch_idx, replica(self._trainer)[0])
+        seed = seed_for(self.seed, "evaluation", batch_idx, rank_and_world_size(self._trainer)[0])
         check = self._check_sampler if all(number in finished for number in range(batch_idx)) else None
         return self.evaluator.grade(self.rollouts, self.model, self.tokenizer, batch, seed, roles, check)
 
     def _check_sampler(self, students: list[list[int]], rollouts: Rollouts) -> None:
         if rollouts.logprobs is None or self.rollouts.logprob_tolerance is None:
             return
-        found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, self.most_over_ranks)
+        found = log_ratios(self.scorer, students, rollouts, self.objective)
         values = torch.cat([*found, torch.zeros(0)])
-        difference, count = self.over_ranks([float(values.abs().sum()), values.numel()], "sum")
+        difference, count = self.ranks.sum([float(values.abs().sum()), values.numel()])
         check_difference(difference / max(count, 1), self.rollouts.logprob_tolerance)
 
     def _log_evaluation(self, stage: str) -> None:

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opsd_lightning import __version__
-from opsd_lightning.distributed.collectives import of_every_rank
+from opsd_lightning.distributed.collectives import all_gather_object
 from opsd_lightning.evaluation.evaluator import Evaluator, Records
 from opsd_lightning.models.fingerprint import digest, plain
 from opsd_lightning.models.policy import base_of, device_of, eos_ids
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.types import ConfigError, PromptBatch
-from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.files import append, atomic_write
 from opsd_lightning.utils.redaction import redact
 
 _SETTINGS, _JOINED, _METRICS = "settings.json", "completions.jsonl", "metrics.json"
@@ -49,15 +49,15 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
     """
     evaluator: Evaluator = module.evaluator
     engine: RolloutEngine = module.rollouts
-    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.without_effect)}
+    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.neutral_settings)}
     questions = digest(
         repr((batch.student, batch.teacher, [example[:3] for example in batch.examples], list(batch.indices), batch.counted))
         for batch in batches
     )
     return {
-        "weights": of_every_rank(digest(_contents(module.model))),
+        "weights": all_gather_object(digest(_contents(module.model))),
         "model": _architecture(module.model),
-        "questions": of_every_rank(questions),  # also depends on how they are split into batches and over ranks
+        "questions": all_gather_object(questions),  # also depends on how they are split into batches and over ranks
         "sampling": asdict(evaluator.sampling),
         "seed": module.seed,
         "engine": {"class": type(engine).__name__} | settings,
@@ -135,7 +135,7 @@ class Results:
                 if _OWN.fullmatch(path.name) and not path.is_dir():
                     path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace(self.folder / _SETTINGS, json.dumps(self.settings, indent=2), lasting=True)
+        atomic_write(self.folder / _SETTINGS, json.dumps(self.settings, indent=2), durable=True)
         told = []
         for other in sorted(self.folder.parent.glob(f"{self.stage}-*/{_SETTINGS}")):
             if other.parent != self.folder and not (other.parent / _JOINED).exists():
@@ -185,7 +185,7 @@ class Results:
             groups = {role: [by_question.get((role, index), []) for index in own] for role in roles}
             if all(len(group) == n for role in roles for group in groups[role]):
                 here[number] = {role: [r for group in groups[role] for r in group] for role in roles}
-        everywhere = set.intersection(*of_every_rank(set(here)))
+        everywhere = set.intersection(*all_gather_object(set(here)))
         return {number: here[number] for number in sorted(everywhere)}
 
     def remove_incomplete_line(self, rank: int) -> None:
@@ -197,7 +197,7 @@ class Results:
     def append(self, rank: int, records: Records) -> None:
         """Append a batch's records to a rank's file, and wait until they are on disk."""
         lines = [json.dumps({"role": role} | r, ensure_ascii=False) + "\n" for role, rows in records.items() for r in rows]
-        append(self.folder / f"rank{rank}.jsonl", "".join(lines).encode("utf-8", "backslashreplace"), lasting=True)
+        append(self.folder / f"rank{rank}.jsonl", "".join(lines).encode("utf-8", "backslashreplace"), durable=True)
 
     def join(self, metrics: Mapping[str, float] | None = None) -> Path:
         """Merge all ranks' records into one file. Only one rank calls it, after all ranks have finished.
@@ -210,11 +210,11 @@ class Results:
         """
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for records in self.read().values() for record in records]
         old = [path for path in self._files() if path.name != _JOINED]
-        replace(self.folder / _JOINED, "".join(lines), lasting=True)
+        atomic_write(self.folder / _JOINED, "".join(lines), durable=True)
         for path in old:
             path.unlink()
         if metrics is not None:
-            replace(self.folder / _METRICS, json.dumps(metrics, indent=2), lasting=True)
+            atomic_write(self.folder / _METRICS, json.dumps(metrics, indent=2), durable=True)
         newest = self.root / f"{self.stage}.jsonl"
         with tempfile.TemporaryDirectory(prefix=f".{newest.name}.partial-", dir=self.root) as folder:
             temporary = Path(folder) / newest.name

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.limited_process import overruns
+from opsd_lightning.utils.limited_process import exceeded_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def _check_ends(
             except Exception:  # a template may accept only one of the two
                 continue
 
-    taken = overruns(both, _SECONDS, _MEMORY)
+    taken = exceeded_limit(both, _SECONDS, _MEMORY)
     if taken:
         limit = f"{_SECONDS:g} seconds" if taken == "time" else f"{_MEMORY >> 20} MiB"
         problem = f"rendering one prompt through the chat template takes more than {limit} of {taken}"
