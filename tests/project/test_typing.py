@@ -47,8 +47,9 @@ data = OPSDDataModule(policy, train=WordProblems(size=8), batch_size=2)
 
 LoRA(rank=3)  # wrong: no such argument
 LoRA(r="3")  # wrong: a text
-OPSDModule(policy, sampler=Sampling())  # wrong: no such argument
-OPSDModule(policy, sampling={"n": 2})  # wrong: a dictionary
+OPSDModule(policy, teacher="EMATeacher")  # wrong: a text
+OPSDModule(teacher=None)  # wrong: no policy
+OPSDDataModule(policy, source=WordProblems())  # wrong: no such argument
 OPSDDataModule(policy, train="rows.jsonl")  # wrong: a text
 Sampling(max_tokens=3)  # wrong: no such argument
 """
