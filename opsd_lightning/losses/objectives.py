@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from opsd_lightning.losses.clips import Clip, NoClip
 from opsd_lightning.losses.divergences import Divergence, ForwardKL
 from opsd_lightning.losses.position_weights import PositionWeight
 from opsd_lightning.losses.supports import FullVocabulary, Support
-from opsd_lightning.types import ConfigError, Rollouts, TokenStates
+from opsd_lightning.types import ConfigError, NonNegativeInt, PositiveFloat, PositiveInt, Rollouts, TokenStates, checked
 
 # Most elements of one tensor of a block on a CPU: 4 MiB in float32, a few of which fit the last-level cache.
 _BLOCK_ELEMENTS = 2**20
@@ -31,6 +30,7 @@ _BLOCK_ELEMENTS = 2**20
 _LOG_ZERO = -1e30
 
 
+@checked
 class Objective(ABC):
     """Base class of the losses that the student minimizes on completion tokens.
 
@@ -70,11 +70,11 @@ class Objective(ABC):
                 "model.objective.reduction",
                 "Choose token_mean or sequence_mean",
             )
-        self.temperature = PositiveFloat(temperature)
+        self.temperature = temperature
         self.reduction = reduction
-        self.skip_first_tokens = NonNegativeInt(skip_first_tokens)
+        self.skip_first_tokens = skip_first_tokens
         self.include_truncated = include_truncated
-        self.logits_memory_mib = PositiveInt(logits_memory_mib)
+        self.logits_memory_mib = logits_memory_mib
         self.position_weight = position_weight
 
     def check(self, vocabulary: int, setting: str) -> None:

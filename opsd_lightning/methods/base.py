@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -55,7 +54,16 @@ from opsd_lightning.runs import early_signals, lock as run_lock, requeue
 from opsd_lightning.runs.resuming import record_pending_work, restore_pending_work
 from opsd_lightning.runs.saved_config import check_no_hidden_values
 from opsd_lightning.runs.signals import stop_if_signalled
-from opsd_lightning.types import ConfigError, DataRequirements, PromptBatch, Rollouts, Sampling
+from opsd_lightning.types import (
+    ConfigError,
+    DataRequirements,
+    PositiveFloat,
+    PositiveInt,
+    PromptBatch,
+    Rollouts,
+    Sampling,
+    checked,
+)
 from opsd_lightning.utils import disk_errors
 from opsd_lightning.utils.redaction import redact
 
@@ -69,6 +77,7 @@ _INFINITE = 1e20
 _IN_PROGRESS_BAR = ("train/loss", "train/forward_kl", "train/completion_tokens", "train/truncated_fraction")
 
 
+@checked
 class PolicyModule(EvaluatedModule, ABC):
     """Base class of methods that train the policy on completions.
 
@@ -137,8 +146,8 @@ class PolicyModule(EvaluatedModule, ABC):
         self.sampling = sampling
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.max_grad_norm = max_grad_norm
-        self.token_budget = PositiveInt(token_budget)
-        self.updates_per_batch = PositiveInt(updates_per_batch)
+        self.token_budget = token_budget
+        self.updates_per_batch = updates_per_batch
         self.seed = seed
         self.allow_checkpoint_changes = allow_checkpoint_changes
         self._resumed = False  # True from loading a checkpoint to the next optimizer step

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
@@ -41,7 +40,7 @@ from opsd_lightning.runs.record import (
 )
 from opsd_lightning.runs.resuming import starts_with_validation
 from opsd_lightning.runs.signals import Stopped
-from opsd_lightning.types import ConfigError, PromptBatch, Rollouts
+from opsd_lightning.types import ConfigError, PositiveInt, PromptBatch, Rollouts, checked
 from opsd_lightning.utils.disk_errors import record_failure, record_success, write_failures
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.loggers import log_page
@@ -51,6 +50,7 @@ from opsd_lightning.utils.terminal import safe_text, say
 _MAX_CHARACTERS = 20_000  # of a completion in the record
 
 
+@checked
 class RunReport(Callback):
     """Callback that keeps a record of the run and writes its report as one HTML page.
 
@@ -89,7 +89,7 @@ class RunReport(Callback):
         if not path.endswith((".html", ".htm")):
             problem = f"RunReport writes an HTML page, and {path!r} has another extension"
             raise ConfigError(problem, "trainer.callbacks.path", "Choose a path that ends in .html")
-        self.path, self.questions = path, PositiveInt(questions)
+        self.path, self.questions = path, questions
         #: Command line of the run, set by `cli.command.OPSDCLI`. None for a run that was started from Python.
         self.arguments: list[str] | None = None
         self._record: Record | None = None
