@@ -107,7 +107,7 @@ def test_litter_hinders_no_export_and_what_may_be_wanted_is_kept(
     ):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text("x")
-    with pytest.warns(UserWarning, match="not removed whole"):
+    with pytest.warns(UserWarning, match="export.old-"):
         write_adapter(model, place)
     (old,) = world.glob("export.old-*")
     assert {".gitattributes", ".ipynb_checkpoints/a"} <= tree(old).keys() and ".DS_Store" not in tree(old)
