@@ -289,7 +289,7 @@ class _RankMonitor:
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
         self._wakeup: int | None = None
-        self._ended, self._send_send_lock = threading.Event(), threading.Lock()
+        self._ended, self._send_lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         _monitors.append(self)
 
