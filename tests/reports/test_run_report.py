@@ -544,10 +544,10 @@ def test_unusable_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     (damaged / "record" / "run.json").write_text('{"starts": [')
     blocked = tmp_path / "note.txt" / "page.html"
     for arguments, message in (
-        (["nowhere"], "nowhere does not exist: give a run's folder"),
-        ([str(tmp_path / "empty")], "empty holds no run: there is neither record/run.json"),
-        ([str(tmp_path / "note.txt")], "is a file: give the folder of the run"),
-        ([str(damaged)], "run.json is damaged"),
+        (["nowhere"], "runs: nowhere"),
+        ([str(tmp_path / "empty")], f"runs: {tmp_path / 'empty'}"),
+        ([str(tmp_path / "note.txt")], f"runs: {tmp_path / 'note.txt'}"),
+        ([str(damaged)], "run.json"),
         ([str(good), "--output", str(tmp_path)], "output: "),
         ([str(good), "--output", str(blocked)], "output: "),
     ):
