@@ -273,7 +273,7 @@ def test_a_dying_servers_rollouts_go_to_the_others(
                 hang(9.0)
 
     dying.hook = hook
-    with pytest.warns(RuntimeWarning, match=f"{dying.url} is given up after 1 failure"):
+    with pytest.warns(RuntimeWarning, match=dying.url):
         assert engine.generate(model, PROMPTS, sampling, seed=0) == expected
     assert engine._pool is not None and [server.alive for server in engine._pool.servers] == [False, True]
     # It is asked again, and back in use with the newest adapter.
@@ -293,14 +293,14 @@ def test_none_left(
     engine = make_engine(server, retries=1)
     engine.generate(model, PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server.kill()
-    with pytest.raises(UserError, match=r"model\.rollouts\.init_args\.urls: no vLLM server"), pytest.warns(RuntimeWarning):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: "), pytest.warns(RuntimeWarning):
         engine.generate(model, PROMPTS, Sampling(max_new_tokens=2), seed=0)
 
 
 Case = tuple[dict[str, Any], dict[str, Any], str]
 REFUSALS: dict[str, Case] = {
-    "no server": ({}, {"retries": 0}, r"urls: http://127.* does not answer .*docs/vllm\.md"),
-    "context": ({"max_model_len": 12}, {}, r"vLLM takes 12: start the servers with --max-model-len 15"),
+    "no server": ({}, {"retries": 0}, r"http://127.*docs/vllm\.md"),
+    "context": ({"max_model_len": 12}, {}, r"--max-model-len .* 12 .* 15 "),
     "rank": ({"max_rank": 2}, {}, "--max-lora-rank"),
     "no run-time loading": ({"lora": False}, {}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
 }
@@ -328,16 +328,16 @@ def test_other_mistakes(
     built: Callable[..., PeftModel],
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UserError, match=r"urls is a list"):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: "):
         VLLMServerEngine([])
-    with pytest.raises(UserError, match=r"serves .*llama.* serves .*qwen3.*--served-model-name"):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: .*llama.*qwen3"):
         make_engine(servers("llama"), servers("qwen3")).generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
     dora = built(lora=LoRA(r=4, alpha=8, dropout=0.0, options={"use_dora": True}))
-    with pytest.raises(UserError, match="does not serve adapters with use_dora"):
+    with pytest.raises(UserError, match=r"^model\.policy\.lora\.options: .*use_dora"):
         make_engine(servers()).generate(dora, PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server = servers()
     server.hook = lambda path: (404, f"No adapter found for {tmp_path}") if "load_lora" in path else None
-    with pytest.raises(UserError, match="adapter_folder must be a folder that the servers see"):
+    with pytest.raises(UserError, match="adapter_folder"):
         make_engine(server).generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server = servers()
     server.hook = lambda path: (401, "Unauthorized") if path == "/v1/models" else None
@@ -459,7 +459,7 @@ def test_a_failure_ahead_shows_at_the_next_step_and_other_prompts_are_sampled_an
     engine.prefetch(model, PROMPTS, sampling, seed=9)
     engine.prefetch(model, PROMPTS, sampling, seed=10)  # takes the place of the other
     server.kill()
-    with pytest.raises(UserError, match="no vLLM server"), pytest.warns(RuntimeWarning):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: "), pytest.warns(RuntimeWarning):
         engine.generate(model, PROMPTS, sampling, seed=11)
     server.start()
     assert worst_difference(model, engine.generate(model, PROMPTS, sampling, seed=12)) < 1e-4
@@ -525,7 +525,7 @@ def test_evaluation_refuses_another_models_completions(
 
 def test_a_token_that_the_policy_does_not_have() -> None:
     row = Row([5, 97], None, "length")
-    with pytest.raises(UserError, match=r"97.*model\.policy\.model has 97 tokens"):
+    with pytest.raises(UserError, match=r"^model\.rollouts: .*97.*model\.policy\.model"):
         as_rollouts([row], Expected(2, frozenset(), 97, False), 1)
     assert as_rollouts([row], Expected(2, frozenset(), 98, False), 1).completions == [[5, 97]]
 
@@ -545,7 +545,7 @@ def test_what_answers_is_no_vllm_server(answer: bytes, built: Callable[..., Peft
     threading.Thread(target=page.serve_forever, daemon=True).start()
     try:
         engine = VLLMServerEngine([f"http://127.0.0.1:{page.server_port}"], str(tmp_path), retries=0)
-        with pytest.raises(UserError, match="not a vLLM server"):
+        with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: .*/v1/models"):
             engine.generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
         engine.close()
     finally:
@@ -554,7 +554,7 @@ def test_what_answers_is_no_vllm_server(answer: bytes, built: Callable[..., Peft
 
 
 def test_an_address_that_is_none(built: Callable[..., PeftModel], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: "):
         VLLMServerEngine(["http://host:port"], str(tmp_path)).generate(built(), PROMPTS, Sampling(max_new_tokens=2), 0)
 
 
@@ -784,7 +784,7 @@ def test_training_on_two_vllm_servers(
     module, data = parts(policy, rollouts=engine, sampling=Sampling(max_new_tokens=120, n=12), **optimizer)
     data.max_new_tokens = 120
     fit = trainer(tmp_path, watch, losses, max_steps=3, limit_val_batches=0)
-    with pytest.warns(RuntimeWarning, match="is given up"):
+    with pytest.warns(RuntimeWarning, match="http://"):
         fit.fit(module, data)
     assert first.poll() is not None and fit.global_step == 3
     differences = [step["train/rollout_logprob_difference"] for step in watch.logged]

@@ -229,7 +229,7 @@ def test_versions_that_a_server_missed_the_end_of(
     own.generate(model, PROMPTS, SAMPLING, seed=0)
     other.hook = lambda path: (503, "busy")
     perturb(model, 0.1, seed=1)
-    with pytest.warns(RuntimeWarning, match="is given up"):
+    with pytest.warns(RuntimeWarning, match="http://"):
         own.generate(model, PROMPTS, SAMPLING, seed=0)
     perturb(model, 0.1, seed=2)
     own.generate(model, PROMPTS, SAMPLING, seed=0)
@@ -251,7 +251,7 @@ def test_a_server_that_is_given_up_costs_one_failure_a_step(
     server.hook = lambda path: time.sleep(0.4) if path == "/v1/completions" else None  # leaves the other one time to fail
     tries = []
     for step in range(2):
-        with pytest.warns(RuntimeWarning, match="is given up"):
+        with pytest.warns(RuntimeWarning, match="http://"):
             rollouts = own.generate(model, PROMPTS * 2, SAMPLING, seed=step)
         assert len(rollouts.completions) == 2 * len(PROMPTS)
         tries.append(other.paths.count("/v1/completions"))
@@ -264,7 +264,7 @@ def test_a_server_with_too_short_a_context_leaves_the_work_to_others(
     folders: dict[str, str], server: ProtocolServer, engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel]
 ) -> None:
     short = ProtocolServer(folders["llama"], max_model_len=8)
-    with pytest.warns(RuntimeWarning, match="--max-model-len 11"):
+    with pytest.warns(RuntimeWarning, match="--max-model-len .* 8 .* 11 "):
         rollouts = engine(short.url, server.url).generate(built(), PROMPTS, SAMPLING, seed=0)
     assert len(rollouts.completions) == len(PROMPTS) and not short.requests
     short.kill()
