@@ -15,7 +15,7 @@ from opsd_lightning.models.packing import cut_at_eos
 from opsd_lightning.models.policy import LoRA, Policy, eos_ids, evaluating
 from opsd_lightning.models.scoring import score
 from opsd_lightning.rollouts import fast_weights as inference
-from opsd_lightning.rollouts.base import RolloutEngine, seed_for
+from opsd_lightning.rollouts.base import LocalEngine, RolloutEngine, seed_for
 from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -134,7 +134,8 @@ ENGINES = [
 
 
 def test_every_engine_is_under_test() -> None:
-    ours = {cls for cls in RolloutEngine.__subclasses__() if cls.__module__.startswith("opsd_lightning")}
+    found = {*RolloutEngine.__subclasses__(), *LocalEngine.__subclasses__()} - {LocalEngine}
+    ours = {cls for cls in found if cls.__module__.startswith("opsd_lightning")}
     assert ours == {type(engine) for engine in ENGINES} | {VLLMServerEngine, VLLMEngine}  # these two in test_vllm.py
 
 
@@ -237,8 +238,8 @@ def test_no_merging_where_it_would_not_be_exact_or_wanted(built: Callable[..., P
 
 
 def test_packed_linears_compute_the_same(built: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "_WORTH_PACKING", 0)
-    monkeypatch.setattr(inference, "_THIN_ROWS", 3)
+    monkeypatch.setattr(inference, "_MIN_WEIGHTS", 0)
+    monkeypatch.setattr(inference, "_MAX_ROWS", 3)
     for architecture in ("llama", "qwen3"):  # qwen3's head is tied
         model = built(architecture).eval()
         for ids in (torch.tensor([[40, 41, 42]]), torch.tensor([[40, 41, 42, 43, 44]])):
@@ -255,7 +256,7 @@ def test_packed_linears_compute_the_same(built: Callable[..., PeftModel], monkey
 def test_rollouts_under_autocast_on_the_cpu(
     merge: bool, built: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "_WORTH_PACKING", 0)
+    monkeypatch.setattr(inference, "_MIN_WEIGHTS", 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rollouts = TransformersEngine(merge_adapter=merge).generate(built(), PROMPTS, Sampling(max_new_tokens=4), seed=0)
     assert rollouts.tokens >= 3
