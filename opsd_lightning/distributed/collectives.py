@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
@@ -23,6 +24,32 @@ def get_rank() -> int:
 def rank_and_world_size(trainer: Trainer | None) -> tuple[int, int]:
     """Return the global rank and the number of processes of a trainer, or (0, 1) without a trainer."""
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+class TrainerRanks:
+    """Sums and maxima over all ranks of a trainer. Every rank must call.
+
+    Args:
+        trainer: Trainer of the run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """All-reduce each value to its sum."""
+        return self._reduce(values, "sum")
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """All-reduce each value to its maximum."""
+        return self._reduce(values, "max")
+
+    def _reduce(self, values: Sequence[float], operation: str) -> list[float]:
+        if self._trainer.world_size == 1:
+            return [float(value) for value in values]
+        strategy: Any = self._trainer.strategy
+        tensor = torch.tensor(values, dtype=torch.float64, device=strategy.root_device)
+        return strategy.reduce(tensor, reduce_op=operation).tolist()
 
 
 def all_gather_object(value: T) -> list[T]:

@@ -30,12 +30,20 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opsd_lightning.checkpoints.file import check_written, is_remote, load_file, local_path, restoring
-from opsd_lightning.checkpoints.io import check_weights_only, explained, read_adapters, recover, replacing, temporary_name
-from opsd_lightning.checkpoints.shards import META, is_shards, read_shards, write_rest, write_shards
+from opsd_lightning.checkpoints.file import check_written, load_file, local_path, wrap_restore_errors
+from opsd_lightning.checkpoints.io import (
+    check_weights_only,
+    read_adapters,
+    recover,
+    replace_checkpoint,
+    temporary_name,
+    wrap_write_errors,
+)
+from opsd_lightning.checkpoints.shards import META, is_shards, read_shards, write_meta, write_shards
 from opsd_lightning.models.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.models.sharding import fsdp_modules, full_tensor
 from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.files import is_remote
 
 
 @final
@@ -189,17 +197,17 @@ class FSDP2Strategy(ModelParallelStrategy):
             error: Exception | None = None
             if self.is_global_zero:
                 try:
-                    stack.enter_context(replacing(path, folder=True))
+                    stack.enter_context(replace_checkpoint(path, folder=True))
                 except Exception as caught:
                     error = caught
             if not self.broadcast(error is None):
                 raise error or ConfigError(
                     f"rank 0 could not create {path}", "trainer.callbacks", "See the message of rank 0"
                 )
-            with explained(path):
+            with wrap_write_errors(path):
                 write_shards(state, temporary_name(path))
                 if self.is_global_zero:
-                    write_rest(checkpoint, temporary_name(path))
+                    write_meta(checkpoint, temporary_name(path))
                     check_written(temporary_name(path) / META, checkpoint)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -228,7 +236,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             assert self.model is not None
             state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
             read_shards(state, path)
-            with restoring(path):
+            with wrap_restore_errors(path):
                 set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
         checkpoint["optimizer_states"] = [None] * len(self.optimizers)
         return checkpoint

@@ -17,7 +17,7 @@ from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.doctor.findings import Finding
 from opsd_lightning.doctor.memory import Step
 from opsd_lightning.models.policy import device_of
-from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.teachers import Teacher
 from opsd_lightning.types import Sampling, TokenStates
@@ -59,9 +59,10 @@ def divergence_facts(module: Any, teacher: Teacher, found: Examples) -> list[dic
         teacher: Its teacher.
         found: The prompts.
     """
-    model, budget = module.model, module.token_budget
-    student = score_all(model, found.students, found.completions, budget)
-    states = teacher.score(model, found.teachers, found.completions, budget)
+    model = module.model
+    scorer = Scorer(model, module.token_budget)
+    student = scorer.score(found.students, found.completions)
+    states = teacher.score(scorer, found.teachers, found.completions)
     targets = torch.tensor([t for row in found.completions for t in row], device=device_of(model))
     _, measured = module.objective(student, states, targets, torch.zeros(len(targets), device=targets.device))
     facts, start = [], 0
@@ -163,7 +164,7 @@ def time_facts(
         facts["student_seconds"] = min(passes)
         if teacher is not None:
             with _Stopwatch() as watch:
-                teacher.score(module.model, found.teachers, found.completions, module.token_budget)
+                teacher.score(Scorer(module.model, module.token_budget), found.teachers, found.completions)
             facts["teacher_seconds"] = watch.seconds
             facts["teacher_tokens"] = sum(map(len, found.teachers)) + sum(map(len, found.completions))
     return facts, completions

@@ -29,12 +29,12 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opsd_lightning.checkpoints.file import is_remote
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.evaluation.accuracy import pass_sizes
 from opsd_lightning.evaluation.evaluator import EvaluatedModule
 from opsd_lightning.evaluation.metric_directions import better
 from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.files import is_remote
 
 # Packages whose modules and callbacks log nothing but what is known here.
 _KNOWN_PACKAGES = {

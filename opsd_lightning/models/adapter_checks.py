@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.limited_process import overruns
+from opsd_lightning.utils.limited_process import exceeded_limit
 
 _SETTING = "model.policy.adapter"
 _SECONDS = 10.0  # matching one module name normally takes microseconds
@@ -53,7 +53,7 @@ def check_adapter_config(config: LoraConfig, weights: Mapping[str, Tensor], base
     if sum(end - start for start, end in layers) > max(len(weights), depth):
         raise error("layer_replication repeats more layers than the adapter has weights for")
     names = [name for name, _ in base.named_modules()]
-    if ran_out := overruns(lambda: _match(config, names), _SECONDS, _MEMORY):
+    if ran_out := exceeded_limit(lambda: _match(config, names), _SECONDS, _MEMORY):
         raise error(f"patterns for module names run out of {ran_out} on this model")
 
 

@@ -22,7 +22,7 @@ from opsd_lightning.models.policy import STUDENT, LoRA, Policy, base_of
 from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.models.verification import check_adapter, check_model, logits_of, probe_tokens
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.folders import Kept, check, replacing
+from opsd_lightning.utils.folders import Protected, check_replaceable, replace_folder
 
 #: Kinds of exported folders (see `opsd_lightning.utils.folders`). In full fine-tuning the first holds the whole model.
 ADAPTER, MERGED = "adapter", "merged model"
@@ -34,7 +34,7 @@ def write_adapter(
     state_dict: dict[str, Tensor] | None = None,
     tokenizer: Any = None,
     setting: str = "folder",
-    kept: Sequence[Kept] = (),
+    kept: Sequence[Protected] = (),
 ) -> Path:
     """Write the student's adapter as a peft folder, or the whole model in full fine-tuning. The write is atomic.
 
@@ -53,7 +53,7 @@ def write_adapter(
     """
     folder = Path(folder)
     adapter: Any = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
-    with replacing(folder, setting, ADAPTER, [*kept, *_sources(model)]) as temporary:
+    with replace_folder(folder, setting, ADAPTER, [*kept, *_sources(model)]) as temporary:
         model.save_pretrained(str(temporary), state_dict=state_dict, safe_serialization=True, **adapter)
         if isinstance(model, PeftModel):
             check_adapter(model, temporary, state_dict)
@@ -67,13 +67,13 @@ def write_adapter(
     return folder
 
 
-def _sources(model: Any) -> list[Kept]:
+def _sources(model: Any) -> list[Protected]:
     """Return the local folder or file that a model was loaded from, with a description."""
     name = getattr(base_of(model).config, "_name_or_path", "")
     return [("the base model", name)] if name and Path(name).exists() else []
 
 
-def inputs_of(policy: Policy) -> list[Kept]:
+def inputs_of(policy: Policy) -> list[Protected]:
     """Return the local folders and files that a policy is loaded from, with a description of each."""
     found = [("the base model", policy.model), ("the adapter that the policy starts from", policy.adapter)]
     return [(words, path) for words, path in found if path and Path(path).exists()]
@@ -96,7 +96,7 @@ def write_weights(config: PeftConfig, weights: dict[str, Tensor], folder: str | 
     """Write the result of `adapter_weights` and its configuration as a peft folder. The write is atomic."""
     config = copy.copy(config)
     config.inference_mode = True
-    with replacing(folder, "model.rollouts.init_args.adapter_folder", "served adapter", lasting=False) as temporary:
+    with replace_folder(folder, "model.rollouts.init_args.adapter_folder", "served adapter", durable=False) as temporary:
         save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
     return Path(folder)
@@ -108,7 +108,7 @@ def merge_adapter(
     folder: str | Path,
     dequantize: bool = False,
     setting: str = "folder",
-    kept: Sequence[Kept] = (),
+    kept: Sequence[Protected] = (),
 ) -> Path:
     """Write the base model with an adapter merged into its weights, as a model folder with a tokenizer.
 
@@ -135,7 +135,7 @@ def merge_adapter(
         *inputs_of(dataclasses.replace(policy, adapter=None)),
         *([("the adapter", adapter)] * Path(adapter).exists()),
     ]
-    check(folder, setting, MERGED, kept)
+    check_replaceable(folder, setting, MERGED, kept)
     if dequantize and (policy.quantization is None or not policy.quantization.load_in_4bit):
         raise ConfigError(
             "the policy has no 4-bit quantization to merge with", "dequantize", "Give the policy that was trained in 4 bits"
@@ -154,7 +154,7 @@ def merge_adapter(
         _tie_again(merged)
     if generation is not None:
         merged.generation_config = generation
-    with replacing(folder, setting, MERGED, kept) as temporary:
+    with replace_folder(folder, setting, MERGED, kept) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         policy.load_tokenizer().save_pretrained(temporary)
         like = merged.to("meta")  # free the weights before they are read back

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from opsd_lightning.models.policy import base_of, device_of, evaluating, is_adapter_key
-from opsd_lightning.models.scoring import check_head, score, score_all
+from opsd_lightning.models.scoring import Scorer, check_head, score
 from opsd_lightning.models.sharding import reshard_on_exit
 from opsd_lightning.rollouts.base import LocalEngine, RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -131,7 +131,7 @@ def agreement(model: PeftModel, prompts: Sequence[Sequence[int]], completions: S
     """Return how many greedily sampled tokens are also the most likely in scoring, and the number of all tokens."""
     if not any(completions):
         return 0, 0
-    states = score_all(model, prompts, completions, 8192)
+    states = Scorer(model).score(prompts, completions)
     targets = torch.tensor([token for row in completions for token in row], device=device_of(model))
     return _count_most_likely(model, _logits(states), targets), len(targets)
 
@@ -152,7 +152,7 @@ def _compare_scores(model: PeftModel) -> Agreement:
     batch = _difference(together, alone, tolerance)
     # Each prompt once for two rows of different lengths.
     prompts, completions = prompts * 2, [*completions, completions[1][:2], completions[0][:3]]
-    shared = _logits(score_all(model, prompts, completions, 8192)).split([len(completion) for completion in completions])
+    shared = _logits(Scorer(model).score(prompts, completions)).split([len(completion) for completion in completions])
     return Agreement(batch, _difference(shared[:2], alone, tolerance), None, 0, 0, tolerance)
 
 

@@ -165,7 +165,7 @@ class AdapterVersions:
     def remove(self, adapters: Sequence[Adapter]) -> None:
         """Remove the folders of some versions."""
         for adapter in adapters:
-            folders.remove(self.folder / adapter.name)
+            folders.remove_export(self.folder / adapter.name)
             self.written.remove(adapter)
 
     def remove_all(self) -> list[str]:
@@ -175,7 +175,7 @@ class AdapterVersions:
         names = [adapter.name for adapter in self.written]
         self.written, self.newest = [], {}
         if self._owner is not None:
-            folders.remove_run(self.folder)
+            folders.remove_tree(self.folder)
             os.close(self._owner)
             self._owner = None
         return names
@@ -224,7 +224,7 @@ def _create_run_folder(folder: Path) -> int:
         os.fsync(handle)
     except OSError:
         os.close(handle)
-        folders.remove_run(folder)
+        folders.remove_tree(folder)
         raise
     return handle
 
@@ -255,7 +255,7 @@ def _is_dead(folder: Path, remove: bool = False) -> bool:
         if owner["host"] != _boot_id() and time.time() - os.fstat(handle).st_mtime < _OTHER_HOST_SECONDS:
             return False
         if remove:
-            folders.remove_run(folder)
+            folders.remove_tree(folder)
         return True
     except (OSError, ValueError, KeyError, TypeError):  # locked by its run, or not written by this package
         return False

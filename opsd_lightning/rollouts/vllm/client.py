@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from opsd_lightning.rollouts.vllm.http import Answer, ExchangeError, Exchanger
-from opsd_lightning.runs.signals import Stopped, asked
+from opsd_lightning.runs.signals import Stopped, stop_signal
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.redaction import HIDDEN, redact_text
 
@@ -539,7 +539,7 @@ class _StopTimeout:
             Stopped: A signal asked the run to stop, and no response came for `STOP_TIMEOUT_SECONDS`. No checkpoint is saved,
                 since the step is not complete.
         """
-        number = asked()
+        number = stop_signal()
         if not number or left != self._left:
             self._left, self._since = left, time.monotonic()
         elif time.monotonic() - self._since >= STOP_TIMEOUT_SECONDS:
