@@ -44,7 +44,7 @@ from opsd_lightning.models.base_checks import (
 )
 from opsd_lightning.models.gguf_header import check_gguf
 from opsd_lightning.models.rope import constant_length, fix_frequencies, row_limit
-from opsd_lightning.types import ConfigError, PositiveFloat, PositiveInt, Probability, UserError, checked
+from opsd_lightning.types import ConfigError, PositiveFloat, PositiveInt, Probability, checked
 
 STUDENT = "default"
 TEACHER = "teacher"
@@ -375,7 +375,7 @@ class ModelSettings(ABC):
             wrong = list(result.unexpected_keys) + missing
             if wrong:
                 raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
-        except (torch.OutOfMemoryError, UserError):
+        except (torch.OutOfMemoryError, ConfigError):
             raise
         except Exception as error:  # the adapter's settings may have any type
             raise ConfigError(

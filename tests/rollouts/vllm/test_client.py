@@ -150,7 +150,7 @@ def test_an_error_leaves_no_adapter(
 def test_unclosed_engine_is_cleaned_up(server: ProtocolServer, built: Callable[..., PeftModel], tmp_path: Path) -> None:
     engine = VLLMServerEngine([server.url], str(tmp_path / "adapters"))
     engine.generate(built(), PROMPTS, SAMPLING, seed=0)
-    assert server.adapters and engine._end is not None and engine._end.atexit
+    assert server.adapters and engine._finalizer is not None and engine._finalizer.atexit
     del engine
     gc.collect()
     assert server.adapters == {} and left(tmp_path / "adapters") == []
@@ -219,8 +219,8 @@ def test_a_forked_copy_ends_nothing(
 ) -> None:
     own = engine()
     own.generate(built(), PROMPTS, SAMPLING, seed=0)
-    assert own._end is not None
-    end(in_a_child(own._end))
+    assert own._finalizer is not None
+    end(in_a_child(own._finalizer))
     assert server.adapters and left(tmp_path / "adapters")
 
 
