@@ -24,11 +24,11 @@ from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.distributed.collectives import together
 from opsd_lightning.losses.objectives import Update
 from opsd_lightning.methods.base import PolicyModule
-from opsd_lightning.reports.html import render_template
+from opsd_lightning.reports.html import check_extension, render_template
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
 from opsd_lightning.runs.reader import RECORD
 from opsd_lightning.runs.record import CHECKPOINT_ID, is_of_another_run
-from opsd_lightning.types import ConfigError, PromptBatch, UserError
+from opsd_lightning.types import PromptBatch, UserError
 from opsd_lightning.utils.disk_errors import survived
 from opsd_lightning.utils.files import replace, script_json
 from opsd_lightning.utils.folders import check_page
@@ -83,9 +83,7 @@ class TokenReport(Callback):
     ) -> None:
         self.every_n_steps, self.rows, self.keep = PositiveInt(every_n_steps), PositiveInt(rows), PositiveInt(keep)
         self.max_tokens, self.path, self.pictures = PositiveInt(max_tokens), path, pictures
-        if not str(path).endswith((".html", ".htm")):
-            problem = f"TokenReport writes an HTML page, and {path} has another extension"
-            raise ConfigError(problem, "trainer.callbacks.path", "Choose a path that ends in .html")
+        check_extension(path, "TokenReport")
         self._steps: list[tuple[int, str]] = []  # the optimizer step, and its data as JSON
         self._shown: list[dict[str, Any]] | None = None  # rollouts of the current step
         self._pieces: Pieces | None = None

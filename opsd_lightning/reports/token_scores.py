@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_lightning.losses.objectives import Update
+from opsd_lightning.losses.objectives import Update, logit_chunks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.policy import evaluating
 from opsd_lightning.models.scoring import score_all
@@ -66,16 +66,12 @@ def predictions(states: TokenStates, targets: Tensor, temperature: float, top: i
         logits_memory_mib: Approximate memory for logits, in MiB.
     """
     parts: list[Predictions] = []
-    start, chunk = 0, 8  # a small first chunk, since only its logits show the size of the vocabulary
-    while start < targets.numel():
-        rows = slice(start, start + chunk)
-        logprobs = torch.log_softmax(states.head(states.hidden[rows]).float() / temperature, dim=-1)
+    for rows, logits in logit_chunks(states, logits_memory_mib, temperature):
+        logprobs = torch.log_softmax(logits, dim=-1)
         own = logprobs.gather(-1, targets[rows, None])
         best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
         rank = (logprobs > own).sum(-1) + 1
         parts.append(Predictions(own[:, 0].cpu(), rank.cpu(), best.indices.cpu(), best.values.cpu()))
-        start += chunk
-        chunk = max(logits_memory_mib * 2**20 // (3 * 4 * logprobs.shape[-1]), 1)  # three tensors of logits in float32
     if not parts:
         nothing = torch.zeros(0, dtype=torch.long)
         return Predictions(torch.zeros(0), nothing, torch.zeros(0, top, dtype=torch.long), torch.zeros(0, top))
