@@ -37,7 +37,7 @@ from opsd_lightning import (
     WordProblems,
 )
 from opsd_lightning.losses.clips import Clip
-from opsd_lightning.models.scoring import score_all
+from opsd_lightning.models.scoring import Scorer
 
 CLIPS: dict[str, Callable[[float], Clip]] = {
     "PointwiseClip": PointwiseClip, "TokenClip": TokenClip, "RescaleClip": RescaleClip,
@@ -97,8 +97,8 @@ def of_a_model(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     rows, model = data.rows["train"], policy.build()
     sampling = Sampling(max_new_tokens=args.new_tokens)
     completions = TransformersEngine().generate(model, rows.student, sampling, seed=0).completions
-    students = score_all(model, rows.student, completions, 2048)
-    teachers = FixedTeacher().score(model, rows.teacher, completions, 2048)
+    students = Scorer(model, 2048).score(rows.student, completions)
+    teachers = FixedTeacher().score(Scorer(model, 2048), rows.teacher, completions)
     student, teacher = students.head(students.hidden).float(), teachers.head(teachers.hidden).float()
     ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
     return student, teacher, (theirs.exp() * (theirs - ours)).argmax(1, keepdim=True)

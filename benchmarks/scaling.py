@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
-from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
 from opsd_lightning.types import TokenStates
 
@@ -75,7 +75,7 @@ def main() -> None:
 
     def teacher(prompt: int) -> Callable[[], object]:
         prompts, completions = [ids(prompt)] * 8, [ids(64) for _ in range(8)]
-        return lambda: score_all(model, prompts, completions, 100_000)
+        return lambda: Scorer(model, 100_000).score(prompts, completions)
 
     found = cost({length: teacher(length) for length in (64, 256, 1024)})
     tables["teacher, 8 completions of 64 tokens of one prompt, by its length"] = [

@@ -17,7 +17,7 @@ from common import in_turn, log_uniform, machine, model_folder, parser, report
 
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.models.policy import LoRA, Policy, base_of
-from opsd_lightning.models.scoring import score, score_all, split_rows
+from opsd_lightning.models.scoring import Scorer, score, split_rows
 from opsd_lightning.types import TokenStates
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     lengths = log_uniform(args.rows, args.shortest, args.longest)
     prompts, completions = [ids(args.prompt) for _ in lengths], [ids(length) for length in lengths]
     objective = DivergenceObjective()
-    teacher = score_all(model, prompts, completions, args.token_budget)
+    teacher = Scorer(model, args.token_budget).score(prompts, completions)
     # Any fixed target works if the loss is not zero: the states of the same tokens with a small shift.
     moved = teacher.hidden + 0.1 * torch.randn(teacher.hidden.shape, generator=generator).to(teacher.hidden)
     moved_rows = moved.split(lengths)
@@ -105,7 +105,7 @@ def main() -> None:
             return score(model, [prompt] * args.n, rows)[0]
 
     def shared() -> TokenStates:
-        return score_all(model, [prompt] * args.n, rows, args.n * (args.teacher_prompt + args.completion))
+        return Scorer(model, args.n * (args.teacher_prompt + args.completion)).score([prompt] * args.n, rows)
 
     with torch.no_grad():
         states = shared()

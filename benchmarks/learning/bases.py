@@ -45,7 +45,7 @@ from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.types import Example, Sampling
-from opsd_lightning.utils.folders import check, replacing
+from opsd_lightning.utils.folders import check_replaceable, replace_folder
 
 MAX_NEW_TOKENS = 26  # a worked answer of three operations has 22 tokens with its EOS
 EASY_OPERATIONS = (1, 2)
@@ -208,12 +208,12 @@ def make(base: Base, root: Path) -> Path:
     record = folder / "base.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8"))["settings"] == asdict(base):
         return folder
-    check(folder, "--output", "pretrained model")
+    check_replaceable(folder, "--output", "pretrained model")
     started = time.perf_counter()
     model = pretrain(base)
     seconds = time.perf_counter() - started
     facts = {"settings": asdict(base), "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
-    with replacing(folder, "--output", "pretrained model") as partial:
+    with replace_folder(folder, "--output", "pretrained model") as partial:
         model.save_pretrained(partial)
         make_tokenizer().save_pretrained(partial)
         facts |= {"torch": torch.__version__, "accuracy": measure(partial)}

@@ -11,13 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
 
 from opsd_lightning.checkpoints.io import read_adapters
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.export import ADAPTER, MERGED, inputs_of, merge_adapter, write_adapter
-from opsd_lightning.models.sharding import whole
-from opsd_lightning.runs.output_checks import outputs_of
+from opsd_lightning.models.sharding import full_tensor
+from opsd_lightning.runs.output_checks import output_paths
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.folders import Kept, check, free_name, place_of
+from opsd_lightning.utils.folders import Protected, check_replaceable, free_name, resolve_parent
 from opsd_lightning.utils.terminal import say
 
 
@@ -53,21 +53,21 @@ class AdapterExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, PolicyModule):
-            together(lambda: self._check(trainer, pl_module) if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: self._check(trainer, pl_module) if trainer.is_global_zero else None)
 
     def _check(self, trainer: Trainer, module: PolicyModule) -> None:
         root, kept = Path(trainer.default_root_dir), self._kept(trainer, module)
-        folder = check(root / self.folder, _SETTING, ADAPTER, kept)
+        folder = check_replaceable(root / self.folder, _SETTING, ADAPTER, kept)
         if self.merged_folder is not None and not module.policy.trains_all:
             setting = "trainer.callbacks.merged_folder"
-            merged = check(root / self.merged_folder, setting, MERGED, [*kept, ("the adapter's folder", folder)])
+            merged = check_replaceable(root / self.merged_folder, setting, MERGED, [*kept, ("the adapter's folder", folder)])
             if merged in folder.parents or folder in merged.parents:
                 raise ConfigError(f"{merged} and {folder} are inside each other", setting, "Choose another folder")
 
-    def _kept(self, trainer: Trainer, module: PolicyModule) -> list[Kept]:
+    def _kept(self, trainer: Trainer, module: PolicyModule) -> list[Protected]:
         checkpoint = trainer.ckpt_path
         given = [("the checkpoint", str(checkpoint))] if checkpoint is not None and Path(str(checkpoint)).exists() else []
-        return [*outputs_of(trainer), *inputs_of(module.policy), *given]
+        return [*output_paths(trainer), *inputs_of(module.policy), *given]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -79,7 +79,7 @@ class AdapterExport(Callback):
         if best and not trainer.is_global_zero:
             return  # the file may exist on the first node only
         # Gathering sharded weights needs every rank.
-        found = read_adapters(best) if best else {key: whole(value) for key, value in pl_module.state_dict().items()}
+        found = read_adapters(best) if best else {key: full_tensor(value) for key, value in pl_module.state_dict().items()}
         if not trainer.is_global_zero:
             return
         weights = {key.removeprefix("model."): value for key, value in found.items()}
@@ -129,7 +129,7 @@ def _written(folder: Path, root: Path, setting: str, checkpoint: str, write: Cal
         except (ConfigError, PermissionError) as error:
             if isinstance(error, ConfigError) and error.setting != setting:
                 raise
-            place = place_of(folder)
+            place = resolve_parent(folder)
             inside = (
                 place.parent.is_dir()
                 and os.access(place.parent, os.W_OK)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from opsd_lightning.callbacks.health_metrics import (
@@ -23,13 +23,13 @@ from opsd_lightning.callbacks.health_metrics import (
     token_class,
 )
 from opsd_lightning.callbacks.schedule import is_due
-from opsd_lightning.losses.objectives import Update
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.token_text import Pieces
 
 
-class Health(Callback):
+class Health(StepCallback):
     """Callback that logs early signs of the known failures of self-distillation under ``health/``.
 
     docs/seeing.md lists all metrics. They cover all completions of a step on all ranks: forward KL of the first tokens, by
@@ -95,12 +95,10 @@ class Health(Callback):
                 if logged.meta.name.startswith("health/"):
                     logged.reset()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        # The condition is the same on every rank, since the sums need all ranks.
-        update = pl_module.current
-        if update is not None and update.rollouts.sampled and is_due(trainer, pl_module, self.every_n_steps):
-            values = {f"health/{name}": value for name, value in self.measure(pl_module, update).items()}
+    def on_step_scored(self, trainer: Trainer, pl_module: PolicyModule, record: StepRecord) -> None:
+        # Decided by what is equal on every rank, because all ranks take part in the sums.
+        if record.rollouts.sampled and is_due(trainer, pl_module, self.every_n_steps):
+            values = {f"health/{name}": value for name, value in self.measure(pl_module, record).items()}
             pl_module.log_dict(values, batch_size=1)
 
     def logged_names(self, module: PolicyModule) -> set[str]:
@@ -115,9 +113,9 @@ class Health(Callback):
             names |= {"accuracy"} | ({"teacher_gap_correct", "teacher_gap_wrong"} if divergence else set())
         return {f"health/{name}" for name in names}
 
-    def measure(self, module: PolicyModule, update: Update) -> dict[str, Tensor | float]:
+    def measure(self, module: PolicyModule, record: StepRecord) -> dict[str, Tensor | float]:
         """Compute all metrics over all ranks, by name without ``health/``. Call it on every rank."""
-        batch, rollouts, measured = update.batch, update.rollouts, update.measured
+        batch, rollouts, measured = record.batch, record.rollouts, record.measured
         texts = module.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
         examples = [batch.examples[row // rollouts.n] for row in range(len(texts))]
         lengths = [len(completion) for completion in rollouts.completions]
@@ -154,11 +152,11 @@ class Health(Callback):
             for metric in (position, classes):
                 values |= {f"forward_kl_{name}": value for name, value in metric.compute().items()}
         if self.grade:
-            values |= self._graded(module, update, texts, [e.answer for e in examples])
+            values |= self._graded(module, record, texts, [e.answer for e in examples])
         return values
 
-    def _graded(self, module: PolicyModule, update: Update, texts: list[str], answers: list[str]) -> dict[str, Tensor]:
-        grader, measured = module.evaluator.grader, update.measured
+    def _graded(self, module: PolicyModule, record: StepRecord, texts: list[str], answers: list[str]) -> dict[str, Tensor]:
+        grader, measured = module.evaluator.grader, record.measured
         rows = [row for row, answer in enumerate(answers) if answer]  # not all rows have a reference answer
         gaps = None
         if "teacher_logprob" in measured:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from opsd_lightning.utils.terminal import marked, say
+from opsd_lightning.utils.terminal import safe_markup, say
 
 
 def print_metrics(values: Mapping[str, float]) -> None:
@@ -24,7 +24,7 @@ def print_metrics(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if "_se" in name:
             continue
-        label = marked(name.replace("_", " "))
+        label = safe_markup(name.replace("_", " "))
         if "@" in name:
             errors = [values.get(f"{name}{error}") for error in ("_se", "_se_samples")]
             table.add_row(label, f"{value:.1%}", *("" if error is None else f"{error:.1%}" for error in errors))

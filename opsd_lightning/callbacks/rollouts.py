@@ -12,17 +12,16 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from opsd_lightning.callbacks.progress import print_metrics
-from opsd_lightning.distributed.collectives import from_rank_zero, of_every_rank, together
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.distributed.collectives import all_gather_object, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.evaluation.evaluator import Records
 from opsd_lightning.evaluation.store import Results, identity
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.runs import lock as run_lock
-from opsd_lightning.runs.reader import RECORD
-from opsd_lightning.runs.record import CHECKPOINT_ID, is_newest, is_of_another_run
+from opsd_lightning.runs.reader import RECORD_FOLDER
+from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run, is_newest_checkpoint
 from opsd_lightning.types import ConfigError, PromptBatch
-from opsd_lightning.utils.csv_tables import append_rows, begin, check_table
-from opsd_lightning.utils.disk_errors import survived
+from opsd_lightning.utils.csv_tables import append_rows, check_table, prepare_table
+from opsd_lightning.utils.disk_errors import warn_on_write_error
 from opsd_lightning.utils.loggers import log_table
 from opsd_lightning.utils.terminal import say
 
@@ -60,12 +59,17 @@ class RolloutTable(Callback):
         self._unwritten, self._is_branch, self._is_new = [], True, False
         if stage == "fit":
             path = Path(trainer.default_root_dir) / self.path
-            together(lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None)
+            run_on_all_ranks(
+                lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # In this hook, since RunReport changes the record later.
-        record, identifier = Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID)
-        self._is_branch, self._is_new = not is_newest(record, identifier), is_of_another_run(record, identifier)
+        record, identifier = Path(trainer.default_root_dir) / RECORD_FOLDER, checkpoint.get(CHECKPOINT_ID)
+        self._is_branch, self._is_new = (
+            not is_newest_checkpoint(record, identifier),
+            belongs_to_another_run(record, identifier),
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._multiples = trainer.global_step // self.every_n_steps
@@ -74,8 +78,8 @@ class RolloutTable(Callback):
         paths = [Path(trainer.default_root_dir) / self.path]
         paths += [Path(logger.log_dir) / "rollouts.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for path in paths:
-            with survived(trainer, str(path)):
-                begin(path, self.COLUMNS, 0 if self._is_new else trainer.global_step, self._is_branch)
+            with warn_on_write_error(trainer, str(path)):
+                prepare_table(path, self.COLUMNS, 0 if self._is_new else trainer.global_step, self._is_branch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -113,7 +117,7 @@ class RolloutTable(Callback):
     def _write(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / self.path
         if self._unwritten:
-            with survived(trainer, str(path)):
+            with warn_on_write_error(trainer, str(path)):
                 append_rows(path, self.COLUMNS, self._unwritten)
                 self._unwritten = []
 
@@ -181,30 +185,27 @@ class RolloutWriter(Callback):
         lock = results.folder.with_name(f".{results.folder.name}.lock")
 
         def create() -> list[str]:
-            run_lock.hold_file(lock, results.folder, "writer.folder", trainer)
+            run_lock.lock_file(lock, results.folder, "writer.folder", trainer)
             return results.create(self.resume)
 
         self._lock = lock
-        for line in from_rank_zero(create):
+        for line in run_on_rank_zero(create):
             rank_zero_info(line)
-        results.mend(replica(trainer)[0])
+        results.remove_incomplete_line(trainer.global_rank)
         evaluator.finished = results.finished(batches, roles, evaluator.sampling.n)
         finished = f"{len(evaluator.finished)} of {len(batches)} batches are finished"
         rank_zero_info(f"Results are in {results.folder}: {finished}")
 
     def _append(self, trainer: Trainer, module: Any, records: Records, batch_idx: int) -> None:
-        rank, replicas = replica(trainer)
-        # Ranks of one tensor-parallel group have the same completions, and the first of them writes.
-        writes = trainer.global_rank % (trainer.world_size // replicas) == 0
-        if writes and self.results is not None and batch_idx not in module.evaluator.finished:
-            self.results.append(rank, records)
+        if self.results is not None and batch_idx not in module.evaluator.finished:
+            self.results.append(trainer.global_rank, records)
 
     def _end(self, trainer: Trainer, module: Any, metrics: dict[str, float] | None) -> None:
         results, self.results, module.evaluator.finished = self.results, None, {}
         if results is None:
             return
-        of_every_rank(None)  # wait until all ranks have written
-        path = from_rank_zero(lambda: results.join(metrics))
+        all_gather_object(None)  # wait until all ranks have written
+        path = run_on_rank_zero(lambda: results.join(metrics))
         self._release(trainer)
         if trainer.is_global_zero:
             say(f"Graded completions are in {path} and {results.folder}")

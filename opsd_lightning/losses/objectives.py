@@ -22,7 +22,7 @@ from opsd_lightning.losses.clips import Clip, NoClip
 from opsd_lightning.losses.divergences import Divergence, ForwardKL
 from opsd_lightning.losses.position_weights import PositionWeight
 from opsd_lightning.losses.supports import FullVocabulary, Support
-from opsd_lightning.types import ConfigError, PromptBatch, Rollouts, TokenStates
+from opsd_lightning.types import ConfigError, Rollouts, TokenStates
 
 # Most elements of one tensor of a block on a CPU: 4 MiB in float32, a few of which fit the last-level cache.
 _BLOCK_ELEMENTS = 2**20
@@ -462,21 +462,24 @@ class Term(NamedTuple):
     teacher: TokenStates | None = None
     teacher_prompts: list[list[int]] | None = None
 
+    def weighted(self, factors: list[Tensor]) -> Term:
+        """Multiply the weights by a factor of each token, for each completion a tensor of shape [C]."""
+        return self._replace(weights=[weight * factor for weight, factor in zip(self.weights, factors, strict=True)])
 
-class Update(NamedTuple):
-    """Inputs, completions and measurements of one optimizer step.
+    def loss(
+        self, student: TokenStates, targets: Tensor, rows: Sequence[int], sizes: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the term for some completions. See `Objective.__call__` for what is returned.
 
-    Args:
-        batch: Questions of the step.
-        students: Token ids of the student's prompt for each completion.
-        rollouts: Completions.
-        terms: Terms of the loss. The method's own term comes first.
-        measured: Measurements of the first term by name, one tensor of shape [C] per completion, on the CPU (see
-            `Objective.__call__`).
-    """
-
-    batch: PromptBatch
-    students: list[list[int]]
-    rollouts: Rollouts
-    terms: list[Term]
-    measured: dict[str, list[Tensor]]
+        Args:
+            student: The student's states at these completions' tokens.
+            targets: These tokens. Shape [T].
+            rows: Indices of the completions among all of the step; none for an empty pass.
+            sizes: Number of tokens of each completion of the step.
+        """
+        weights = torch.cat([self.weights[row] for row in rows] or [torch.zeros(0)]).to(targets.device)
+        teacher = self.teacher
+        if teacher is not None:
+            states = teacher.hidden.split(list(sizes))
+            teacher = TokenStates(torch.cat([states[row] for row in rows] or [teacher.hidden[:0]]), teacher.head)
+        return self.objective(student, teacher, targets, weights)

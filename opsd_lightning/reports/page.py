@@ -15,12 +15,12 @@ from urllib.parse import quote
 from opsd_lightning import __version__
 from opsd_lightning.reports.charts import charts_of, curves_of
 from opsd_lightning.reports.html import count, render_template
-from opsd_lightning.runs.reader import RECORD, Point, Run, differences, read_run
+from opsd_lightning.runs.reader import RECORD_FOLDER, Point, Run, differing_settings, read_run
 from opsd_lightning.types import ConfigError, UserError
-from opsd_lightning.utils.files import replace, script_json
+from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.statistics import mean_and_interval, wilson, wilson_interval
-from opsd_lightning.utils.terminal import Arguments, say
+from opsd_lightning.utils.terminal import SafeArgumentParser, say
 
 
 def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.html") -> Path:
@@ -51,7 +51,7 @@ def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot make a report of these runs, since a file of them is damaged ({reason})") from error
     try:
-        replace(output, html)
+        atomic_write(output, html)
     except OSError as error:
         fix = "Choose a file that can be written"
         raise ConfigError(f"cannot write to {output} ({error})", "output", fix) from None
@@ -60,7 +60,7 @@ def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``opsd report``."""
-    parser = Arguments(prog="opsd report", description="Write a report of one or more runs as one HTML page.")
+    parser = SafeArgumentParser(prog="opsd report", description="Write a report of one or more runs as one HTML page.")
     parser.add_argument(
         "runs",
         nargs="+",
@@ -94,7 +94,7 @@ def render(runs: Sequence[Run], output: Path) -> str:
         runs=pages,
         sections=list(dict.fromkeys(chart["section"] for chart in data["charts"])),
         charts=data["charts"],
-        differing=list(differences(runs).items()) if len(runs) > 1 else [],
+        differing=list(differing_settings(runs).items()) if len(runs) > 1 else [],
         versions={name: [found.get(name) for found in versions] for name in dict.fromkeys(n for v in versions for n in v)},
         made=datetime.now().astimezone().isoformat(timespec="minutes"),
         version=__version__,
@@ -116,7 +116,7 @@ def _run_values(run: Run, name: str, output: Path) -> dict[str, Any]:
         top, _, rest = setting.partition(".")
         groups.setdefault(top if rest else "run", []).append((setting, value))
     command = starts[0].get("command") if starts else None
-    config = run.root / RECORD / "config.yaml"
+    config = run.root / RECORD_FOLDER / "config.yaml"
     # Times of steps add up to the time of the run only if every step was logged. A CSV log may have every tenth only.
     steps = [point.step for point in run.train]
     is_complete = len(steps) > 1 and all(b - a == steps[0] for a, b in pairwise(steps))
@@ -301,7 +301,7 @@ def _links(run: Run, output: Path) -> list[tuple[str, str]]:
         ("Adapter", path("AdapterExport.folder", "adapter")),
         ("Merged model", path("AdapterExport.merged_folder", "merged")),
         ("Rollouts (CSV)", path("RolloutTable.path", "rollouts.csv")),
-        ("Record", RECORD),
+        ("Record", RECORD_FOLDER),
         ("Held-out completions before training", "before/test.jsonl"),
         ("Held-out completions after training", "after/test.jsonl"),
     ]

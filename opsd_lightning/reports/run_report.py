@@ -20,34 +20,34 @@ from torch import Tensor
 
 from opsd_lightning.callbacks.collapse_guard import CollapseGuard
 from opsd_lightning.callbacks.schedule import newly_logged
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.evaluation.evaluator import Records
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.prompts.online_contexts import read_attempts
 from opsd_lightning.reports.html import check_extension
 from opsd_lightning.reports.page import write_report
-from opsd_lightning.runs.reader import RECORD, read_lines
+from opsd_lightning.runs.reader import RECORD_FOLDER, read_complete_lines
 from opsd_lightning.runs.record import (
     CHECKPOINT_ID,
     Record,
     check_record,
-    commit,
-    described,
-    devices,
-    is_open,
-    launcher,
-    now,
-    path_of,
-    versions,
+    class_path_of,
+    describe_object,
+    device_summary,
+    git_commit,
+    is_unfinished,
+    launch_command,
+    library_versions,
+    timestamp,
 )
-from opsd_lightning.runs.resuming import validates_first
+from opsd_lightning.runs.resuming import starts_with_validation
 from opsd_lightning.runs.signals import Stopped
 from opsd_lightning.types import PromptBatch, Rollouts
-from opsd_lightning.utils.disk_errors import clear, note, unwritten
+from opsd_lightning.utils.disk_errors import record_failure, record_success, write_failures
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.loggers import log_page
 from opsd_lightning.utils.redaction import redact, redact_arguments
-from opsd_lightning.utils.terminal import message, say
+from opsd_lightning.utils.terminal import safe_text, say
 
 _MAX_CHARACTERS = 20_000  # of a completion in the record
 
@@ -109,11 +109,11 @@ class RunReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded = None
         if stage == "fit":
-            together(lambda: self._check(trainer) if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: self._check(trainer) if trainer.is_global_zero else None)
 
     def _check(self, trainer: Trainer) -> None:
         root = Path(trainer.default_root_dir)
-        check_record(root / RECORD)
+        check_record(root / RECORD_FOLDER)
         check_page(root / self.path, "trainer.callbacks.path")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ class RunReport(Callback):
         if (
             self._record is None
             and trainer.global_step
-            and is_open(Path(trainer.default_root_dir) / RECORD, trainer.global_step)
+            and is_unfinished(Path(trainer.default_root_dir) / RECORD_FOLDER, trainer.global_step)
         ):
             self._begin(trainer, pl_module)
 
@@ -201,7 +201,7 @@ class RunReport(Callback):
             return
         self._flush(None)
         interrupted = isinstance(exception, (KeyboardInterrupt, Stopped))
-        reason = message(f"{type(exception).__name__}: {exception}")[:600]
+        reason = safe_text(f"{type(exception).__name__}: {exception}")[:600]
         if interrupted:
             reason = exception.signal_name if isinstance(exception, Stopped) else "SIGINT"
         self._end(trainer, pl_module, "interrupted" if interrupted else "failed", reason)
@@ -213,29 +213,29 @@ class RunReport(Callback):
             return
         if self._start is None:
             self._start = trainer.global_step
-        folder = Path(trainer.default_root_dir) / RECORD
+        folder = Path(trainer.default_root_dir) / RECORD_FOLDER
         try:
             self._record = Record(
                 folder,
                 self._start,
-                validates_first(trainer),
+                starts_with_validation(trainer),
                 self._loaded,
-                lambda name, error: note(trainer, str(folder / name), error),
+                lambda name, error: record_failure(trainer, str(folder / name), error),
             )
         except OSError as error:
-            note(trainer, str(folder), error)
+            record_failure(trainer, str(folder), error)
             return
         saved = next((c for c in _callbacks(trainer) if isinstance(c, SaveConfigCallback)), None)
         start = {
-            "command": None if self.arguments is None else launcher() + redact_arguments(self.arguments),
-            "time": now(),
+            "command": None if self.arguments is None else launch_command() + redact_arguments(self.arguments),
+            "time": timestamp(),
             "step": trainer.global_step,
             "seed": getattr(module, "seed", None),
             "folder": _current_folder(),
-            "devices": devices(trainer.strategy.root_device, trainer.world_size),
+            "devices": device_summary(trainer.strategy.root_device, trainer.world_size),
             "processes": trainer.world_size,
-            "versions": versions(),
-            "git": commit(),
+            "versions": library_versions(),
+            "git": git_commit(),
         }
         logs = [str(Path(log.log_dir).resolve()) for log in trainer.loggers if log.log_dir]
         self._record.start(start, logs, _settings(trainer, module, saved))
@@ -279,17 +279,17 @@ class RunReport(Callback):
         assert self._record is not None
         unwritten_files: dict[str, str] = {}
         try:
-            kinds = {line["kind"] for line in read_lines(self._record.folder / "samples.jsonl")}
+            kinds = {line["kind"] for line in read_complete_lines(self._record.folder / "samples.jsonl")}
             if "val" not in kinds:
                 self._keep_training_samples(module, "train" not in kinds)
             elif "train" in kinds:  # from an earlier start that ended before its first validation
                 self._record.drop_training_samples()
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
-            self._ended = status, reason, [message(text) for guard in guards for text in guard.messages]
+            self._ended = status, reason, [safe_text(text) for guard in guards for text in guard.messages]
             unwritten_files = self._unwritten(trainer)
             self._record.end(*self._ended, unwritten_files)
         except Exception as error:  # must not hide the error that ended the run
-            warnings.warn(f"RunReport could not record the end of the run: {message(repr(error))}", stacklevel=2)
+            warnings.warn(f"RunReport could not record the end of the run: {safe_text(repr(error))}", stacklevel=2)
         page = self._page(trainer)
         if self._ended is not None and unwritten_files != self._unwritten(trainer):  # the page was or was not written
             self._record.end(*self._ended, self._unwritten(trainer))
@@ -298,12 +298,12 @@ class RunReport(Callback):
             try:
                 log_page(trainer.loggers, "run_report", page, trainer.global_step)
             except Exception as error:
-                warnings.warn(f"RunReport could not log {page} to a logger: {message(repr(error))}", stacklevel=2)
+                warnings.warn(f"RunReport could not log {page} to a logger: {safe_text(repr(error))}", stacklevel=2)
         self._record = None
 
     def _unwritten(self, trainer: Trainer) -> dict[str, str]:
         assert self._record is not None
-        found = unwritten([trainer, *trainer.loggers])  # the record itself keeps track of its own files
+        found = write_failures([trainer, *trainer.loggers])  # the record itself keeps track of its own files
         return {name: reason for name, reason in found.items() if Path(name).parent != self._record.folder}
 
     def _keep_training_samples(self, module: Any, with_first: bool) -> None:
@@ -338,10 +338,10 @@ class RunReport(Callback):
         try:
             page = write_report([self._record.folder], Path(trainer.default_root_dir) / self.path)
             self._next_page = start + 100 * (time.monotonic() - start)  # at most 1 % of the run's time
-            clear(trainer, self.path)
+            record_success(trainer, self.path)
             return page
         except Exception as error:  # a full disk must not end a run
-            note(trainer, self.path, error)
+            record_failure(trainer, self.path, error)
             self._next_page = start + 100 * (time.monotonic() - start)
             return None
 
@@ -390,9 +390,9 @@ def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -
         model |= {"eval_sampling": getattr(evaluator, "sampling", None), "grader": getattr(evaluator, "grader", None)}
         names = ("max_steps", "max_epochs", "precision", "num_nodes", "num_devices", "default_root_dir")
         found = {
-            "model": {"class_path": path_of(module), "init_args": described(model)},
-            "data": described(getattr(trainer, "datamodule", None)),
-            "trainer": described({name: getattr(trainer, name, None) for name in names})
+            "model": {"class_path": class_path_of(module), "init_args": describe_object(model)},
+            "data": describe_object(getattr(trainer, "datamodule", None)),
+            "trainer": describe_object({name: getattr(trainer, name, None) for name in names})
             | {"strategy": type(trainer.strategy).__name__, "callbacks": [type(c).__name__ for c in _callbacks(trainer)]},
         }
     return str(yaml.safe_dump(redact(found, whole=True), sort_keys=False, allow_unicode=True))

@@ -16,23 +16,23 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 import opsd_lightning
 from opsd_lightning.callbacks.schedule import is_due
-from opsd_lightning.distributed.collectives import together
-from opsd_lightning.losses.objectives import Update
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.reports.html import check_extension, render_template
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
-from opsd_lightning.runs.reader import RECORD
-from opsd_lightning.runs.record import CHECKPOINT_ID, is_of_another_run
+from opsd_lightning.runs.reader import RECORD_FOLDER
+from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run
 from opsd_lightning.types import PromptBatch, UserError
-from opsd_lightning.utils.disk_errors import survived
-from opsd_lightning.utils.files import replace, script_json
+from opsd_lightning.utils.disk_errors import warn_on_write_error
+from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
-from opsd_lightning.utils.loggers import log_figure, log_page, takes_pictures
+from opsd_lightning.utils.loggers import accepts_figures, log_figure, log_page
 from opsd_lightning.utils.redaction import redact_text
 from opsd_lightning.utils.token_text import Pieces
 
@@ -42,7 +42,7 @@ MEASURED = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entr
 _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
-class TokenReport(Callback):
+class TokenReport(StepCallback):
     """Callback that writes an HTML page with the disagreement of student and teacher at each token of some rollouts.
 
     Each token is shaded by its divergence. The page shows the probability that each role gives the token, the most probable
@@ -96,10 +96,10 @@ class TokenReport(Callback):
         self._begins = False
         if stage == "fit":
             page = self._page(trainer)
-            together(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._is_new = is_of_another_run(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))
+        self._is_new = belongs_to_another_run(Path(trainer.default_root_dir) / RECORD_FOLDER, checkpoint.get(CHECKPOINT_ID))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -115,17 +115,16 @@ class TokenReport(Callback):
                 self._steps = [(step["step"], script_json(step)) for step in kept]
             except (UserError, KeyError, TypeError):
                 rank_zero_warn(f"{page} has no data of a token report, and is replaced instead of extended")
-        if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is None:
+        if self.pictures and accepts_figures(trainer.loggers) and find_spec("matplotlib") is None:
             rank_zero_warn(
                 "TokenReport writes the page but draws no figures for the loggers, because matplotlib is not installed: run "
                 "pip install 'opsd-lightning[plots]', or set trainer.callbacks.pictures to false"
             )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        assert isinstance(pl_module, PolicyModule)
+    def on_step_scored(self, trainer: Trainer, pl_module: PolicyModule, record: StepRecord) -> None:
         # The condition is the same on every rank, since a pass of a sharded model needs all ranks.
-        if pl_module.current is not None and is_due(trainer, pl_module, self.every_n_steps):
-            self._shown = self._rollout_data(trainer, pl_module, pl_module.current)
+        if is_due(trainer, pl_module, self.every_n_steps):
+            self._shown = self._rollout_data(trainer, pl_module, record)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -142,7 +141,7 @@ class TokenReport(Callback):
         }
         self._steps = [*self._steps, (trainer.global_step, script_json(step))][-self.keep :]
         self._write(trainer, pl_module)
-        if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is not None:
+        if self.pictures and accepts_figures(trainer.loggers) and find_spec("matplotlib") is not None:
             from opsd_lightning.reports.token_figure import draw
 
             log_figure(trainer.loggers, "tokens", draw(step), trainer.global_step)
@@ -156,28 +155,28 @@ class TokenReport(Callback):
 
     # -- data of a step ----------------------------------------------------------------------------------------------
 
-    def _rollout_data(self, trainer: Trainer, module: PolicyModule, update: Update) -> list[dict[str, Any]]:
+    def _rollout_data(self, trainer: Trainer, module: PolicyModule, record: StepRecord) -> list[dict[str, Any]]:
         """Return the data of the rollouts to show. Other ranks than the first only take part in the scoring pass."""
-        rollouts = update.rollouts
+        rollouts = record.rollouts
         # The first completions of all questions come before the second ones.
         order = sorted(range(len(rollouts.completions)), key=lambda row: (row % rollouts.n, row // rollouts.n))
         rows = sorted(order[: self.rows])
-        scores = score_tokens(module, update, rows, self.max_tokens, TOP)
+        scores = score_tokens(module, record, rows, self.max_tokens, TOP)
         if not trainer.is_global_zero:
             return []
         found = []
         for row, (student, teacher) in zip(rows, scores, strict=True):
-            completion, example = rollouts.completions[row], update.batch.examples[row // rollouts.n]
-            shown, term = completion[: self.max_tokens], update.terms[0]
+            completion, example = rollouts.completions[row], record.batch.examples[row // rollouts.n]
+            shown, term = completion[: self.max_tokens], record.terms[0]
             read = None if term.teacher_prompts is None else module.tokenizer.decode(term.teacher_prompts[row])
-            measured = {name: update.measured[name][row][: len(shown)] for name in MEASURED if name in update.measured}
+            measured = {name: record.measured[name][row][: len(shown)] for name in MEASURED if name in record.measured}
             found.append(
                 {
                     "row": row,
                     "question": example.question,
                     "trace": example.trace,
                     "reference": example.answer,
-                    "student_prompt": redact_text(str(module.tokenizer.decode(update.students[row]))),
+                    "student_prompt": redact_text(str(module.tokenizer.decode(record.student_prompts[row]))),
                     "teacher_prompt": None if read is None else redact_text(str(read)),
                     **self._grade(module, completion, example.answer),
                     "truncated": not rollouts.terminated[row],
@@ -232,8 +231,8 @@ class TokenReport(Callback):
             run[part] = type(getattr(module.objective, part)).__name__ if hasattr(module.objective, part) else None
         data = f'{{"run":{script_json(run)},"steps":[{",".join(text for _, text in self._steps)}]}}'
         self._unwritten = True
-        with survived(trainer, self.path):
-            replace(self._page(trainer), render_template("token_report.html", data))
+        with warn_on_write_error(trainer, self.path):
+            atomic_write(self._page(trainer), render_template("token_report.html", data))
             self._unwritten = False
 
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_lightning.losses.objectives import Update, logit_chunks
+from opsd_lightning.losses.objectives import logit_chunks
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.step import StepRecord
 from opsd_lightning.models.policy import evaluating
-from opsd_lightning.models.scoring import score_all
-from opsd_lightning.models.sharding import without_backward
+from opsd_lightning.models.sharding import reshard_on_exit
 from opsd_lightning.types import TokenStates
 
 
@@ -79,31 +79,31 @@ def predictions(states: TokenStates, targets: Tensor, temperature: float, top: i
 
 
 def score_tokens(
-    module: PolicyModule, update: Update, rows: Sequence[int], max_tokens: int, top: int = 5
+    module: PolicyModule, record: StepRecord, rows: Sequence[int], max_tokens: int, top: int = 5
 ) -> list[TokenScores]:
     """The predictions of both roles for some completions of the step that runs. Every rank must call.
 
     Args:
         module: The policy, its weights not updated yet.
-        update: What the step is made of (``module.current``).
+        record: Contents of the step.
         rows: Which completions, at least one.
         max_tokens: Only the first so many tokens of each, at least 1.
         top: How many of the likeliest tokens, at least 1.
     """
-    objective, teacher = update.terms[0].objective, update.terms[0].teacher
-    completions = [update.rollouts.completions[row][:max_tokens] for row in rows]
+    objective, teacher = record.terms[0].objective, record.terms[0].teacher
+    completions = [record.rollouts.completions[row][:max_tokens] for row in rows]
     sizes = [len(completion) for completion in completions]
     settings = (objective.temperature, top, objective.logits_memory_mib)
     # With a sharded model, the head stays gathered from the pass to the end of the block, for both roles.
-    with torch.no_grad(), evaluating(module.model), without_backward(module.model):
-        prompts = [update.students[row] for row in rows]
-        states = score_all(module.model, prompts, completions, module.token_budget, module.most_over_ranks)
+    with torch.no_grad(), evaluating(module.model), reshard_on_exit(module.model):
+        prompts = [record.student_prompts[row] for row in rows]
+        states = module.scorer.score(prompts, completions)
         flat = [token for completion in completions for token in completion]
         targets = torch.tensor(flat, dtype=torch.long, device=states.hidden.device)
         found = predictions(states, targets, *settings).split(sizes)
         if teacher is None:
             return [TokenScores(student, None) for student in found]
-        read = teacher.hidden.split([len(completion) for completion in update.rollouts.completions])
+        read = teacher.hidden.split([len(completion) for completion in record.rollouts.completions])
         hidden = torch.cat([read[row][:size] for row, size in zip(rows, sizes, strict=True)])
         theirs = predictions(TokenStates(hidden, teacher.head), targets, *settings).split(sizes)
     return [TokenScores(*both) for both in zip(found, theirs, strict=True)]
