@@ -81,14 +81,14 @@ def predictions(states: TokenStates, targets: Tensor, temperature: float, top: i
 def score_tokens(
     module: PolicyModule, record: StepRecord, rows: Sequence[int], max_tokens: int, top: int = 5
 ) -> list[TokenScores]:
-    """The predictions of both roles for some completions of the step that runs. Every rank must call.
+    """Compute the predictions of both roles for some completions of the current step. Call it on every rank.
 
     Args:
-        module: The policy, its weights not updated yet.
+        module: Module of the run, before the step's update.
         record: Contents of the step.
-        rows: Which completions, at least one.
-        max_tokens: Only the first so many tokens of each, at least 1.
-        top: How many of the likeliest tokens, at least 1.
+        rows: Indices of the completions, at least one.
+        max_tokens: Number of first tokens of each completion, at least 1.
+        top: Number of most probable tokens to return, at least 1.
     """
     objective, teacher = record.terms[0].objective, record.terms[0].teacher
     completions = [record.rollouts.completions[row][:max_tokens] for row in rows]
