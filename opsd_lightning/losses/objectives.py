@@ -463,19 +463,22 @@ class Term(NamedTuple):
     teacher_prompts: list[list[int]] | None = None
 
     def weighted(self, factors: list[Tensor]) -> Term:
-        """Multiply the weights by a factor of each token, for each completion a tensor of shape [C]."""
+        """Return the term with its weights multiplied by factors, one tensor of shape [C] per completion."""
         return self._replace(weights=[weight * factor for weight, factor in zip(self.weights, factors, strict=True)])
 
     def loss(
         self, student: TokenStates, targets: Tensor, rows: Sequence[int], sizes: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the term for some completions. See `Objective.__call__` for what is returned.
+        """Compute the term for some completions of the step.
 
         Args:
-            student: The student's states at these completions' tokens.
-            targets: These tokens. Shape [T].
-            rows: Indices of the completions among all of the step; none for an empty pass.
+            student: Student states at the tokens of these completions.
+            targets: Tokens of these completions. Shape [T].
+            rows: Indices of these completions in the step. Empty for a pass without completions.
             sizes: Number of tokens of each completion of the step.
+
+        Returns:
+            The loss and the measurements of each token, as in `Objective.__call__`.
         """
         weights = torch.cat([self.weights[row] for row in rows] or [torch.zeros(0)]).to(targets.device)
         teacher = self.teacher
