@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from opsd_lightning.runs import early_signals
-from opsd_lightning.utils.import_path import add_folder, without_folder
+from opsd_lightning.utils.import_path import add_current_folder, without_current_folder
 
 #: Commands beside LightningCLI's, and the modules whose ``main`` runs them.
 COMMANDS: dict[str, str] = {"doctor": "opsd_lightning.doctor.command", "report": "opsd_lightning.reports.page"}
@@ -27,16 +27,16 @@ _END_SECONDS = 10.0
 def entry() -> None:
     """Run the command that the process's arguments name."""
     end_with_first_rank()
-    early_signals.begin()
+    early_signals.install()
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else ""
-    with without_folder():
-        import_module("opsd_lightning.utils.terminal").guard_tracebacks()
+    with without_current_folder():
+        import_module("opsd_lightning.utils.terminal").safe_tracebacks()
         module = import_module(COMMANDS.get(command, "opsd_lightning.cli.command"))
         if command not in COMMANDS and command in ("-h", "--help"):
             print(f"Beside the subcommands below: {', '.join(f'opsd {name}' for name in COMMANDS)} (see their own --help)\n")
         if command == "doctor" or (command not in COMMANDS and _BUILDING & set(arguments)):
-            add_folder(arguments)
+            add_current_folder(arguments)
         if command in COMMANDS:
             module.main(arguments[1:])
         else:

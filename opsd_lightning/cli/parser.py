@@ -19,7 +19,7 @@ from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.terminal import message
+from opsd_lightning.utils.terminal import safe_text
 from opsd_lightning.utils.yaml_limits import check_yaml
 
 # jsonargparse writes hundreds of debug records for each command to a logger without handlers. Creating them takes time.
@@ -42,7 +42,7 @@ class Parser(LightningArgumentParser):
         return super().parse_args(args, *more, **options)
 
     def error(self, text: str, ex: Exception | None = None) -> NoReturn:
-        super().error(message(text), ex)
+        super().error(safe_text(text), ex)
 
 
 @contextmanager

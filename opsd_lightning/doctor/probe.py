@@ -14,12 +14,11 @@ import torch
 from lightning.pytorch import Trainer
 
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.doctor.findings import Finding
 from opsd_lightning.doctor.memory import Step
 from opsd_lightning.models.policy import device_of
-from opsd_lightning.models.scoring import score, score_all
-from opsd_lightning.rollouts.self_checks import samples_here
+from opsd_lightning.models.scoring import Scorer, score
+from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.teachers import Teacher
 from opsd_lightning.types import Sampling, TokenStates
 
@@ -60,9 +59,10 @@ def divergence_facts(module: Any, teacher: Teacher, found: Examples) -> list[dic
         teacher: Its teacher.
         found: The prompts.
     """
-    model, budget = module.model, module.token_budget
-    student = score_all(model, found.students, found.completions, budget)
-    states = teacher.score(model, found.teachers, found.completions, budget)
+    model = module.model
+    scorer = Scorer(model, module.token_budget)
+    student = scorer.score(found.students, found.completions)
+    states = teacher.score(scorer, found.teachers, found.completions)
     targets = torch.tensor([t for row in found.completions for t in row], device=device_of(model))
     _, measured = module.objective(student, states, targets, torch.zeros(len(targets), device=targets.device))
     facts, start = [], 0
@@ -142,7 +142,7 @@ def time_facts(
     rows = len(found.students)
     facts: dict[str, Any] = {"rows": rows, "engine": type(module.rollouts).__name__}
     completions: list[list[int]] = []
-    if samples_here(module.rollouts):
+    if isinstance(module.rollouts, LocalEngine):
         # The quicker of two each: the first warms up, and other processes may come in between.
         times: dict[int, tuple[float, int]] = {}
         for length in (_SHORT, _LONG, _SHORT, _LONG):
@@ -164,7 +164,7 @@ def time_facts(
         facts["student_seconds"] = min(passes)
         if teacher is not None:
             with _Stopwatch() as watch:
-                teacher.score(module.model, found.teachers, found.completions, module.token_budget)
+                teacher.score(Scorer(module.model, module.token_budget), found.teachers, found.completions)
             facts["teacher_seconds"] = watch.seconds
             facts["teacher_tokens"] = sum(map(len, found.teachers)) + sum(map(len, found.completions))
     return facts, completions
@@ -219,11 +219,11 @@ def run_facts(
     }
     steps = trainer.max_steps
     if steps < 0 and trainer.max_epochs is not None and 0 <= trainer.max_epochs < 1000:
-        steps = trainer.max_epochs * (len(data.rows["train"].examples) // (data.batch_size * replica(trainer)[1])) * updates
+        steps = trainer.max_epochs * (len(data.rows["train"].examples) // (data.batch_size * trainer.world_size)) * updates
     if steps >= 0:
         found |= {"steps": steps, "run_seconds": [seconds * steps / updates for seconds in found["step_seconds"]]}
     if step.eval_rows and "decoding_step_seconds" in measured and "val" in data.rows:
-        rows = -(-len(data.rows["val"].examples) // replica(trainer)[1]) * module.evaluator.sampling.n
+        rows = -(-len(data.rows["val"].examples) // trainer.world_size) * module.evaluator.sampling.n
         roles = 2 if module.evaluator.teacher is not None else 1
         at_once = min(step.rows_at_once or step.eval_rows, step.eval_rows)
         found["validation_seconds"] = roles * decoding_seconds(measured, rows, at_once, step.eval_completion)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from opsd_lightning.checkpoints.file import check_callbacks, load_file
-from opsd_lightning.checkpoints.io import WholeCheckpointIO
+from opsd_lightning.checkpoints.io import AtomicCheckpointIO
 from opsd_lightning.types import ConfigError
 
 _WHOLE = {"pytorch-lightning_version": "2.5.0", "state_dict": {"a": torch.ones(3)}, "epoch": 0, "global_step": 1}
@@ -43,7 +43,7 @@ def test_plain_values_survive_a_checkpoint(tmp_path: Path) -> None:
         "delta": datetime.timedelta(1, 2, 3), "path": Path("/a/b"), "frozen": frozenset([1, 2]), "range": range(1, 5, 2),
         "decimal": decimal.Decimal("1.5"), "slice": slice(1, None), "in a tuple": (deque([np.zeros(2)]), 1),
     }  # fmt: skip
-    WholeCheckpointIO().save_checkpoint(checkpoint(state), tmp_path / "x.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint(state), tmp_path / "x.ckpt")
     found = load_file(tmp_path / "x.ckpt")["callbacks"]["Mine"]["state"]
     assert list(found) == list(state)
     for name, value in state.items():
@@ -61,10 +61,10 @@ def test_plain_values_survive_a_checkpoint(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_unloadable_state_is_refused_when_it_is_saved(state: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
-    WholeCheckpointIO().save_checkpoint(checkpoint(1), path)
+    AtomicCheckpointIO().save_checkpoint(checkpoint(1), path)
     before = path.read_bytes()
     with pytest.raises(ConfigError) as refused:
-        WholeCheckpointIO().save_checkpoint(checkpoint(state), path)
+        AtomicCheckpointIO().save_checkpoint(checkpoint(state), path)
     assert refused.value.setting == "trainer.callbacks" and "Mine" in str(refused.value)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.ckpt"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.doctor.data_checks import Room, length_findings
 from opsd_lightning.doctor.findings import Finding
 from opsd_lightning.losses.objectives import DivergenceObjective
@@ -18,9 +19,7 @@ OVERHEAD, NEW = 50, 100
 CUT, SHORTER = "data.prompts.max_trace_tokens", "model.sampling.max_new_tokens"
 
 
-def advice(
-    pairs: list[tuple[int, int]], *rooms: Room, reason: str = "prompt and 100 new tokens do not fit"
-) -> Finding | None:
+def advice(pairs: list[tuple[int, int]], *rooms: Room, reason: DropReason = DropReason.PROMPT_TOO_LONG) -> Finding | None:
     data: Any = SimpleNamespace(
         lengths={"train": pairs}, dropped={"train": Counter({reason: len(pairs)})}, max_new_tokens=NEW
     )
@@ -71,12 +70,12 @@ def test_advised_length_fits_for_every_limit() -> None:
     """A teacher with a shorter context than the policy's decides."""
     pairs = [(100, 300)] * 20
     teacher = Room(360, NEW, True, "a model.teacher")
-    finding = advice(pairs, Room(512, NEW), teacher, reason="prompt and completion do not fit the context of model.teacher")
+    finding = advice(pairs, Room(512, NEW), teacher, reason=DropReason.TEACHER_TOO_LONG)
     assert finding is not None and number(finding, SHORTER) == 60
     cut = number(finding, CUT)
     assert cut is not None and 150 + cut + NEW <= 360
     assert number(finding, r"a model\.teacher with a context of") == 400 and "a model with" not in finding.fix
-    blind = advice(pairs, Room(512, NEW), teacher._replace(reads_teacher=False), reason="prompt and 1 do not fit")
+    blind = advice(pairs, Room(512, NEW), teacher._replace(reads_teacher=False))
     assert blind is not None and CUT not in blind.fix, "it reads the student's prompt, which fits"
 
 
@@ -89,4 +88,4 @@ def test_advice_tolerates_one_dropped_row_in_a_hundred() -> None:
 
 
 def test_traces_that_are_trained_on_are_not_cut() -> None:
-    assert advice([(100, 0)] * 20, Room(512, NEW), reason="prompt and trace do not fit the model's context") is None
+    assert advice([(100, 0)] * 20, Room(512, NEW), reason=DropReason.TRACE_TOO_LONG) is None

@@ -206,8 +206,8 @@ def test_errors_of_fit_are_found(mistake: str, doctor: Doctor, folders: dict[str
 
 def test_errors_of_the_loaded_model_are_found(doctor: Doctor) -> None:
     found = doctor("--model.objective.support=TopKWithTail", "--model.objective.support.k=999")
-    (error,) = lines(found, "error")
-    assert "model.objective.support.k" in error and " 999" in error
+    (error,) = [each for each in found["findings"] if each["level"] == "error"]
+    assert error["setting"] == "model.objective.support.k"
 
 
 def test_several_errors_are_reported_together(doctor: Doctor) -> None:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from helpers.distributed import ddp, parts
-from helpers.messages import mentions
 from helpers.processes import on_ranks
 from opsd_lightning.callbacks.rollouts import RolloutWriter
 from opsd_lightning.data.sources import WordProblems
@@ -22,7 +21,7 @@ from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
 pytestmark = pytest.mark.integration
 
@@ -233,8 +232,9 @@ def test_batches_without_indices_are_refused(
 
     plain = EvalLoader.__iter__
     monkeypatch.setattr(EvalLoader, "__iter__", lambda self: (b._replace(indices=()) for b in plain(self)))
-    with pytest.raises(UserError, match=mentions("OPSDDataModule")):
+    with pytest.raises(ConfigError) as refused:
         run(tmp_path)
+    assert refused.value.setting == "data"
 
 
 def test_results_table_is_printed(run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

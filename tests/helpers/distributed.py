@@ -26,7 +26,7 @@ from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.grpo import GRPOModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.models.sharding import whole
+from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.types import Rollouts, Sampling
@@ -48,8 +48,6 @@ both = pytest.mark.parametrize("strategy", STRATEGIES)
 
 class Scripted(RolloutEngine):
     """Rollout engine that gives every prompt fixed completions, the same on one process and on two."""
-
-    splits_layers = True
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
@@ -109,12 +107,12 @@ class Recorder(Callback):
         self.seen = Seen()
 
     def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
-        self.seen.gradients.append({n: whole(p.grad).clone() for n, p in module.named_parameters() if p.requires_grad})
+        self.seen.gradients.append({n: full_tensor(p.grad).clone() for n, p in module.named_parameters() if p.requires_grad})
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, *args: Any) -> None:
         self.seen.losses.append(float(outputs["loss"]))
         self.seen.completions.append(outputs["rollouts"].completions)
-        self.seen.weights.append({name: whole(value).clone() for name, value in module.state_dict().items()})
+        self.seen.weights.append({name: full_tensor(value).clone() for name, value in module.state_dict().items()})
         self.seen.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("time/")})
 
 
@@ -139,7 +137,7 @@ def run(
     """Fit on eight questions a step, whatever the number of ranks."""
     recorder = Recorder()
     chosen = {"strategy": strategy()} if strategy is not None else {}
-    questions = 8 * getattr(chosen.get("strategy"), "tensor_parallel_size", 1) // world
+    questions = 8 // world
     fit = trainer(
         folder, recorder, *callbacks, devices=world, max_steps=steps, enable_checkpointing=bool(callbacks), **chosen
     )

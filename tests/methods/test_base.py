@@ -25,11 +25,13 @@ from opsd_lightning.callbacks.rollouts import RolloutTable
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.distributed.checks import check_precision
+from opsd_lightning.distributed.collectives import TrainerRanks
 from opsd_lightning.losses.divergences import ReverseKL
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.models.policy import LoRA, Policy
-from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Rollouts, Sampling, UserError
@@ -186,14 +188,15 @@ def test_empty_completions_add_nothing_to_the_loss(empty: str, make_policy: Call
     assert row["train/completion_tokens"] == (2.0 if empty == "some" else 0.0)
 
 
-def test_passes_that_only_keep_ranks_in_step_change_nothing(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_passes_that_only_keep_ranks_in_step_change_nothing(
+    make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a rank with fewer micro-batches than another has to run."""
     found = []
     for more in (0, 3):
         torch.manual_seed(0)
         module, data = parts(make_policy())
-        original = module.over_ranks
-        module.over_ranks = lambda v, op, o=original, m=more: [x + (m if op == "max" else 0) for x in o(v, op)]  # type: ignore[method-assign, misc]
+        monkeypatch.setattr(TrainerRanks, "max", lambda self, values, more=more: [value + more for value in values])
         recorder = Recorder()
         trainer(tmp_path / str(more), recorder, max_steps=2).fit(module, data)
         found.append((recorder.losses, adapters(module)))
@@ -372,24 +375,19 @@ def test_callbacks_can_read_the_parts_of_a_step(make_policy: Callable[..., Polic
     """In the first update on a batch, before its weights change, and never else; the teacher's states give its numbers."""
     seen: list[int] = []
 
-    class Look(Callback):
-        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-            if (now := pl_module.current) is None:
-                return
+    class Look(StepCallback):
+        def on_step_scored(self, trainer: Trainer, pl_module: Any, now: StepRecord) -> None:
             seen.append(trainer.global_step)
             (term,) = now.terms
             flat = [token for row in now.rollouts.completions for token in row]
             with torch.no_grad():
-                student = score_all(pl_module.model, now.students, now.rollouts.completions, 4096)
-                teacher = score_all(pl_module.model, term.teacher_prompts, now.rollouts.completions, 4096)
+                student = Scorer(pl_module.model, 4096).score(now.student_prompts, now.rollouts.completions)
+                teacher = Scorer(pl_module.model, 4096).score(term.teacher_prompts, now.rollouts.completions)
             for states, name in ((student, "student_logprob"), (term.teacher, "teacher_logprob")):
                 own = states.head(states.hidden).log_softmax(-1)[range(len(flat)), flat]
                 torch.testing.assert_close(own, torch.cat(now.measured[name]), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(teacher.hidden, term.teacher.hidden, atol=1e-4, rtol=1e-4)
-            assert [len(prompt) for prompt in now.students] < [len(prompt) for prompt in term.teacher_prompts]
-
-        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-            assert pl_module.current is None
+            assert [len(prompt) for prompt in now.student_prompts] < [len(prompt) for prompt in term.teacher_prompts]
 
     # A live teacher's states are those of the same weights before the update.
     module, data = parts(make_policy(), teacher=LiveTeacher(), updates_per_batch=2)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from helpers.models import make_model, make_tokenizer
-from opsd_lightning.checkpoints.file import check_file, unfit_weights
+from opsd_lightning.checkpoints.file import check_file, mismatched_weights
 from opsd_lightning.losses.clips import TokenClip
 from opsd_lightning.losses.divergences import GeneralizedJSD, ReverseKL
 from opsd_lightning.losses.objectives import DivergenceObjective
@@ -287,7 +287,7 @@ def test_an_evaluation_without_the_second_adapter_names_its_setting(base: str, t
 def test_another_base_is_named_by_its_shapes() -> None:
     ours: dict[str, Tensor] = {"model.q.lora_A.default.weight": torch.ones(4, 8)}
     theirs = {"model.q.lora_A.default.weight": torch.ones(4, 16)}
-    assert list(unfit_weights(theirs, ours, Policy("m"))) == ["model.policy.model"] and not unfit_weights(
+    assert list(mismatched_weights(theirs, ours, Policy("m"))) == ["model.policy.model"] and not mismatched_weights(
         ours, ours, Policy("m")
     )
 

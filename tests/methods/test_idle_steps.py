@@ -17,6 +17,7 @@ from helpers.models import EOS
 from opsd_lightning.callbacks.collapse_guard import CollapseGuard
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.distributed.collectives import TrainerRanks
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.grpo import GRPOModule, Reward
@@ -170,7 +171,7 @@ def test_run_without_gradients_is_noticed(name: str, policy: Policy, tmp_path: P
         warnings.simplefilter("always")
         fit(module, tmp_path, guard, steps=4, context=context)
     told = [str(w.message) for w in caught if "nothing was learned" in str(w.message) and "Guard" not in str(w.message)]
-    assert len(told) == 1 and cause in told[0] and len(guard.said) == 1 and cause in guard.said[0]
+    assert len(told) == 1 and cause in told[0] and len(guard.messages) == 1 and cause in guard.messages[0]
     assert module.global_step == 4 and module.idle.verdict
     if name != "empty":  # there the roles may differ in how likely they find the EOS
         moved = [p for n, p in module.model.named_parameters() if "lora_B" in n]
@@ -196,16 +197,12 @@ def test_learning_run_ends_as_finished(policy: Policy, tmp_path: Path) -> None:
     assert module.idle.verdict is None and read_run(tmp_path).info["status"] == "finished"
 
 
-def test_one_learning_rank_is_enough(policy: Policy, tmp_path: Path) -> None:
+def test_one_learning_rank_is_enough(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts are summed over ranks before anything is decided, so that all decide alike."""
     module = opsd(policy, rollouts=Writes(EMPTY))
-    original = module.over_ranks
-
-    def with_another(values: Sequence[float], operation: str) -> list[float]:
-        """A second rank, which always has a little of everything."""
-        return [value + 1 if operation == "sum" else max(value, 1.0) for value in original(values, operation)]
-
-    module.over_ranks = with_another  # type: ignore[method-assign]
+    # A second rank, which always has a little of everything.
+    monkeypatch.setattr(TrainerRanks, "sum", lambda self, values: [value + 1 for value in values])
+    monkeypatch.setattr(TrainerRanks, "max", lambda self, values: [max(value, 1.0) for value in values])
     fit(module, tmp_path, steps=3)
     assert module.idle.verdict is None
 

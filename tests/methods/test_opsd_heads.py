@@ -11,7 +11,7 @@ from torch import Tensor
 from helpers.models import COMPLETIONS, PROMPTS, TEACHER_PROMPTS
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.models.policy import LoRA, Policy
-from opsd_lightning.models.scoring import score
+from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, SyncTeacher, Teacher, TrustRegionTeacher
 from opsd_lightning.types import Sampling, TokenStates
 
@@ -46,7 +46,7 @@ def test_teacher_logits_keep_the_head_of_scoring_time(
         teacher.keeps_head = keeps
         teacher.attach(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
-        states = teacher.score(model, TEACHER_PROMPTS, COMPLETIONS)
+        states = teacher.score(Scorer(model), TEACHER_PROMPTS, COMPLETIONS)
         before, trained = logits(states), {n for n, p in model.named_parameters() if p.requires_grad}
         for step in (1, 2):
             student, targets = score(model, PROMPTS, COMPLETIONS)
@@ -56,9 +56,9 @@ def test_teacher_logits_keep_the_head_of_scoring_time(
             teacher.after_step(model, step)
         after = logits(states)
         assert torch.equal(before, after) == (keeps or (isinstance(teacher, FixedTeacher) and type(teacher) is FixedTeacher))
-        now = logits(teacher.score(model, TEACHER_PROMPTS, COMPLETIONS))  # scored again, the teacher has moved
+        now = logits(teacher.score(Scorer(model), TEACHER_PROMPTS, COMPLETIONS))  # scored again, the teacher has moved
         teacher.keeps_head = not keeps  # at one and the same time, keeping the head changes nothing
-        torch.testing.assert_close(logits(teacher.score(model, TEACHER_PROMPTS, COMPLETIONS)), now)
+        torch.testing.assert_close(logits(teacher.score(Scorer(model), TEACHER_PROMPTS, COMPLETIONS)), now)
         assert torch.equal(now, before) == (type(teacher) is FixedTeacher)
         assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 

@@ -20,6 +20,7 @@ from helpers.models import EOS, PROMPTS, TEACHER_PROMPTS, perturb
 from helpers.steps import adapter, fit, one_step
 from opsd_lightning.callbacks.export import AdapterExport
 from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.sources import Columns, FileSource
 from opsd_lightning.losses.divergences import ForwardKL
 from opsd_lightning.losses.objectives import DivergenceObjective
@@ -30,6 +31,7 @@ from opsd_lightning.methods.mixed import MixedOPSDModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy, base_of
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.prompts.contexts import AnswerContext
 from opsd_lightning.prompts.online_contexts import (
     Attempts,
@@ -391,9 +393,9 @@ def test_reason_first_with_long_traces(make_policy: MakePolicy, tmp_path: Path) 
     examples = [Example("q", "a long trace", "1"), Example("q" * limit, "t", "1"), Example("q", "t", "1")]
 
     class Reading(FixedTeacher):
-        def score(self, model: Any, prompts: Any, *rest: Any) -> Any:
+        def score(self, scorer: Any, prompts: Any, completions: Any) -> Any:
             read.extend(prompts)
-            return super().score(model, prompts, *rest)
+            return super().score(scorer, prompts, completions)
 
     context = ReasonFirst("{question} {trace}", sampling=Sampling(max_new_tokens=7))
     module = OPSDModule(policy, Reading(), context=context, prompts=prompts, rollouts=Says(), optimizer=sgd)
@@ -415,9 +417,9 @@ def test_reason_first_has_the_teachers_weights_write(make_policy: MakePolicy, tm
     read: list[list[list[int]]] = []
 
     class Reading(FixedTeacher):
-        def score(self, model: Any, prompts: Any, *rest: Any) -> Any:
+        def score(self, scorer: Any, prompts: Any, completions: Any) -> Any:
             read.append(prompts)
-            return super().score(model, prompts, *rest)
+            return super().score(scorer, prompts, completions)
 
     class Engine(RolloutEngine):
         """Fixed rollouts of the student; what else is asked for is sampled."""
@@ -481,7 +483,7 @@ def test_full_fine_tuning_equals_the_flat_loss_and_resumes(fixed: Any, make_poli
     again.load_state_dict(module.state_dict(), strict=False)
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), module.model.parameters(), strict=True))
     # The copy stays the model that it started from: on a resumed run too it is the untrained one.
-    scored = again.teacher.score(again.model, TEACHER_PROMPTS, COMPLETIONS)
+    scored = again.teacher.score(Scorer(again.model), TEACHER_PROMPTS, COMPLETIONS)
     torch.testing.assert_close(scored.head(scored.hidden).log_softmax(-1), teacher, atol=1e-4, rtol=1e-4)
 
 
@@ -572,7 +574,7 @@ def test_only_methods_that_read_traces_need_them(method: str, make_policy: MakeP
     trainer.fit(make[method](), data)
     usable = len(data.rows["train"].examples)
     assert usable == (8 if method in ("grpo", "feedback") else 4)
-    assert data.dropped["train"]["empty trace"] == 8 - usable
+    assert data.dropped["train"][DropReason.EMPTY_TRACE] == 8 - usable
 
 
 def test_a_trace_that_does_not_fit_behind_the_students_prompt(make_policy: MakePolicy, tmp_path: Path) -> None:
@@ -586,7 +588,7 @@ def test_a_trace_that_does_not_fit_behind_the_students_prompt(make_policy: MakeP
         data = OPSDDataModule(policy, train=source, context=AnswerContext(), batch_size=1, max_new_tokens=4)
         trainer = one_step(tmp_path)
         trainer.fit(module, data)
-        assert sum(n for reason, n in data.dropped["train"].items() if "prompt and trace" in reason) == reasons
+        assert data.dropped["train"][DropReason.TRACE_TOO_LONG] == reasons
 
 
 def test_full_fine_tuning_writes_a_model(make_policy: MakePolicy, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import pytest
@@ -17,7 +17,7 @@ from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.models import scoring
 from opsd_lightning.models.packing import join, micro_batches, repeated
 from opsd_lightning.models.policy import LoRA
-from opsd_lightning.models.scoring import check_head, score, score_all, split_rows
+from opsd_lightning.models.scoring import Scorer, SingleRank, check_head, score, split_rows
 from opsd_lightning.teachers import FixedTeacher
 from opsd_lightning.types import UserError
 
@@ -45,7 +45,7 @@ def tokens_seen(model: PeftModel, counts: list[int]) -> torch.utils.hooks.Remova
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_shared_prompts_give_the_same_logits(architecture: str, budget: int, built: Callable[..., PeftModel]) -> None:
     model = built(architecture).eval()
-    states = score_all(model, SHARED_PROMPTS, SHARED_COMPLETIONS, budget)
+    states = Scorer(model, budget).score(SHARED_PROMPTS, SHARED_COMPLETIONS)
     expected = row_by_row(model, SHARED_PROMPTS, SHARED_COMPLETIONS)
     torch.testing.assert_close(states.head(states.hidden), expected, atol=1e-5, rtol=1e-5)
 
@@ -55,7 +55,7 @@ def test_a_repeated_prompt_runs_once(built: Callable[..., PeftModel]) -> None:
     model, counts = built().eval(), []
     prompt, n, length = list(range(20, 70)), 8, 11
     with tokens_seen(model, counts):
-        score_all(model, [prompt] * n, [[20] * length] * n, token_budget=100_000)
+        Scorer(model, 100_000).score([prompt] * n, [[20] * length] * n)
     assert counts == [len(prompt), n * (length - 1)]
 
 
@@ -72,7 +72,7 @@ def test_a_cache_that_is_no_keys_and_values_is_not_shared() -> None:
     model = get_peft_model(Qwen3NextForCausalLM(config).eval(), LoraConfig(r=4, target_modules=["q_proj"])).eval()
     counts: list[int] = []
     with tokens_seen(model, counts):  # type: ignore[arg-type]
-        states = score_all(model, [PROMPTS[0]] * 2, [[20, 21, 22], [23, 24, 25]], 1000)  # type: ignore[arg-type]
+        states = Scorer(model, 1000).score([PROMPTS[0]] * 2, [[20, 21, 22], [23, 24, 25]])  # type: ignore[arg-type]
     assert counts == [2 * (len(PROMPTS[0]) + 2)]
     expected = row_by_row(model, [PROMPTS[0]] * 2, [[20, 21, 22], [23, 24, 25]])  # type: ignore[arg-type]
     torch.testing.assert_close(states.head(states.hidden), expected, atol=1e-5, rtol=1e-5)
@@ -81,8 +81,16 @@ def test_a_cache_that_is_no_keys_and_values_is_not_shared() -> None:
 @torch.no_grad()
 def test_ranks_agree_on_the_number_of_passes(built: Callable[..., PeftModel]) -> None:
     model, counts, asked = built().eval(), [], []
+
+    class MorePasses(SingleRank):
+        """Another rank makes three passes more."""
+
+        def max(self, values: Sequence[float]) -> list[float]:
+            asked.extend(values)
+            return [value + 3 for value in values]
+
     with tokens_seen(model, counts):
-        states = score_all(model, SHARED_PROMPTS, SHARED_COMPLETIONS, 60, lambda passes: asked.append(passes) or passes + 3)
+        states = Scorer(model, 60, MorePasses()).score(SHARED_PROMPTS, SHARED_COMPLETIONS)
     assert len(counts) == asked[0] + 3
     expected = row_by_row(model, SHARED_PROMPTS, SHARED_COMPLETIONS)
     torch.testing.assert_close(states.head(states.hidden), expected, atol=1e-5, rtol=1e-5)
@@ -153,7 +161,7 @@ def test_repeated_prompts_are_found() -> None:
 def test_all_rows_are_scored_without_dropout_or_checkpointing(built: Callable[..., PeftModel]) -> None:
     model = built(lora=LoRA(r=4, alpha=8, dropout=0.5), gradient_checkpointing=True)
     assert model.training
-    states = score_all(model, SHARED_PROMPTS, SHARED_COMPLETIONS, 1000)
+    states = Scorer(model, 1000).score(SHARED_PROMPTS, SHARED_COMPLETIONS)
     assert model.training
     with torch.no_grad():
         expected = row_by_row(model.eval(), SHARED_PROMPTS, SHARED_COMPLETIONS)
@@ -162,7 +170,7 @@ def test_all_rows_are_scored_without_dropout_or_checkpointing(built: Callable[..
 
 def test_an_adapter_on_the_head_alone_gets_its_gradient(built: Callable[..., PeftModel]) -> None:
     model = built(lora=LoRA(r=4, alpha=8, dropout=0.0, target_modules=["lm_head"]))
-    teacher = FixedTeacher().score(model, TEACHER_PROMPTS, COMPLETIONS)
+    teacher = FixedTeacher().score(Scorer(model), TEACHER_PROMPTS, COMPLETIONS)
     states, targets = score(model, PROMPTS, COMPLETIONS)
     weights = torch.full((len(targets),), 1 / len(targets))
     loss, _ = DivergenceObjective()(states, teacher, targets, weights)
@@ -179,5 +187,5 @@ def test_an_adapter_on_the_head_alone_gets_its_gradient(built: Callable[..., Pef
 def test_logits_that_are_not_finite_are_refused(built: Callable[..., PeftModel]) -> None:
     model = built()
     model.get_base_model().lm_head.weight.data[3] = -math.inf
-    with pytest.raises(UserError, match="finite"):
+    with pytest.raises(UserError, match=r"^model\.policy\.model: "):
         check_head(model)

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from helpers.models import ARCHITECTURES, COMPLETIONS, EOS, PROMPTS, SECOND_EOS, TEACHER_PROMPTS, perturb
 from opsd_lightning.losses.objectives import DivergenceObjective
-from opsd_lightning.models.scoring import check_head, score
+from opsd_lightning.models.scoring import Scorer, check_head, score
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Sampling
@@ -43,7 +43,7 @@ def test_teacher_scores_are_independent_of_the_batch(
     perturb(model, seed=3)
     teacher.attach(model)
     perturb(model, seed=4)
-    states = teacher.score(model, TEACHER_PROMPTS, COMPLETIONS)
+    states = teacher.score(Scorer(model), TEACHER_PROMPTS, COMPLETIONS)
     with torch.no_grad(), teacher.weights(model):
         expected = [plain_logits(model, p, c) for p, c in zip(TEACHER_PROMPTS, COMPLETIONS, strict=True)]
     torch.testing.assert_close(states.head(states.hidden), torch.cat(expected), **TOLERANCE)
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_independent_of_the_batch(architecture: str, buil
         for picked in rows:
             prompts, teachers, completions = ([x[i] for i in picked] for x in (PROMPTS, TEACHER_PROMPTS, COMPLETIONS))
             tokens = sum(map(len, completions))
-            target_states = teacher.score(model, teachers, completions)
+            target_states = teacher.score(Scorer(model), teachers, completions)
             states, targets = score(model, prompts, completions)
             loss, _ = objective(states, target_states, targets, weights[position : position + tokens])
             loss.backward()

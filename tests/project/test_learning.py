@@ -21,6 +21,7 @@ from benchmarks.learning.task import GRADER, PROMPTS, Chain, ChainProblems, draw
 from helpers.messages import mentions
 from helpers.paths import ROOT
 from opsd_lightning import NoContext, OPSDDataModule, Policy, ReverseKL
+from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.types import UserError
 
 pytestmark = pytest.mark.integration
@@ -134,7 +135,7 @@ def test_the_data_module_verifies_traces(style: task.Style, base: Path) -> None:
 
     dropping = data("drop")
     dropping.setup("test")
-    assert dropping.dropped["test"] == {"trace contradicts the reference answer": 1}
+    assert dropping.dropped["test"] == {DropReason.WRONG_ANSWER: 1}
     assert len(dropping.rows["test"].examples) == 19
     with pytest.raises(UserError, match=mentions("row 0")):
         data("error").setup("test")

@@ -14,7 +14,7 @@ from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import FileSource
 from opsd_lightning.models.policy import Policy, eos_ids
 from opsd_lightning.prompts.templates import Prompts
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.types import ConfigError, DataRequirements, UserError
 
 TURN = "{% for m in messages %}{{ m['content'] }}ENDING{% endfor %}"
 PAD, EOS, END = "<pad>", "<|im_end|>", "<|end|>"  # the last is what templates below end a turn with
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pol
 def test_training_rows_end_like_the_chat_template(folder: Callable[[str, str], Policy], tmp_path: Path) -> None:
     """The tokenizer's EOS is another token than that which ends a turn, as of base models that were tuned to chat."""
     path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "1+1?", "solution": "1 and <|end|> 1. The answer is 2."}])
-    module = SimpleNamespace(trains_on_traces=True, sampling=SimpleNamespace(max_new_tokens=8), teachers=[])
+    module = SimpleNamespace(data_requirements=DataRequirements(trace_completions=True))
     for template, end in ((CHAT_TEMPLATE, EOS), (CHAT_TEMPLATE.replace(EOS, END), END)):
         policy = folder(template, "<pad>")
         data = OPSDDataModule(

@@ -18,7 +18,7 @@ from opsd_lightning.prompts.contexts import (
     WrongContext,
 )
 from opsd_lightning.prompts.templates import Prompts
-from opsd_lightning.types import Example, UserError
+from opsd_lightning.types import ConfigError, Example, UserError
 
 TOKENIZER = make_tokenizer()
 EXAMPLES = [
@@ -50,7 +50,7 @@ def test_contexts_give_their_text(context: PrivilegedContext) -> None:
 def test_other_problem_is_never_the_own_trace() -> None:
     seen = {OtherProblemContext(seed).text(0, EXAMPLES) for seed in range(20)}
     assert seen == {EXAMPLES[1].trace, EXAMPLES[2].trace}
-    with pytest.raises(UserError, match="question"):
+    with pytest.raises(ConfigError, match=r"^data\.context: "):
         OtherProblemContext().text(0, EXAMPLES[:1])
 
 
@@ -60,13 +60,13 @@ def test_wrong_context_has_no_right_answer() -> None:
         assert text is not None and example.answer not in text
     half = Example("half of 1?", r"so \boxed{\frac{1}{2}}", "0.5")
     assert WrongContext().text(0, [half, EXAMPLES[0]]) == "The final answer is 2."
-    with pytest.raises(UserError, match="answer"):
+    with pytest.raises(ConfigError, match=r"^data\.context: "):
         WrongContext().text(0, EXAMPLES[1:])
 
 
 def test_column_context_reads_its_column() -> None:
     assert [ColumnContext("tip").text(i, EXAMPLES) for i in range(3)] == ["count", "", "fingers"]
-    with pytest.raises(UserError, match=mentions("hint", "tip")):
+    with pytest.raises(ConfigError, match=r"^data\.context\.column: .*'hint'.* tip"):
         ColumnContext("hint").text(0, EXAMPLES)
 
 
@@ -140,7 +140,10 @@ def test_only_the_traces_own_text_is_cut(limit: int) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"student_template": "no"}, "student_template"), ({"teacher_template": "{question}"}, "{context}")],
+    [
+        ({"student_template": "no"}, r"data\.prompts\.student_template: .*\{question\}"),
+        ({"teacher_template": "{question}"}, "{context}"),
+    ],
 )
 def test_templates_must_have_their_placeholders(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -33,8 +33,8 @@ from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.reports.page import main as report, write_report
 from opsd_lightning.reports.run_report import RunReport
-from opsd_lightning.runs.reader import Run, differences, flatten, read_run
-from opsd_lightning.types import Sampling, UserError
+from opsd_lightning.runs.reader import Run, differing_settings, flatten, read_run
+from opsd_lightning.types import ConfigError, Sampling
 from opsd_lightning.utils.redaction import redact, redact_arguments, redact_text
 from opsd_lightning.utils.statistics import wilson_interval
 
@@ -150,8 +150,9 @@ def test_command_line_run_writes_its_page(
     assert " ".join(command[2:4]) in html.unescape(page.source)
     start = run.info["starts"][0]
     assert start["versions"]["torch"] == torch.__version__ and start["seed"] == 0 and start["processes"] == 1
-    # Nothing outside the page is asked for, but links beside it.
-    assert all(not re.match(r"(https?:)?//", link) and (tmp_path / link).exists() for link in page.links)
+    # The page loads nothing and links only files of the run.
+    links = [link for link in page.links if link != "data:,"]  # the empty icon
+    assert all(not re.match(r"(https?:)?//", link) and (tmp_path / link).exists() for link in links)
     assert "@import" not in page.source and "fetch(" not in page.source and "url(" not in page.source
 
 
@@ -186,7 +187,7 @@ def test_without_validation_the_first_and_last_step_stand_in(make_policy: Callab
     run, page = read_run(tmp_path), Page(tmp_path / "report.html")
     assert [(line["kind"], line["step"], len(line["records"])) for line in run.samples] == [("train", 1, 2), ("train", 3, 2)]
     assert [point.step for point in run.train] == [1, 2, 3] and not run.validations
-    assert "Completions that the first and the last step trained on" in page.text and "step 3" in page.text
+    assert "Completions of the first and the last training step" in page.text and "step 3" in page.text
 
 
 def test_page_shows_other_methods_and_several_updates(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_page_compares_runs_and_their_settings(base: list[str], tmp_path: Path) 
     changes = [[], ["--model.teacher=EMATeacher", "--model.teacher.decay=0.5"], ["--model.token_budget=99"]]
     for folder, change in zip(folders, changes, strict=True):
         main(["fit", *base, *CLI, f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}", *change])
-    found = differences([read_run(folder) for folder in folders])
+    found = differing_settings([read_run(folder) for folder in folders])
     assert {name: found[name] for name in found if name.startswith("model")} == {
         "model.teacher": ["FixedTeacher", "EMATeacher", "FixedTeacher"],
         "model.teacher.decay": [None, 0.5, None],
@@ -225,7 +226,7 @@ def test_page_compares_runs_and_their_settings(base: list[str], tmp_path: Path) 
     for name, values in found.items():
         row = [name, *("\N{EN DASH}" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values)]
         assert row in page.rows
-    assert differences([read_run(folders[0])] * 2) == {}
+    assert differing_settings([read_run(folders[0])] * 2) == {}
     # A log's folder leads to the record of its run.
     assert read_run(next((folders[0] / "lightning_logs").iterdir())).root == folders[0].resolve()
 
@@ -248,9 +249,9 @@ class Stops(Callback):
             RuntimeError("out of <memory>"),
             RuntimeError,
             "failed",
-            "ended by an error after step 3: RuntimeError: out of <memory>",
+            "failed after step 3: RuntimeError: out of <memory>",
         ),
-        (KeyboardInterrupt(), SystemExit, "interrupted", "interrupted by hand (Ctrl-C) after step 3"),
+        (KeyboardInterrupt(), SystemExit, "interrupted", "interrupted by Ctrl-C after step 3"),
     ],
 )
 def test_a_run_that_ends_early_leaves_its_report(
@@ -543,21 +544,23 @@ def test_unusable_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     (damaged / "record" / "run.json").write_text('{"starts": [')
     blocked = tmp_path / "note.txt" / "page.html"
     for arguments, message in (
-        (["nowhere"], "nowhere"),
-        ([str(tmp_path / "empty")], "record/run.json"),
-        ([str(tmp_path / "note.txt")], "note.txt"),
+        (["nowhere"], "runs: nowhere"),
+        ([str(tmp_path / "empty")], f"runs: {tmp_path / 'empty'}"),
+        ([str(tmp_path / "note.txt")], f"runs: {tmp_path / 'note.txt'}"),
         ([str(damaged)], "run.json"),
-        ([str(good), "--output", str(tmp_path)], str(tmp_path)),
-        ([str(good), "--output", str(blocked)], str(blocked)),
+        ([str(good), "--output", str(tmp_path)], "output: "),
+        ([str(good), "--output", str(blocked)], "output: "),
     ):
         with pytest.raises(SystemExit) as stop:
             report(arguments)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
-    with pytest.raises(UserError, match=r"path.*'report'"):
+    with pytest.raises(ConfigError) as refused:
         RunReport(path="report")
-    with pytest.raises(UserError, match="run"):
+    assert refused.value.setting == "trainer.callbacks.path"
+    with pytest.raises(ConfigError) as refused:
         write_report([])
+    assert refused.value.setting == "runs"
 
 
 GRADED = {"index": 0, "question": "1?", "correct": True, "answer": "1", "completion_tokens": 1, "truncated": False}

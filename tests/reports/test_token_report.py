@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from helpers.browser import Browser, browser, needs_browser
 from helpers.distributed import STRATEGIES, FirstHalfSilent, both, run
 from helpers.files import write_jsonl
-from helpers.messages import mentions
 from helpers.models import CHAT_TEMPLATE, EOS, make_tokenizer
 from helpers.processes import on_ranks
 from helpers.training import adapters, parts, trainer
@@ -29,14 +29,16 @@ from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.grpo import GRPOModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
+from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
 from opsd_lightning.prompts.templates import Prompts
-from opsd_lightning.reports import token_report
+from opsd_lightning.reports.html import render_template
 from opsd_lightning.reports.token_figure import draw
-from opsd_lightning.reports.token_report import TokenReport, read_tokens
+from opsd_lightning.reports.token_report import MEASURED, TokenReport, read_tokens
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.teachers import EMATeacher, LiveTeacher, TrustRegionTeacher
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.types import ConfigError, Rollouts, Sampling, UserError
+from opsd_lightning.utils.files import script_json
 from opsd_lightning.utils.token_text import Pieces
 
 pytestmark = pytest.mark.integration
@@ -45,7 +47,7 @@ pytestmark = pytest.mark.integration
 NASTY = "</script><script>alert(1)</script><!-- <b>&amp; \u2028\u2029 \u202eleft $x_1^2$ 'q' \"q\" \\ {{data}} 答え 😀"
 
 
-class ByHand(Callback):
+class ByHand(StepCallback):
     """Both roles' log-probabilities of every completion token, from the model's own forward pass; the step's measurements."""
 
     def __init__(self) -> None:
@@ -53,14 +55,12 @@ class ByHand(Callback):
         self.outputs: list[Any] = []
 
     @torch.no_grad()
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        if (now := pl_module.current) is None:
-            return
+    def on_step_scored(self, trainer: Trainer, pl_module: Any, now: StepRecord) -> None:
         rows = []
         for row, completion in enumerate(now.rollouts.completions):
             found = {"completion": completion, "example": now.batch.examples[row // now.rollouts.n]}
             for role in ("student", "teacher"):
-                prompts = now.students if role == "student" else now.terms[0].teacher_prompts
+                prompts = now.student_prompts if role == "student" else now.terms[0].teacher_prompts
                 if prompts is None or not completion:
                     continue
                 with evaluating(pl_module.model):
@@ -115,7 +115,7 @@ def test_the_page_holds_what_the_models_computed(make_policy: Callable[..., Poli
             assert shown["truncated"] == (found["completion"][-1] not in (EOS, EOS + 1))
             for role in ("student", "teacher"):
                 check_role(shown[role], found[role][:6], tokens)
-            for name in token_report.MEASURED:
+            for name in MEASURED:
                 expected = outputs["measured"][name][shown["row"]][:6].tolist()
                 assert shown[name] == pytest.approx(expected, rel=1e-3, abs=1e-7), name
             # Dropout is in what the step measured, and not in the probabilities.
@@ -226,7 +226,7 @@ def test_the_latest_steps_are_kept_and_a_resumed_run_goes_on(make_policy: Callab
     assert [step["step"] for step in first] == [2, 3, 4, 5]
     assert fit(6, ckpt_path=tmp_path / "at.ckpt") == whole
     (tmp_path / "out" / "tokens.html").write_text('<meta name="generator" content="opsd-lightning"><p>damaged</p>')
-    with pytest.warns(UserWarning, match=mentions(str(tmp_path / "out" / "tokens.html"))):
+    with pytest.warns(UserWarning, match=r"tokens\.html"):
         assert fit(6, ckpt_path=tmp_path / "at.ckpt") == whole[1:]
     assert [step["step"] for step in fit(1)] == [1]  # a run of its own
 
@@ -235,10 +235,11 @@ def test_unusable_settings_are_refused() -> None:
     for settings in ({"every_n_steps": 0}, {"rows": 0}, {"keep": 0}, {"max_tokens": 0}):
         with pytest.raises((TypeError, ValueError)):
             TokenReport(**settings)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"TokenReport\.path.*tokens\.json"):
+    with pytest.raises(ConfigError) as refused:
         TokenReport(path="tokens.json")
+    assert refused.value.setting == "trainer.callbacks.path"
     for found in ("nowhere.html", __file__):
-        with pytest.raises(UserError, match="TokenReport"):
+        with pytest.raises(UserError, match=re.escape(found)):
             read_tokens(found)
 
 
@@ -359,7 +360,7 @@ def test_letters_of_a_picture_stand_on_their_shades() -> None:
 def test_without_matplotlib_there_is_one_warning(
     make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_report, "find_spec", lambda name: None)
+    monkeypatch.setattr("opsd_lightning.reports.token_report.find_spec", lambda name: None)
     logger = CSVLogger(tmp_path / "logs")
     with pytest.warns(UserWarning, match=r"opsd-lightning\[plots\]") as caught:
         trainer(tmp_path, TokenReport(every_n_steps=1), logger=logger, max_steps=2).fit(*parts(make_policy()))
@@ -492,7 +493,7 @@ def test_a_token_tells_what_both_roles_expected(nasty_page: Path, tab: Browser) 
             "Student's entropy": "student_entropy",
         }.items():
             assert float(numbers[label].replace("\u2212", "-")) == pytest.approx(shown[name][place], rel=0.06, abs=6e-4)
-        assert numbers["Clip"] == "not clipped" if not shown["clipped"][place] else numbers["Clip"].endswith("nats cut off")
+        assert numbers["Clip"] == "not clipped" if not shown["clipped"][place] else numbers["Clip"].endswith("nats removed")
 
     assert "Point at a token" in panel()
     tab.point(".card:nth-of-type(1) .t:nth-child(3)")
@@ -631,7 +632,7 @@ def test_a_full_page_stays_quick(nasty_page: Path, tab: Browser, tmp_path: Path)
     long["answer"] = "\ud800 lone"
     data["steps"] = [data["steps"][0] | {"step": step, "rollouts": [long] * 4} for step in range(20)]
     path = tmp_path / "full.html"
-    path.write_text(token_report.render(token_report.script_json(data)), encoding="utf-8")
+    path.write_text(render_template("token_report.html", script_json(data)), encoding="utf-8")
     assert path.stat().st_size < 12 * 2**20
     tab.open(path)
     seconds = tab.js(
@@ -650,9 +651,9 @@ def test_page_of_a_method_without_a_teacher(make_policy: Callable[..., Policy], 
     _, data = parts(make_policy())
     trainer(tmp_path, TokenReport(), max_steps=1).fit(SFTModule(make_policy()), data)
     tab.open(tmp_path / "tokens.html")
-    assert tab.js("document.querySelector('h1').textContent") == "What the student expected"
+    assert tab.js("document.querySelector('h1').textContent") == "Predictions of the student"
     assert tab.js("[...measure.options].map(o => o.value)") == ["loss", "student_entropy"]
     tab.point(".t:nth-child(4)", click=True)
     text = tab.js("document.getElementById('detail').innerText")
-    assert "Student's likeliest" in text and "Teacher" not in text and "Loss" in text
+    assert "Student's top tokens" in text and "Teacher" not in text and "Loss" in text
     assert not tab.errors and not tab.requests

@@ -37,7 +37,6 @@ from opsd_lightning.utils.disk_errors import guard_loggers
 pytestmark = pytest.mark.integration
 
 
-
 def tree(root: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
@@ -141,7 +140,7 @@ def test_a_second_run_is_refused_and_one_after_a_kill_is_not(
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
         os.kill(int(orphan.read_text()), 0)  # lives
-        assert (root / run_lock.NAME).exists()
+        assert (root / run_lock.LOCK_NAME).exists()
         trainer(root, RunReport()).fit(*parts(model))
         os.kill(int(orphan.read_text()), signal.SIGKILL)
     assert not list(tmp_path.rglob("*.lock"))
@@ -153,14 +152,14 @@ def test_a_run_waits_for_one_that_is_ending(folders: dict[str, str], tmp_path: P
     owner = trainer(root, logger=False)
 
     def work(ready: Callable[[], None]) -> None:
-        run_lock.hold(owner)
+        run_lock.lock_fit(owner)
         ready()
         time.sleep(1)
         os._exit(0)
 
     with elsewhere(work, tmp_path):
         started = time.monotonic()
-        run_lock.hold(owner)
+        run_lock.lock_fit(owner)
         assert time.monotonic() - started < 4
     run_lock.release(owner)
 
@@ -195,7 +194,7 @@ def test_evaluations_may_run_beside_a_fit(folders: dict[str, str], tmp_path: Pat
 
     def work(ready: Callable[[], None]) -> None:
         owner = Trainer(logger=False, default_root_dir=root, enable_checkpointing=False)
-        run_lock.hold_file(results.with_name(f".{results.name}.lock"), results, "writer.folder", owner)
+        run_lock.lock_file(results.with_name(f".{results.name}.lock"), results, "writer.folder", owner)
         ready()
         time.sleep(60)
 
@@ -257,7 +256,7 @@ def test_ranks_that_the_trainer_forks_hold_the_lock(folders: dict[str, str], tmp
         trainer(root, Waits(ready), strategy="ddp_fork", devices=2).fit(*parts(model))
 
     with elsewhere(work, tmp_path):
-        holder = json.loads((root / run_lock.NAME).read_text())["pid"]
+        holder = json.loads((root / run_lock.LOCK_NAME).read_text())["pid"]
         with pytest.raises(ConfigError):
             trainer(root).fit(*parts(model))
         os.kill(holder, signal.SIGKILL)
@@ -296,7 +295,7 @@ def test_runs_that_share_nothing_are_not_refused(folders: dict[str, str], tmp_pa
     with elsewhere(lambda ready: plain(tmp_path, Waits(ready)).fit(*parts(model)), tmp_path):
         log = plain(tmp_path, logger=late)
         log.fit(*parts(model))
-        assert late.version == 1 and not (tmp_path / run_lock.NAME).exists()
+        assert late.version == 1 and not (tmp_path / run_lock.LOCK_NAME).exists()
     with elsewhere(lambda ready: trainer(tmp_path, Waits(ready)).fit(*parts(model)), tmp_path):
         trainer(tmp_path, fast_dev_run=True).fit(*parts(model))
 
@@ -306,12 +305,12 @@ def test_concurrent_runs_get_different_log_versions(tmp_path: Path) -> None:
     assert not (tmp_path / "lightning_logs").exists()
 
     def work(ready: Callable[[], None]) -> None:
-        run_lock.hold(one)
+        run_lock.lock_fit(one)
         ready()
         time.sleep(60)
 
     with elsewhere(work, tmp_path), pytest.warns(UserWarning, match="version_1"):
-        run_lock.hold(other)
+        run_lock.lock_fit(other)
     run_lock.release(other)
     assert other.logger is not None and other.logger.version == 1
 
@@ -348,8 +347,8 @@ def test_csv_columns_of_another_writer_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
-def test_other_files_with_the_locks_name_stay(kind: str, tmp_path: Path) -> None:
-    path, mine = tmp_path / run_lock.NAME, tmp_path / "mine"
+def test_what_is_no_lock_stays(kind: str, tmp_path: Path) -> None:
+    path, mine = tmp_path / run_lock.LOCK_NAME, tmp_path / "mine"
     mine.write_text("mine")
     if kind == "file":
         mine.rename(path)
@@ -359,7 +358,7 @@ def test_other_files_with_the_locks_name_stay(kind: str, tmp_path: Path) -> None
         path.mkdir()
     before = tree(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        run_lock.hold(trainer(tmp_path, logger=False))
+        run_lock.lock_fit(trainer(tmp_path, logger=False))
     assert caught.value.setting == "trainer.default_root_dir" and tree(tmp_path) == before
     assert path.is_symlink() == (kind == "link")
 
@@ -373,7 +372,7 @@ def test_a_checkpoint_of_a_failing_run_is_saved_under_its_lock(folders: dict[str
         locked = False
 
         def on_exception(self, *args: Any) -> None:
-            self.locked = (tmp_path / run_lock.NAME).exists() and (tmp_path / ".saved.lock").exists()
+            self.locked = (tmp_path / run_lock.LOCK_NAME).exists() and (tmp_path / ".saved.lock").exists()
 
     saves = Saves(tmp_path / "saved")
     with pytest.raises(RuntimeError):

@@ -11,12 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from opsd_lightning.cli.command import main
-from opsd_lightning.distributed.checks import check_name
-from opsd_lightning.runs.output_checks import check_folders, check_last, open_loggers
+from opsd_lightning.distributed.checks import check_strategy_name
+from opsd_lightning.runs.output_checks import check_checkpoint_alias, check_folders, open_loggers
 from opsd_lightning.types import ConfigError
 
 pytestmark = pytest.mark.integration
-
 
 
 def trainer(folder: Path, **settings: Any) -> Trainer:
@@ -65,19 +64,19 @@ def test_failing_logger_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["best", "last", "hpc"])
 def test_missing_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_last(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), name)
+        check_checkpoint_alias(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), name)
     assert caught.value.setting == "ckpt_path"
 
 
 def test_last_checkpoint_is_found(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").touch()
-    check_last(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), "last")
+    check_checkpoint_alias(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), "last")
 
 
 @pytest.mark.parametrize("name", ["fsdp3", "ddpp", "model_parallel"])
 def test_unknown_strategy_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_name(name)
+        check_strategy_name(name)
     assert caught.value.setting == "trainer.strategy" and "FSDP1" not in str(caught.value)
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--model.policy.model=x", f"--trainer.strategy={name}"])

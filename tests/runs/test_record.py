@@ -23,12 +23,11 @@ from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.reports.token_report import TokenReport
-from opsd_lightning.runs.reader import read_lines
+from opsd_lightning.runs.reader import read_complete_lines
 from opsd_lightning.types import ConfigError, Sampling
-from opsd_lightning.utils.csv_tables import append_rows, begin, cell, check_table, text
+from opsd_lightning.utils.csv_tables import append_rows, check_table, escape_formula, prepare_table, unescape_formula
 
 pytestmark = pytest.mark.integration
-
 
 
 class Stops(Callback):
@@ -72,7 +71,7 @@ def fit(
 
 
 def steps(folder: Path) -> list[int]:
-    return [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "train"]
+    return [line["step"] for line in read_complete_lines(folder / "metrics.jsonl") if line["kind"] == "train"]
 
 
 def rows(path: Path) -> list[int]:
@@ -165,10 +164,10 @@ def test_cells_are_no_formulas_and_can_be_read_back(tmp_path: Path) -> None:
     csv.field_size_limit(10**6)
     with path.open(newline="", encoding="utf-8") as file:
         _, *found = csv.reader(file)
-    assert [text(row[1]) for row in found] == CELLS
+    assert [unescape_formula(row[1]) for row in found] == CELLS
     assert not [row[1] for row in found if row[1][:1] in tuple("=+-@\t\r\n\uff1d")]
     assert {row[2] for row in found} == {"-0.5"}, "numbers stay numbers"
-    assert [cell(value) for value in (-1, 1.5, True, None)] == [-1, 1.5, True, None]
+    assert [escape_formula(value) for value in (-1, 1.5, True, None)] == [-1, 1.5, True, None]
 
 
 def test_a_table_that_is_cut_anywhere_goes_on(tmp_path: Path) -> None:
@@ -178,7 +177,7 @@ def test_a_table_that_is_cut_anywhere_goes_on(tmp_path: Path) -> None:
     for end in range(len(content)):
         path.write_bytes(content[:end])
         check_table(path, columns, "setting")
-        begin(path, columns, 3, keep=False)
+        prepare_table(path, columns, 3, keep=False)
         append_rows(path, columns, [[4, "new"]])
         with path.open(newline="", encoding="utf-8") as file:
             header, *found = csv.reader(file)

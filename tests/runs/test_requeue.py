@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from helpers.processes import Child
 from helpers.whole_runs import configure, fit
 from opsd_lightning.cli.command import main
-from opsd_lightning.runs.requeue import put_aside, save_for_requeue
+from opsd_lightning.runs.requeue import retire_checkpoints, save_for_requeue
 
 pytestmark = pytest.mark.integration
 
@@ -95,5 +95,5 @@ def test_files_of_the_user_are_kept(slurm: Path, tmp_path: Path, monkeypatch: py
     with pytest.warns(UserWarning, match="hpc_ckpt_1"):
         assert save_for_requeue(trainer) == str(root / "hpc_ckpt_2.ckpt")
     assert mine.read_text() == "mine"
-    put_aside(root)
+    retire_checkpoints(root)
     assert aside.read_text() == "mine" and (root / "requeue-of-job-7-2-1.ckpt").is_file()

@@ -18,7 +18,6 @@ from opsd_lightning.models.policy import Policy
 pytestmark = pytest.mark.integration
 
 
-
 class Seen(Callback):
     """Record the events of a run, and raise at a chosen one."""
 

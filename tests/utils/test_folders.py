@@ -14,7 +14,7 @@ import pytest
 from helpers.paths import ROOT
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils import folders as module
-from opsd_lightning.utils.folders import MANIFEST, check, remove, replacing
+from opsd_lightning.utils.folders import MANIFEST, check_replaceable, remove_export, replace_folder
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -30,7 +30,7 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def export(folder: Path, text: str = "weights", kind: str = "adapter") -> Path:
-    with replacing(folder, "folder", kind) as temporary:
+    with replace_folder(folder, "folder", kind) as temporary:
         (temporary / "sub").mkdir()
         (temporary / "sub" / "weights").write_text(text)
     return folder
@@ -85,7 +85,7 @@ def test_a_folder_that_holds_more_than_an_export_stays(touch: Callable[[Path], N
     folder = export(tmp_path / "runs" / "adapter")
     touch(folder)
     before = tree(tmp_path)
-    with pytest.raises(ConfigError) as caught, replacing(folder, "some.setting", "adapter"):
+    with pytest.raises(ConfigError) as caught, replace_folder(folder, "some.setting", "adapter"):
         pass
     assert caught.value.setting == "some.setting" and tree(tmp_path) == before
 
@@ -94,7 +94,7 @@ def test_what_is_added_while_an_export_is_written_stays(tmp_path: Path) -> None:
     folder = export(tmp_path / "adapter")
 
     def work() -> None:
-        with replacing(folder, "folder", "adapter") as temporary:
+        with replace_folder(folder, "folder", "adapter") as temporary:
             (temporary / "new").write_text("new")
             add(folder)
 
@@ -120,13 +120,13 @@ def test_protected_places_are_never_replaced(tmp_path: Path, monkeypatch: pytest
     for folder in refused:
         folder = Path(folder).expanduser() if str(folder).startswith("~") else folder
         with pytest.raises(ConfigError):
-            check(folder, "folder", "adapter")
+            check_replaceable(folder, "folder", "adapter")
     with pytest.raises(ConfigError):
-        check(tmp_path / "base", "folder", "adapter", [("the base model", tmp_path / "base" / "weights")])
+        check_replaceable(tmp_path / "base", "folder", "adapter", [("the base model", tmp_path / "base" / "weights")])
     with pytest.raises(ConfigError):
-        check(tmp_path / "elsewhere", "folder", "adapter", [("what is linked", tmp_path / "linked")])
+        check_replaceable(tmp_path / "elsewhere", "folder", "adapter", [("what is linked", tmp_path / "linked")])
     assert tree(tmp_path) == before
-    assert check(tmp_path / "up" / "new", "folder", "adapter") == here / "new", "links on the way are followed"
+    assert check_replaceable(tmp_path / "up" / "new", "folder", "adapter") == here / "new", "links on the way are followed"
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.access("/sys", os.W_OK), reason="root may write everywhere")
@@ -139,29 +139,29 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         if os.access(parent, os.W_OK):
             pytest.skip("this user writes everywhere")
     with pytest.raises(ConfigError):
-        check(parent / "adapter", "folder", "adapter")
+        check_replaceable(parent / "adapter", "folder", "adapter")
 
 
 def test_removing_takes_away_what_was_written_and_nothing_else(tmp_path: Path) -> None:
     folder = export(tmp_path / "adapter")
     add(folder)
-    assert not remove(folder)
+    assert not remove_export(folder)
     assert sorted(path.name for path in folder.rglob("*")) == ["notes.txt", MANIFEST]
     (folder / "notes.txt").unlink()
-    assert remove(folder) and not folder.exists()
+    assert remove_export(folder) and not folder.exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     add(mine)
     (tmp_path / "linked").symlink_to(export(tmp_path / "other"))
     before = tree(tmp_path)
-    assert not remove(mine) and not remove(tmp_path / "linked") and tree(tmp_path) == before
+    assert not remove_export(mine) and not remove_export(tmp_path / "linked") and tree(tmp_path) == before
 
 
 def test_two_exports_at_the_same_time_leave_one_whole(tmp_path: Path) -> None:
     folder = export(tmp_path / "adapter", "old")
-    with replacing(folder, "folder", "adapter") as first:
+    with replace_folder(folder, "folder", "adapter") as first:
         (first / "weights").write_text("first")
-        with replacing(folder, "folder", "adapter") as second:
+        with replace_folder(folder, "folder", "adapter") as second:
             (second / "weights").write_text("second")
     assert (folder / "weights").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -178,4 +178,4 @@ def test_no_other_module_removes_folders() -> None:
             assert "rmdir" not in names or path.parts[-2:] == ("checkpoints", "io.py"), path
     source = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(source) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("rmtree")]
-    assert {ast.unparse(call.args[0]) for call in calls} == {"path", "folder"}  # `_remove_temporary`, `remove_run`
+    assert {ast.unparse(call.args[0]) for call in calls} == {"path", "folder"}  # `_remove_temporary`, `remove_tree`

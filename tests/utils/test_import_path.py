@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
-from opsd_lightning.runs.record import commit
-from opsd_lightning.utils.import_path import add_folder, without_folder
+from opsd_lightning.runs.record import git_commit
+from opsd_lightning.utils.import_path import add_current_folder, without_current_folder
 
 pytestmark = pytest.mark.integration
 
@@ -105,7 +105,7 @@ def test_the_interpreters_entry_goes(
         sys.path.insert(1, str(here))
         monkeypatch.setenv("PYTHONPATH", variable)
     before = list(sys.path)
-    with without_folder():
+    with without_current_folder():
         assert sys.path == (before[1:])
         assert (str(here) in sys.path) == stays
     assert sys.path == before
@@ -113,7 +113,7 @@ def test_the_interpreters_entry_goes(
 
 def test_processes_that_are_spawned_import_nothing_from_the_folder(here: Path) -> None:
     (here / "json.py").write_text("open('MARK', 'w').close()\n")
-    with without_folder():
+    with without_current_folder():
         subprocess.run([sys.executable, "-c", "import json"], check=True)
     assert not (here / "MARK").exists()
 
@@ -123,8 +123,8 @@ def test_removed_working_folder_is_tolerated(here: Path) -> None:
     gone.mkdir()
     os.chdir(gone)
     gone.rmdir()
-    with without_folder():
-        add_folder(["fit", "--model=own.Part"])
+    with without_current_folder():
+        add_current_folder(["fit", "--model=own.Part"])
     os.chdir(here)
 
 
@@ -148,7 +148,7 @@ def test_a_named_module_brings_the_folder_last(here: Path, words: list[str]) -> 
     (here / "sub").mkdir()
     (here / "sub" / "linked.yaml").write_text("model: ../a.yaml\n")
     before = list(sys.path)
-    add_folder(words)
+    add_current_folder(words)
     assert sys.path == [*before, str(here)]
 
 
@@ -173,7 +173,7 @@ def test_nothing_else_brings_the_folder(here: Path, words: list[str]) -> None:
     (here / "binary").write_bytes(os.urandom(1000))
     os.mkfifo(here / "pipe")
     before = list(sys.path)
-    add_folder(words)
+    add_current_folder(words)
     assert sys.path == before
 
 
@@ -191,7 +191,7 @@ def test_a_repository_whose_settings_name_commands(here: Path, monkeypatch: pyte
     git("commit", "--quiet", "-m", "one")
     head = git("rev-parse", "HEAD")
     (here / "file.txt").write_text("two")
-    assert commit() == f"{head} with uncommitted changes"
+    assert git_commit() == f"{head} with uncommitted changes"
     script = here / "evil.sh"
     script.write_text("#!/bin/sh\ntouch MARK\ncat\n")
     script.chmod(0o755)
@@ -206,5 +206,5 @@ def test_a_repository_whose_settings_name_commands(here: Path, monkeypatch: pyte
     else:
         git("config", "filter.evil.clean", str(script))
         (here / ".gitattributes").write_text("* filter=evil\n")
-    found = commit()
+    found = git_commit()
     assert found is not None and found.startswith(head) and not (here / "MARK").exists()

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from helpers.training import parts, trainer
 from opsd_lightning.callbacks.rollouts import RolloutTable
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.utils.loggers import log_figure, log_page, log_table, takes_pictures
+from opsd_lightning.utils.loggers import accepts_figures, log_figure, log_page, log_table
 
 pytestmark = pytest.mark.integration
 
@@ -138,6 +138,6 @@ def test_mlflow_gets_scalars_tables_and_pages(make_policy: Callable[..., Policy]
 
 
 def test_a_logger_of_another_kind_is_passed_over(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    assert not takes_pictures([DummyLogger()]) and takes_pictures([DummyLogger(), CSVLogger(tmp_path)])
+    assert not accepts_figures([DummyLogger()]) and accepts_figures([DummyLogger(), CSVLogger(tmp_path)])
     fit(DummyLogger(), make_policy(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"page.html", "rollouts.csv"}

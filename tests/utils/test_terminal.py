@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opsd_lightning.utils.terminal import shown
+from opsd_lightning.utils.terminal import escape_controls
 
 JOINED = [
     "\u0645\u06cc\u200c\u0634\u0648\u062f",  # Persian
@@ -26,9 +26,9 @@ ALONE = [
 
 @pytest.mark.parametrize("text", JOINED)
 def test_joiners_of_words_and_emoji_stay(text: str) -> None:
-    assert shown(text) == text
+    assert escape_controls(text) == text
 
 
 @pytest.mark.parametrize("text", ALONE)
 def test_joiners_without_an_effect_are_written_out(text: str) -> None:
-    assert not set(shown(text)) & set("\u200b\u200c\u200d\u202e")
+    assert not set(escape_controls(text)) & set("\u200b\u200c\u200d\u202e")

@@ -25,7 +25,7 @@ from helpers.training import parts, trainer
 from helpers.vllm_protocol import ProtocolServer, hang
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.rollouts.vllm import client as vllm_servers
-from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, said
+from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, sanitize
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import ConfigError, Sampling
 
@@ -107,7 +107,7 @@ def test_a_signal_leaves_no_adapter(
     tmp_path: Path,
 ) -> None:
     """SIGTERM between steps; SIGINT in the middle of a rollout that hangs."""
-    monkeypatch.setattr(vllm_servers, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(vllm_servers, "STOP_TIMEOUT_SECONDS", 1.0)
     policy = make_policy()
 
     def fit() -> None:
@@ -150,7 +150,7 @@ def test_an_error_leaves_no_adapter(
 def test_unclosed_engine_is_cleaned_up(server: ProtocolServer, built: Callable[..., PeftModel], tmp_path: Path) -> None:
     engine = VLLMServerEngine([server.url], str(tmp_path / "adapters"))
     engine.generate(built(), PROMPTS, SAMPLING, seed=0)
-    assert server.adapters and engine._end is not None and engine._end.atexit
+    assert server.adapters and engine._finalizer is not None and engine._finalizer.atexit
     del engine
     gc.collect()
     assert server.adapters == {} and left(tmp_path / "adapters") == []
@@ -219,8 +219,8 @@ def test_a_forked_copy_ends_nothing(
 ) -> None:
     own = engine()
     own.generate(built(), PROMPTS, SAMPLING, seed=0)
-    assert own._end is not None
-    end(in_a_child(own._end))
+    assert own._finalizer is not None
+    end(in_a_child(own._finalizer))
     assert server.adapters and left(tmp_path / "adapters")
 
 
@@ -352,7 +352,7 @@ def test_server_addresses_are_checked() -> None:
 
 def test_server_messages_are_shortened_and_escaped() -> None:
     for text in ("\x1b[2J\x1b]0;title\x07", "a\r\nb", "\u202eabc", "\ud800", "x" * 10**6, {"a": "\x00"}, None, 5):
-        found = said(text)
+        found = sanitize(text)
         assert found.isprintable() and len(found) <= 300
 
 

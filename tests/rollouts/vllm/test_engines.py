@@ -35,7 +35,7 @@ from helpers.training import Recorder, parts, trainer
 from helpers.vllm_protocol import ProtocolServer, hang
 from opsd_lightning.losses.objectives import token_logprobs
 from opsd_lightning.models.policy import LoRA, Policy
-from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.rollouts.vllm.client import ServerPool
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
@@ -277,7 +277,7 @@ def test_a_dying_servers_rollouts_go_to_the_others(
                 hang(9.0)
 
     dying.hook = hook
-    with pytest.warns(RuntimeWarning, match=mentions(dying.url, 1)):
+    with pytest.warns(RuntimeWarning, match=dying.url):
         assert engine.generate(model, PROMPTS, sampling, seed=0) == expected
     assert engine._pool is not None and [server.alive for server in engine._pool.servers] == [False, True]
     # It is asked again, and back in use with the newest adapter.
@@ -297,14 +297,14 @@ def test_no_server_left_is_an_error(
     engine = make_engine(server, retries=1)
     engine.generate(model, PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server.kill()
-    with pytest.raises(UserError, match=mentions("model.rollouts.init_args.urls")), pytest.warns(RuntimeWarning):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: "), pytest.warns(RuntimeWarning):
         engine.generate(model, PROMPTS, Sampling(max_new_tokens=2), seed=0)
 
 
 Case = tuple[dict[str, Any], dict[str, Any], str]
 REFUSALS: dict[str, Case] = {
-    "no server": ({}, {"retries": 0}, r"urls.*http://127.*docs/vllm\.md"),
-    "context": ({"max_model_len": 12}, {}, r"12.*--max-model-len 15"),
+    "no server": ({}, {"retries": 0}, r"http://127.*docs/vllm\.md"),
+    "context": ({"max_model_len": 12}, {}, r"--max-model-len .* 12 .* 15 "),
     "rank": ({"max_rank": 2}, {}, "--max-lora-rank"),
     "no run-time loading": ({"lora": False}, {}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
 }
@@ -332,12 +332,12 @@ def test_unusable_settings_are_refused(
     built: Callable[..., PeftModel],
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UserError, match="urls"):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: "):
         VLLMServerEngine([])
-    with pytest.raises(UserError, match=r"(?s)llama.*qwen3.*--served-model-name"):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: .*llama.*qwen3"):
         make_engine(servers("llama"), servers("qwen3")).generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
     dora = built(lora=LoRA(r=4, alpha=8, dropout=0.0, options={"use_dora": True}))
-    with pytest.raises(UserError, match=mentions("use_dora")):
+    with pytest.raises(UserError, match=r"^model\.policy\.lora\.options: .*use_dora"):
         make_engine(servers()).generate(dora, PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server = servers()
     server.hook = lambda path: (404, f"No adapter found for {tmp_path}") if "load_lora" in path else None
@@ -463,7 +463,7 @@ def test_a_failure_ahead_shows_at_the_next_step_and_other_prompts_are_sampled_an
     engine.prefetch(model, PROMPTS, sampling, seed=9)
     engine.prefetch(model, PROMPTS, sampling, seed=10)  # takes the place of the other
     server.kill()
-    with pytest.raises(UserError, match=mentions("model.rollouts.init_args.urls")), pytest.warns(RuntimeWarning):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: "), pytest.warns(RuntimeWarning):
         engine.generate(model, PROMPTS, sampling, seed=11)
     server.start()
     assert worst_difference(model, engine.generate(model, PROMPTS, sampling, seed=12)) < 1e-4
@@ -480,7 +480,7 @@ def test_the_importance_ratio_scales_a_tokens_loss(make_policy: Callable[..., Po
         def generate(self, model: PeftModel, prompts: Any, sampling: Sampling, seed: int) -> Rollouts:
             found = super().generate(model, prompts, sampling, seed)
             rows = [prompt for prompt in prompts for _ in range(sampling.n)]
-            states = score_all(model, rows, found.completions, 8192)
+            states = Scorer(model, 8192).score(rows, found.completions)
             targets = torch.tensor([token for row in found.completions for token in row])
             right = token_logprobs(states, targets)
             self.ratios = torch.tensor([2.0, 0.5, 1.0, 1.2]).repeat(len(targets))[: len(targets)]
@@ -529,7 +529,7 @@ def test_evaluation_refuses_another_models_completions(
 
 def test_unknown_tokens_are_refused() -> None:
     row = Row([5, 97], None, "length")
-    with pytest.raises(UserError, match=mentions(97, "model.policy.model")):
+    with pytest.raises(UserError, match=r"^model\.rollouts: .*97.*model\.policy\.model"):
         as_rollouts([row], Expected(2, frozenset(), 97, False), 1)
     assert as_rollouts([row], Expected(2, frozenset(), 98, False), 1).completions == [[5, 97]]
 
@@ -549,7 +549,7 @@ def test_other_web_servers_are_refused(answer: bytes, built: Callable[..., PeftM
     threading.Thread(target=page.serve_forever, daemon=True).start()
     try:
         engine = VLLMServerEngine([f"http://127.0.0.1:{page.server_port}"], str(tmp_path), retries=0)
-        with pytest.raises(UserError, match=mentions(f"http://127.0.0.1:{page.server_port}")):
+        with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: .*/v1/models"):
             engine.generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
         engine.close()
     finally:
@@ -558,7 +558,7 @@ def test_other_web_servers_are_refused(answer: bytes, built: Callable[..., PeftM
 
 
 def test_invalid_address_is_refused(built: Callable[..., PeftModel], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=mentions("http://host:port")):
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: "):
         VLLMServerEngine(["http://host:port"], str(tmp_path)).generate(built(), PROMPTS, Sampling(max_new_tokens=2), 0)
 
 
@@ -788,7 +788,7 @@ def test_training_on_two_vllm_servers(
     module, data = parts(policy, rollouts=engine, sampling=Sampling(max_new_tokens=120, n=12), **optimizer)
     data.max_new_tokens = 120
     fit = trainer(tmp_path, watch, losses, max_steps=3, limit_val_batches=0)
-    with pytest.warns(RuntimeWarning, match=mentions("127.0.0.1")):
+    with pytest.warns(RuntimeWarning, match="http://"):
         fit.fit(module, data)
     assert first.poll() is not None and fit.global_step == 3
     differences = [step["train/rollout_logprob_difference"] for step in watch.logged]
