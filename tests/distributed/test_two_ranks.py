@@ -57,7 +57,15 @@ from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import ConfigError, Sampling, UserError
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record"),
+    # Values that are the same on all ranks, and a rank without a question.
+    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log:UserWarning:lightning.pytorch"),
+    pytest.mark.filterwarnings("ignore:The ``compute`` method of metric MeanMetric:UserWarning:torchmetrics"),
+    # GPT-2 returns views.
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning:torch"),
+]
 
 
 class ByLength(MathGrader):
