@@ -60,9 +60,6 @@ from opsd_lightning.types import ConfigError, Sampling, UserError
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record"),
-    # Values that are the same on all ranks, and a rank without a question.
-    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log:UserWarning:lightning.pytorch"),
-    pytest.mark.filterwarnings("ignore:The ``compute`` method of metric MeanMetric:UserWarning:torchmetrics"),
     # GPT-2 returns views.
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning:torch"),
 ]
