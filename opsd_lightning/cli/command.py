@@ -57,6 +57,7 @@ from opsd_lightning.runs.requeue import checkpoint_to_resume, refuse_evaluation
 from opsd_lightning.runs.saved_config import SavedConfig, check_hidden
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.disk_errors import FULL
+from opsd_lightning.utils.library_messages import hide_library_messages
 from opsd_lightning.utils.redaction import redact_arguments
 from opsd_lightning.utils.terminal import guarded, say
 
@@ -276,7 +277,7 @@ def main(args: ArgsType = None) -> OPSDCLI:
         SystemExit: With status 2, after one message, for a user's mistake.
     """
     early_signals.begin()
-    with guarded():
+    with guarded(), hide_library_messages():
         try:
             return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
         except (UserError, MisconfigurationException) as error:
