@@ -122,6 +122,13 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
             table.add_row(marked(name), f"{value / 2**20:,.1f}")
     table.add_row("[bold]at most at one time[/]", f"[bold]{facts['bytes']['total'] / 2**20:,.1f}[/]")
     console.print(table)
+    if "measured" in facts:
+        measured = facts["measured"]
+        console.print(
+            f"A training step of {measured['rows']} completions of {measured['completion']} tokens took "
+            f"{measured['peak_bytes'] / GIB:.1f} GiB. Extrapolated to a step of the run: "
+            f"{measured['extrapolated_bytes'] / GIB:.1f} GiB"
+        )
     console.print(
         f"{marked(facts['device'])} has {facts['device_bytes'] / GIB:.1f} GiB. With all completions at full length; "
         "libraries, a CUDA context and its allocator's reserve come on top (about 1 GiB)\n"
@@ -129,20 +136,20 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
 
 
 def _show_time(console: Any, facts: Mapping[str, Any]) -> None:
-    low, high = facts["step_seconds"]
     table = _table("Time, extrapolated", "", "all completions at full length")
     for phase, seconds in facts["phases"].items():
         table.add_row(marked(phase), duration(seconds))
     console.print(table)
-    text = f"A step takes {_between(low, high)}"
+    text = f"A step takes {_between(*facts['step_seconds'])}"
     if "run_seconds" in facts:
         text += f", {facts['steps']} steps {_between(*facts['run_seconds'])}"
     if "validation_seconds" in facts:
         text += f"; a validation up to {duration(facts['validation_seconds'])}"
+    measured = facts["measured"][-1]
+    rows = "" if measured["rows"] == facts["rows"] else f" and to {facts['rows']} completions"
     console.print(
-        f"{text}. From {facts['measured']['rows']} examples measured here, for completions of "
-        f"{facts['usual_completion']:.0f} (the traces' mean) to {facts['longest_completion']} tokens. "
-        "How rollouts grow with their number is taken from a CPU: on a GPU they may take less\n"
+        f"{text}. Extrapolated from a training step of {measured['rows']} completions of {measured['completion']} tokens to "
+        f"{facts['usual_completion']:.0f} (the traces' mean) to {facts['longest_completion']} tokens{rows}\n"
     )
 
 

@@ -59,6 +59,7 @@ HIDDEN_MESSAGES = (
         r"The number of training batches \(\d+\) is smaller than the logging", "the methods log every optimizer step"
     ),
     HiddenMessage(r"You defined a `validation_step` but have no `val_dataloader`", "`data.val: null` says so already"),
+    HiddenMessage(r"Total length of `list` across ranks is zero", "`data.val: null` says so already"),
     HiddenMessage(r"You called `self\.log\(.*logger=True\)` but have no logger", "`trainer.logger: false` says so already"),
     HiddenMessage(
         r"Found \d+ module\(s\) in eval mode at the start of training", "teachers and frozen models are in eval mode"
@@ -68,7 +69,10 @@ HIDDEN_MESSAGES = (
         "checkpoints are meant to hold the weights after the optimizer step",
     ),
     HiddenMessage(r"`isinstance\(treespec, LeafSpec\)` is deprecated", "Lightning's use of torch"),
-    HiddenMessage(r"`is_gradient_checkpointing` is deprecated", "peft's use of transformers"),
+    HiddenMessage(
+        r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated",
+        "the new names need a later transformers than this package and peft require",
+    ),
 )
 
 
