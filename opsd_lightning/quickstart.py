@@ -15,6 +15,7 @@ from typing import Any
 
 from opsd_lightning.runs.reader import read_metrics, read_records
 from opsd_lightning.types import UserError
+from opsd_lightning.utils.fast_imports import fast_imports
 from opsd_lightning.utils.folders import check, replacing
 from opsd_lightning.utils.statistics import mean_and_interval, wilson
 from opsd_lightning.utils.terminal import marked, message, say as tell
@@ -61,18 +62,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: list[str]) -> Any:
-    """One run of the command line, without warnings about a machine this small and bars of files being read."""
-    import warnings
+    """Run a command of ``opsd`` without progress bars of files being read, and return its parts."""
+    with fast_imports():
+        from transformers.utils import logging
 
-    from transformers.utils import logging
-
-    from opsd_lightning.cli.command import main as cli
+        from opsd_lightning.cli.command import main as cli
 
     logging.disable_progress_bar()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return cli(args)
+    return cli(args)
 
 
 def say(text: str) -> None:

@@ -18,11 +18,18 @@ from opsd_lightning.doctor.diagnosis import diagnose, refusal_finding
 from opsd_lightning.doctor.findings import Diagnosis, Finding
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.types import UserError
+from opsd_lightning.utils.library_messages import hide_library_messages
 from opsd_lightning.utils.terminal import guarded, say
 
 
 def examine(arguments: list[str], examples: int = 4, with_model: bool = True) -> Diagnosis:
-    """Build what ``opsd fit`` with these arguments would run, and `diagnose` it."""
+    """Build the parts that ``opsd fit`` would run with these arguments, and `diagnose` them.
+
+    Args:
+        arguments: Arguments of ``opsd fit``.
+        examples: Training questions that the model is run on.
+        with_model: If False, the model's weights are not loaded.
+    """
     with _quietly(), guarded():
         cli, problems = _parts(arguments, with_model)
         if cli is None:
@@ -33,7 +40,7 @@ def examine(arguments: list[str], examples: int = 4, with_model: bool = True) ->
 
 
 class _Unstarted(OPSDCLI):
-    """Parses the arguments and makes the parts, and stops there."""
+    """A command line that builds its parts and runs nothing. Problems on the way become findings."""
 
     def __init__(self, problems: list[Finding], with_model: bool, **settings: Any) -> None:
         self.problems, self.with_model = problems, with_model
@@ -52,12 +59,12 @@ class _Unstarted(OPSDCLI):
             except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
                 found = refusal_finding("settings", str(error).strip().splitlines()[0])
                 if "accelerator" in str(error).lower() or "gpu" in str(error).lower():
-                    # Only of this machine: the run may be meant for another.
+                    # A problem of this machine only: the run may be meant for another.
                     text = f"{found.text} The rest is examined on the CPU"
                     found = Finding("error" if self.with_model else "warning", "settings", text, "trainer.accelerator")
                 self.problems.append(found)
         wanted = self.config_init[self.subcommand].trainer
-        # The rest is worth looking at all the same.
+        # A trainer on the CPU, so that everything else is still examined.
         return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_steps=wanted.max_steps)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -65,41 +72,44 @@ class _Unstarted(OPSDCLI):
 
 
 def _parts(arguments: list[str], with_model: bool) -> tuple[Any, list[Finding]]:
-    """The run's parts, unless they cannot be made; and what stood in the way."""
+    """Build the parts of a run.
+
+    Returns:
+        The command line with the parts, or None if they cannot be built, and the problems.
+    """
     problems: list[Finding] = []
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(printed):
             return _Unstarted(problems, with_model, args=["fit", *arguments], **cli_settings()), problems
     except (UserError, MisconfigurationException) as error:
         problems.append(refusal_finding("settings", error))
     except SystemExit as stop:
         if stop.code in (0, None):  # --help, --print_config
             raise
-        message = said.getvalue()
-        message = message[message.rindex("error:") + len("error:") :] if "error:" in message else message
+        message = printed.getvalue().rpartition("error:")[2]
         problems.append(refusal_finding("settings", " ".join(message.split())))
     return None, problems
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without bars of files being read, and what Lightning says of a machine."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+    """Hide warnings, Lightning's messages and progress bars: the report says what is wrong."""
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
-    transformers_logging.disable_progress_bar()
-    disable_progress_bar()
+    bars = transformers_logging.is_progress_bar_enabled()
+    if bars:
+        transformers_logging.disable_progress_bar()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with hide_library_messages():
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        transformers_logging.enable_progress_bar()
-        enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -65,9 +65,14 @@ HIDDEN_MESSAGES = (
         r"Found \d+ module\(s\) in eval mode at the start of training", "teachers and frozen models are in eval mode"
     ),
     HiddenMessage(
+        r"It is recommended to use `self\.log\('(val|test)/.*sync_dist=True\)`",
+        "these metrics are computed over all ranks before they are logged",
+    ),
+    HiddenMessage(
         r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
         "checkpoints are meant to hold the weights after the optimizer step",
     ),
+    HiddenMessage(r"fan_in_fan_out is set to \w+ but the target module is", "peft corrects it by itself"),
     HiddenMessage(r"`isinstance\(treespec, LeafSpec\)` is deprecated", "Lightning's use of torch"),
     HiddenMessage(
         r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated",
