@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def run(args: list[str]) -> Any:
         from opsd_lightning.cli.command import main as cli
 
     logging.disable_progress_bar()
-    return cli(args)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The dirpath has changed")  # the last test has a folder of its own
+        return cli(args)
 
 
 def say(text: str) -> None:
