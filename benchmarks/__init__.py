@@ -1,1 +1,1 @@
-"""Measurements of the package: scripts in this folder, and the learning test bed in `learning`."""
+"""Benchmarks of the package: scripts in this folder, and the learning test bed in `learning`."""

@@ -1,4 +1,4 @@
-"""What was weighed before it was built or left: products of few rows, packed weights for prompts, the size of a chunk.
+"""Measurements behind design decisions: matrix products of few rows, packed weights for prompts, chunk sizes.
 
 python benchmarks/attempts.py                  CPU only; SmolLM2-135M-Instruct: `make quickstart` leaves it in runs/models
 """
@@ -24,7 +24,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @contextmanager
 def using(forwards: dict[nn.Linear, Forward], thin_rows: int = inference._THIN_ROWS) -> Iterator[None]:
-    """Some linear layers computed by other functions; packed ones for products of at most so many rows."""
+    """Replace the forward functions of linear layers, with packed weights for products of few rows only."""
     limit, inference._THIN_ROWS = inference._THIN_ROWS, thin_rows
     for layer, forward in forwards.items():
         layer.forward = forward  # type: ignore[method-assign]
@@ -37,12 +37,12 @@ def using(forwards: dict[nn.Linear, Forward], thin_rows: int = inference._THIN_R
 
 
 def transposed(layer: nn.Linear, x: Tensor) -> Tensor:
-    """x W' as (W x')'."""
+    """Compute x W' as (W x')'."""
     return (layer.weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], -1)
 
 
 def pack(model: nn.Module) -> dict[nn.Linear, Forward]:
-    """What `packed_linears` makes of a model's layers."""
+    """Return packed weights of a model's layers, as `packed_linears` makes them."""
     with packed_linears(model):
         return {m: m.forward for m in model.modules() if isinstance(m, nn.Linear) and "forward" in vars(m)}
 
@@ -61,7 +61,7 @@ def main() -> None:
 
     with torch.no_grad():
         out, inner = 1536, 576
-        weights = [torch.randn(out, inner) for _ in range(30)]  # more than the cache holds, as in a model
+        weights = [torch.randn(out, inner) for _ in range(30)]  # more than the cache holds, as in a real model
         rows = []
         for count in (1, 8, 32):
             x = torch.randn(count, inner)

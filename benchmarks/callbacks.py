@@ -1,11 +1,11 @@
-"""What the callbacks that show a run cost, all together at their default settings, as a share of an optimizer step.
+"""Cost of the monitoring callbacks at their default settings, as a share of an optimizer step.
 
     python benchmarks/callbacks.py                       SmolLM2-135M-Instruct (`make quickstart` leaves it in runs/models)
     python benchmarks/callbacks.py --batch 24 --new-tokens 256
 
-Whole fits over the same steps, without the callbacks and with them in turn. A fit is as long as the longest of their default
-periods, so that each does all its work. Beside the ratio of the fits stands the time inside each callback's hooks: it is
-the sharper number, since two fits differ by more than a few percent on a shared machine.
+Fits over the same steps run in turn without and with the callbacks. A fit is as long as the longest default period of a
+callback, so that each callback does all its work. The table shows the ratio of the fits and the time inside each callback's
+hooks. The latter is more precise, since times of two fits differ by more than a few percent on a shared machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SHOWN = (RolloutTable, TokenReport, Health, CollapseGuard, RunReport)
 
 
 def timed(callback: Callback, seconds: dict[str, float], device: str) -> Callback:
-    """The callback, with the time that its hooks during a step take added up."""
+    """Return the callback with a counter of the seconds that its hooks take during steps."""
 
     def wrap(hook: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def timed(callback: Callback, seconds: dict[str, float], device: str) -> Callbac
 
 
 class Clock(Callback):
-    """Seconds from the first step's start to the end of training."""
+    """Measures the seconds from the start of the first step to the end of training."""
 
     def on_train_batch_start(self, *args: Any) -> None:
         if not hasattr(self, "began"):
@@ -74,7 +74,7 @@ class Clock(Callback):
 
 
 def fit(args: argparse.Namespace, policy: Policy, folder: Path, shown: bool) -> tuple[float, dict[str, float]]:
-    """Seconds of all steps, and of each callback's hooks."""
+    """Return the seconds of all steps and of each callback's hooks."""
     torch.manual_seed(0)
     module = OPSDModule(
         policy, sampling=Sampling(max_new_tokens=args.new_tokens), optimizer=lambda p: torch.optim.AdamW(p, lr=0.0)
@@ -97,9 +97,9 @@ def fit(args: argparse.Namespace, policy: Policy, folder: Path, shown: bool) -> 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default=None)
-    options.add_argument("--batch", type=int, default=4, help="questions a step, one completion each")
-    options.add_argument("--new-tokens", type=int, default=64, help="the most tokens of a completion")
-    options.add_argument("--steps", type=int, default=25, help="of one fit: the longest default period is 25")
+    options.add_argument("--batch", type=int, default=4, help="questions per step, with one completion each")
+    options.add_argument("--new-tokens", type=int, default=64, help="length limit of a completion in tokens")
+    options.add_argument("--steps", type=int, default=25, help="optimizer steps of a fit (the longest default period is 25)")
     args = options.parse_args()
     warnings.simplefilter("ignore")
     policy = Policy(model_folder(args.model), dtype="float32", lora=LoRA(r=16, alpha=32))

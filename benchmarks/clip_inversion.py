@@ -1,15 +1,15 @@
-"""Does a clipped divergence still pull the student to the teacher? The direction of its gradient at the student's logits.
+"""Direction of the gradient of clipped divergences at the student's logits, relative to the gradient without a clip.
 
-    python benchmarks/clip_inversion.py --made-up                       logits that are made up: the mechanism alone
+    python benchmarks/clip_inversion.py --made-up                       synthetic logits, which show the mechanism
     python benchmarks/clip_inversion.py --made-up --raise-nats 1 2 4
     python benchmarks/clip_inversion.py                                 SmolLM2-135M-Instruct's own rollouts on word problems
 
-Made up: student logits are normal numbers; the teacher's are the same but for one of the student's ten likeliest tokens,
-which it likes more by ``--raise-nats``. Without a clip, gradient descent raises that token. On a model: both roles' logits
-at every token of its own completions, before any training; the token looked at is the one that the teacher most wants
-raised, that of the largest p_T (log p_T - log p_S). Told for every clip: the share of positions where a step down the
-gradient lowers the token (inverted), where the whole gradient points away from that of no clip (turned), where there is
-none, and the mean cosine with the gradient of no clip.
+Synthetic student logits are normal random numbers. The teacher's logits are the same, except that one of the student's ten
+most probable tokens is higher by ``--raise-nats``. Without a clip, gradient descent raises that token. With a model, the
+logits of both roles are those at all tokens of its own completions before training. The token in question is then the one
+with the largest p_T (log p_T - log p_S), which the teacher most wants to raise. The table shows for each clip the share of
+positions where a gradient step lowers the token (inverted), where the gradient has a negative product with the gradient
+without a clip (turned) and where the gradient is zero, and the mean cosine with the gradient without a clip.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from opsd_lightning import (
     WordProblems,
 )
 from opsd_lightning.losses.clips import Clip
-from opsd_lightning.models.scoring import score_all
+from opsd_lightning.models.scoring import Scorer
 
 CLIPS: dict[str, Callable[[float], Clip]] = {
     "PointwiseClip": PointwiseClip, "TokenClip": TokenClip, "RescaleClip": RescaleClip,
 }  # fmt: skip
-ROWS = 64  # positions at one time, which bounds the memory
+ROWS = 64  # positions per chunk, which limits the memory
 
 
 def gradient(objective: DivergenceObjective, student: Tensor, teacher: Tensor) -> Tensor:
-    """Of the sum of the positions' losses at the student's logits. Shapes [N, V]."""
+    """Return the gradient of the summed losses at the student's logits. All shapes are [N, V]."""
     student = student.clone().requires_grad_()
     targets = torch.zeros(len(student), dtype=torch.long)
     loss, _ = objective.per_token(student.log_softmax(-1), teacher.log_softmax(-1), targets)
@@ -57,8 +57,10 @@ def gradient(objective: DivergenceObjective, student: Tensor, teacher: Tensor) -
 def directions(
     objective: DivergenceObjective, plain: DivergenceObjective, positions: Iterator[tuple[Tensor, Tensor, Tensor]]
 ) -> dict[str, float]:
-    """Of an objective's gradient against the same without a clip, over all positions: logits of both roles, [N, V] each, and
-    the token that is looked at, [N, 1]."""
+    """Compare the gradient of an objective with the gradient without a clip, over all positions.
+
+    Takes the logits of both roles, [N, V] each, and the token in question of each position, [N, 1].
+    """
     parts = []
     for student, teacher, wanted in positions:
         found, whole = gradient(objective, student, teacher), gradient(plain, student, teacher)
@@ -76,7 +78,7 @@ def directions(
 
 
 def made_up(args: argparse.Namespace, nats: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Both roles' logits, and the token that the teacher likes more."""
+    """Return synthetic logits of both roles, and the token that the teacher raises."""
     generator = torch.Generator().manual_seed(0)
     student = args.spread * torch.randn(args.positions, args.vocabulary, generator=generator, dtype=torch.float64)
     places = torch.randint(10, (args.positions, 1), generator=generator)
@@ -86,7 +88,7 @@ def made_up(args: argparse.Namespace, nats: float) -> tuple[Tensor, Tensor, Tens
 
 @torch.no_grad()
 def of_a_model(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Both roles' logits at the tokens of a model's own completions, and the token that the teacher most wants raised."""
+    """Return both roles' logits at a model's completions, and the tokens that the teacher most wants to raise."""
     policy = Policy(model_folder(args.model), dtype="float32")
     data = OPSDDataModule(
         policy, train=WordProblems(size=args.questions, seed=1), max_new_tokens=args.new_tokens, batch_size=1
@@ -95,8 +97,8 @@ def of_a_model(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     rows, model = data.rows["train"], policy.build()
     sampling = Sampling(max_new_tokens=args.new_tokens)
     completions = TransformersEngine().generate(model, rows.student, sampling, seed=0).completions
-    students = score_all(model, rows.student, completions, 2048)
-    teachers = FixedTeacher().score(model, rows.teacher, completions, 2048)
+    students = Scorer(model, 2048).score(rows.student, completions)
+    teachers = FixedTeacher().score(Scorer(model, 2048), rows.teacher, completions)
     student, teacher = students.head(students.hidden).float(), teachers.head(teachers.hidden).float()
     ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
     return student, teacher, (theirs.exp() * (theirs - ours)).argmax(1, keepdim=True)
@@ -104,12 +106,12 @@ def of_a_model(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--made-up", action="store_true", help="logits that are made up, in place of a model's")
+    options.add_argument("--made-up", action="store_true", help="synthetic logits instead of a model's")
     options.add_argument("--taus", type=float, nargs="+", default=[1e-6, 0.05, 0.2])
     options.add_argument("--model", default=None)
-    options.add_argument("--questions", type=int, default=32, help="of which the model writes one completion each")
-    options.add_argument("--new-tokens", type=int, default=40, help="the most tokens of a completion")
-    options.add_argument("--positions", type=int, default=2000, help="made-up ones")
+    options.add_argument("--questions", type=int, default=32, help="questions, with one completion each")
+    options.add_argument("--new-tokens", type=int, default=40, help="length limit of a completion in tokens")
+    options.add_argument("--positions", type=int, default=2000, help="synthetic positions")
     options.add_argument("--vocabulary", type=int, default=1000)
     options.add_argument("--spread", type=float, default=3.0, help="standard deviation of the student's logits")
     options.add_argument("--raise-nats", type=float, nargs="+", default=[2.0])

@@ -1,8 +1,8 @@
-"""What every benchmark shares: things timed in turn, peak memory, the machine's own limits, a table and a JSON file.
+"""Helpers of the benchmarks: times of alternating runs, peak memory, limits of the machine, tables and JSON files.
 
-A time is the median of runs taken in turn (A, B, A, B, ...), so that a busy machine slows both sides alike; what is
-reported is their ratio. Peak memory is torch's on CUDA and the process's resident set on Linux, above what was there
-before the call.
+A time is the median of alternating runs (A, B, A, B, ...), so that other load slows both sides equally. Benchmarks report
+the ratio of two times. Peak memory is that of torch's allocator on CUDA and the resident set of the process on a CPU
+(Linux), relative to the memory before the call.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from transformers import LogitsProcessor
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks take."""
+    """Return a parser with the common options of all benchmarks."""
     options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    options.add_argument("--repeats", type=int, default=5, help="runs of each side, taken in turn")
-    options.add_argument("--json", default=None, help="file for the results; results/<script>.json unless given")
+    options.add_argument("--repeats", type=int, default=5, help="runs of each side, which alternate")
+    options.add_argument("--json", default=None, help="file for the results (default: results/<script>.json)")
     return options
 
 
 def model_folder(given: str | None) -> str:
-    """The model that a benchmark runs on: as given, the quick start's folder, or the hub's SmolLM2-135M-Instruct."""
+    """Return the model of a benchmark: as passed, else the quick start's folder, else SmolLM2-135M-Instruct on the hub."""
     local = Path(__file__).parents[1] / "runs" / "models" / "SmolLM2-135M-Instruct"
     return given or (str(local) if local.is_dir() else "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def log_uniform(count: int, shortest: int, longest: int) -> list[int]:
-    """Lengths evenly spread on a logarithmic scale, in a fixed random order."""
+    """Return lengths that are evenly spaced on a logarithmic scale, in a fixed random order."""
     ratio = longest / shortest
     lengths = [round(shortest * ratio ** (i / max(count - 1, 1))) for i in range(count)]
     random.Random(0).shuffle(lengths)
@@ -53,14 +53,14 @@ def log_uniform(count: int, shortest: int, longest: int) -> list[int]:
 
 
 class EndAt(LogitsProcessor):
-    """Gives every completion the length that was planned for its prompt: EOS there, and never before.
+    """Logits processor that gives each completion a planned length, by an EOS at its end and none before.
 
-    Works for whatever calls the model's ``generate``, with padding on the left and in whatever batches.
+    It works in all batches of the model's ``generate``, with padding on the left.
 
     Args:
-        lengths: The length of the completion of each prompt.
-        eos: Every id that ends a completion; the first is given.
-        pads: Ids that may stand to the left of a prompt.
+        lengths: Length of the completion of each prompt.
+        eos: Ids that end a completion. The first one is used.
+        pads: Ids that can pad a prompt on the left.
     """
 
     def __init__(self, lengths: Mapping[tuple[int, ...], int], eos: Sequence[int], pads: Sequence[int]) -> None:
@@ -86,12 +86,12 @@ class EndAt(LogitsProcessor):
             start += 1
 
     def install(self, base: Any) -> None:
-        """Make every ``generate`` of a transformers model use it, until ``del base._get_logits_processor``."""
+        """Install the processor in all ``generate`` calls of a model, until ``del base._get_logits_processor``."""
         original = base._get_logits_processor
 
         def with_lengths(*args: Any, **kwargs: Any) -> Any:
             processors = original(*args, **kwargs)
-            processors.insert(0, self)  # before top-k and top-p, which must not be left with nothing
+            processors.insert(0, self)  # before top-k and top-p, which must not remove all tokens
             return processors
 
         base._get_logits_processor = with_lengths
@@ -103,7 +103,7 @@ def wait(device: str) -> None:
 
 
 def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
-    """Median seconds of each side, all run once to warm up and then in turn."""
+    """Return the median seconds of each side. After one warm-up run each, the sides alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
@@ -118,15 +118,16 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int, device: str = 
 
 
 def resident_bytes() -> int:
-    """The resident set of this process (Linux)."""
+    """Return the resident set size of this process (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class PeakMemory:
-    """Context manager: ``peak_bytes`` is the peak inside, ``extra_bytes`` how far above what was in use on entering.
+    """Context manager that measures peak memory.
 
-    On a CPU the resident set is sampled every millisecond, on CUDA torch's allocator knows its own peak.
+    ``peak_bytes`` is the peak inside the context, ``extra_bytes`` the peak above the memory in use on entry. On a CPU the
+    resident set is sampled every millisecond. On CUDA the peak is that of torch's allocator.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -136,7 +137,7 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         gc.collect()
         if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system first
+            ctypes.CDLL(None).malloc_trim(0)  # return the memory of earlier calls to the system first
         if self.cuda:
             wait(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -164,12 +165,12 @@ class PeakMemory:
             self.extra_bytes = self.peak_bytes - self._before
 
 
-#: What the machine is measured with: the size of the matrices, and how many numbers are read; on a CPU, and elsewhere.
+#: Size of the matrices and number of elements read to measure the machine, on a CPU and on other devices.
 MEASURED_ON_CPU, MEASURED_ELSEWHERE = (2048, 2**26), (8192, 2**29)
 
 
 def machine(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """What the machine can do at most, measured now: matrix products in FLOP/s and reads from memory in bytes/s."""
+    """Measure the limits of the machine: matrix products in FLOP/s and reads from memory in bytes/s."""
     size, count = MEASURED_ON_CPU if device == "cpu" else MEASURED_ELSEWHERE
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     numbers = torch.ones(count, device=device)
@@ -197,7 +198,7 @@ def _cpu_name() -> str:
 def report(
     script: str, facts: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]], path: str | None
 ) -> None:
-    """Print the tables, and write all of it as JSON."""
+    """Print the tables and write all results as JSON."""
     print(f"\n{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['dtype']}: ", end="")
     print(f"matmul {facts['matmul_flops'] / 1e9:.0f} GFLOP/s, memory {facts['read_bytes_per_second'] / 1e9:.1f} GB/s")
     for title, rows in tables.items():

@@ -1,10 +1,10 @@
-"""QLoRA on one GPU: memory by model size and completion length, from bytes measured here and stated arithmetic.
+"""Memory of QLoRA on one GPU by model size and completion length, computed from measured bytes.
 
     python benchmarks/memory.py                   Qwen3 1.7B, 4B and 8B in the settings of configs/qwen3_*_qlora.yaml
 
-Measured, on whatever device there is: the bytes of an NF4 weight with double quantization (a layer of the real shape is
-quantized), and what autograd keeps of a token in one decoder layer of the real width (bfloat16 with a float32 LoRA of
-rank 64 under autocast; the difference between two lengths, so that nothing but tokens counts). Computed from them:
+Two numbers are measured on any device: the bytes of an NF4 weight with double quantization, on a layer of the real shape;
+and the bytes that autograd keeps per token in one decoder layer of the real width (bfloat16 with a float32 LoRA of rank 64
+under autocast), as the difference between two lengths. From them are computed:
 
     weights   linear weights x measured NF4 bytes + embeddings, tied or not, in bfloat16
     adapter   LoRA parameters x 16 bytes (float32 weight, gradient, and AdamW's two moments)
@@ -16,8 +16,8 @@ rank 64 under autocast; the difference between two lengths, so that nothing but 
     total     weights + adapter + max(rollout, scoring + states + logits)
     plain     total with both roles' logits of one pass at once, 7 float32 tensors of [tokens, vocabulary], instead
 
-A pass takes model.token_budget tokens, or one row where that is longer. The CUDA context and the allocator's reserve,
-about 1 GiB, come on top.
+A pass has model.token_budget tokens, or one row if the row is longer. The CUDA context and the reserve of the allocator need
+about 1 GiB more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GIB = 2**30
 
 
 class Size(NamedTuple):
-    """A model of the Qwen3 family: the numbers of its published config.json."""
+    """Sizes of a Qwen3 model, from its published config.json."""
 
     hidden: int
     layers: int
@@ -48,7 +48,7 @@ class Size(NamedTuple):
 
     @property
     def linears(self) -> list[tuple[int, int]]:
-        """Shapes of the linear layers of one decoder layer."""
+        """Return the shapes of the linear layers of one decoder layer."""
         q, kv = self.heads * self.head, self.kv_heads * self.head
         attention = [(q, self.hidden), (kv, self.hidden), (kv, self.hidden), (self.hidden, q)]
         return [*attention, *[(self.intermediate, self.hidden)] * 2, (self.hidden, self.intermediate)]
@@ -62,7 +62,7 @@ SIZES = {
 
 
 def nf4_bytes_per_weight(size: Size, device: str) -> float:
-    """Bytes of a weight of the widest layer in NF4 with double quantization, its scales included."""
+    """Measure the bytes per weight of the widest layer in NF4 with double quantization, including scales."""
     shape = size.linears[-1]
     packed, state = quantize_4bit(torch.randn(shape, device=device), compress_statistics=True, quant_type="nf4")
     parts = [packed, state.absmax, state.code, state.state2.absmax, state.state2.code]
@@ -70,13 +70,13 @@ def nf4_bytes_per_weight(size: Size, device: str) -> float:
 
 
 def layer_bytes_per_token(size: Size, device: str) -> float:
-    """What autograd keeps of a token in one decoder layer."""
+    """Measure the bytes that autograd keeps per token in one decoder layer."""
     config = Qwen3Config(
         vocab_size=64, hidden_size=size.hidden, num_hidden_layers=1, num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads, head_dim=size.head, intermediate_size=size.intermediate,
     )  # fmt: skip
     base = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    # As peft makes it on a bfloat16 or quantized base: the adapter in float32.
+    # peft makes a float32 adapter on a bfloat16 or quantized base.
     get_peft_model(base, LoraConfig(r=64, target_modules="all-linear", lora_dropout=0.05)).to(device).train()
     layer = base.model.layers[0]
     kept: dict[int, int] = {}

@@ -1,10 +1,10 @@
-"""The objective kernel against the plain computation: time, peak memory, loss and gradients.
+"""The chunked objective against a plain computation: time, peak memory, loss and gradients.
 
     python benchmarks/objective.py                      151,936 tokens of vocabulary, hidden size 1,024, 2,048 tokens
     python benchmarks/objective.py --divergences all    every divergence
 
-Plain is what one writes from the equation: both roles' logits of all tokens, two log-softmaxes, the divergence, and
-autograd. The kernel also measures every token (both KLs, entropies, log-probabilities), the plain side only its loss.
+The plain side computes the logits of both roles at all tokens, two log-softmaxes, the divergence and its gradient by
+autograd. The objective also measures each token (both KLs, entropies, log-probabilities). The plain side has only its loss.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     dtype, device = getattr(torch, args.dtype), args.device
     facts = machine(device, dtype)
     torch.manual_seed(0)
-    # Logits of order 1 to 10, a teacher near the student: what trained models look like.
+    # As in trained models: logits of order 1 to 10, and a teacher close to the student.
     weight = torch.randn(args.vocabulary, args.hidden, device=device, dtype=dtype) * (3 / args.hidden**0.5)
     hidden = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype)
     teacher = hidden + 0.2 * torch.randn_like(hidden)

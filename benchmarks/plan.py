@@ -1,12 +1,12 @@
-"""A cost model of a step: tokens, operations and bytes of each phase; checked against measured steps, then used to plan.
+"""Cost model of a training step from the tokens, operations and bytes of each phase, checked against measured steps.
 
     python benchmarks/step.py --batch 8 --completion 256 --steps 1 --json long.json
     python benchmarks/step.py --json equal.json
     python benchmarks/plan.py --calibrate long.json --check equal.json
 
-Three numbers are fitted to the first step: the shares of the matmul peak that a pass without gradient and the student's
-reach, and the share of the memory's bandwidth that decoding reaches. The other steps are then predicted and put
-beside what was measured. Without files only the plan for GPUs is printed, with the shares given as options.
+Three numbers are fitted to the first step: the shares of the matmul peak that passes without gradient and the student's pass
+reach, and the share of the memory bandwidth that decoding reaches. The other steps are then predicted and compared with
+their measurements. Without files, only the plan for GPUs is printed, with the shares from the options.
 
 With N weights in the layers, E = vocabulary x hidden size in the head, and T completion tokens of a step:
 
@@ -37,10 +37,10 @@ class Model:
     Args:
         layers: Weights in the decoder layers.
         head: Vocabulary times hidden size.
-        tied: Whether the embeddings are the head.
+        tied: True if the head shares its weights with the embeddings.
         adapter: Weights of the adapter.
         bytes_a_weight: 4 in float32, 2 in bfloat16, about 0.52 in NF4.
-        cache_bytes: Keys and values of one token, in all layers.
+        cache_bytes: Bytes of the keys and values of one token in all layers.
     """
 
     layers: float
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def bytes_a_token(self) -> float:
-        """Read for one decoding step."""
+        """Bytes per token of the weights, which decoding reads for each token."""
         return self.layers * self.bytes_a_weight + self.head * max(self.bytes_a_weight, 2)
 
     @property
@@ -62,7 +62,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Work:
-    """The tokens of one rank's step."""
+    """Tokens of one rank in a step."""
 
     lengths: list[int]
     prompt: int
@@ -72,7 +72,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """One device: its limits, the shares of them that are reached, and its link to the others (bytes a second)."""
+    """Limits of a device, the shares of them that are reached, and its link to other devices in bytes per second."""
 
     matmul_flops: float
     bandwidth: float
@@ -90,13 +90,13 @@ QWEN3_8B = {
 
 
 def decoded_bytes(model: Model, work: Work) -> float:
-    """Read while a step's completions are decoded: all weights at each step, and each row's cache so far."""
+    """Return the bytes that decoding reads in a step: all weights and the cache of each row, for each token."""
     cached = sum(length * (work.prompt + length / 2) for length in work.lengths)
     return max(work.lengths) * model.bytes_a_token + cached * model.cache_bytes
 
 
 def phases(model: Model, work: Work, machine: Machine) -> dict[str, float]:
-    """Seconds of each phase on one device."""
+    """Return the seconds of each phase on one device."""
     flops, training = (machine.matmul_flops * share for share in (machine.forward_share, machine.student_share))
     bandwidth = machine.bandwidth * machine.bandwidth_share
     tokens, rows = sum(work.lengths), len(work.lengths)
@@ -110,7 +110,7 @@ def phases(model: Model, work: Work, machine: Machine) -> dict[str, float]:
 
 
 def traffic(model: Model, strategy: str, ranks: int, passes: int, servers: int = 0) -> float:
-    """Bytes that a rank receives in a step, and the first one sends to the servers."""
+    """Return the bytes that a rank receives in a step and that the first rank sends to the servers."""
     others = (ranks - 1) / ranks
     gradients = 2 * model.adapter * 4 * others
     gathered = model.stored * (1 + 3 * passes) * others if strategy == "fsdp2" else 0.0
@@ -120,7 +120,7 @@ def traffic(model: Model, strategy: str, ranks: int, passes: int, servers: int =
 
 
 def measured(path: str) -> tuple[Work, dict[str, float], float, float]:
-    """What a run of step.py worked on, its phases' seconds, and what its machine could do."""
+    """Read the work, the seconds of each phase and the limits of the machine from a result of step.py."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     options = argparse.ArgumentParser()
     for name, default in {"batch": 16, "shortest": 16, "completion": 128, "prompt": 64, "teacher-prompt": 128}.items():
@@ -138,7 +138,7 @@ def measured(path: str) -> tuple[Work, dict[str, float], float, float]:
 
 
 def calibrate(path: str, model: Model) -> tuple[float, float, float]:
-    """The shares of matmul peak (without gradient, student) and of bandwidth at which a measured step's phases come out."""
+    """Fit the shares of matmul peak (without gradient, student) and bandwidth to the phases of a measured step."""
     work, seconds, flops, bandwidth = measured(path)
     ideal = phases(model, work, Machine(flops, bandwidth, 1.0, 1.0, 1e12))
     forward, student = (ideal[phase] / seconds[phase] for phase in ("teacher", "student"))
@@ -159,7 +159,7 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def plan(machine: Machine, questions: int, completion: int) -> list[dict[str, Any]]:
-    """A step of Qwen3-8B by strategy and number of GPUs, the questions spread over them."""
+    """Plan a step of Qwen3-8B by strategy and number of GPUs, with the questions split among them."""
     rows = []
     for gpus in (1, 8, 64):
         for name, model, strategy, away in (
@@ -173,10 +173,10 @@ def plan(machine: Machine, questions: int, completion: int) -> list[dict[str, An
             mine = max(questions // trainers, 1)
             work = Work([completion] * mine, 256, 2048, checkpointing=True)
             seconds = phases(model, work, machine)
-            if away:  # the servers' share of the questions
+            if away:  # share of the questions per server
                 theirs = Work([completion] * max(questions // (gpus - trainers), 1), 256, 0)
                 seconds["rollouts"] = phases(model, theirs, machine)["rollouts"]
-                # The check of the servers' log-probabilities: one more pass of the student's, without gradient.
+                # One more pass of the student without gradient, which checks the log-probabilities of the servers.
                 operations = 2 * model.layers * mine * (completion + work.prompt) + 2 * model.head * mine * completion
                 seconds["student"] += operations / (machine.matmul_flops * machine.forward_share)
             passes = max(-(-mine * (completion + 2048) // 8192), 1)
@@ -192,14 +192,14 @@ def plan(machine: Machine, questions: int, completion: int) -> list[dict[str, An
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--calibrate", default=None, help="a JSON file of step.py on SmolLM2-135M-Instruct")
-    options.add_argument("--check", nargs="*", default=[], help="further ones, to predict")
-    options.add_argument("--forward-share", type=float, default=0.4, help="of a GPU's peak, in passes without gradient")
-    options.add_argument("--student-share", type=float, default=0.3, help="of a GPU's peak, in the student's")
-    options.add_argument("--bandwidth-share", type=float, default=0.3, help="of a GPU's bandwidth that decoding reaches")
+    options.add_argument("--check", nargs="*", default=[], help="further files of steps to predict")
+    options.add_argument("--forward-share", type=float, default=0.4, help="share of a GPU's peak in passes without gradient")
+    options.add_argument("--student-share", type=float, default=0.3, help="share of a GPU's peak in the student's pass")
+    options.add_argument("--bandwidth-share", type=float, default=0.3, help="share of a GPU's bandwidth in decoding")
     options.add_argument("--gpu-flops", type=float, default=989e12, help="dense bfloat16 peak; an H100 SXM's by default")
     options.add_argument("--gpu-bandwidth", type=float, default=3.35e12)
     options.add_argument("--network", type=float, default=50e9, help="bytes a second between GPUs; 400 Gbit/s by default")
-    options.add_argument("--questions", type=int, default=256, help="of a step, over all GPUs")
+    options.add_argument("--questions", type=int, default=256, help="questions of a step, over all GPUs")
     options.add_argument("--completion", type=int, default=1024)
     args = options.parse_args()
     results: dict[str, Any] = {}

@@ -1,15 +1,15 @@
-"""A real model on word problems: OPSD against SFT and GRPO, at equal completions and at equal generated tokens.
+"""OPSD against SFT and GRPO with a real model on word problems, at equal completions and at equal generated tokens.
 
     python -m benchmarks.real_model                      SmolLM2-135M-Instruct, all methods, three seeds
     python -m benchmarks.real_model --methods opsd --seeds 1
 
-Every run is the command line's own ``fit`` and ``test`` on the quick start's configuration, with the overlay of the method
-and the learning rate named in ``METHODS``; scored are the weights after the last step, not the best of several. OPSD and
-GRPO make equally many completions a step, not equally many tokens: the table's last column therefore compares validation
-accuracies where each run had generated as many tokens as the thriftiest one by its end. SFT gets the traces of the questions
-that OPSD gets. A run's settings, versions and hashes are in its ``result.json``; a run that was interrupted goes on from its
-last checkpoint, and a finished one is not made again. All runs of an output folder are of one model, number of steps and
-number of questions.
+Each run is the command line's ``fit`` and ``test`` on the quick start's configuration, with the overlay of the method and
+the learning rate in ``METHODS``. The score is that of the weights after the last step, not of the best checkpoint. OPSD and
+GRPO sample equally many completions per step but not equally many tokens. The last column of the table therefore compares
+validation accuracies at the number of tokens that the run with the fewest tokens generated in total. SFT trains on the
+traces of the questions that OPSD uses. The ``result.json`` of a run has its settings, versions and hashes. An interrupted
+run resumes from its last checkpoint, and a finished run is not repeated. All runs of an output folder have the same model,
+number of steps and number of questions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONFIG = "configs/quickstart.yaml"
 
 SECONDS = ("time/rollout_seconds", "time/scoring_seconds")
 
-#: Name -> (overlay, learning rate). Each method is run with two rates and both are reported.
+#: Overlay and learning rate by name. Each method runs with two learning rates, and both are reported.
 METHODS = {
     "opsd": (None, 5e-4),
     "opsd, rate x 2": (None, 1e-3),
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=256, help="held-out questions (default: %(default)s)")
-    parser.add_argument("--report", action="store_true", help="only print the table of what there is")
+    parser.add_argument("--report", action="store_true", help="only print the table of the existing results")
     options = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from opsd_lightning.quickstart import MODEL_FOLDER, obtain_model
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def agree(out: Path, asked: dict[str, Any]) -> None:
-    """Hold a folder to one model, number of steps and number of questions.
+    """Check that a folder has results of the same model, number of steps and number of questions only.
 
     Raises:
-        SystemExit: What lies there has other settings, so that it is not the answer to what was asked.
+        SystemExit: The results in the folder have other settings.
     """
     from benchmarks.learning.run import write
     from opsd_lightning.runs.reader import read_records
@@ -98,7 +98,7 @@ def agree(out: Path, asked: dict[str, Any]) -> None:
 
 
 def before(model: str, out: Path, questions: int) -> None:
-    """The untrained model, as student and as teacher."""
+    """Evaluate the untrained model as student and as teacher."""
     from opsd_lightning.quickstart import run, say
 
     if (out / "before" / "test.jsonl").exists():
@@ -119,7 +119,7 @@ def before(model: str, out: Path, questions: int) -> None:
 
 
 def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int) -> None:
-    """One run: train, score the last weights, write ``result.json``."""
+    """Train, score the last weights, and write ``result.json``."""
     from benchmarks.learning.run import write
     from opsd_lightning.quickstart import run, say
 
@@ -136,7 +136,7 @@ def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int
     common += [f"--data.test.init_args.size={questions}"]
     fit = [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
     fit += [f"--trainer.max_steps={steps}", "--trainer.callbacks+=ModelCheckpoint"]
-    every = next(n for n in (3, 2, 1) if steps % n == 0)  # so that the last step is saved
+    every = next(n for n in (3, 2, 1) if steps % n == 0)  # saves the last step
     fit += [f"--trainer.callbacks.{key}" for key in (f"dirpath={folder}", "filename=last", f"every_n_train_steps={every}")]
     fit += ["--trainer.callbacks.enable_version_counter=false", "--trainer.callbacks.save_top_k=1"]
     last = folder / "last.ckpt"
@@ -150,7 +150,7 @@ def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int
         "optimizer_steps": steps,
         "tokens_generated": rows[-1]["train/tokens_generated"],
         "validation": validations,
-        # Rollouts and scoring of every step that counts, whatever was interrupted; loading and validation aside.
+        # Rollouts and scoring of all steps, without loading, validation and repeated steps.
         "training_seconds": round(sum(value for row in rows for key, value in row.items() if key in SECONDS)),
         "arguments": common + fit,
         "made_with": made_with(model),
@@ -160,9 +160,9 @@ def once(name: str, model: str, out: Path, seed: int, steps: int, questions: int
 
 
 def read_log(folder: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:
-    """A run's training steps, and its validations as (optimizer steps made, accuracy).
+    """Read the training steps of a run, and its validations as (optimizer steps, accuracy).
 
-    There is one log for every time that the run was taken up again; what it then did once more counts as done the last time.
+    Each resumption has its own log. For steps that were repeated, the latest log counts.
     """
     from opsd_lightning.runs.reader import read_metrics
 
@@ -180,13 +180,13 @@ def digest(path: Path) -> str:
 
 
 def model_hash(model: str) -> str:
-    """Of the weights in a folder; a hub id stands for itself."""
+    """Return the hash of the weights in a folder, or the name itself for a hub id."""
     weights = Path(model) / "model.safetensors"
     return digest(weights) if weights.exists() else model
 
 
 def made_with(model: str) -> dict[str, str]:
-    """Versions, the revision of this repository and the hash of the model's weights."""
+    """Return the versions, the revision of this repository and the hash of the model's weights."""
     found = {name: version(name) for name in ("torch", "transformers", "peft", "lightning", "opsd_lightning")}
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     found["revision"] = git.stdout.strip() or "unknown"
@@ -195,7 +195,7 @@ def made_with(model: str) -> dict[str, str]:
 
 
 def report(out: Path) -> None:
-    """A table in Markdown: each method's held-out accuracy, the mean of its seeds and the change on the same questions."""
+    """Return a Markdown table of each method's held-out accuracy, averaged over seeds, and its change."""
     from opsd_lightning.runs.reader import read_records
     from opsd_lightning.utils.statistics import mean_and_interval, wilson
 
@@ -208,7 +208,7 @@ def report(out: Path) -> None:
         found["correct"] = [r["correct"] for r in read_records(path.parent / "after" / "test.jsonl")]
         found["curve"] = curve(path.parent)
         results.setdefault(found["method"], []).append(found)
-    # As many tokens as every run that generates any had generated at its last validation.
+    # The fewest tokens that a run with rollouts had generated at its last validation.
     ends = [r["curve"][-1]["tokens"] for runs in results.values() for r in runs if r["tokens_generated"]]
     budget = min(ends, default=0)
     print(f"\n| {len(student)} held-out questions | seeds | accuracy | 95 % interval | change | tokens generated", end="")
@@ -219,7 +219,7 @@ def report(out: Path) -> None:
     for name in METHODS:
         if not (runs := results.get(name)):
             continue
-        # A question's score is its mean over the seeds: the interval is over questions, with the seeds as they are.
+        # The score of a question is its mean over the seeds. The interval is over questions, for these seeds.
         scores = [sum(column) / len(runs) for column in zip(*(r["correct"] for r in runs), strict=True)]
         mean, half = mean_and_interval(scores)
         change, spread = mean_and_interval([after - before for after, before in zip(scores, student, strict=True)])
@@ -235,7 +235,7 @@ def report(out: Path) -> None:
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """A run's validations with the tokens generated until then."""
+    """Return the validations of a run with the tokens generated until then."""
     rows, validations = read_log(folder)
     tokens = {row["step"] + 1: row["train/tokens_generated"] for row in rows}
     return [{"step": step, "tokens": tokens.get(step, 0.0), "accuracy": value} for step, value in validations]

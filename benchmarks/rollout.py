@@ -3,8 +3,8 @@
     python benchmarks/rollout.py                   SmolLM2-135M-Instruct: `make quickstart` leaves it in runs/models
     python benchmarks/rollout.py --continuous      transformers' continuous batching too: for GPUs
 
-Plain is one ``generate`` of the LoRA model on each batch of prompts, padded on the left, which goes on until its last
-row has ended. Lengths are log-uniform and the same for all: an EOS is forced there and forbidden before.
+The plain side calls ``generate`` of the LoRA model on each batch of prompts, padded on the left, until the last row has
+ended. The lengths are log-uniform and the same for all engines: an EOS is forced at the end and forbidden before.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default=None)
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options.add_argument("--batch", type=int, default=16, help="rows at one time")
-    options.add_argument("--rows", type=int, default=None, help="completions in all; batch unless given")
-    options.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    options.add_argument("--batch", type=int, default=16, help="rows of a batch")
+    options.add_argument("--rows", type=int, default=None, help="completions in total (default: --batch)")
+    options.add_argument("--prompt", type=int, default=64, help="length of a prompt in tokens")
     options.add_argument("--shortest", type=int, default=16)
     options.add_argument("--longest", type=int, default=256)
     options.add_argument("--continuous", action="store_true")
@@ -85,7 +85,7 @@ def main() -> None:
     seconds = in_turn(sides, args.repeats, device)
     tokens = sum(lengths)
     weights = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
-    # What decoding must read at the least: the weights once a step, of which there are as many as the longest completion
+    # Fewest bytes that decoding must read: the weights once a step, of which there are as many as the longest completion
     # has tokens, or as full batches take for all of them, and the keys and values of every row at every token.
     config = base.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -109,7 +109,7 @@ def main() -> None:
     greedy_row = [{"greedy completions equal to plain generate's": f"{same} of {rows}"}]
     tables = {title: table, "temperature 0": greedy_row}
     if args.continuous:
-        # Its rows are one flat row, in which lengths cannot be forced: here nothing ends before the limit.
+        # Its rows are one flat row, in which lengths cannot be forced. No completion ends before the limit here.
         del base._get_logits_processor
         base.generation_config.eos_token_id = [-1]
         sides = {

@@ -1,10 +1,10 @@
-"""What a pass costs against rows, prompt length, completion length and vocabulary.
+"""Cost of a scoring pass by number of rows, prompt length, completion length and vocabulary.
 
     python benchmarks/scaling.py                   SmolLM2-135M-Instruct: `make quickstart` leaves it in runs/models
     python benchmarks/scaling.py --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16
 
-The first table's fit, seconds = fixed + slope x tokens, says how many tokens a further pass costs: what
-`scoring.split_rows` weighs against padding.
+The fit to the first table, seconds = fixed + slope x tokens, gives the cost of one more pass in tokens, which the scoring
+weighs against padding when it splits rows into passes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
-from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
 from opsd_lightning.types import TokenStates
 
@@ -27,7 +27,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default=None)
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options.add_argument("--tokens", type=int, default=512, help="tokens of the objective's table")
+    options.add_argument("--tokens", type=int, default=512, help="number of tokens in the table of the objective")
     args = options.parse_args()
     device, dtype = args.device, getattr(torch, args.dtype)
     facts = machine(device, dtype)
@@ -47,7 +47,7 @@ def main() -> None:
 
         def run() -> None:
             states, _ = score(model, prompts, completions)
-            states.hidden.sum().backward()  # the layers alone: the head is the objective's
+            states.hidden.sum().backward()  # without the head, which the objective runs
 
         return run
 
@@ -60,7 +60,7 @@ def main() -> None:
     found = cost({rows: student(rows, 32, 32) for rows in (1, 2, 4, 8, 16)})
     tokens = torch.tensor([rows * 63.0 for rows in found], dtype=torch.float64)
     times = torch.tensor(list(found.values()), dtype=torch.float64)
-    # Weighted by 1 / seconds: least squares of the relative error, so that small passes count.
+    # Weights of 1 / seconds minimize the relative error, so that short passes count.
     design = torch.stack([torch.ones_like(tokens), tokens], dim=1) / times[:, None]
     fixed, slope = torch.linalg.lstsq(design, torch.ones_like(times)[:, None]).solution.flatten().tolist()
     tables[f"student, rows of 32 + 32 tokens; a further pass costs {fixed / slope:.0f} tokens"] = [
@@ -75,7 +75,7 @@ def main() -> None:
 
     def teacher(prompt: int) -> Callable[[], object]:
         prompts, completions = [ids(prompt)] * 8, [ids(64) for _ in range(8)]
-        return lambda: score_all(model, prompts, completions, 100_000)
+        return lambda: Scorer(model, 100_000).score(prompts, completions)
 
     found = cost({length: teacher(length) for length in (64, 256, 1024)})
     tables["teacher, 8 completions of 64 tokens of one prompt, by its length"] = [

@@ -1,11 +1,11 @@
-"""Scoring: ragged rows grouped by length against one padded rectangle, and shared against repeated prompts.
+"""Scoring of ragged rows grouped by length against padded rows, and of shared against repeated prompts.
 
     python benchmarks/scoring.py                 SmolLM2-135M-Instruct: `make quickstart` leaves it in runs/models
     python benchmarks/scoring.py --model Qwen/Qwen3-0.6B --device cuda
 
-Ragged: the student's pass with gradient over 32 completions whose lengths are log-uniform from 16 to 256. Padded is the
-same rows filled up to the longest, in as many passes as the same token budget asks for. Shared: the teacher's pass over
-8 completions of 64 tokens that follow one prompt of 512.
+The ragged case is the student's pass with gradient over 32 completions with log-uniform lengths from 16 to 256. The padded
+case has the same rows padded to the longest, in as many passes as the same token budget needs. The shared case is the
+teacher's pass over 8 completions of 64 tokens after one prompt of 512 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common import in_turn, log_uniform, machine, model_folder, parser, report
 
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.models.policy import LoRA, Policy, base_of
-from opsd_lightning.models.scoring import score, score_all, split_rows
+from opsd_lightning.models.scoring import Scorer, score, split_rows
 from opsd_lightning.types import TokenStates
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     options.add_argument("--model", default=None)
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options.add_argument("--rows", type=int, default=32)
-    options.add_argument("--prompt", type=int, default=32, help="tokens of the ragged rows' prompts")
+    options.add_argument("--prompt", type=int, default=32, help="length of the prompts of the ragged rows in tokens")
     options.add_argument("--shortest", type=int, default=16)
     options.add_argument("--longest", type=int, default=256)
     options.add_argument("--token-budget", type=int, default=2048)
@@ -49,13 +49,13 @@ def main() -> None:
     lengths = log_uniform(args.rows, args.shortest, args.longest)
     prompts, completions = [ids(args.prompt) for _ in lengths], [ids(length) for length in lengths]
     objective = DivergenceObjective()
-    teacher = score_all(model, prompts, completions, args.token_budget)
-    # Any fixed target will do, as long as it is no zero: the states of the same tokens, a little moved.
+    teacher = Scorer(model, args.token_budget).score(prompts, completions)
+    # Any fixed target works if the loss is not zero: the states of the same tokens with a small shift.
     moved = teacher.hidden + 0.1 * torch.randn(teacher.hidden.shape, generator=generator).to(teacher.hidden)
     moved_rows = moved.split(lengths)
 
     def step(batches: list[list[int]], pad_to: int | None) -> float:
-        """Loss of the whole batch after its backward pass."""
+        """Run forward and backward of the whole batch, and return the loss."""
         model.zero_grad()
         total = 0.0
         for rows in batches:
@@ -82,7 +82,7 @@ def main() -> None:
     seconds = in_turn(ragged, args.repeats, device)
     tokens = sum(lengths) + args.rows * (args.prompt - 1)
     rectangle_tokens = args.rows * (args.prompt + args.longest - 1)
-    # Frozen weights: 2 FLOP a weight and token forward, 2 backward. The head: three products at completion tokens.
+    # Frozen weights need 2 FLOP per weight and token forward, 2 backward; the head three products per completion token.
     flops = 4 * body * tokens + 6 * vocabulary * hidden_size * sum(lengths)
     table_ragged = [
         {
@@ -105,7 +105,7 @@ def main() -> None:
             return score(model, [prompt] * args.n, rows)[0]
 
     def shared() -> TokenStates:
-        return score_all(model, [prompt] * args.n, rows, args.n * (args.teacher_prompt + args.completion))
+        return Scorer(model, args.n * (args.teacher_prompt + args.completion)).score([prompt] * args.n, rows)
 
     with torch.no_grad():
         states = shared()

@@ -1,9 +1,9 @@
-"""vLLM servers against rollouts in the trainer: time to refresh an adapter, training steps a minute.
+"""vLLM servers against rollouts in the trainer: time to refresh an adapter, and training steps per minute.
 
     python benchmarks/servers.py --vllm-python .venv-vllm/bin/python       starts two servers itself, on this machine
     python benchmarks/servers.py --urls http://node1:8000 http://node2:8000 --adapter-folder /shared/adapters
 
-With one machine for all, servers and trainer share its cores: what more servers gain shows on machines of their own.
+On one machine, servers and trainer share its cores. The gain of more servers shows only with a machine per server.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from opsd_lightning.types import Sampling
 
 @contextmanager
 def servers(python: str, model: str, count: int, device: str) -> Iterator[list[str]]:
-    """vLLM on free ports of this machine, until the end."""
+    """Start vLLM servers on free ports of this machine, and stop them at the end."""
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--max-model-len", "512",
                "--enable-lora", "--max-lora-rank", "16", "--host", "127.0.0.1"]  # fmt: skip
     if device == "cpu":
@@ -76,7 +76,7 @@ def servers(python: str, model: str, count: int, device: str) -> Iterator[list[s
 
 
 class Clock(Callback):
-    """Seconds of each step and of its phases."""
+    """Measures the seconds of each step and of its phases."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -98,7 +98,7 @@ class Clock(Callback):
 
 
 def run(policy: Policy, engine: RolloutEngine, batch: int, tokens: int, steps: int, device: str) -> list[dict[str, float]]:
-    """The steps of a fit but for the first, which connects and warms up."""
+    """Return the times of the steps of a fit, except the first one, which connects and warms up."""
     torch.manual_seed(0)
     sampling = Sampling(max_new_tokens=tokens)
     module = OPSDModule(policy, rollouts=engine, sampling=sampling, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4))
@@ -113,7 +113,10 @@ def run(policy: Policy, engine: RolloutEngine, batch: int, tokens: int, steps: i
 
 
 def refresh_seconds(policy: Policy, url: str, folder: str, repeats: int, device: str) -> list[float]:
-    """From changed weights to a first token sampled with them, less what such a token takes without a change."""
+    """Measure the seconds from changed weights to the first token sampled with them.
+
+    The time of a token without a change of weights is subtracted.
+    """
     model = policy.build().to(device)
     engine = VLLMServerEngine([url], folder)
     one = Sampling(max_new_tokens=1, temperature=0)
@@ -139,9 +142,9 @@ def refresh_seconds(policy: Policy, url: str, folder: str, repeats: int, device:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default=None)
-    options.add_argument("--vllm-python", default=None, help="the Python of an environment with vLLM; starts two servers")
-    options.add_argument("--urls", nargs="+", default=None, help="servers that run already, instead")
-    options.add_argument("--adapter-folder", default=None, help="a folder that trainer and servers see under the same path")
+    options.add_argument("--vllm-python", default=None, help="Python of an environment with vLLM, to start two servers")
+    options.add_argument("--urls", nargs="+", default=None, help="URLs of running servers")
+    options.add_argument("--adapter-folder", default=None, help="folder that trainer and servers see under the same path")
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--tokens", type=int, default=64)
     options.add_argument("--steps", type=int, default=3)

@@ -1,9 +1,9 @@
-"""Seconds that the checks before training, evaluation and export take in the quick start, and their share of it.
+"""Seconds of the checks before training, evaluation and export in the quick start, and their share of its time.
 
     python benchmarks/start_checks.py            the whole quick start: about ten minutes on two CPU cores
-    python benchmarks/start_checks.py --short    two steps: the seconds are the same, the shares are not those of a real run
+    python benchmarks/start_checks.py --short    two steps: same seconds, but not the shares of a real run
 
-Each check is timed where the quick start (test, fit with export, test) calls it. Nothing else is changed.
+Each check is timed where the quick start (test, fit with export, test) calls it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 from common import machine, model_folder, parser, report
 
-# By the table's row: modules and the functions in them that make a check, none inside another.
+# Modules and functions of each row of the table. No function calls another one.
 CHECKS: dict[str, list[tuple[str, str]]] = {
     "settings, callbacks, precision": [
         ("cli.command", "check_trainer"),
@@ -57,7 +57,7 @@ CHECKS: dict[str, list[tuple[str, str]]] = {
 def timed(
     function: Callable[..., Any], name: str, seconds: dict[str, list[float]], running: list[str]
 ) -> Callable[..., Any]:
-    """The function, with the time of its outermost calls kept."""
+    """Return the function with a counter of the seconds of its outermost calls."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

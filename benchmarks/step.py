@@ -1,14 +1,14 @@
-"""One whole optimizer step against TRL's SDFTTrainer: same model, prompts, lengths, LoRA, precision, loss and teacher.
+"""Optimizer step against TRL's SDFTTrainer, with the same model, prompts, lengths, LoRA, precision, loss and teacher.
 
     pip install trl==1.16.0
     python benchmarks/step.py                                          equal lengths: 16 completions of 128 tokens
     python benchmarks/step.py --lengths ragged                         log-uniform from 16 to 128
     python benchmarks/step.py --batch 8 --completion 256 --steps 1     peak memory at long completions
 
-Both sides run in processes of their own and take their steps in turn. Each trains SmolLM2-135M-Instruct (`make quickstart`
-leaves it in runs/models) in full with its own trainer: rollouts, the teacher's pass with the adapter off, the
-student's pass, forward KL over the full vocabulary averaged by sequence, AdamW. Decoding takes the most probable token
-on both sides, so that the first losses can be compared. Gradient checkpointing is off on both.
+Each side runs in its own process, and their steps alternate. Each trains SmolLM2-135M-Instruct (`make quickstart` downloads
+it to runs/models) with its own trainer: rollouts, the teacher's pass without the adapter, the student's pass, forward KL
+over the full vocabulary averaged by sequence, and AdamW. Both decode greedily, so that the first losses are comparable. Both
+train without gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 
 class Turn:
-    """Waits for its turn before each step, and reports after it."""
+    """Waits for its turn before each step, and reports after the step."""
 
     def __init__(self, pipe: Connection, device: str) -> None:
         self.pipe, self.device = pipe, device
@@ -61,7 +61,7 @@ class Turn:
 
 
 def plan(args: argparse.Namespace, vocabulary: int) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Prompts of student and teacher, and the lengths of the completions."""
+    """Return the prompts of student and teacher and the lengths of the completions."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randint(10, vocabulary, (args.batch, args.prompt), generator=generator).tolist()
     teacher = torch.randint(10, vocabulary, (args.batch, args.teacher_prompt), generator=generator).tolist()
@@ -211,14 +211,16 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default=None)
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options.add_argument("--batch", type=int, default=16, help="questions of a step, with one completion each")
+    options.add_argument("--batch", type=int, default=16, help="questions per step, with one completion each")
     options.add_argument("--lengths", default="equal", choices=["equal", "ragged"])
-    options.add_argument("--shortest", type=int, default=16, help="of ragged lengths")
-    options.add_argument("--completion", type=int, default=128, help="tokens of a completion, or of the longest")
+    options.add_argument("--shortest", type=int, default=16, help="shortest of the ragged lengths")
+    options.add_argument(
+        "--completion", type=int, default=128, help="length of a completion, or of the longest one, in tokens"
+    )
     options.add_argument("--prompt", type=int, default=64)
     options.add_argument("--teacher-prompt", type=int, default=128)
     options.add_argument("--token-budget", type=int, default=1024, help="our model.token_budget")
-    options.add_argument("--steps", type=int, default=3, help="steps that are timed, after one that is not")
+    options.add_argument("--steps", type=int, default=3, help="steps to time, after one warm-up step")
     args = options.parse_args()
     facts = machine(args.device, getattr(torch, args.dtype))
     context = multiprocessing.get_context("spawn")
@@ -239,7 +241,7 @@ def main() -> None:
             results[name].append(pipe.recv())
     for worker in workers:
         worker.join(60)
-    # Decoding reads all weights once a token of the longest completion; scoring is 2 FLOP a weight and token forward, and
+    # Decoding reads all weights for each token of the longest completion. Scoring is 2 FLOP per weight and token forward and
     # 2 more backward (base weights get no gradient). The head is left out.
     with torch.device("meta"):
         frozen = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(args.model)))

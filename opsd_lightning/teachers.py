@@ -1,14 +1,23 @@
-"""Whose weights the teacher scores with; it never gets a gradient.
+"""Teachers: the weights that score the student's completions. They never get a gradient.
 
-All but `ModelTeacher` are the same network in the student's memory, and differ only in which adapter is active. Source:
-arXiv 2601.18734, section 3 (fixed initial policy; EMA and live teachers are its ablations; a separate one is a baseline).
+All but `ModelTeacher` run the student's own network in memory and differ only in the active adapter. Source: arXiv
+2601.18734, section 3 (fixed initial policy; EMA and live teachers are its ablations; a separate model is a baseline).
+
+| class | weights | can generate | stays as it is |
+|---|---|---|---|
+| `FixedTeacher` | the initial policy | yes | yes |
+| `LiveTeacher` | the student's current weights | yes | no |
+| `EMATeacher` | moving average of the student | yes | no |
+| `SyncTeacher` | copy of the student, renewed every n steps | yes | no |
+| `TrustRegionTeacher` | mixture of fixed and live logits | no | no |
+| `ModelTeacher` | another model | no | yes |
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -20,81 +29,95 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from opsd_lightning.models.fingerprint import base_record
 from opsd_lightning.models.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
-from opsd_lightning.models.scoring import has_adapted_head, head_of, moving_weights, score_all
-from opsd_lightning.types import ConfigError, TokenStates, UserError
+from opsd_lightning.models.scoring import Scorer, has_adapted_head, head_of, moving_weights
+from opsd_lightning.types import ConfigError, TokenStates
 
 
 class Teacher(ABC):
-    """The role that has read the reference solution.
+    """The role that reads the privileged context and scores the student's completions.
 
-    What a teacher keeps lives in the policy as the frozen adapter ``teacher``, and so in every checkpoint.
+    A teacher may keep weights in the policy as the frozen adapter ``teacher``, which every checkpoint then holds.
 
     Attributes:
-        privileged: Whether it reads the privileged context, or the student's own prompt.
-        writes: Whether it can sample: `weights` are then all that it computes with.
-        setting: Where it stands in the configuration, for messages.
-        keeps_head: Keep the head's weights of the time of scoring, for several optimizer steps on the same states.
+        privileged: If True, the teacher reads the privileged context. If False, it reads the student's prompt.
+        setting: Dotted name of the teacher in the configuration, for messages.
+        keeps_head: If True, states keep the head's weights of the time of scoring, for several optimizer steps on the same
+            states.
     """
 
     privileged: bool = True
-    writes: bool = True
     setting: str = "model.teacher"
     keeps_head: bool = False
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `UserError` where it does not go with the policy's tokenizer. Called before `attach`."""
+        """Raise `ConfigError` if the teacher does not fit the policy's tokenizer. Called before `attach`."""
 
     def attach(self, model: PeftModel) -> None:
-        """Called once on the freshly built policy, before any training: add what the teacher keeps."""
+        """Add what the teacher keeps to the freshly built policy. Called once, before training and sharding."""
 
     def context_length(self) -> int | None:
-        """The most tokens (prompt and completion) that it scores; None where that is the policy's own limit, or unknown."""
+        """Return the largest number of tokens, prompt and completion, that fits. None if only the policy's limit holds."""
         return None
 
     def network(self, model: PeftModel) -> PeftModel | None:
-        """Return the network that it scores with where that is not the policy's, on the policy's device."""
+        """Return the teacher's network, on the policy's device. None if it is the policy's own."""
         return None
 
     @abstractmethod
-    def weights(self, model: PeftModel) -> AbstractContextManager[None]:
-        """Inside, the policy computes with the teacher's weights; after, with the student's again."""
+    def score(self, scorer: Scorer, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenStates:
+        """Score completions with the teacher's weights, without gradient and dropout. Every rank must call.
+
+        Args:
+            scorer: A scorer of the policy.
+            prompts: The teacher's prompt of each completion.
+            completions: The student's completions, T tokens in total.
+
+        Returns:
+            States of shape [T, D]. See `Scorer.score`.
+        """
 
     def after_step(self, model: PeftModel, step: int) -> None:
-        """Called after every optimizer step, with the number of steps made so far."""
+        """Follow the student. Called after every optimizer step with the number of steps so far."""
+
+
+class GenerativeTeacher(Teacher):
+    """A teacher whose weights fit the student's network, so that it can also generate text."""
+
+    @abstractmethod
+    def weights(self, model: PeftModel) -> AbstractContextManager[None]:
+        """Return a context manager in which the policy computes with the teacher's weights."""
 
     @torch.no_grad()
-    def score(
-        self,
-        model: PeftModel,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        token_budget: int = 8192,
-        agree: Callable[[int], int] = lambda passes: passes,
-    ) -> TokenStates:
-        """The teacher's states at the student's completion tokens; dropout off, no gradient. See `scoring.score_all`."""
+    def score(self, scorer: Scorer, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenStates:
+        model = scorer.model
         with self.weights(model):
-            states = score_all(model, prompts, completions, token_budget, agree)
+            states = scorer.score(prompts, completions)
             kept = moving_weights(model) if self.keeps_head else None
         own = head_of(model, kept) if kept else states.head
         if isinstance(model, PeftModel) and not has_adapted_head(model):
             return TokenStates(states.hidden, own)
 
-        def head(hidden: Tensor) -> Tensor:  # each role has a head of its own
+        def head(hidden: Tensor) -> Tensor:  # student and teacher have different heads
             with evaluating(model), self.weights(model):
                 return own(hidden)
 
         return TokenStates(states.hidden, head)
 
 
-class FixedTeacher(Teacher):
-    """The initial policy, for ever: the authors' recommendation (default).
+class ReferenceTeacher(Teacher):
+    """A teacher that never changes, which an `Anchor` needs."""
 
-    With a fresh adapter that is the base model, the adapter switched off. Where training starts from an adapter that
-    already does something, a frozen copy of that one is kept; in full fine-tuning, a copy of all weights.
+
+class FixedTeacher(GenerativeTeacher, ReferenceTeacher):
+    """The initial policy, as the authors recommend. The default.
+
+    With a fresh adapter, that is the base model with the adapter disabled. If training starts from an adapter that already
+    changes the model, a frozen copy of that adapter is kept. In full fine-tuning, a copy of all weights is kept.
     """
 
-    # In full fine-tuning, the weights at the start, in the order of the model's parameters.
+    # In full fine-tuning, the initial weights, in the order of the model's parameters.
     _start: list[Tensor] | None = None
+    _base_weights: bool = False
 
     def attach(self, model: PeftModel) -> None:
         if not isinstance(model, PeftModel):
@@ -106,31 +129,31 @@ class FixedTeacher(Teacher):
         """Use the weights that another fixed teacher of the same policy keeps in full fine-tuning."""
         self._start = other._start
 
+    def use_base_weights(self) -> None:
+        """Score with the base model, all adapters disabled, even if another teacher keeps an adapter."""
+        self._base_weights = True
+
     def weights(self, model: PeftModel) -> AbstractContextManager[None]:
         if self._start is not None:
             return _exchanged(list(model.parameters()), self._start)
-        return _using_teacher_adapter(model) if TEACHER in model.peft_config else without_adapter(model)
+        if self._base_weights or TEACHER not in model.peft_config:
+            return without_adapter(model)
+        return _using_teacher_adapter(model)
 
 
-class LiveTeacher(Teacher):
-    """The student's current weights. Follows the student wherever it goes: can be unstable."""
+class LiveTeacher(GenerativeTeacher):
+    """The student's current weights. Training can become unstable, because the teacher follows every step."""
 
     @contextmanager
     def weights(self, model: PeftModel) -> Iterator[None]:
         yield
 
 
-class EMATeacher(Teacher):
-    """An exponential moving average of the student's adapter: teacher <- decay teacher + (1 - decay) student.
+class _AdapterCopy(GenerativeTeacher):
+    """A frozen copy of the student's adapter: teacher <- decay teacher + (1 - decay) student, every some steps."""
 
-    It averages the factors A and B, as everyone does; that is not the average of their products B A.
-
-    Args:
-        decay: Weight of the past in each update, from 0 to 1. 0.999 (authors) to 0.95.
-        update_every_steps: Optimizer steps from one update to the next, at least 1.
-    """
-
-    def __init__(self, decay: ClosedUnitInterval = 0.999, update_every_steps: PositiveInt = 1) -> None:
+    @abstractmethod
+    def __init__(self, decay: float, update_every_steps: int) -> None:
         self.decay = ClosedUnitInterval(decay)
         self.update_every_steps = PositiveInt(update_every_steps)
 
@@ -148,44 +171,64 @@ class EMATeacher(Teacher):
                 teacher.lerp_(student.to(teacher.dtype), 1 - self.decay)
 
 
-class SyncTeacher(EMATeacher):
-    """A hard copy of the student, taken anew every some steps.
+class EMATeacher(_AdapterCopy):
+    """An exponential moving average of the student's adapter: teacher <- decay teacher + (1 - decay) student.
+
+    The average is of the factors A and B, as is common, and not of their product B A.
 
     Args:
-        every_n_steps: Optimizer steps from one copy to the next, at least 1.
+        decay: Weight of the past in each update, from 0 to 1. Common values are 0.999 (the authors') to 0.95.
+        update_every_steps: Optimizer steps between updates. At least 1.
+
+    Example::
+
+        >>> from opsd_lightning import EMATeacher
+        >>> EMATeacher(decay=0.99).decay
+        0.99
+    """
+
+    def __init__(self, decay: ClosedUnitInterval = 0.999, update_every_steps: PositiveInt = 1) -> None:
+        super().__init__(decay, update_every_steps)
+
+
+class SyncTeacher(_AdapterCopy):
+    """A copy of the student's adapter that is renewed every few optimizer steps.
+
+    Args:
+        every_n_steps: Optimizer steps between copies. At least 1.
     """
 
     def __init__(self, every_n_steps: PositiveInt = 25) -> None:
         super().__init__(0.0, every_n_steps)
 
 
-class TrustRegionTeacher(FixedTeacher):
-    """Between the initial policy and the student: its logits are (1 - weight) fixed + weight live ones.
+class TrustRegionTeacher(Teacher):
+    """A mixture of the initial policy and the student: logits are (1 - weight) fixed + weight live.
 
-    Its distribution is the geometric mean of both, so that it follows the student without leaving the start behind. Costs a
-    second scoring pass.
+    Its distribution is the normalized geometric mean of both, so that it follows the student but stays near the initial
+    policy. It costs a second scoring pass.
 
     Args:
-        weight: Share of the live logits, above 0 and below 1.
+        weight: Share of the student's logits, above 0 and below 1.
     """
-
-    writes = False
 
     def __init__(self, weight: OpenUnitInterval = 0.1) -> None:
         self.weight = OpenUnitInterval(weight)
+        self._fixed = FixedTeacher()
 
-    def score(
-        self,
-        model: PeftModel,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        token_budget: int = 8192,
-        agree: Callable[[int], int] = lambda passes: passes,
-    ) -> TokenStates:
-        fixed = super().score(model, prompts, completions, token_budget, agree)
-        student = LiveTeacher()
-        student.keeps_head = self.keeps_head
-        live = student.score(model, prompts, completions, token_budget, agree)
+    @property
+    def fixed(self) -> FixedTeacher:
+        """The teacher of the fixed logits."""
+        return self._fixed
+
+    def attach(self, model: PeftModel) -> None:
+        self._fixed.attach(model)
+
+    def score(self, scorer: Scorer, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenStates:
+        live_teacher = LiveTeacher()
+        live_teacher.keeps_head = self._fixed.keeps_head = self.keeps_head
+        fixed = self._fixed.score(scorer, prompts, completions)
+        live = live_teacher.score(scorer, prompts, completions)
         width = fixed.hidden.shape[-1]
 
         def head(hidden: Tensor) -> Tensor:
@@ -196,22 +239,20 @@ class TrustRegionTeacher(FixedTeacher):
         return TokenStates(torch.cat([fixed.hidden, live.hidden], dim=-1), head)
 
 
-class ModelTeacher(Teacher):
+class ModelTeacher(ReferenceTeacher):
     """Another model, in memory beside the policy: on-policy distillation from a separate teacher.
 
-    Without ``model``, in full fine-tuning (``model.policy.lora: null``), a frozen copy of the policy as it starts.
+    Without ``model``, in full fine-tuning (``model.policy.lora: null``), a frozen copy of the initial policy.
 
     Args:
-        model: A Hugging Face id, a local folder, or a ``.gguf`` file; its tokens must be the policy's. Rows that do not fit
-            its context are left out of training, with a count.
-        privileged: Whether it reads the privileged context too, instead of the student's own prompt.
-        dtype: Type of its weights. ``auto`` takes the checkpoint's own.
-        quantization: As of ``model.policy.quantization``.
+        model: A Hugging Face id, a local folder, or a ``.gguf`` file. Its vocabulary must be the policy's. Rows that do not
+            fit its context are left out of training, and counted.
+        privileged: If True, the teacher reads the privileged context instead of the student's prompt.
+        dtype: Type of the weights. ``auto`` takes the checkpoint's.
+        quantization: As ``model.policy.quantization``.
         revision: Branch, tag or commit of a Hugging Face id.
-        max_length: As of ``model.policy.max_length``.
+        max_length: As ``model.policy.max_length``.
     """
-
-    writes = False
 
     def __init__(
         self,
@@ -235,9 +276,11 @@ class ModelTeacher(Teacher):
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.recipe is not None and self.recipe.load_tokenizer().get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"{self.setting}.model: the tokens of {self.recipe.model} are not those of model.policy.model, so that "
-                "their distributions cannot be compared: choose a teacher of the same family"
+            raise ConfigError(
+                f"the tokens of {self.recipe.model} are not those of model.policy.model, so that their distributions cannot "
+                "be compared",
+                f"{self.setting}.model",
+                "Choose a teacher of the same family",
             )
 
     def attach(self, model: PeftModel) -> None:
@@ -245,14 +288,16 @@ class ModelTeacher(Teacher):
             self._network = self.recipe.build(device_of(model))
             self.base = base_record(self.recipe, self._network)
             if (theirs := _vocabulary(self._network)) < (ours := _vocabulary(model)):
-                raise UserError(
-                    f"{self.setting}.model: {self.recipe.model} gives {theirs} logits, model.policy.model {ours}, and they "
-                    "cannot be compared: choose a teacher with at least as many"
+                raise ConfigError(
+                    f"{self.recipe.model} gives {theirs} logits and model.policy.model {ours}, which cannot be compared",
+                    f"{self.setting}.model",
+                    "Choose a teacher with at least as many logits",
                 )
         elif isinstance(model, PeftModel):
-            raise UserError(
-                f"{self.setting} is ModelTeacher without a model, a copy for full fine-tuning; the policy has an adapter, "
-                "so take FixedTeacher, which needs no copy, or name a model"
+            raise ConfigError(
+                "ModelTeacher without a model is a copy for full fine-tuning, and the policy has an adapter",
+                self.setting,
+                "Use FixedTeacher, which needs no copy, or name a model",
             )
         else:
             self._network = copy.deepcopy(model)
@@ -268,27 +313,18 @@ class ModelTeacher(Teacher):
             self._network.to(device_of(model))
         return self._network
 
-    def weights(self, model: PeftModel) -> AbstractContextManager[None]:
-        raise NotImplementedError("ModelTeacher scores with a network of its own")
-
     @torch.no_grad()
-    def score(
-        self,
-        model: PeftModel,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        token_budget: int = 8192,
-        agree: Callable[[int], int] = lambda passes: passes,
-    ) -> TokenStates:
-        network = self.network(model)
+    def score(self, scorer: Scorer, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenStates:
         longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
         if (limit := self.context_length()) is not None and longest > limit:
-            raise UserError(
-                f"{self.setting}: a prompt and completion of {longest} tokens do not fit its context of {limit}: choose a "
-                "teacher with a longer one, or lower model.sampling.max_new_tokens or data.prompts.max_trace_tokens"
+            raise ConfigError(
+                f"a prompt and completion of {longest} tokens do not fit the context of {limit} tokens",
+                self.setting,
+                "Choose a teacher with a longer context, or lower model.sampling.max_new_tokens or "
+                "data.prompts.max_trace_tokens",
             )
-        states = score_all(network, prompts, completions, token_budget, agree)
-        vocabulary = _vocabulary(model)
+        states = scorer.of(self.network(scorer.model)).score(prompts, completions)
+        vocabulary = _vocabulary(scorer.model)
 
         def head(hidden: Tensor) -> Tensor:
             return states.head(hidden)[:, :vocabulary]
@@ -307,7 +343,7 @@ def _require_adapter(model: PeftModel, setting: str) -> None:
 
 @contextmanager
 def _exchanged(parameters: Sequence[nn.Parameter], others: list[Tensor]) -> Iterator[None]:
-    """Inside, parameters hold other values; after, their own again, bit by bit. Copies nothing."""
+    """Swap parameter values inside the context, without a copy, and restore them bit by bit."""
     for place, parameter in enumerate(parameters):
         others[place] = others[place].to(parameter.device)  # Lightning moves the policy alone
 
@@ -323,26 +359,26 @@ def _exchanged(parameters: Sequence[nn.Parameter], others: list[Tensor]) -> Iter
 
 
 def _full(logits: Tensor) -> Tensor:
-    """Logits in at least float32: half precision would round a mixture of two a second time."""
+    """Return logits in at least float32: a mixture in half precision would be rounded twice."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _vocabulary(model: PeftModel) -> int:
-    """How many logits the model gives: families pad their vocabularies to different sizes."""
+    """Return the number of logits. Models of one family pad their vocabularies to different sizes."""
     return int(base_of(model).get_output_embeddings().weight.shape[0])
 
 
 def is_identity(model: PeftModel) -> bool:
-    """Whether the fresh adapter changes nothing, so that switching it off gives the policy as it starts."""
+    """Return True if the adapter changes nothing yet, so that the initial policy is the base model."""
     lora = [p for name, p in model.named_parameters() if f".lora_B.{STUDENT}" in name or f"embedding_B.{STUDENT}" in name]
     if not lora:
-        raise UserError("the policy has no LoRA adapter: EMA and fixed teachers need one (model.policy.lora)")
+        raise ConfigError("EMA and fixed teachers need a LoRA adapter; the policy has none", "model.policy.lora", "Set it")
     return not any(bool(p.any()) for p in lora)
 
 
 def _add_frozen_copy(model: PeftModel) -> None:
     if STUDENT not in model.peft_config:
-        raise UserError("the policy has no LoRA adapter for the teacher to copy (model.policy.lora)")
+        raise ConfigError("the policy has no LoRA adapter for the teacher to copy", "model.policy.lora", "Set it")
     model.add_adapter(TEACHER, copy.deepcopy(model.peft_config[STUDENT]))
     model.set_adapter(STUDENT)
     with torch.no_grad():
@@ -352,7 +388,7 @@ def _add_frozen_copy(model: PeftModel) -> None:
 
 
 def _pairs(model: PeftModel) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """Each parameter of the teacher's adapter with the student's own."""
+    """Yield each parameter of the teacher's adapter with the student's."""
     parameters = dict(model.named_parameters())
     for name, teacher in parameters.items():
         parts = name.split(".")
@@ -362,7 +398,7 @@ def _pairs(model: PeftModel) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
 
 @contextmanager
 def without_adapter(model: PeftModel) -> Iterator[None]:
-    """Inside, the policy computes with its base weights alone."""
+    """Disable all adapters inside the context."""
     with _keeping_requires_grad(model), model.disable_adapter():
         yield
 
@@ -379,8 +415,8 @@ def _using_teacher_adapter(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _keeping_requires_grad(model: PeftModel) -> Iterator[None]:
-    """peft switches ``requires_grad`` along with adapters: what trains is not the teacher's to decide."""
-    # Under sharding another object, gathered inside, may stand in a parameter's place after: both get their flag back.
+    """Restore ``requires_grad``, which peft changes when it switches adapters."""
+    # Under sharding, gathering inside the context may replace a parameter object: both objects get their flag back.
     before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
     try:
         yield

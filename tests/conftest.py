@@ -8,99 +8,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
-import itertools
 import json
 import logging
-import random
-import socket
-import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch  # noqa: F401 (sets its loggers up)
 import pytest
 import torch
+import yaml
 from peft import PeftModel
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
+from helpers.attack import Attack
+from helpers.files import write_jsonl
+from helpers.models import ARCHITECTURES, make_model, make_tokenizer, perturb
 from opsd_lightning.models.policy import LoRA, Policy
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
-
-ARCHITECTURES = ["llama", "qwen3", "gpt2", "mistral"]  # rotary, tied, learned positions, sliding window
-SPECIAL = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>"]
-EOS, SECOND_EOS = SPECIAL.index("<|im_end|>"), SPECIAL.index("<|end|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
-)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; its EOS is also its pad, as in many chat models."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *string.printable])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<unk>",
-        additional_special_tokens=[t for t in SPECIAL if t not in ("<unk>", "<|im_end|>")],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of a few thousand parameters whose next-token distribution is far from flat."""
-    torch.manual_seed(seed)
-    vocabulary = len(SPECIAL) + len(string.printable)
-    common = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": EOS}
-    rotary = common | {
-        "hidden_size": 64,  # bitsandbytes quantizes in blocks of 64, and on some CPUs wrongly where a row holds no whole ones
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    }
-    model: PreTrainedModel
-    if architecture == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**rotary))
-    elif architecture == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**rotary, head_dim=16, tie_word_embeddings=True))
-    elif architecture == "mistral":  # every layer sees the last six tokens only
-        model = MistralForCausalLM(MistralConfig(**rotary, head_dim=16, sliding_window=6))
-    else:
-        model = GPT2LMHeadModel(
-            GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3 * (32 / parameter.shape[-1]) ** 0.5)
-    # Sampling defaults of a checkpoint, which must not leak into rollouts, and a second EOS id, which must.
-    model.generation_config = GenerationConfig(
-        eos_token_id=[EOS, SECOND_EOS], pad_token_id=EOS, do_sample=True, top_k=1, repetition_penalty=3.0
-    )
-    return model
 
 
 def pytest_collection_finish() -> None:
@@ -173,58 +98,6 @@ def built(make_policy: Callable[..., Policy]) -> Callable[..., PeftModel]:
     return build
 
 
-def perturb(model: PeftModel, scale: float = 0.1, seed: int = 1) -> None:
-    """Move the trainable adapter off its start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
-
-
-_ports = itertools.count()
-
-
-def free_port() -> int:
-    """A port of this machine that no other test asks for and that the system gives to no outgoing connection."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    while True:
-        port = 20000 + 1000 * (worker % 10) + (os.getpid() + next(_ports)) % 1000
-        with socket.socket() as found:
-            try:
-                found.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-class Attack:
-    """Number of tries of an attack of ``tests/attacks``, and their random numbers.
-
-    `make test` tries a sample of each, always the same. `make attack` tries all, in rounds that differ, and adds up what was
-    tried (``attacks/hour.py``).
-    """
-
-    def __init__(self, test: str) -> None:
-        #: The round of `make attack`, from 1; 0 in `make test`.
-        self.round = int(os.environ.get("OPSD_ATTACK_ROUND", "0"))
-        self.random = random.Random(f"{test} {self.round}")
-        self.counts: dict[str, int] = {}
-
-    def tries(self, sample: int, whole: int) -> int:
-        """Return the number of tries: ``sample`` times in `make test`, ``whole`` times in a round of `make attack`."""
-        return whole if self.round else sample
-
-    def tried(self, attack: str, count: int = 1) -> None:
-        """Count tries of an attack, named as in the table of docs/reliability.md."""
-        self.counts[attack] = self.counts.get(attack, 0) + count
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: Any = yield
@@ -247,7 +120,32 @@ def attack(request: pytest.FixtureRequest) -> Iterator[Attack]:
             file.write("".join(f"{line}\n" for line in lines))
 
 
-# Ragged prompts and completions: the shortest and the longest of everything, and an empty completion.
-PROMPTS = [[40, 41, 42, 43, 44, 45, 46], [50], [60, 61, 62]]
-TEACHER_PROMPTS = [[70, 71, 40, 41, 42, 43, 44, 45, 46, 47, 48], [72, 50, 51], [60, 61, 62, 63, 64, 65]]
-COMPLETIONS = [[20, 21, EOS], [22, 23, 24, 25, 26, EOS], []]
+@pytest.fixture
+def base(folders: dict[str, str], tmp_path: Path) -> list[str]:
+    """Arguments of a tiny run that works."""
+    rows = [{"problem": f"{n}+1?", "solution": f"The answer is {n + 1}.", "gold": str(n + 1)} for n in range(8)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = {
+        "model": {
+            "policy": {"model": folders["llama"], "dtype": "float32", "lora": {"r": 4, "alpha": 8.0}},
+            "sampling": {"max_new_tokens": 6},
+            "eval_sampling": {"max_new_tokens": 6},
+        },
+        "data": {
+            split: {"class_path": "FileSource", "init_args": {"path": str(path), "columns": {"answer": "gold"}}}
+            for split in ("train", "val", "test")
+        }
+        | {"batch_size": 2, "eval_batch_size": 4},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}},
+            "default_root_dir": str(tmp_path),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+    config["data"]["train"]["init_args"]["split"] = "train[4:]"
+    config["data"]["val"]["init_args"]["split"] = config["data"]["test"]["init_args"]["split"] = "train[:4]"
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    return [f"--config={tmp_path / 'base.yaml'}"]

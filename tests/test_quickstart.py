@@ -10,14 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import EOS, SECOND_EOS
+from helpers.models import EOS, SECOND_EOS
+from helpers.paths import ROOT
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.quickstart import main, obtain_model
 from opsd_lightning.runs.reader import read_records
 from opsd_lightning.types import UserError
 from opsd_lightning.utils.statistics import mean_and_interval, wilson
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_the_whole_of_it(

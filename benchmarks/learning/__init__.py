@@ -1,1 +1,1 @@
-"""The learning test bed: tiny models, a procedural task, and every method of the package trained on both."""
+"""Learning test bed: tiny models and a procedural task, on which all methods of the package are trained."""

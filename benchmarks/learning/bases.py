@@ -1,12 +1,12 @@
-"""Weak but real base models, made in minutes: pretrained on the task in both roles, the student's role mostly on easy rows.
+"""Weak base models, pretrained within minutes on the task in both roles, the student's role mostly on easy rows.
 
     python -m benchmarks.learning.bases --count 3
     python -m benchmarks.learning.bases --strong                 the separate teacher, which solves the task alone
 
-Half of the rows are a student's, 98 in 100 of them without carries, so that the student is weak where a result leaves
-0 to 9. Half are a teacher's, unrestricted: the model can use a reference far better than it can do without. Lengths of
-one to three operations are mixed. The questions are those of the pretraining split alone. A base depends on its seed, its
-number of steps and the versions of the libraries, and is made once.
+Half of the rows are the student's, of which 98 % have no carries. The student is therefore weak where a result is outside 0
+to 9. The other half are the teacher's, without restriction: the model is much better with a reference than without one.
+Questions have one to three operations and are from the pretraining split only. A base depends on its seed, its number of
+steps and the versions of the libraries, and is made once.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.types import Example, Sampling
-from opsd_lightning.utils.folders import check, replacing
+from opsd_lightning.utils.folders import check_replaceable, replace_folder
 
-MAX_NEW_TOKENS = 26  # three operations worked are 22 tokens with their EOS
+MAX_NEW_TOKENS = 26  # a worked answer of three operations has 22 tokens with its EOS
 EASY_OPERATIONS = (1, 2)
 STRONG = "strong"  # folder of the separate teacher, beside the bases
 
 
 @dataclass(frozen=True)
 class Base:
-    """How one base model is made.
+    """Settings of a base model.
 
     Args:
-        seed: Of its weights and rows.
+        seed: Seed of the weights and rows.
         steps: Optimizer steps of the pretraining.
-        rows: Rows of a step.
-        learning_rate: The highest; it rises over the first 5 % and then falls to 0 on a cosine.
+        rows: Number of rows per step.
+        learning_rate: Peak learning rate, with a warm-up over the first 5 % of the steps and a cosine decay to 0.
         weak_share: Share of the student's rows without carries.
     """
 
@@ -77,9 +77,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Strong(Base):
-    """A model that solves the task without a reference: the separate teacher of on-policy distillation.
+    """Settings of the separate teacher of on-policy distillation, which solves the task without a reference.
 
-    It differs from a base in its student's rows, which are unrestricted, in more steps, and in its seed.
+    It differs from a base model in unrestricted student rows, more steps and its seed.
     """
 
     seed: int = 100
@@ -92,7 +92,7 @@ class Strong(Base):
 
 
 def row(rng: random.Random, weak_share: float) -> tuple[list[int], list[int]]:
-    """A prompt and its completion, EOS included, as a student's or a teacher's row."""
+    """Return the prompt and completion, including EOS, of a student's or a teacher's row."""
     student = rng.random() < 0.5
     carries = not student or rng.random() >= weak_share
     while True:
@@ -100,13 +100,13 @@ def row(rng: random.Random, weak_share: float) -> tuple[list[int], list[int]]:
         if split_of(chain.question) == "pretrain":
             break
     context = ""
-    if not student:  # mostly the terse reference; at times another kind of context, for ablations
+    if not student:  # mostly the terse reference, sometimes another context for the ablations
         context = "R" + chain.example().columns[rng.choices(("terse", "answer", "worked"), (8, 1, 1))[0]]
     return encode(f"Q{chain.question}{context}>"), [*encode(chain.worked()), EOS]
 
 
 def batches(base: Base) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and targets of every step, both of shape [rows, longest]; -100 where there is no target."""
+    """Yield token ids and targets of each step, of shape [rows, longest]. The target is -100 where there is none."""
     rng = random.Random(f"base {base.seed}")
     for _ in range(base.steps):
         found = [row(rng, base.weak_share) for _ in range(base.rows)]
@@ -121,7 +121,7 @@ def batches(base: Base) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def pretrain(base: Base) -> LlamaForCausalLM:
-    """A model of about 145,000 parameters, trained with plain torch."""
+    """Train a model of about 145,000 parameters with plain torch."""
     torch.manual_seed(base.seed)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -142,7 +142,7 @@ def pretrain(base: Base) -> LlamaForCausalLM:
         optimizer, lambda n: min((n + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * n / base.steps))
     )
     for step, (ids, targets) in enumerate(batches(base)):
-        # Padding stands on the right, where causal attention never looks: no mask is needed.
+        # Padding on the right needs no mask under causal attention.
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -162,7 +162,7 @@ def greedy_accuracy(
     engine: RolloutEngine | None = None,
     grader: MathGrader = GRADER,
 ) -> float:
-    """Share of questions that greedy decoding answers rightly, as the student or with a column as context."""
+    """Return the share of correct greedy answers, as the student or with a column as context."""
     engine, sampling = engine or TransformersEngine(), Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0)
     rollouts = engine.generate(model, prompts(examples, context), sampling, seed=0)
     texts = make_tokenizer().batch_decode(rollouts.completions, skip_special_tokens=True)
@@ -171,24 +171,24 @@ def greedy_accuracy(
 
 @cache
 def questions(split: Split, size: int) -> list[Example]:
-    """The questions that accuracy is measured on: the same in every run."""
+    """Return the questions for accuracy, which are the same in all runs."""
     return ChainProblems(split, size).examples()
 
 
 @cache
 def easier(operations: int, size: int) -> list[Example]:
-    """Questions of fewer operations, outside the pretraining. Training has none of them: all of its split are here too."""
+    """Return questions with fewer operations, which are in neither pretraining nor training."""
     found = [e for split in ("test", "validation", "train") for e in ChainProblems(split, size, operations).examples()]
     return found[:size]
 
 
 def load(folder: Path) -> Any:
-    """The base with an adapter that changes nothing."""
+    """Load the base model with an adapter that does not change it."""
     return Policy(str(folder), LoRA(r=1), dtype="float32").build()
 
 
 def measure(folder: Path, size: int = 500) -> dict[str, float]:
-    """Greedy accuracy on held-out questions, both roles, and on easier ones."""
+    """Measure the greedy accuracy on held-out questions in both roles, and on easier questions."""
     model = load(folder)
     validation = questions("validation", size)
     found = {
@@ -203,17 +203,17 @@ def measure(folder: Path, size: int = 500) -> dict[str, float]:
 
 
 def make(base: Base, root: Path) -> Path:
-    """The folder of a base model, which is made where it does not exist."""
+    """Return the folder of a base model, and make the model if the folder does not exist."""
     folder = (root / base.name).resolve()
     record = folder / "base.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8"))["settings"] == asdict(base):
         return folder
-    check(folder, "--output", "pretrained model")
+    check_replaceable(folder, "--output", "pretrained model")
     started = time.perf_counter()
     model = pretrain(base)
     seconds = time.perf_counter() - started
     facts = {"settings": asdict(base), "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
-    with replacing(folder, "--output", "pretrained model") as partial:
+    with replace_folder(folder, "--output", "pretrained model") as partial:
         model.save_pretrained(partial)
         make_tokenizer().save_pretrained(partial)
         facts |= {"torch": torch.__version__, "accuracy": measure(partial)}
@@ -224,8 +224,8 @@ def make(base: Base, root: Path) -> Path:
 
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.learning.bases", description="Make the base models.")
-    options.add_argument("--count", type=int, default=3, help="base models, with seeds from 0")
-    options.add_argument("--first", type=int, default=0, help="seed of the first")
+    options.add_argument("--count", type=int, default=3, help="number of base models, with seeds from 0")
+    options.add_argument("--first", type=int, default=0, help="seed of the first base model")
     options.add_argument("--steps", type=int, default=Base.steps, help="pretraining steps")
     options.add_argument("--strong", action="store_true", help="only the separate teacher, with its own settings")
     options.add_argument("--output", type=Path, default=runs_folder() / "bases")

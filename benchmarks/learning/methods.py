@@ -1,7 +1,7 @@
-"""What the test bed compares: the methods, the settings that each may choose from, and the ablations.
+"""Methods of the test bed, the settings to tune for each, and the ablations.
 
-To add a method, add an entry to ``METHODS`` and one of equal length to ``TUNING``; to add an ablation, a line to
-``ABLATIONS``. A change is a dictionary of `Method` fields; a key with dots reaches into ``arguments`` or ``data``.
+To add a method, add an entry to ``METHODS`` and one of equal length to ``TUNING``. To add an ablation, add a line to
+``ABLATIONS``. A change is a dictionary of `Method` fields. A key with dots names an entry of ``arguments`` or ``data``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.learning.run import Method
 
 
 def divergence(name: str, **arguments: Any) -> dict[str, Any]:
-    """The specification of an objective with that divergence over the full vocabulary."""
+    """Return the specification of an objective with a divergence over the full vocabulary."""
     return {"class": "DivergenceObjective", "divergence": {"class": name, **arguments}}
 
 
@@ -24,7 +24,7 @@ def part(name: str, **arguments: Any) -> dict[str, Any]:
     return {"class": name, **arguments}
 
 
-TRACE_SHARE = 0.25  # of the steps of ``mixed``: off-policy, on the references
+TRACE_SHARE = 0.25  # share of steps of ``mixed`` on the references (off-policy)
 
 METHODS = {
     method.name: method
@@ -33,7 +33,7 @@ METHODS = {
         Method("grpo", module="GRPOModule", questions=8, n=8, uses="answer", steps=600),
         Method("sft-terse", module="SFTModule", trace="terse", steps=480),
         Method("sft-worked", module="SFTModule", trace="worked", steps=100),
-        # On-policy distillation: OPSD with another model as the teacher, which solves the task and reads the question alone.
+        # On-policy distillation: the teacher is another model, which solves the task and reads only the question.
         Method(
             "distill",
             arguments={
@@ -48,11 +48,11 @@ METHODS = {
     )
 }
 
-# Only by its name (``sweep main --methods grpo-long``): does GRPO's curve still rise in four times the steps? The rate is
-# that chosen for ``grpo``.
+# Runs only by name (``sweep main --methods grpo-long``), with the rate chosen for ``grpo``. It shows whether GRPO still
+# improves in four times the steps.
 LONG = {"grpo-long": replace(METHODS["grpo"], name="grpo-long", learning_rate=3e-4, steps=2400)}
 
-# Every method may choose from as many settings as any other; the choice is made on validation questions.
+# All methods have the same number of settings, from which validation questions choose one.
 TUNING: dict[str, list[dict[str, Any]]] = {
     "opsd": [{"learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)],
     "grpo": [{"learning_rate": rate} for rate in (1e-4, 3e-4, 6e-4)],
@@ -65,10 +65,10 @@ TUNING: dict[str, list[dict[str, Any]]] = {
 _LIVE, _EMA = part("LiveTeacher"), "EMATeacher"
 _ANCHOR = part("Anchor", weight=0.1)
 
-#: What every ablation starts from: the chosen OPSD settings, for half as many steps.
+#: Start of all ablations: the chosen OPSD settings with half as many steps.
 ABLATION_STEPS = 100
 
-# Table -> row -> what it changes there. A row without a change is the same run in every table.
+# Changes by table and row. A row without a change is the same run in all tables.
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "divergence": {
         "reverse KL": {},
@@ -135,7 +135,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def changed(method: Method, change: Mapping[str, Any], name: str | None = None) -> Method:
-    """The method with a change.
+    """Return the method with a change.
 
     Raises:
         KeyError: A key names no field.
@@ -153,7 +153,7 @@ def changed(method: Method, change: Mapping[str, Any], name: str | None = None) 
 
 
 def ablations(chosen: Method, tables: Mapping[str, Mapping[str, Mapping[str, Any]]] = ABLATIONS) -> dict[str, Method]:
-    """Every row of every table as a method, by ``table/row``. Rows that come to the same settings share their runs."""
+    """Return each row of the tables as a method, by ``table/row``. Rows with the same settings share their runs."""
     found: dict[str, Method] = {}
     unchanged = changed(chosen, {"steps": ABLATION_STEPS}, "ablation")
     # Its file's name must not depend on which tables are asked for.

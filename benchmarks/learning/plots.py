@@ -1,4 +1,4 @@
-"""Pictures of the report: accuracy along four axes with 95 % bands, and what became of easier questions."""
+"""Figures of the report: accuracy along four axes with 95 % bands, and accuracy on easier questions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.learning.report import EASY, Runs, band, estimate
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; each with a line style of its own.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. Each has its own line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 AXES = {
@@ -59,7 +59,7 @@ def _save(figure: Any, path: Path) -> list[Path]:
 
 
 def curves(runs: Runs, path: Path, title: str, axes: Sequence[str] = tuple(AXES)) -> list[Path]:
-    """Validation accuracy along each axis, one line a method; a band where there are several runs."""
+    """Plot validation accuracy along each axis, one line per method, with a band for several runs."""
     pyplot = _pyplot()
     columns = min(len(axes), 2)
     height = -(-len(axes) // columns)
@@ -71,7 +71,7 @@ def curves(runs: Runs, path: Path, title: str, axes: Sequence[str] = tuple(AXES)
         scale = 1000 if "thousands" in AXES[axis] else 1
         for number, (name, found) in enumerate(runs.items()):
             if any(run["curve"][-1][axis] <= 0 for run in found):
-                continue  # a method that uses none of it has no line here
+                continue  # methods that do not use this axis have no line
             xs, ys = band(found, axis)
             colour = COLOURS[number % len(COLOURS)]
             label = LABELS.get(name, name)
@@ -91,12 +91,12 @@ def curves(runs: Runs, path: Path, title: str, axes: Sequence[str] = tuple(AXES)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     if legend_rows:
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=2, handlelength=3.2)
-    figure.tight_layout(rect=(0, 0.24 * legend_rows / inches[1], 1, 1))  # the legend stands below
+    figure.tight_layout(rect=(0, 0.24 * legend_rows / inches[1], 1, 1))  # the legend is below the figure
     return _save(figure, path)
 
 
 def retention(runs: Runs, path: Path, title: str) -> list[Path]:
-    """Accuracy before and after on each kind of question, with 95 % intervals."""
+    """Plot accuracy before and after training on each kind of question, with 95 % intervals."""
     pyplot = _pyplot()
     kinds = {**EASY, "test": "three operations"}
     figure, grid = pyplot.subplots(1, len(kinds), figsize=(10.4, 1.6 + 0.45 * len(runs)), sharey=True)

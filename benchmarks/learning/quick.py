@@ -1,7 +1,7 @@
-"""``make learn``: the test bed in three minutes. A tiny model learns from its own rollouts, on a CPU.
+"""``make learn``: the test bed in three minutes. A tiny model learns from its own rollouts on a CPU.
 
-Makes one base model with plain torch, then three runs of the ordinary command line (test, fit, test) on
-``configs/learn.yaml``, and shows what they found: a table and the curve of validation accuracy.
+Makes a base model with plain torch, runs the command line three times (test, fit, test) on ``configs/learn.yaml``, and
+shows a table of results and the curve of validation accuracy.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class AccuracyLines(Callback):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning.quick", description="The test bed, briefly.")
     parser.add_argument("--config", default="configs/learn.yaml", help="the run's settings (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=runs_folder() / "quick", help="where it goes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the questions' order and the rollouts")
-    parser.add_argument("--short", action="store_true", help="two steps on a base that is hardly trained: that all works")
+    parser.add_argument("--output", type=Path, default=runs_folder() / "quick", help="results (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the order of questions and for rollouts")
+    parser.add_argument("--short", action="store_true", help="two steps on a barely trained base model, as a smoke test")
     parser.add_argument("rest", nargs="*", metavar="--option value", help="after --: further options of `opsd`")
     options = parser.parse_args(argv)
     started = time.perf_counter()
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(out: Path, trainer: Any, seconds: float) -> None:
-    """Print the table and one question's completions, and draw the curve."""
+    """Print the table and the completions of a question, and draw the curve."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,8 +1,8 @@
-"""What the runs found: means with 95 % intervals as markdown tables.
+"""Results of the runs: means with 95 % intervals as Markdown tables.
 
-Every run (a base and a seed) is one observation: an interval is Student's t over runs. Runs of one base are more alike than
-runs of different bases, which such an interval does not know; the table by base shows it. Intervals of ratios are taken on
-their logarithms, over pairs of runs with the same base and seed.
+Each run (a base and a seed) is one observation, and intervals are Student's t intervals over runs. They ignore that runs of
+one base are more similar than runs of different bases, which the table by base shows. Intervals of ratios are computed from
+logarithms, over pairs of runs with the same base and seed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-Run = Mapping[str, Any]  # what run.execute returns
+Run = Mapping[str, Any]  # return value of run.execute
 Runs = Mapping[str, Sequence[Run]]  # by method or by the row of an ablation
 
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -21,7 +21,7 @@ EASY = {"1_operations": "one operation", "2_operations": "two operations"}
 
 
 class Estimate(NamedTuple):
-    """A mean of that many ``runs`` and the half-width of its 95 % interval, NaN for a single run."""
+    """Mean over ``runs`` and half-width of its 95 % interval, which is NaN for a single run."""
 
     mean: float
     half: float
@@ -40,7 +40,7 @@ class Estimate(NamedTuple):
 
 @cache
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
-    """The quantile of Student's t distribution, to about six digits, by Simpson's rule and bisection.
+    """Return a quantile of Student's t distribution to about six digits, by Simpson's rule and bisection.
 
     Args:
         freedom: Degrees of freedom, at least 1.
@@ -66,7 +66,7 @@ def t_quantile(freedom: int, probability: float = 0.975) -> float:
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Mean and 95 % interval of independent values."""
+    """Return the mean and 95 % interval of independent values."""
     found = list(values)
     if not found:
         return Estimate(math.nan, math.nan, 0)
@@ -77,13 +77,13 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean of the ratios of pairs of positive numbers, and its 95 % interval; NaN ends for a single pair."""
+    """Return the geometric mean of the ratios of pairs, and its 95 % interval, which is NaN for a single pair."""
     logs = estimate(math.log(a / b) for a, b in zip(numerators, denominators, strict=True))
     return math.exp(logs.mean), math.exp(logs.mean - logs.half), math.exp(logs.mean + logs.half)
 
 
 def reached(curve: Sequence[Mapping[str, Any]], accuracy: float, axis: str = "tokens") -> float | None:
-    """Where a curve first reaches an accuracy, straight between its points, or None."""
+    """Return the place where a curve first reaches an accuracy, by linear interpolation, or None."""
     before: Mapping[str, Any] | None = None
     for row in curve:
         if row["accuracy"] >= accuracy:
@@ -96,7 +96,7 @@ def reached(curve: Sequence[Mapping[str, Any]], accuracy: float, axis: str = "to
 
 
 def at(curve: Sequence[Mapping[str, Any]], place: float, axis: str = "tokens") -> float | None:
-    """A curve's accuracy at a place on an axis, straight between its points; None beyond its end."""
+    """Return the accuracy of a curve at a place, by linear interpolation, or None beyond its end."""
     before = curve[0]
     for row in curve:
         if row[axis] >= place:
@@ -108,7 +108,7 @@ def at(curve: Sequence[Mapping[str, Any]], place: float, axis: str = "tokens") -
 
 
 def band(runs: Sequence[Run], axis: str, points: int = 60) -> tuple[list[float], list[Estimate]]:
-    """Mean accuracy along an axis, as far as every run goes."""
+    """Return the mean accuracy along an axis, up to the end of the shortest run."""
     curves = [run["curve"] for run in runs]
     end = min(curve[-1][axis] for curve in curves)
     places = [end * i / points for i in range(points + 1)]
@@ -129,7 +129,7 @@ def _last(name: str) -> Callable[[Run], float]:
 
 
 def outcome_table(runs: Runs) -> str:
-    """Test accuracy before and after, and what it took, by method."""
+    """Return the table of test accuracy before and after training, and the cost, by method."""
     rows = []
     for name, found in runs.items():
         rows.append(
@@ -147,7 +147,7 @@ def outcome_table(runs: Runs) -> str:
 
 
 def retention_table(runs: Runs) -> str:
-    """Test accuracy on easier questions before and after, and of the privileged prompt, by method."""
+    """Return the table of test accuracy on easier questions and with the privileged prompt, by method."""
     rows = []
     for name, found in runs.items():
         row = [name]
@@ -159,7 +159,7 @@ def retention_table(runs: Runs) -> str:
 
 
 def equal_table(runs: Runs, axis: str, places: Sequence[float]) -> str:
-    """Validation accuracy at equal places on an axis, by method, where all of its runs got so far."""
+    """Return the table of validation accuracy at equal places on an axis that all runs of a method reach."""
     rows = []
     for place in places:
         row = [f"{place:,.0f}"]
@@ -171,14 +171,14 @@ def equal_table(runs: Runs, axis: str, places: Sequence[float]) -> str:
 
 
 def pairs(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Runs of two methods with the same base and seed."""
+    """Return pairs of runs of two methods with the same base and seed."""
     by_key = {(run["settings"]["base"], run["settings"]["seed"]): run for run in b}
     keyed = [((run["settings"]["base"], run["settings"]["seed"]), run) for run in a]
     return [(run, by_key[key]) for key, run in keyed if key in by_key]
 
 
 def token_table(runs: Runs, slow: str = "grpo", fast: str = "opsd", axis: str = "tokens") -> str:
-    """Tokens until validation first reaches an accuracy, and the ratio of two methods over pairs where both do."""
+    """Return the table of tokens until an accuracy is first reached, and the ratio over pairs that both reach it."""
     rows = []
     for target in TARGETS:
         row = [f"{100 * target:.0f}"]
@@ -201,7 +201,7 @@ def token_table(runs: Runs, slow: str = "grpo", fast: str = "opsd", axis: str = 
 
 
 def base_table(runs: Runs) -> str:
-    """Test accuracy after, by base."""
+    """Return the table of test accuracy after training, by base."""
     bases = sorted({run["settings"]["base"] for found in runs.values() for run in found})
     rows = []
     for base in bases:
@@ -216,7 +216,7 @@ def base_table(runs: Runs) -> str:
 
 
 def ablation_table(rows: Runs) -> str:
-    """One table of one-factor changes; differences are of pairs of runs with the same base and seed."""
+    """Return a table of one-factor changes, with differences between runs of the same base and seed."""
     lines = []
     unchanged = next((found for found in rows.values() if found[0]["settings"]["method"]["name"] == "unchanged"), [])
     for name, found in rows.items():
@@ -235,12 +235,12 @@ def _signed(change: Estimate) -> str:
 
 
 def document(runs: Runs, tables: Mapping[str, Runs], pictures: Sequence[str] = ()) -> str:
-    """The whole report.
+    """Return the report in Markdown.
 
     Args:
-        runs: Of the main comparison, by method.
-        tables: Of the ablations: rows by table.
-        pictures: Paths, relative to the report.
+        runs: Runs of the main comparison by method.
+        tables: Runs of the ablations by table and row.
+        pictures: Paths of the figures, relative to the report.
     """
     parts = ["# What the test bed found\n"]
     if runs:
@@ -262,7 +262,7 @@ def document(runs: Runs, tables: Mapping[str, Runs], pictures: Sequence[str] = (
 
 
 def _places(runs: Runs, axis: str) -> list[float]:
-    """Halvings of the farthest that all runs of any method got, rounded to two digits."""
+    """Return places on an axis: the farthest that all runs of a method reach and its halves, to two digits."""
     end = max(min(run["curve"][-1][axis] for run in found) for found in runs.values())
     places = [end / 2**i for i in range(5, -1, -1)]
     return [float(f"{place:.2g}") if place < end else math.floor(place) for place in places if place > 0]

@@ -1,7 +1,7 @@
 """One run of the test bed: a method, a base model and a seed give one JSON file.
 
-The run is the package's own: its module, its data module and Lightning's Trainer. A `Method` only says which parts they are
-made of, in a form that JSON holds, so that the file says what was run.
+A run uses the module and data module of the package and Lightning's Trainer. A `Method` specifies their parts in a form that
+JSON can hold, so that the file records what was run.
 """
 
 from __future__ import annotations
@@ -32,29 +32,28 @@ from opsd_lightning.types import Sampling
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained and how. Parts are written as ``{"class": name, argument: value, ...}``, at any depth.
+    """Settings of a training run. Nested parts have the form ``{"class": name, argument: value, ...}``.
 
-    In ``arguments``, ``{"beside_base": name}`` stands for the path of another model, in that folder beside the base.
+    In ``arguments``, ``{"beside_base": name}`` stands for the path of another model in a folder beside the base.
 
     Args:
-        name: What tables call it.
+        name: Name in tables.
         module: The LightningModule: a public name of the package, or a dotted path.
-        arguments: Arguments of the module beside those below.
-        data: Further arguments of the data module, such as its ``context``.
+        arguments: Arguments of the module in addition to those below.
+        data: Additional arguments of the data module, such as ``context``.
         lora: Arguments of `LoRA`.
-        learning_rate: Of AdamW, reached after ``warmup_steps``.
-        warmup_steps: Optimizer steps over which the rate rises from 0.
-        decay: Whether the rate falls to 0 over the rest of the run, linearly; constant otherwise.
-        max_grad_norm: Gradients with a larger norm are scaled down to it.
+        learning_rate: Learning rate of AdamW after ``warmup_steps``.
+        warmup_steps: Optimizer steps of the linear warm-up from 0.
+        decay: If True, the rate decays linearly to 0 over the rest of the run. Otherwise it stays constant.
+        max_grad_norm: Norm to which larger gradients are clipped.
         steps: Optimizer steps.
-        questions: Questions of a step.
-        n: Rollouts a question.
-        temperature: Of the rollouts.
+        questions: Number of questions per step.
+        n: Number of rollouts per question.
+        temperature: Sampling temperature of the rollouts.
         max_new_tokens: Length limit of the rollouts, in tokens.
-        train_questions: How many different training questions there are; as many as the run needs unless given.
+        train_questions: Number of distinct training questions. Defaults to as many as the run needs.
         trace: Style of the references.
-        uses: What the method takes from a reference: ``trace``, ``answer`` where only the final answer is used, or
-            ``nothing``.
+        uses: Part of a reference that the method uses: ``trace``, ``answer`` (only the final answer) or ``nothing``.
     """
 
     name: str
@@ -78,12 +77,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Measuring:
-    """What is measured and when; greedy decoding throughout.
+    """Settings of the measurements, all with greedy decoding.
 
     Args:
-        every_steps: Optimizer steps from one point of the curve to the next.
-        validation: Validation questions of each point.
-        test: Test questions at the end, and as many (where there are) of every easier kind.
+        every_steps: Optimizer steps between points of the curve.
+        validation: Number of validation questions of each point.
+        test: Number of test questions at the end, and at most as many of each easier kind.
     """
 
     every_steps: int = 10
@@ -93,13 +92,13 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Job:
-    """One run.
+    """Settings of one run.
 
     Args:
-        method: What is trained and how.
+        method: Settings of the training.
         base: Folder of the base model.
-        seed: Of the questions, their order, the rollouts and the adapter's start.
-        measuring: What is measured and when.
+        seed: Seed of the questions, their order, the rollouts and the adapter's initial weights.
+        measuring: Settings of the measurements.
     """
 
     method: Method
@@ -108,17 +107,17 @@ class Job:
     measuring: Measuring = Measuring()
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the result, as JSON holds it; of the base and the models beside it, how they were made."""
+        """Return all settings that determine the result, including those of the base and the models beside it."""
         base = Path(self.base)
         found = {"method": asdict(self.method), "base": base.name, "base_settings": _recipe(base), "seed": self.seed}
         found["measuring"] = asdict(self.measuring)
-        # Only where there are any: the file names of other methods stay as they were.
+        # Only if there are any, so that the file names of other methods do not change.
         if names := beside_base(self.method.arguments):
             found["beside_base"] = {name: _recipe(base.parent / name) for name in names}
         return json.loads(json.dumps(found))
 
     def path(self, root: Path) -> Path:
-        """The result's file: another one for any other setting."""
+        """Return the path of the result, which depends on all settings."""
         settings = self.settings()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         return root / f"{self.method.name}-{settings['base']}-seed{self.seed}-{digest}.json"
@@ -130,14 +129,14 @@ def _recipe(folder: Path) -> Any:
 
 
 def beside_base(spec: Any) -> list[str]:
-    """The names of the models beside the base in a specification."""
+    """Return the names of the models beside the base in a specification."""
     if isinstance(spec, Mapping):
         return [spec["beside_base"]] if "beside_base" in spec else beside_base(list(spec.values()))
     return [name for value in spec for name in beside_base(value)] if isinstance(spec, list | tuple) else []
 
 
 def located(spec: Any, folder: Path) -> Any:
-    """The specification with the paths of the models that stand beside the base in the folder."""
+    """Return the specification with the paths of the models in the folders beside the base."""
     if isinstance(spec, Mapping):
         if "beside_base" in spec:
             return str(folder / spec["beside_base"])
@@ -146,7 +145,7 @@ def located(spec: Any, folder: Path) -> Any:
 
 
 def made_with(job: Job) -> dict[str, str]:
-    """Versions of the libraries, and the hashes of the weights of the base and of the models beside it."""
+    """Return the versions of the libraries and the weight hashes of the base and the models beside it."""
     found = {name: version(name) for name in ("torch", "transformers", "peft", "lightning", "opsd_lightning")}
     base = Path(job.base)
     for folder in [base, *(base.parent / name for name in beside_base(job.method.arguments))]:
@@ -155,7 +154,7 @@ def made_with(job: Job) -> dict[str, str]:
 
 
 def build(spec: Any) -> Any:
-    """The part that a specification describes; anything else as it is."""
+    """Build the part that a specification describes. Return other values unchanged."""
     if isinstance(spec, Mapping):
         values = {name: build(value) for name, value in spec.items() if name != "class"}
         return find(spec["class"])(**values) if "class" in spec else values
@@ -163,13 +162,13 @@ def build(spec: Any) -> Any:
 
 
 def find(name: str) -> Any:
-    """A public name of the package, or a dotted path."""
+    """Return the object of a public name of the package or of a dotted path."""
     room, _, last = name.rpartition(".")
     return getattr(importlib.import_module(room) if room else opsd_lightning, last)
 
 
 def make_module(method: Method, policy: Policy, seed: int) -> LightningModule:
-    """The method's module: a `PolicyModule`."""
+    """Build the module of a method, a `PolicyModule`."""
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=method.learning_rate, weight_decay=0.0)
@@ -194,7 +193,7 @@ def make_module(method: Method, policy: Policy, seed: int) -> LightningModule:
 
 
 def make_data(method: Method, policy: Policy, seed: int, measuring: Measuring) -> OPSDDataModule:
-    """Training and validation questions. The validation questions are the same in every run."""
+    """Build the data module. The validation questions are the same in all runs."""
     size = method.train_questions or method.steps * method.questions
     return OPSDDataModule(
         policy=policy,
@@ -212,10 +211,10 @@ def make_data(method: Method, policy: Policy, seed: int, measuring: Measuring) -
 
 
 class Curve(Callback):
-    """Collects a row for every validation, the one before training included.
+    """Collects a row for each validation, including the one before training.
 
-    A row holds ``step``, ``tokens`` (generated to train on), ``references`` (different traces read so far), ``seconds`` (of
-    training steps alone), ``accuracy``, and the means of the module's training metrics since the row before.
+    A row has ``step``, ``tokens`` (generated for training), ``references`` (distinct traces read so far), ``seconds`` (of
+    training steps only), ``accuracy``, and the means of the module's training metrics since the previous row.
     """
 
     def __init__(self, uses_traces: bool) -> None:
@@ -253,9 +252,9 @@ class Curve(Callback):
 
 
 def scores(model: Any, test: int) -> dict[str, float]:
-    """Greedy accuracy with the weights as they are, on test questions of the task and of the easier kinds.
+    """Return the greedy accuracy of the current weights on test questions of the task and of the easier kinds.
 
-    ``privileged`` is that of the teacher's prompt under these weights: whether they can still use a reference.
+    ``privileged`` is the accuracy with the teacher's prompt, which shows how well these weights use a reference.
     """
     examples = questions("test", test)
     found = {"test": greedy_accuracy(model, examples), "privileged": greedy_accuracy(model, examples, "terse")}
@@ -266,7 +265,7 @@ def scores(model: Any, test: int) -> dict[str, float]:
 
 @cache
 def scores_before(base: str, test: int) -> dict[str, float]:
-    """The scores of a base, whatever is trained on it."""
+    """Return the scores of a base, which do not depend on the training."""
     return scores(load(Path(base)), test)
 
 
@@ -274,7 +273,7 @@ def execute(job: Job) -> dict[str, Any]:
     """Train and measure.
 
     Returns:
-        ``settings``; ``made_with`` (see `made_with`); ``curve`` (see `Curve`); ``before`` and ``after`` (see `scores`);
+        ``settings``, ``made_with`` (see `made_with`), ``curve`` (see `Curve`), ``before`` and ``after`` (see `scores`),
         ``wall_seconds``, everything included; and ``failed``, a message, where training stopped on a number that is not
         finite.
     """
@@ -283,7 +282,7 @@ def execute(job: Job) -> dict[str, Any]:
     base = str(Path(job.base).resolve())
     method = replace(job.method, arguments=located(job.method.arguments, Path(base).parent))
     result["before"] = scores_before(base, job.measuring.test)
-    seed_everything(job.seed, verbose=False)  # after the scores, which are not made anew in every run
+    seed_everything(job.seed, verbose=False)  # after the scores, which are not computed again in each run
     policy = Policy(base, LoRA(**method.lora), dtype="float32")
     module = make_module(method, policy, job.seed)
     data = make_data(method, policy, job.seed, job.measuring)
@@ -317,7 +316,7 @@ def execute(job: Job) -> dict[str, Any]:
 
 
 def write(path: Path, content: Any) -> None:
-    """JSON that is either there in full or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,14 +1,14 @@
-"""All runs of the test bed, over worker processes; what is done is not done again.
+"""All runs of the test bed, in worker processes. Finished runs are not repeated.
 
     python -m benchmarks.learning.sweep bases                    make the base models and the separate teacher
-    python -m benchmarks.learning.sweep tune                     equal budgets: choose every method's settings on validation
-    python -m benchmarks.learning.sweep main                     every method with its choice, on all bases and seeds
+    python -m benchmarks.learning.sweep tune                     tune each method at equal budgets, on validation questions
+    python -m benchmarks.learning.sweep main                     all methods with their settings, on all bases and seeds
     python -m benchmarks.learning.sweep ablations                one-factor changes of the chosen OPSD settings
-    python -m benchmarks.learning.sweep report                   tables and pictures of what there is
+    python -m benchmarks.learning.sweep report                   tables and figures of the finished runs
     python -m benchmarks.learning.sweep all                      the five, in this order
 
-A run's file appears in full or not at all, and its name depends on all its settings: an interrupted stage goes on where it
-stopped, and a changed setting is run anew. One thread a worker.
+The file of a run is written atomically, and its name depends on all settings. An interrupted stage therefore resumes, and a
+changed setting is run again. Each worker has one thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.learning.task import runs_folder
 
-TUNING_SEED = 1000  # apart from the seeds of the comparison
+TUNING_SEED = 1000  # different from the seeds of the comparison
 
 
 def _start_worker() -> None:
@@ -50,10 +50,10 @@ def _execute(job: Any, path: Path) -> str:
 
 
 def in_workers(tasks: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]], workers: int) -> list[str]:
-    """Call every task in one of some processes; returns the names of those that raised."""
+    """Call tasks in worker processes, and return the names of those that raised."""
     if not tasks:
         return []
-    # Workers inherit the environment: threads of a library that reads it when it is imported.
+    # Workers inherit the environment, and libraries read their number of threads from it on import.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     failed = []
@@ -75,7 +75,7 @@ def in_workers(tasks: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]], 
 
 
 def run_all(jobs: Iterable[Any], root: Path, workers: int) -> list[Any]:
-    """Run the jobs that have no result yet, and return the results of all, in their order.
+    """Run the jobs without a result, and return the results of all jobs in order.
 
     Raises:
         SystemExit: A run raised. The results of the others are kept.
@@ -92,10 +92,10 @@ def run_all(jobs: Iterable[Any], root: Path, workers: int) -> list[Any]:
 
 
 class Sweep:
-    """The stages.
+    """Stages of the test bed.
 
     Args:
-        options: Of the command line.
+        options: Options of the command line.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -109,7 +109,7 @@ class Sweep:
         self.chosen_path = self.root / "chosen.json"
 
     def others(self) -> list[str]:
-        """The models beside the bases that the methods need."""
+        """Return the models beside the bases that the methods need."""
         from benchmarks.learning.run import beside_base
 
         return sorted({name for method in self.methods.values() for name in beside_base(method.arguments)})
@@ -126,7 +126,7 @@ class Sweep:
         return [root / base.name for base in wanted]
 
     def base_folders(self, others: Iterable[str] = ()) -> list[Path]:
-        """The folders of the bases, all of which exist, as do those of the others beside them."""
+        """Return the folders of the bases. All of them and the models beside them exist."""
         folders = [self.root / "bases" / f"base{seed}" for seed in range(self.options.bases)]
         for folder in [*folders, *(self.root / "bases" / name for name in others)]:
             if not (folder / "base.json").exists():
@@ -136,7 +136,7 @@ class Sweep:
     def _measuring(self, method: Any) -> Any:
         from benchmarks.learning.run import Measuring
 
-        # About forty points a curve, at least every ten steps apart.
+        # About forty points per curve, at least ten steps apart.
         return Measuring(every_steps=max(10, method.steps // 40))
 
     def _jobs(self, method: Any, bases: Sequence[Path], seeds: Iterable[int]) -> list[Any]:
@@ -145,7 +145,7 @@ class Sweep:
         return [Job(method, str(base), seed, self._measuring(method)) for base in bases for seed in seeds]
 
     def tune(self) -> dict[str, Any]:
-        """For every method, the setting with the highest mean final validation accuracy over bases; writes chosen.json."""
+        """Choose for each method the settings with the highest mean final validation accuracy, and write chosen.json."""
         from benchmarks.learning.methods import TUNING, changed
         from benchmarks.learning.run import write
 
@@ -162,7 +162,7 @@ class Sweep:
             scores = []
             for method in found:
                 own = [r for r in results if r["settings"]["method"]["name"] == method.name]
-                # The mean of the last two points: less chance in the choice. A run that broke down counts as 0.
+                # The mean of the last two points makes the choice less noisy. A failed run counts as 0.
                 last = [0.0 if "failed" in r else sum(row["accuracy"] for row in r["curve"][-2:]) / 2 for r in own]
                 scores.append(sum(last) / len(last))
             best = max(range(len(found)), key=lambda i: scores[i])
@@ -172,7 +172,7 @@ class Sweep:
         return chosen
 
     def chosen(self, name: str) -> Any:
-        """A method with the settings that were chosen; its own where nothing has been tuned."""
+        """Return a method with the chosen settings, or with its own if it was not tuned."""
         from benchmarks.learning.methods import changed
 
         found = read_or_empty(self.chosen_path).get(name)
@@ -203,7 +203,7 @@ class Sweep:
         }  # fmt: skip
 
     def report(self) -> Path:
-        """Tables and pictures of the results on disk, whatever there is."""
+        """Write tables and figures of the results on disk."""
         from benchmarks.learning import methods, plots, report
 
         main = {}
@@ -235,7 +235,7 @@ class Sweep:
 
 
 def existing(jobs: Iterable[Any], root: Path) -> list[Any]:
-    """The results of the jobs that have one."""
+    """Return the results of the jobs that have one."""
     from benchmarks.learning.run import read
 
     return [read(path) for path in dict.fromkeys(job.path(root) for job in jobs) if path.exists()]
@@ -254,8 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.learning.sweep", description="Run the test bed.")
     options.add_argument("stage", choices=[*STAGES, "all"])
     options.add_argument("--output", type=Path, default=runs_folder(), help="bases and results (default: %(default)s)")
-    options.add_argument("--report", type=Path, help="folder of tables and pictures (default: report in --output)")
-    options.add_argument("--workers", type=int, default=2, help="processes, one thread each (default: %(default)s)")
+    options.add_argument("--report", type=Path, help="folder of tables and figures (default: report in --output)")
+    options.add_argument("--workers", type=int, default=2, help="processes with one thread each (default: %(default)s)")
     options.add_argument("--bases", type=int, default=3, help="base models (default: %(default)s)")
     options.add_argument("--seeds", type=int, default=5, help="seeds of the comparison (default: %(default)s)")
     options.add_argument("--ablation-seeds", type=int, default=2, help="seeds of the ablations (default: %(default)s)")

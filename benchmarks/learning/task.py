@@ -1,13 +1,13 @@
-"""The task of the test bed: chains of one-digit operations modulo 10, worked from left to right.
+"""Task of the test bed: chains of one-digit operations modulo 10, computed from left to right.
 
     question    2+4+7-7
     worked      2+4=6;6+7=3;3-7=6;A6      the models' own style
-    terse       636                       the results alone: a reference in another style
+    terse       636                       the results only, a reference in another style
     student     Q2+4+7-7>
     teacher     Q2+4+7-7R636>
 
-A hash of the question alone decides its split, so that pretraining, training, validation and test questions are disjoint
-for every seed, number of operations and number of questions.
+The split of a question depends only on its hash. Pretraining, training, validation and test questions are therefore disjoint
+for all seeds, numbers of operations and numbers of questions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SPECIAL = ["<pad>", "<eos>", "<unk>"]
 VOCABULARY = [*SPECIAL, *"0123456789", *OPERATORS, *"=;QRA>"]
 PROMPTS = Prompts(student_template="{question}", teacher_template="{question}R{context}")
 CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q' + m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-# The digit after the last A; of a text of digits alone, which is how a terse reference looks, the last digit.
+# The digit after the last A, or the last digit of a terse reference, which has digits only.
 ANSWER_PATTERN = r"(?:A|^\d*)(\d)$"
 GRADER = MathGrader(answer_pattern=ANSWER_PATTERN)
 
@@ -52,7 +52,7 @@ class Chain(NamedTuple):
         return str(self.digits[0]) + "".join(f"{o}{d}" for o, d in zip(self.operators, self.digits[1:], strict=True))
 
     def results(self) -> list[int]:
-        """The result of every operation, modulo 10."""
+        """Return the result of each operation modulo 10."""
         found, value = [], self.digits[0]
         for operator, digit in zip(self.operators, self.digits[1:], strict=True):
             value = apply(value, operator, digit) % 10
@@ -60,19 +60,19 @@ class Chain(NamedTuple):
         return found
 
     def worked(self) -> str:
-        """The worked answer, in the models' own style."""
+        """Return the worked answer in the models' own style."""
         values = [self.digits[0], *self.results()]
         steps = zip(values, self.operators, self.digits[1:], values[1:], strict=False)
         return "".join(f"{a}{o}{b}={c};" for a, o, b, c in steps) + f"A{values[-1]}"
 
     def terse(self) -> str:
-        """The results alone."""
+        """Return the results only."""
         return "".join(map(str, self.results()))
 
     def example(self, trace: Style = "terse") -> Example:
-        """The question with one of its traces; the columns hold all that a context may want.
+        """Return the question with one of its traces, and columns for all contexts.
 
-        ``wrong`` is a terse reference whose every digit is off by the same amount.
+        ``wrong`` is a terse reference in which each digit is off by the same amount.
         """
         terse, worked = self.terse(), self.worked()
         shift = 1 + sum(self.digits) % 9
@@ -86,12 +86,12 @@ class Chain(NamedTuple):
 
 
 def apply(value: int, operator: str, digit: int) -> int:
-    """The result of one operation, before the modulus."""
+    """Return the result of one operation before the modulus."""
     return value + digit if operator == "+" else value - digit if operator == "-" else value * digit
 
 
 def split_of(question: str) -> Split:
-    """The split that a question belongs to, decided by a hash of its text."""
+    """Return the split of a question, from a hash of its text."""
     place = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "little") % 100
     for split, share in SHARES.items():
         if place < share:
@@ -101,13 +101,13 @@ def split_of(question: str) -> Split:
 
 
 def draw(rng: random.Random, operations: int, carries: bool = True) -> Chain:
-    """A random chain.
+    """Draw a random chain.
 
     Args:
-        rng: Where randomness comes from.
-        operations: How many, at least 1.
-        carries: Whether a result may leave 0 to 9 before the modulus. Without, operators and digits are drawn again, one
-            operation at a time, until the result stays inside.
+        rng: Random number generator.
+        operations: Number of operations, at least 1.
+        carries: If True, results can be outside 0 to 9 before the modulus. If False, each operation is drawn again until its
+            result is inside.
     """
     digits, operators, value = [rng.randrange(10)], "", 0
     value = digits[0]
@@ -122,14 +122,14 @@ def draw(rng: random.Random, operations: int, carries: bool = True) -> Chain:
 
 
 class ChainProblems(ExampleSource):
-    """Distinct questions of one split, in a random order.
+    """Source of distinct questions of one split in random order.
 
     Args:
-        split: ``pretrain``, ``train``, ``validation`` or ``test``: disjoint by construction.
-        size: How many, at least 1; fewer where the split does not hold as many.
-        operations: Operations of a question, at least 1. Three make 270,000 questions over all splits.
-        seed: Of the choice of questions.
-        trace: Style of the trace: ``terse`` (the results alone) or ``worked`` (the models' own).
+        split: ``pretrain``, ``train``, ``validation`` or ``test``.
+        size: Number of questions, at least 1. The split can have fewer.
+        operations: Operations per question, at least 1. Three give 270,000 questions over all splits.
+        seed: Seed of the choice of questions.
+        trace: Style of the trace, ``terse`` (the results only) or ``worked`` (the models' own style).
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class ChainProblems(ExampleSource):
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, with the chat template that puts Q before the question and > after it."""
+    """Make a tokenizer with one token per character and a chat template that adds Q before the question and > after it."""
     inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
@@ -172,7 +172,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text of the task's characters: what the tokenizer gives, without its overhead."""
+    """Return the token ids of a text, faster than the tokenizer."""
     return [_IDS[character] for character in text]
 
 
@@ -181,11 +181,11 @@ PAD, EOS = _IDS["<pad>"], _IDS["<eos>"]
 
 
 def prompts(examples: Sequence[Example], context: str | None = None) -> list[list[int]]:
-    """Token ids of the student's prompts, or of the teacher's with a column of the examples as context."""
+    """Return token ids of the student's prompts, or of the teacher's with a column as context."""
     middle = ["" if context is None else "R" + example.columns[context] for example in examples]
     return [encode(f"Q{example.question}{text}>") for example, text in zip(examples, middle, strict=True)]
 
 
 def runs_folder() -> Path:
-    """Where bases and results go, below the current folder; not kept by git."""
+    """Return the folder of bases and results below the current folder, which Git ignores."""
     return Path("runs") / "learning"

@@ -1,4 +1,4 @@
-"""Evaluation of the untrained policy, before training."""
+"""Evaluation of the untrained model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class BaselineEvaluation(Callback):
-    """Logs the validation metrics of the untrained model as step 0.
+    """Callback that logs the validation metrics of the untrained model as step 0.
 
-    Lightning's sanity check already validates before training and then throws the numbers away; with
-    ``num_sanity_val_steps: -1`` it sees the whole validation set, and this callback keeps what it found.
+    With ``trainer.num_sanity_val_steps: -1``, Lightning's sanity check runs over the whole validation set before training
+    and discards its metrics. This callback logs them.
     """
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = trainer.val_dataloaders
         if loader is None or trainer.num_sanity_val_steps != float("inf"):
             warnings.warn(
-                "BaselineEvaluation needs the whole validation set before training: set trainer.num_sanity_val_steps to -1",
+                "BaselineEvaluation logs nothing, since the sanity check does not run over the whole validation set: set "
+                "trainer.num_sanity_val_steps to -1",
                 stacklevel=2,
             )
             return

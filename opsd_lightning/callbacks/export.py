@@ -1,4 +1,4 @@
-"""Export of the adapter, or of the merged model, at the end of a fit and beside checkpoints."""
+"""Export of the adapter or the merged model at the end of ``fit``."""
 
 from __future__ import annotations
 
@@ -11,31 +11,41 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
 
 from opsd_lightning.checkpoints.io import read_adapters
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.export import ADAPTER, MERGED, inputs_of, merge_adapter, write_adapter
-from opsd_lightning.models.sharding import whole
-from opsd_lightning.runs.output_checks import outputs_of
-from opsd_lightning.types import ConfigError, UserError
-from opsd_lightning.utils.folders import Kept, check, free_name, place_of
+from opsd_lightning.models.sharding import full_tensor
+from opsd_lightning.runs.output_checks import output_paths
+from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.folders import Protected, check_replaceable, free_name, resolve_parent
 from opsd_lightning.utils.terminal import say
 
 
 class AdapterExport(Callback):
-    """At the end of ``fit``, writes the best adapter as a peft folder; in full fine-tuning the whole model and tokenizer.
+    """Callback that exports the best adapter as a peft folder at the end of ``fit``.
 
-    Best is what the first `ModelCheckpoint` with a ``monitor`` says; without one, the last.
+    In full fine-tuning it exports the model and the tokenizer.
 
-    A folder that exists is replaced if it is empty or holds an earlier export and nothing else; another one is refused
-    before training. A folder that can no longer be replaced at the end stays, and the export goes to ``NAME-1`` and so on
-    beside it. With ``fast_dev_run`` nothing is written.
+    The best adapter is the one of the checkpoint that the first `ModelCheckpoint` with a ``monitor`` kept. Without such a
+    callback, the adapter of the last step is exported.
+
+    A folder that is empty or holds only an earlier export is replaced. Any other existing folder is refused before training.
+    If the folder changed during training and cannot be replaced, the export is written to ``NAME-1``, ``NAME-2``, ... beside
+    it. With ``fast_dev_run`` nothing is written.
 
     Args:
         folder: Folder for the export, relative to the trainer's ``default_root_dir``.
-        merged_folder: Folder for a full model with the adapter merged in. Defaults to none.
+        merged_folder: Folder for the full model with the adapter merged in. Defaults to no merged model.
+
+    Example::
+
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> from opsd_lightning import AdapterExport
+        >>> best = ModelCheckpoint(monitor="val/avg@4", mode="max")
+        >>> callbacks = [best, AdapterExport(folder="adapter", merged_folder="merged")]
     """
 
-    #: Whether it writes to ``default_root_dir`` in a fit, of which `runs.lock` lets one write there at a time.
+    #: True for callbacks that write to ``default_root_dir`` in ``fit``. `runs.lock` allows one such run at a time.
     writes_to_root = True
 
     def __init__(self, folder: str = "adapter", merged_folder: str | None = None) -> None:
@@ -43,21 +53,21 @@ class AdapterExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, PolicyModule):
-            together(lambda: self._check(trainer, pl_module) if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: self._check(trainer, pl_module) if trainer.is_global_zero else None)
 
     def _check(self, trainer: Trainer, module: PolicyModule) -> None:
         root, kept = Path(trainer.default_root_dir), self._kept(trainer, module)
-        folder = check(root / self.folder, _SETTING, ADAPTER, kept)
+        folder = check_replaceable(root / self.folder, _SETTING, ADAPTER, kept)
         if self.merged_folder is not None and not module.policy.trains_all:
             setting = "trainer.callbacks.merged_folder"
-            merged = check(root / self.merged_folder, setting, MERGED, [*kept, ("the adapter's folder", folder)])
+            merged = check_replaceable(root / self.merged_folder, setting, MERGED, [*kept, ("the adapter's folder", folder)])
             if merged in folder.parents or folder in merged.parents:
                 raise ConfigError(f"{merged} and {folder} are inside each other", setting, "Choose another folder")
 
-    def _kept(self, trainer: Trainer, module: PolicyModule) -> list[Kept]:
+    def _kept(self, trainer: Trainer, module: PolicyModule) -> list[Protected]:
         checkpoint = trainer.ckpt_path
         given = [("the checkpoint", str(checkpoint))] if checkpoint is not None and Path(str(checkpoint)).exists() else []
-        return [*outputs_of(trainer), *inputs_of(module.policy), *given]
+        return [*output_paths(trainer), *inputs_of(module.policy), *given]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -67,9 +77,9 @@ class AdapterExport(Callback):
             (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), ""
         )
         if best and not trainer.is_global_zero:
-            return  # the file may lie on the first node alone
-        # Every rank takes part in putting sharded weights together.
-        found = read_adapters(best) if best else {key: whole(value) for key, value in pl_module.state_dict().items()}
+            return  # the file may exist on the first node only
+        # Gathering sharded weights needs every rank.
+        found = read_adapters(best) if best else {key: full_tensor(value) for key, value in pl_module.state_dict().items()}
         if not trainer.is_global_zero:
             return
         weights = {key.removeprefix("model."): value for key, value in found.items()}
@@ -83,8 +93,8 @@ class AdapterExport(Callback):
             best,
             lambda folder: write_adapter(pl_module.model, folder, weights, tokenizer, _SETTING, kept),
         )
-        what = "model" if policy.trains_all else "adapter"
-        say(f"The {what} of {best or 'the last step'} is in {folder}")
+        exported = "model" if policy.trains_all else "adapter"
+        say(f"The {exported} of {best or 'the last step'} is in {folder}")
         if self.merged_folder is not None and not policy.trains_all:
             setting, adapter = "trainer.callbacks.merged_folder", folder
             merged = _written(
@@ -101,10 +111,17 @@ _SETTING = "trainer.callbacks.folder"
 
 
 def _written(folder: Path, root: Path, setting: str, checkpoint: str, write: Callable[[Path], Path]) -> Path:
-    """Write an export; under another name where its folder cannot be replaced.
+    """Write an export, under another name if its folder cannot be replaced.
+
+    Args:
+        folder: Folder of the export.
+        root: The trainer's ``default_root_dir``.
+        setting: Name of the setting that holds the folder.
+        checkpoint: Path of the exported checkpoint. Empty for the weights of the last step.
+        write: Writes the export to the folder that it is given, and returns the folder's real path.
 
     Raises:
-        UserError: The disk is full, or fails.
+        ConfigError: The export cannot be written, for example because the disk is full.
     """
     try:
         try:
@@ -112,17 +129,16 @@ def _written(folder: Path, root: Path, setting: str, checkpoint: str, write: Cal
         except (ConfigError, PermissionError) as error:
             if isinstance(error, ConfigError) and error.setting != setting:
                 raise
-            place = place_of(folder)
+            place = resolve_parent(folder)
             inside = (
                 place.parent.is_dir()
                 and os.access(place.parent, os.W_OK)
                 and place not in (root.resolve(), *root.resolve().parents)
             )
             other = free_name(place if inside else root.resolve() / "adapter")
-            warnings.warn(f"AdapterExport: {error}. It is written to {other} instead", stacklevel=3)
+            warnings.warn(f"AdapterExport writes to {other} instead: {error}", stacklevel=3)
             return write(other)
     except (OSError, SafetensorError) as error:
-        where = checkpoint or "the run's checkpoints, if it wrote any"
-        raise UserError(
-            f"{setting}: {folder} could not be written ({error}). The earlier one stays; the trained weights are in {where}"
-        ) from error
+        source = checkpoint or "the run's checkpoints, if it wrote any"
+        problem = f"cannot write {folder} ({error}). The folder is unchanged"
+        raise ConfigError(problem, setting, f"Export the trained weights from {source}") from error

@@ -1,4 +1,4 @@
-"""The callback that logs the metrics of `health_metrics` as training goes: `Health`."""
+"""Callback `Health`, which logs the metrics of `health_metrics` during training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from opsd_lightning.callbacks.health_metrics import (
@@ -22,33 +22,41 @@ from opsd_lightning.callbacks.health_metrics import (
     TraceOverlap,
     token_class,
 )
-from opsd_lightning.callbacks.schedule import due
-from opsd_lightning.losses.objectives import Update
+from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.methods.base import PolicyModule
-from opsd_lightning.types import UserError
+from opsd_lightning.methods.step import StepCallback, StepRecord
+from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.token_text import Pieces
 
 
-class Health(Callback):
-    """Logs, under ``health/``, what goes wrong in self-distillation before accuracy tells (docs/seeing.md has every name).
+class Health(StepCallback):
+    """Callback that logs early signs of the known failures of self-distillation under ``health/``.
 
-    Of all completions of a step, on all ranks: forward KL of the first tokens, by quarter and by class of token; hedging
-    words and leak phrases; n-grams shared with the trace; diversity; lengths against the run's first; the completions'
-    accuracy, and by it the teacher's log-probability above the student's. What needs a teacher is left out where there is
-    none. The first step is always measured; a step on the data's traces (`SFTModule`, some of `MixedOPSDModule`'s) is not,
-    since the student wrote nothing there. Training does not change.
+    docs/seeing.md lists all metrics. They cover all completions of a step on all ranks: forward KL of the first tokens, by
+    quarter of the completion and by class of token; rates of hedging words and leak phrases; overlap with the trace;
+    diversity; length relative to the start of the run; accuracy; and the log-probability of teacher minus student for
+    correct and wrong completions. Metrics that need a teacher are left out without one.
+
+    The first step is always measured. Steps on the traces of the data (in `SFTModule` and `MixedOPSDModule`) are not
+    measured, since the student did not write those completions. The callback does not change training.
 
     Args:
-        every_n_steps: Optimizer steps from one measurement to the next, at least 1. With ``updates_per_batch`` a batch is
-            measured that ends at a multiple or passes one, by its first update.
-        hedges: Words whose rate is logged. Those of ``health_metrics.HEDGES`` unless given.
-        leaks: Phrases that speak of what only the teacher read. Those of ``health_metrics.LEAKS`` unless given.
-        overlap_n: Words of the n-grams that are looked for in the trace, at least 1.
-        grade: Whether completions are graded, which takes some milliseconds each.
-        window: Measurements at the start of the run that lengths are compared with, at least 1.
+        every_n_steps: Number of optimizer steps between measurements, at least 1. With ``updates_per_batch`` above 1, a
+            batch is measured at its first update if its updates reach or pass a multiple of this number.
+        hedges: Hedging words. Defaults to ``health_metrics.HEDGES``.
+        leaks: Phrases that refer to the teacher's privileged context. Defaults to ``health_metrics.LEAKS``.
+        overlap_n: Length n of the n-grams that are compared with the trace, at least 1.
+        grade: If True, completions are graded, which takes a few milliseconds each.
+        window: Number of measurements at the start of the run that later lengths are compared with, at least 1.
+
+    Example::
+
+        >>> from opsd_lightning import CollapseGuard, Health
+        >>> health = Health(every_n_steps=5, hedges=["wait", "hmm", "let me check"])
+        >>> callbacks = [health, CollapseGuard()]  # Health first, since CollapseGuard reads its metrics
     """
 
-    #: Whether it has no use without logged metrics.
+    #: True for callbacks that need logged metrics.
     reads_metrics = True
 
     def __init__(
@@ -68,9 +76,9 @@ class Health(Callback):
         for name, phrases in (("hedges", self.hedges), ("leaks", self.leaks)):
             try:
                 PhraseRate(phrases)
-            except UserError as error:
-                raise UserError(f"Health.{name}: {error}") from None
-        self._lengths: list[float] = []  # of the first measurements
+            except ConfigError as error:
+                raise ConfigError(f"Health: {error.problem}", f"trainer.callbacks.{name}", error.fix) from None
+        self._lengths: list[float] = []  # mean lengths of the first measurements
         self._pieces: Pieces | None = None
         self._classes: dict[int, str] = {}
 
@@ -81,22 +89,20 @@ class Health(Callback):
             self._lengths = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Lightning would give a value to the loggers again at each later step of the epoch.
+        # Without a reset, Lightning logs the same value again at each later step of the epoch.
         if trainer.fit_loop.epoch_loop._batches_that_stepped % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
             for logged in (trainer._results or {}).values():
                 if logged.meta.name.startswith("health/"):
                     logged.reset()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        # By what is the same on every rank, since all take part in the sums.
-        update = pl_module.current
-        if update is not None and update.rollouts.sampled and due(trainer, pl_module, self.every_n_steps):
-            values = {f"health/{name}": value for name, value in self.measure(pl_module, update).items()}
+    def on_step_scored(self, trainer: Trainer, pl_module: PolicyModule, record: StepRecord) -> None:
+        # Decided by what is equal on every rank, because all ranks take part in the sums.
+        if record.rollouts.sampled and is_due(trainer, pl_module, self.every_n_steps):
+            values = {f"health/{name}": value for name, value in self.measure(pl_module, record).items()}
             pl_module.log_dict(values, batch_size=1)
 
     def logged_names(self, module: PolicyModule) -> set[str]:
-        """Names of all that `measure` may give of this method."""
+        """Return the names of all metrics that `measure` can return for a method."""
         names = {"hedges_per_1k_tokens", "leak_fraction", "trace_overlap", "distinct_3", "length_drift", "terminated_tokens"}
         divergence = "forward_kl" in module.measured
         if divergence:
@@ -107,9 +113,9 @@ class Health(Callback):
             names |= {"accuracy"} | ({"teacher_gap_correct", "teacher_gap_wrong"} if divergence else set())
         return {f"health/{name}" for name in names}
 
-    def measure(self, module: PolicyModule, update: Update) -> dict[str, Tensor | float]:
-        """Every value by its name, over all ranks. Every rank must call."""
-        batch, rollouts, measured = update.batch, update.rollouts, update.measured
+    def measure(self, module: PolicyModule, record: StepRecord) -> dict[str, Tensor | float]:
+        """Compute all metrics over all ranks, by name without ``health/``. Call it on every rank."""
+        batch, rollouts, measured = record.batch, record.rollouts, record.measured
         texts = module.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
         examples = [batch.examples[row // rollouts.n] for row in range(len(texts))]
         lengths = [len(completion) for completion in rollouts.completions]
@@ -146,12 +152,12 @@ class Health(Callback):
             for metric in (position, classes):
                 values |= {f"forward_kl_{name}": value for name, value in metric.compute().items()}
         if self.grade:
-            values |= self._graded(module, update, texts, [e.answer for e in examples])
+            values |= self._graded(module, record, texts, [e.answer for e in examples])
         return values
 
-    def _graded(self, module: PolicyModule, update: Update, texts: list[str], answers: list[str]) -> dict[str, Tensor]:
-        grader, measured = module.evaluator.grader, update.measured
-        rows = [row for row, answer in enumerate(answers) if answer]  # some contexts need no reference answer
+    def _graded(self, module: PolicyModule, record: StepRecord, texts: list[str], answers: list[str]) -> dict[str, Tensor]:
+        grader, measured = module.evaluator.grader, record.measured
+        rows = [row for row, answer in enumerate(answers) if answer]  # not all rows have a reference answer
         gaps = None
         if "teacher_logprob" in measured:
             gaps = [measured["teacher_logprob"][row] - measured["student_logprob"][row] for row in rows]

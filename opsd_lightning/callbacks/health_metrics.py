@@ -1,7 +1,7 @@
-"""What goes wrong in self-distillation, as metrics: where the divergence lies, hedging, leaks, copying, diversity.
+"""Metrics for the known failures of self-distillation: divergence by position and class, hedging, leaks, copying, diversity.
 
-Every metric is a ratio of sums, or several, so that a value over several ranks is exactly that of all their completions. The
-callback that logs them is `opsd_lightning.callbacks.health.Health`.
+Each metric consists of ratios of sums, so that its value over several ranks is exactly the value over all their completions.
+The callback `opsd_lightning.callbacks.health.Health` logs them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torchmetrics import Metric
 
-from opsd_lightning.types import UserError
+from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.token_text import Piece
 
-#: Words that reconsider. Self-distillation suppresses them, at up to 40 % of the accuracy out of domain (arXiv 2603.24472).
+#: Hedging words. Self-distillation suppresses them, which costs up to 40 % of accuracy out of domain (arXiv 2603.24472).
 HEDGES = ("wait", "hmm", "maybe", "perhaps", "alternatively", "actually", "however", "but", "let me check", "double-check")
-#: What a student writes that has learned to speak of what only the teacher read.
+#: Leak phrases: they refer to the privileged context, which only the teacher reads.
 LEAKS = (
     "reference solution", "reference answer", "given solution", "provided solution", "solution provided", "solution above",
     "according to the solution", "as shown in the solution", "solution says", "given trace", "privileged",
 )  # fmt: skip
-#: Words of manner: their divergence can be 6 to 15 times that of mathematics, and then style is what is learned.
+#: Style words. Their divergence can be 6 to 15 times as large as that of mathematics, and then the student learns style.
 STYLE = (
     "so", "now", "then", "thus", "hence", "therefore", "first", "next", "finally", "let", "lets", "okay", "ok", "well",
     "note", "wait", "hmm", "maybe", "perhaps", "alternatively", "actually", "however", "but", "also", "sure", "indeed",
@@ -36,9 +36,17 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def token_class(piece: Piece, style: Sequence[str] = STYLE) -> str:
-    """The class of one token: ``special`` (EOS and the like), ``math`` (a digit, an operator, the backslash of a LaTeX
-    command), ``style`` (a whole word of ``style``), ``mark`` (punctuation, white space and Markdown's ``**`` alone) or
-    ``word`` (the rest, parts of words too)."""
+    """Return the class of a token.
+
+    Args:
+        piece: Text and kind of the token.
+        style: Style words in lower case.
+
+    Returns:
+        ``special`` (EOS and other special tokens), ``math`` (contains a digit, an operator or the backslash of a LaTeX
+        command), ``style`` (a whole style word), ``mark`` (punctuation, white space or Markdown's ``**`` only) or ``word``
+        (all other tokens, including parts of words).
+    """
     text = re.sub(r"\*{2,}", "", piece.text).strip()
     if piece.kind == "special":
         return "special"
@@ -50,10 +58,10 @@ def token_class(piece: Piece, style: Sequence[str] = STYLE) -> str:
 
 
 class GroupedMean(Metric):
-    """Means of numbers by group: sum of a group's values / their count. A group without any is left out.
+    """Mean of the values of each group. Groups without values are left out.
 
     Args:
-        groups: The groups' names.
+        groups: Names of the groups.
     """
 
     full_state_update = False
@@ -67,21 +75,26 @@ class GroupedMean(Metric):
         self.add_state("count", torch.zeros(len(self.groups)), dist_reduce_fx="sum")
 
     def add(self, values: Tensor, groups: Tensor) -> None:
-        """Add values, each to the group of that place. Shapes [N], [N]."""
+        """Add values.
+
+        Args:
+            values: Shape [N].
+            groups: Index of the group of each value. Shape [N].
+        """
         size, values = len(self.groups), values.double().cpu()
         self.total += torch.bincount(groups.cpu(), values, size).to(self.total)
         self.count += torch.bincount(groups.cpu(), minlength=size).to(self.count)
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean of every group that has a value."""
+        """Return the mean of each group that has values."""
         return {name: self.total[i] / self.count[i] for i, name in enumerate(self.groups) if self.count[i] > 0}
 
 
 class PositionDivergence(GroupedMean):
-    """The divergence (nats per token) of the first tokens, and by quarter of the completion.
+    """Mean divergence of the first tokens and of each quarter of the completions, in nats per token.
 
-    ``first_k``: the mean over the first k tokens of every completion, k = 1, 4, 16. ``quarter_q``: over the tokens n of
-    completions of C tokens with floor(4 n / C) = q - 1.
+    ``first_k`` is the mean over the first k tokens of each completion, for k = 1, 4, 16. ``quarter_q`` is the mean over
+    tokens n = 0, 1, ... with floor(4 n / C) = q - 1 in completions of C tokens.
     """
 
     FIRST = (1, 4, 16)
@@ -93,7 +106,7 @@ class PositionDivergence(GroupedMean):
         """Add completions.
 
         Args:
-            divergence: Of each completion's tokens, shape [C] each.
+            divergence: Divergence at each token, one tensor of shape [C] per completion.
         """
         values, groups = [torch.zeros(0)], [torch.zeros(0, dtype=torch.long)]
         for row in divergence:
@@ -106,11 +119,11 @@ class PositionDivergence(GroupedMean):
 
 
 class ClassDivergence(GroupedMean):
-    """The divergence by `token_class`: its mean over a class's tokens, and the class's share of the whole.
+    """Mean divergence of each class of tokens (see `token_class`), and the share of each class in the total divergence.
 
-    ``math`` ...: nats per token. ``math_share`` ...: sum over the class's tokens / sum over all
-    tokens, where that is above 0. ``style_over_math``: the ratio of the two means; where it is 6 to 15, style
-    is what is learned.
+    ``math``, ``style``, ...: mean over the tokens of the class, in nats per token. ``math_share``, ...: sum over the tokens
+    of the class / sum over all tokens, if that is above 0. ``style_over_math``: ratio of the two means. At values of 6 to
+    15, the student mainly learns style.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -120,26 +133,26 @@ class ClassDivergence(GroupedMean):
         """Add completions.
 
         Args:
-            divergence: Of each completion's tokens, shape [C] each.
-            classes: The class of each token.
+            divergence: Divergence at each token, one tensor of shape [C] per completion.
+            classes: Class of each token, one sequence per completion.
         """
         groups = [CLASSES.index(name) for names in classes for name in names]
         self.add(torch.cat([torch.zeros(0), *divergence]), torch.tensor(groups, dtype=torch.long))
 
     def compute(self) -> dict[str, Tensor]:
-        """By class, see above."""
-        found, whole = super().compute(), self.total.sum()
-        shares = {f"{name}_share": self.total[CLASSES.index(name)] / whole for name in found} if whole > 0 else {}
-        if "style" in found and found.get("math", torch.zeros(())) > 0:
-            shares["style_over_math"] = found["style"] / found["math"]
-        return found | shares
+        """Return means, shares and the ratio by name."""
+        means, total = super().compute(), self.total.sum()
+        shares = {f"{name}_share": self.total[CLASSES.index(name)] / total for name in means} if total > 0 else {}
+        if "style" in means and means.get("math", torch.zeros(())) > 0:
+            shares["style_over_math"] = means["style"] / means["math"]
+        return means | shares
 
 
 class CorrectnessGap(GroupedMean):
-    """By correctness of the completion: the mean over tokens of log p_T - log p_S of the sampled token, in nats.
+    """Mean of log p_T - log p_S at the sampled tokens of correct and of wrong completions, in nats.
 
-    Where the teacher's knowledge helps, it likes the tokens of correct completions and not those of wrong ones: ``correct``
-    above ``wrong``. ``accuracy``: the share of correct completions.
+    If the privileged context helps the teacher, it prefers the tokens of correct completions, and ``correct`` is above
+    ``wrong``. ``accuracy`` is the share of correct completions.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -149,8 +162,8 @@ class CorrectnessGap(GroupedMean):
         """Add completions.
 
         Args:
-            gap: Of each completion's tokens, shape [C] each; None without a teacher.
-            correct: Whether each completion is.
+            gap: log p_T - log p_S at each token, one tensor of shape [C] per completion. None without a teacher.
+            correct: True for each correct completion.
         """
         self.add(torch.tensor([float(right) for right in correct]), torch.full((len(correct),), 2))
         if gap is not None:
@@ -158,72 +171,86 @@ class CorrectnessGap(GroupedMean):
             self.add(torch.cat([torch.zeros(0), *gap]), torch.tensor(groups, dtype=torch.long))
 
 
-class Share(Metric):
-    """A sum over another; 0 where there is nothing."""
+class Ratio(Metric):
+    """Ratio of two sums, 0 without any value."""
 
     full_state_update = False
-    top: Tensor
-    bottom: Tensor
+    numerator: Tensor
+    denominator: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("top", "bottom"):
+        for name in ("numerator", "denominator"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
-        """The quotient."""
-        return self.top / self.bottom.clamp(min=1)
+        """Return the ratio."""
+        return self.numerator / self.denominator.clamp(min=1)
 
 
 class PhraseRate(Metric):
-    """How often phrases occur in completions: ``per_1k``, occurrences in 1000 completion tokens, and ``fraction``, the share
-    of completions with at least one.
+    """Rate of phrases in completions.
+
+    ``per_1k`` is the number of occurrences per 1000 completion tokens. ``fraction`` is the share of completions with at
+    least one occurrence. Only whole words match, regardless of case and of the white space between words.
 
     Args:
-        phrases: Words or phrases, at least one; whole words, in any case, with any white space between words.
+        phrases: Words or phrases, at least one.
+
+    Raises:
+        ConfigError: There is no phrase, or one of them is empty.
     """
 
     full_state_update = False
-    found: Tensor
+    occurrences: Tensor
     tokens: Tensor
-    having: Tensor
-    rows: Tensor
+    matching: Tensor
+    completions: Tensor
 
     def __init__(self, phrases: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
-            raise UserError(f"the phrases to count are {list(phrases)}: give at least one, and none that is empty")
+            problem = f"cannot count the phrases {list(phrases)}"
+            raise ConfigError(problem, "phrases", "Give at least one phrase, and no empty one")
         words = [r"\s+".join(map(re.escape, phrase.split())) for phrase in sorted(phrases, key=len, reverse=True)]
         self.pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
-        for name in ("found", "tokens", "having", "rows"):
+        for name in ("occurrences", "tokens", "matching", "completions"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], tokens: Sequence[int]) -> None:
-        """Add completions: the text and the number of tokens of each."""
+        """Add completions.
+
+        Args:
+            texts: Text of each completion.
+            tokens: Number of tokens of each completion.
+        """
         counts = [len(self.pattern.findall(text)) for text in texts]
-        self.found += sum(counts)
-        self.having += sum(count > 0 for count in counts)
+        self.occurrences += sum(counts)
+        self.matching += sum(count > 0 for count in counts)
         self.tokens += sum(tokens)
-        self.rows += len(texts)
+        self.completions += len(texts)
 
     def compute(self) -> dict[str, Tensor]:
-        """Both rates; 0 without any completion."""
-        return {"per_1k": 1000 * self.found / self.tokens.clamp(min=1), "fraction": self.having / self.rows.clamp(min=1)}
+        """Return both rates, 0 without completions."""
+        return {
+            "per_1k": 1000 * self.occurrences / self.tokens.clamp(min=1),
+            "fraction": self.matching / self.completions.clamp(min=1),
+        }
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """The n-grams of a text's words and marks, in lower case."""
+    """Return the n-grams of a text in lower case. Each word and each punctuation mark counts as one element."""
     words = _WORD.findall(text.lower())
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-class TraceOverlap(Share):
-    """The share of the completions' n-grams that stand in the trace, those of the question left out on both sides.
+class TraceOverlap(Ratio):
+    """Share of the completions' n-grams that also occur in the trace. N-grams of the question do not count.
 
-    A student that recites traces nears 1; what it may know, the question, counts neither for nor against it.
+    The value is close to 1 for a student that recites traces.
 
     Args:
-        n: Words and marks of an n-gram, at least 1.
+        n: Number of words and punctuation marks in an n-gram, at least 1.
     """
 
     def __init__(self, n: PositiveInt = 4, **kwargs: Any) -> None:
@@ -231,23 +258,23 @@ class TraceOverlap(Share):
         self.n = PositiveInt(n)
 
     def update(self, texts: Sequence[str], traces: Sequence[str], questions: Sequence[str]) -> None:
-        """Add completions with the trace and the question of each."""
+        """Add completions, and the trace and question of each."""
         for text, trace, question in zip(texts, traces, questions, strict=True):
             known = set(ngrams(question, self.n))
             own = [gram for gram in ngrams(text, self.n) if gram not in known]
-            told = set(ngrams(trace, self.n))
-            self.top += sum(gram in told for gram in own)
-            self.bottom += len(own)
+            in_trace = set(ngrams(trace, self.n))
+            self.numerator += sum(gram in in_trace for gram in own)
+            self.denominator += len(own)
 
 
-class Distinct(Share):
-    """Diversity: the mean over questions of (different n-grams / n-grams) of all its completions together.
+class Distinct(Ratio):
+    """Diversity of completions: distinct n-grams / n-grams in all completions of a question, averaged over questions.
 
-    1: nothing is repeated, within a completion or between those of one question. Falls with loops, and, with several
-    completions a question, when they grow alike (pass@k falls while avg@k rises). Longer completions repeat more.
+    The value is 1 if no n-gram is repeated within or between the completions of a question. It falls if completions contain
+    loops or become similar to each other (pass@k falls while avg@k rises). Longer completions have lower values.
 
     Args:
-        n: Words and marks of an n-gram, at least 1.
+        n: Number of words and punctuation marks in an n-gram, at least 1.
     """
 
     def __init__(self, n: PositiveInt = 3, **kwargs: Any) -> None:
@@ -255,20 +282,25 @@ class Distinct(Share):
         self.n = PositiveInt(n)
 
     def update(self, texts: Sequence[str]) -> None:
-        """Add one question's completions; without any n-gram nothing."""
+        """Add the completions of one question. A question without any n-gram does not count."""
         grams = [gram for text in texts for gram in ngrams(text, self.n)]
         if grams:
-            self.top += len(set(grams)) / len(grams)
-            self.bottom += 1
+            self.numerator += len(set(grams)) / len(grams)
+            self.denominator += 1
 
 
 class MeanLength(GroupedMean):
-    """Tokens a completion: ``all``, and of the ``terminated`` ones, which the limit did not cut."""
+    """Mean number of tokens of ``all`` completions, and of the ``terminated`` ones, which end with an EOS."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(("all", "terminated"), **kwargs)
 
     def update(self, lengths: Sequence[int], terminated: Sequence[bool]) -> None:
-        """Add completions."""
+        """Add completions.
+
+        Args:
+            lengths: Number of tokens of each completion.
+            terminated: True for each completion that ends with an EOS.
+        """
         ended = [length for length, end in zip(lengths, terminated, strict=True) if end]
         self.add(torch.tensor([*lengths, *ended]).float(), torch.tensor([0] * len(lengths) + [1] * len(ended)))

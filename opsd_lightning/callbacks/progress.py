@@ -10,16 +10,21 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from opsd_lightning.utils.terminal import marked, say
+from opsd_lightning.utils.terminal import safe_markup, say
 
 
 def print_metrics(values: Mapping[str, float]) -> None:
-    """A table of an evaluation's metrics, by their names without the stage."""
-    table = Table("", "value", "± over questions", "± over samples", title="One standard error each", title_justify="left")
+    """Print the metrics of an evaluation as a table.
+
+    Args:
+        values: Metrics by name, without the prefix of the stage.
+    """
+    columns = ("metric", "value", "± over questions", "± over samples")
+    table = Table(*columns, title="Metrics ± one standard error", title_justify="left")
     for name, value in values.items():
         if "_se" in name:
             continue
-        label = marked(name.replace("_", " "))
+        label = safe_markup(name.replace("_", " "))
         if "@" in name:
             errors = [values.get(f"{name}{error}") for error in ("_se", "_se_samples")]
             table.add_row(label, f"{value:.1%}", *("" if error is None else f"{error:.1%}" for error in errors))
@@ -29,7 +34,10 @@ def print_metrics(values: Mapping[str, float]) -> None:
 
 
 class ProgressLines(ProgressBar):
-    """A progress bar in lines: one for each training step and each batch of an evaluation. For slow steps and for logs."""
+    """Progress as lines of text, one per training step and per evaluation batch.
+
+    Use it instead of a progress bar for slow steps and for log files.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,13 +48,13 @@ class ProgressLines(ProgressBar):
     ) -> None:
         now = {name: float(value) for name, value in trainer.callback_metrics.items()}
         of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        # What a method has of its own: OPSD the divergence, GRPO the reward, SFT neither.
-        shown = {"forward KL": "forward_kl", "reward": "reward"}
-        own = [f"{label} {now[f'train/{name}']:.4f}  " for label, name in shown.items() if f"train/{name}" in now]
+        # OPSD logs a divergence, GRPO a reward, SFT neither.
+        labels = {"forward KL": "forward_kl", "reward": "reward"}
+        optional = [f"{label} {now[f'train/{name}']:.4f}  " for label, name in labels.items() if f"train/{name}" in now]
         self._print(
             trainer,
-            f"step {trainer.global_step}{of}  loss {now['train/loss']:.4f}  {''.join(own)}"
-            f"{now['train/completion_tokens']:.1f} tokens a completion, {now['train/truncated_fraction']:.0%} truncated  "
+            f"step {trainer.global_step}{of}  loss {now['train/loss']:.4f}  {''.join(optional)}"
+            f"{now['train/completion_tokens']:.1f} tokens per completion, {now['train/truncated_fraction']:.0%} truncated  "
             f"rollouts {now['time/rollout_seconds']:.0f} s, scoring {now['time/scoring_seconds']:.0f} s",
         )
 

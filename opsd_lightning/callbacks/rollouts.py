@@ -1,4 +1,4 @@
-"""Rollouts written to loggers and files."""
+"""Callbacks that write rollouts to loggers and files."""
 
 from __future__ import annotations
 
@@ -12,75 +12,81 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from opsd_lightning.callbacks.progress import print_metrics
-from opsd_lightning.distributed.collectives import from_rank_zero, of_every_rank, together
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.distributed.collectives import all_gather_object, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.evaluation.evaluator import Records
 from opsd_lightning.evaluation.store import Results, identity
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.runs import lock as run_lock
-from opsd_lightning.runs.reader import RECORD
-from opsd_lightning.runs.record import CHECKPOINT_ID, is_newest, is_of_another_run
-from opsd_lightning.types import PromptBatch, UserError
-from opsd_lightning.utils.csv_tables import append_rows, begin, check_table
-from opsd_lightning.utils.disk_errors import survived
+from opsd_lightning.runs.reader import RECORD_FOLDER
+from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run, is_newest_checkpoint
+from opsd_lightning.types import ConfigError, PromptBatch
+from opsd_lightning.utils.csv_tables import append_rows, check_table, prepare_table
+from opsd_lightning.utils.disk_errors import warn_on_write_error
 from opsd_lightning.utils.loggers import log_table
 from opsd_lightning.utils.terminal import say
 
 
 class RolloutTable(Callback):
-    """Writes some of a step's rollouts to ``rollouts.csv`` and to whatever loggers there are.
+    """Callback that writes some rollouts of a step to ``rollouts.csv`` and to all loggers.
 
-    How each logger shows it stands in ``utils/loggers.py``. With ``fast_dev_run`` no file is written.
+    ``utils/loggers.py`` describes the table of each logger. With ``fast_dev_run`` no file is written.
+
+    A resumed run appends to the file and removes the rows of steps that it repeats. If it resumes from an earlier checkpoint
+    than the newest one, it first copies the file to ``rollouts-1.csv``, ``rollouts-2.csv``, ... A new run renames the file
+    of an earlier run in the same way, and so does a run that starts from a checkpoint of another run.
 
     Args:
-        every_n_steps: Optimizer steps from one table to the next, at least 1. With ``updates_per_batch`` a table is of the
-            first batch that ends at a multiple or has passed one.
-        rows: Completions in a table, at least 1.
-        path: The file, relative to the trainer's ``default_root_dir``. A run that goes on appends to it, without rows of
-            steps that it makes again. A new run moves the table of an earlier one to ``rollouts-1.csv`` and so on, as does
-            one that goes on from a checkpoint of another run; one that goes on from an earlier checkpoint keeps a copy
-            there. Texts that a spreadsheet would take for formulas have an apostrophe in front (see `csv_tables`).
+        every_n_steps: Number of optimizer steps between tables, at least 1. With ``updates_per_batch`` above 1, the table is
+            of the first batch whose updates reach or pass a multiple of this number.
+        rows: Number of completions in a table, at least 1.
+        path: Path of the file, relative to the trainer's ``default_root_dir``. Texts that a spreadsheet would read as
+            formulas start with an apostrophe (see `csv_tables`).
     """
 
-    #: Whether it writes to ``default_root_dir`` in a fit, of which `runs.lock` lets one write there at a time.
+    #: True for callbacks that write to ``default_root_dir`` in ``fit``. `runs.lock` allows one such run at a time.
     writes_to_root = True
 
     COLUMNS = ("step", "question", "completion", "tokens", "truncated", "forward_kl", "first_token_forward_kl")
 
     def __init__(self, every_n_steps: PositiveInt = 10, rows: PositiveInt = 4, path: str = "rollouts.csv") -> None:
         self.every_n_steps, self.rows, self.path = PositiveInt(every_n_steps), PositiveInt(rows), path
-        self._passed = 0  # multiples of every_n_steps so far
-        self._waiting: list[list[Any]] = []  # rows that could not be written yet
-        self._branches = True  # whether the run goes on from another checkpoint than the newest
-        self._begins = False  # whether that is of another run
+        self._multiples = 0  # multiples of every_n_steps so far
+        self._unwritten: list[list[Any]] = []  # rows that could not be written yet
+        self._is_branch = True  # True if the run does not resume from the newest checkpoint
+        self._is_new = False  # True if the checkpoint is of another run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._waiting, self._branches, self._begins = [], True, False
+        self._unwritten, self._is_branch, self._is_new = [], True, False
         if stage == "fit":
             path = Path(trainer.default_root_dir) / self.path
-            together(lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None)
+            run_on_all_ranks(
+                lambda: check_table(path, self.COLUMNS, "trainer.callbacks.path") if trainer.is_global_zero else None
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Before the record of the earlier start is touched.
-        record, identifier = Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID)
-        self._branches, self._begins = not is_newest(record, identifier), is_of_another_run(record, identifier)
+        # In this hook, since RunReport changes the record later.
+        record, identifier = Path(trainer.default_root_dir) / RECORD_FOLDER, checkpoint.get(CHECKPOINT_ID)
+        self._is_branch, self._is_new = (
+            not is_newest_checkpoint(record, identifier),
+            belongs_to_another_run(record, identifier),
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._passed = trainer.global_step // self.every_n_steps
+        self._multiples = trainer.global_step // self.every_n_steps
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         paths = [Path(trainer.default_root_dir) / self.path]
         paths += [Path(logger.log_dir) / "rollouts.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for path in paths:
-            with survived(trainer, str(path)):
-                begin(path, self.COLUMNS, 0 if self._begins else trainer.global_step, self._branches)
+            with warn_on_write_error(trainer, str(path)):
+                prepare_table(path, self.COLUMNS, 0 if self._is_new else trainer.global_step, self._is_branch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
-        before, self._passed = self._passed, trainer.global_step // self.every_n_steps
-        if not trainer.is_global_zero or self._passed == before or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        before, self._multiples = self._multiples, trainer.global_step // self.every_n_steps
+        if not trainer.is_global_zero or self._multiples == before or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rollouts, divergence = outputs["rollouts"], outputs["measured"].get("forward_kl", [])
         table: list[list[Any]] = []
@@ -98,7 +104,7 @@ class RolloutTable(Callback):
                     round(float(kl[0]), 4) if len(kl) else "",
                 ]
             )
-        self._waiting += table
+        self._unwritten += table
         self._write(trainer)
         log_table(trainer.loggers, "rollouts", self.COLUMNS, table, trainer.global_step)
 
@@ -110,24 +116,24 @@ class RolloutTable(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / self.path
-        if self._waiting:
-            with survived(trainer, str(path)):
-                append_rows(path, self.COLUMNS, self._waiting)
-                self._waiting = []
+        if self._unwritten:
+            with warn_on_write_error(trainer, str(path)):
+                append_rows(path, self.COLUMNS, self._unwritten)
+                self._unwritten = []
 
 
 class RolloutWriter(Callback):
-    """Writes the graded completions of ``predict`` and ``test`` to JSON Lines files, one completion a line, as they come.
+    """Callback that writes graded completions of ``predict`` and ``test`` to JSON Lines files, one completion per line.
 
-    A run that was interrupted goes on where it stopped: batches that are on disk are not sampled again. They are found by
-    what decides them (weights, questions, prompts, sampling, seed, engine, grader, number of ranks): with anything else a
-    new folder is begun, beside the old one. At the end of ``test`` it prints the metrics. With ``fast_dev_run`` nothing is
-    written.
+    Each batch is written as soon as it is finished. An interrupted evaluation resumes and does not sample finished batches
+    again. This requires the same weights, questions, prompts, sampling, seed, engine, grader and number of ranks. Otherwise
+    the evaluation starts in a new folder beside the old one. At the end of ``test``, the metrics are printed. With
+    ``fast_dev_run`` nothing is written.
 
     Args:
-        folder: Where ``predict.jsonl`` or ``test.jsonl`` of the last finished run goes, and ``results/`` with a folder for
-            each evaluation, relative to the trainer's ``default_root_dir``.
-        resume: Take what an earlier run of the same evaluation left. If not, it is thrown away.
+        folder: Folder for ``predict.jsonl`` or ``test.jsonl`` of the last finished evaluation and for ``results/``, which
+            has a folder for each evaluation. Relative to the trainer's ``default_root_dir``.
+        resume: If True, use the batches of an interrupted run of the same evaluation. If False, delete them.
     """
 
     def __init__(self, folder: str = ".", resume: bool = True) -> None:
@@ -170,7 +176,8 @@ class RolloutWriter(Callback):
             return
         batches = list(loader)
         if not all(isinstance(batch, PromptBatch) and len(batch.indices) == len(batch.examples) for batch in batches):
-            raise UserError("RolloutWriter needs batches that know their questions' places: use OPSDDataModule")
+            problem = "RolloutWriter needs the index of each question, and the batches have none"
+            raise ConfigError(problem, "data", "Use OPSDDataModule")
         evaluator = module.evaluator
         roles = ["student", "teacher"] if stage == "test" and evaluator.teacher is not None else ["student"]
         root = Path(trainer.default_root_dir) / self.folder
@@ -178,29 +185,27 @@ class RolloutWriter(Callback):
         lock = results.folder.with_name(f".{results.folder.name}.lock")
 
         def create() -> list[str]:
-            run_lock.hold_file(lock, results.folder, "writer.folder", trainer)
+            run_lock.lock_file(lock, results.folder, "writer.folder", trainer)
             return results.create(self.resume)
 
         self._lock = lock
-        for line in from_rank_zero(create):
+        for line in run_on_rank_zero(create):
             rank_zero_info(line)
-        results.mend(replica(trainer)[0])
+        results.remove_incomplete_line(trainer.global_rank)
         evaluator.finished = results.finished(batches, roles, evaluator.sampling.n)
-        rank_zero_info(f"Results are in {results.folder}: {len(evaluator.finished)} of {len(batches)} batches are finished")
+        finished = f"{len(evaluator.finished)} of {len(batches)} batches are finished"
+        rank_zero_info(f"Results are in {results.folder}: {finished}")
 
     def _append(self, trainer: Trainer, module: Any, records: Records, batch_idx: int) -> None:
-        rank, replicas = replica(trainer)
-        # Ranks that split the layers among them have the same completions: the first of them writes.
-        writes = trainer.global_rank % (trainer.world_size // replicas) == 0
-        if writes and self.results is not None and batch_idx not in module.evaluator.finished:
-            self.results.append(rank, records)
+        if self.results is not None and batch_idx not in module.evaluator.finished:
+            self.results.append(trainer.global_rank, records)
 
     def _end(self, trainer: Trainer, module: Any, metrics: dict[str, float] | None) -> None:
         results, self.results, module.evaluator.finished = self.results, None, {}
         if results is None:
             return
-        of_every_rank(None)  # all have written
-        path = from_rank_zero(lambda: results.join(metrics))
+        all_gather_object(None)  # wait until all ranks have written
+        path = run_on_rank_zero(lambda: results.join(metrics))
         self._release(trainer)
         if trainer.is_global_zero:
             say(f"Graded completions are in {path} and {results.folder}")

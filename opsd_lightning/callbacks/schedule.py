@@ -1,4 +1,4 @@
-"""When a callback acts: every n optimizer steps, and when a validation logged new values."""
+"""Schedule of callbacks: every n optimizer steps, and when new values were logged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from opsd_lightning.methods.base import PolicyModule
 
 
-def due(trainer: Trainer, module: PolicyModule, every_n_steps: int) -> bool:
-    """Before a batch's first update: whether its updates end at a multiple of so many optimizer steps or pass one.
+def is_due(trainer: Trainer, module: PolicyModule, every_n_steps: int) -> bool:
+    """Return True if the updates of the current batch reach or pass a multiple of ``every_n_steps`` optimizer steps.
 
-    True for the first batch. By the step alone, so that every rank comes to the same.
+    Call it before the batch's first update. It is True for the first batch of a run. The result depends on the step only and
+    is therefore the same on all ranks.
     """
     before, after = trainer.global_step, trainer.global_step + module.updates_per_batch
     after = min(after, trainer.max_steps) if trainer.max_steps >= 0 else after
@@ -22,11 +23,14 @@ def due(trainer: Trainer, module: PolicyModule, every_n_steps: int) -> bool:
 
 
 def newly_logged(metrics: Mapping[str, Any], seen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The scalars that were logged since the last time: Lightning keeps the values of those that are logged now and then.
+    """Return the scalars that were logged since the previous call.
+
+    Lightning keeps the latest value of each metric, so values of earlier steps are among ``callback_metrics``. A new value
+    is a new tensor.
 
     Args:
         metrics: The trainer's ``callback_metrics``.
-        seen: What was there the last time; held, so that the memory of a value is not used for another. Brought up to date.
+        seen: Tensors of the previous call, which this call updates. Holding them keeps their memory from being reused.
     """
     new = {
         name: value

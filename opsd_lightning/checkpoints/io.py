@@ -1,4 +1,4 @@
-"""Checkpoints on disk: under their name there is a whole one at every instant, and only checkpoints are removed."""
+"""Atomic writes and safe removal of checkpoints: a checkpoint's name always refers to a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -21,24 +21,31 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from opsd_lightning.checkpoints.file import check_finite, check_written, is_remote, load_file, local_path, unwritable
-from opsd_lightning.checkpoints.shards import is_part, is_shards, read_state
+from opsd_lightning.checkpoints.file import (
+    check_finite,
+    check_written,
+    load_file,
+    local_path,
+    unloadable_state_error,
+)
+from opsd_lightning.checkpoints.shards import is_shard_file, is_shards, read_state
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.files import sync
+from opsd_lightning.utils.files import fsync_path, is_remote
 
-# Lightning brings the weights of spawned processes back in a file of this name, which has no other entries.
-_OF_SPAWNED = ".temp.ckpt"
-_NAME_LIMIT = 200  # bytes; file systems allow 255, some of which the temporary name needs
+# File in which Lightning returns the weights of spawned processes. It contains only weights.
+_SPAWN_FILE = ".temp.ckpt"
+_NAME_LIMIT = 200  # bytes. File systems allow 255, and the temporary name adds a few
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, waits for the disk and renames it; loads local files without running code.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoint plugin that writes atomically, and loads local files without running code from them.
 
-    The file under the target's name is whole at every instant: the earlier checkpoint until the new one is on disk. Every
-    `PolicyModule` gives it to its trainer; a ``CheckpointIO`` of a user's own takes its place. What could not be loaded
-    again is refused, and the earlier checkpoint stays. Remote targets, such as ``s3://``, are written as Lightning does; a
-    `ModelCheckpoint` with a remote folder is refused before training.
+    A checkpoint is written under a temporary name, flushed to disk and renamed, so that the earlier checkpoint stays until
+    the new one is complete. A checkpoint that could not be loaded again is rejected, and the earlier one stays. Remote
+    targets, such as ``s3://``, are written as Lightning does.
+
+    `PolicyModule` installs this plugin in its trainer, unless the user gives a ``CheckpointIO``.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -46,15 +53,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        with replacing(target) as temporary, open(temporary, "xb") as file:
+        with replace_checkpoint(target) as temporary, open(temporary, "xb") as file:
             try:
                 torch.save(checkpoint, file)
             except Exception as error:
                 if type(error).__name__ != "PicklingError" and not isinstance(error, (AttributeError, TypeError)):
                     raise
-                raise unwritable(checkpoint, str(error)[:200]) from error
+                raise unloadable_state_error(checkpoint, str(error)[:200]) from error
             file.flush()
-            if target.name != _OF_SPAWNED:
+            if target.name != _SPAWN_FILE:
                 check_written(temporary, checkpoint)
             os.fsync(file.fileno())
 
@@ -62,7 +69,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         check_weights_only(weights_only)
         if isinstance(path, (str, Path)):
             recover(Path(path))
-        return load_file(path, lightning=Path(str(path)).name != _OF_SPAWNED)
+        return load_file(path, lightning=Path(str(path)).name != _SPAWN_FILE)
 
     def remove_checkpoint(self, path: Any) -> None:
         if is_remote(path):
@@ -72,25 +79,25 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def check_weights_only(weights_only: bool | None) -> None:
-    """Refuse to load a checkpoint together with the code that it may hold.
+    """Check that ``weights_only`` is not False, which would run code from a checkpoint.
 
     Raises:
-        ConfigError: It is false.
+        ConfigError: ``weights_only`` is False.
     """
     if weights_only is False:
         raise ConfigError(
-            "with false a checkpoint could run any code as it is loaded",
+            "with False, loading a checkpoint can run arbitrary code",
             "weights_only",
-            "Leave it out, and allow classes that you trust with torch.serialization.add_safe_globals",
+            "Leave it out and allow classes that you trust with torch.serialization.add_safe_globals",
         )
 
 
 def install(trainer: Trainer) -> None:
-    """Have a trainer write and load its checkpoints by `WholeCheckpointIO`, whatever its strategy.
+    """Make a trainer write and load its checkpoints with `AtomicCheckpointIO`, for any strategy.
 
     Raises:
-        ConfigError: It has an `AsyncCheckpointIO`, by which Lightning removes the earlier checkpoint before the new one is
-            written.
+        ConfigError: The trainer has an `AsyncCheckpointIO`, with which Lightning removes the earlier checkpoint before the
+            new one is written.
     """
     strategy = trainer.strategy
     found: Any = getattr(strategy, "_checkpoint_io", None)
@@ -98,75 +105,77 @@ def install(trainer: Trainer) -> None:
     while part is not None:
         if isinstance(part, AsyncCheckpointIO):
             raise ConfigError(
-                "AsyncCheckpointIO writes after Lightning has removed the earlier checkpoint, and a stop would lose both",
+                "AsyncCheckpointIO writes after Lightning has removed the earlier checkpoint, so an interruption loses both",
                 "trainer.plugins",
-                "Leave it out",
+                "Remove AsyncCheckpointIO",
             )
         part = getattr(part, "checkpoint_io", None)
     if found is None or type(found) is TorchCheckpointIO:
-        strategy.checkpoint_io = WholeCheckpointIO()
+        strategy.checkpoint_io = AtomicCheckpointIO()
     elif hasattr(found, "checkpoint_io"):
-        found.checkpoint_io = WholeCheckpointIO()  # has an effect on a wrapper of nothing alone
+        found.checkpoint_io = AtomicCheckpointIO()  # only has an effect if the wrapper has no plugin yet
     elif isinstance(found, CheckpointIO) and type(found).load_checkpoint is TorchCheckpointIO.load_checkpoint:
-        found.load_checkpoint = WholeCheckpointIO().load_checkpoint  # type: ignore[method-assign]
+        found.load_checkpoint = AtomicCheckpointIO().load_checkpoint  # type: ignore[method-assign]
     if isinstance(strategy, ParallelStrategy) and not hasattr(strategy, "_saves_on_all"):
         strategy._saves_on_all = True  # type: ignore[attr-defined]
-        strategy.save_checkpoint = _on_all_ranks(strategy)  # type: ignore[method-assign]
+        strategy.save_checkpoint = _raise_on_all_ranks(strategy)  # type: ignore[method-assign]
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
             callback._link_checkpoint = link_checkpoint  # type: ignore[method-assign]
 
 
-def _on_all_ranks(strategy: Strategy) -> Callable[..., None]:
-    """A strategy's ``save_checkpoint`` that raises on every rank what it raises on one: the others would wait for ever."""
-    save, whose = type(strategy).save_checkpoint, weakref.ref(strategy)
+def _raise_on_all_ranks(strategy: Strategy) -> Callable[..., None]:
+    """Wrap a strategy's ``save_checkpoint`` to raise on all ranks if it fails on rank 0, or else the others would hang."""
+    save, reference = type(strategy).save_checkpoint, weakref.ref(strategy)
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        ours = whose()
-        assert ours is not None
+        owner = reference()
+        assert owner is not None
         error: Exception | None = None
         try:
-            save(ours, checkpoint, filepath, storage_options)
+            save(owner, checkpoint, filepath, storage_options)
         except Exception as caught:
             error = caught
-        told = ours.broadcast(None if error is None else str(error))
+        problem = owner.broadcast(None if error is None else str(error))
         if error is not None:
             raise error
-        if told is not None:
-            raise ConfigError(f"rank 0 could not write a checkpoint ({told})", "trainer.callbacks", "See rank 0's message")
+        if problem is not None:
+            raise ConfigError(
+                f"rank 0 could not write a checkpoint ({problem})", "trainer.callbacks", "See rank 0's message"
+            )
 
     return save_checkpoint
 
 
 @contextmanager
-def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
-    """A name beside a checkpoint's, under which a new one is written, which then takes its place.
+def replace_checkpoint(target: Path, folder: bool = False) -> Iterator[Path]:
+    """Yield a temporary path for a new checkpoint, which replaces the target at the end of the block.
 
     Args:
-        target: The checkpoint. Where it is a link, the link is replaced. Folders above it are made.
-        folder: Make an empty folder under the name.
+        target: Path of the checkpoint. A symbolic link is replaced itself. Missing parent folders are created.
+        folder: If True, create an empty folder at the temporary path.
 
     Raises:
-        ConfigError: It cannot be written. The earlier checkpoint stays, and nothing of the new one.
+        ConfigError: The checkpoint cannot be written. The earlier one stays, and the new one is removed.
     """
     temporary = temporary_name(target)
-    with explained(target):
+    with wrap_write_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(target)
+            _remove_leftovers(target)
             if folder:
                 temporary.mkdir()
             yield temporary
-            put_in_place(temporary, target)
+            rename_into_place(temporary, target)
         except BaseException:
             with suppress(OSError):
-                _discard(temporary)
+                _remove_parts(temporary)
             raise
 
 
 @contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """Inside, errors of the system are raised as ones that name the checkpoint, what stays, and the remedy.
+def wrap_write_errors(target: Path) -> Iterator[None]:
+    """Convert system errors inside the block to a `ConfigError` that names the checkpoint.
 
     Raises:
         ConfigError: The checkpoint cannot be written.
@@ -176,51 +185,51 @@ def explained(target: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        if (cause := _cause(error)) is None:
+        if (cause := _system_error(error)) is None:
             raise
-        stays = "; the earlier one is whole" if os.path.lexists(target) else ""
+        kept = ". The earlier one is intact" if os.path.lexists(target) else ""
         raise ConfigError(
-            f"cannot write the checkpoint {target} ({cause.strerror or cause}){stays}",
-            "trainer.default_root_dir or a ModelCheckpoint's dirpath",
-            "Make room or choose a folder that can be written, and go on from the last checkpoint (ckpt_path)",
+            f"cannot write the checkpoint {target} ({cause.strerror or cause}){kept}",
+            "trainer.default_root_dir",
+            "Free disk space or choose a writable folder (also the dirpath of ModelCheckpoint), and resume with ckpt_path",
         ) from error
 
 
 def temporary_name(target: Path) -> Path:
-    """The name beside a checkpoint's under which it is written."""
-    return target.with_name(f".{_short(target.name)}.partial")
+    """Return the temporary path, next to a checkpoint, under which it is written."""
+    return target.with_name(f".{_shortened(target.name)}.partial")
 
 
-def put_in_place(temporary: Path, target: Path) -> None:
-    """Give a whole checkpoint its name, and remove the one that had it."""
+def rename_into_place(temporary: Path, target: Path) -> None:
+    """Rename a complete checkpoint to its final name, and remove the one that it replaces."""
     if target.is_dir() and not target.is_symlink() and not is_checkpoint(target):
         raise ConfigError(
-            f"{target} is a folder, and no checkpoint",
-            "a ModelCheckpoint's filename",
-            "Choose another name, or move it away",
+            f"{target} is a folder and not a checkpoint",
+            "trainer.callbacks",
+            "Choose another filename for ModelCheckpoint or move the folder away",
         )
     if os.path.lexists(target) and (target.is_dir() or temporary.is_dir()):
-        if not _exchange(temporary, target):  # a folder cannot be replaced by one rename
-            aside = _aside(target)
-            os.rename(target, aside)  # found by `recover`, should this be the end
+        if not _exchange(temporary, target):  # a single rename cannot replace a folder
+            aside = _old_name(target)
+            os.rename(target, aside)  # `recover` restores it if the process ends here
             os.rename(temporary, target)
             os.rename(aside, temporary)
-        sync(target.parent)
-        _discard(temporary)
+        fsync_path(target.parent)
+        _remove_parts(temporary)
     else:
         os.replace(temporary, target)
-        sync(target.parent)
+        fsync_path(target.parent)
 
 
 def recover(path: Path) -> None:
-    """Bring a checkpoint back to its name from the one under which a stopped process had put it aside, if it did."""
-    if not os.path.lexists(path) and is_checkpoint(_aside(path)):
-        with suppress(OSError):  # another rank was faster, or the folder is read-only
-            os.rename(_aside(path), path)
+    """Rename a checkpoint back if a process was stopped while it replaced the checkpoint."""
+    if not os.path.lexists(path) and is_checkpoint(_old_name(path)):
+        with suppress(OSError):  # another rank has renamed it, or the folder is read-only
+            os.rename(_old_name(path), path)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a path is a checkpoint's file or folder, whole or cut off within its tensors."""
+    """Return True if a path is a checkpoint file or folder, even with incomplete tensors."""
     if path.is_dir():
         return is_shards(path)
     try:
@@ -231,31 +240,31 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, and nothing else: of a folder its shards, of a link the link.
+    """Remove a checkpoint: the file, the shards of a folder, or only the link if it is a symbolic link.
 
-    Links beside it that lead to it are led to the newest other checkpoint first (``save_last: link``).
+    Links in the same folder that point to it (``save_last: link``) are first changed to the newest other checkpoint.
     """
     if path.is_symlink():
         path.unlink()
     elif path.exists():
         if not is_checkpoint(path):
-            rank_zero_warn(f"{path} is no checkpoint, and is not removed")
+            rank_zero_warn(f"{path} is not a checkpoint and is not removed")
             return
-        _lead_on(path)
-        _discard(path)
+        _relink(path)
+        _remove_parts(path)
 
 
 def link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
-    """Point ``last.ckpt`` at a checkpoint, in place of Lightning's own, which removes whatever has that name first."""
+    """Link ``last.ckpt`` to a checkpoint. Lightning's version first removes any file or folder of that name."""
     if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
         link = Path(linkpath)
-        with replacing(link) as temporary:
+        with replace_checkpoint(link) as temporary:
             os.symlink(os.path.relpath(filepath, link.parent), temporary)
     trainer.strategy.barrier()
 
 
-def _lead_on(path: Path) -> None:
-    """Lead links to a checkpoint that is about to be removed to the newest other one beside it."""
+def _relink(path: Path) -> None:
+    """Change the links to a checkpoint that will be removed to the newest other one in its folder."""
     with os.scandir(path.parent) as entries:
         links = [Path(entry.path) for entry in entries if entry.is_symlink()]
     links = [link for link in links if os.path.realpath(link) == os.path.realpath(path)]
@@ -265,44 +274,44 @@ def _lead_on(path: Path) -> None:
     newest = max((other for other in others if is_checkpoint(other)), key=lambda other: other.stat().st_mtime, default=None)
     for link in links if newest is not None else []:
         assert newest is not None
-        with replacing(link) as temporary:
+        with replace_checkpoint(link) as temporary:
             os.symlink(newest.name, temporary)
 
 
-def _discard(path: Path) -> None:
-    """Remove a checkpoint's file, or its parts out of a folder; other files in it stay, and then so does the folder."""
+def _remove_parts(path: Path) -> None:
+    """Remove a checkpoint file, or the shards in a folder and then the folder if it is empty."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
     for part in path.iterdir():
-        if is_part(part.name) and not part.is_dir():
+        if is_shard_file(part.name) and not part.is_dir():
             part.unlink()
     try:
         path.rmdir()
     except OSError:
-        rank_zero_warn(f"{path} holds files that are not a checkpoint's, and is kept")
+        rank_zero_warn(f"{path} contains files that are not part of a checkpoint, and is kept")
 
 
-def _sweep(target: Path) -> None:
-    """Remove what stopped processes left of earlier writes to the same name."""
+def _remove_leftovers(target: Path) -> None:
+    """Remove the leftovers of interrupted writes to the same name."""
     recover(target)
-    for left in (temporary_name(target), _aside(target)):
+    for left in (temporary_name(target), _old_name(target)):
         if os.path.lexists(left):
-            _discard(left)
+            _remove_parts(left)
         if os.path.lexists(left):
             raise FileExistsError(17, f"{left} is in the way")
 
 
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{_short(target.name)}.old")
+def _old_name(target: Path) -> Path:
+    return target.with_name(f".{_shortened(target.name)}.old")
 
 
-def _short(name: str) -> str:
+def _shortened(name: str) -> str:
     return name if len(os.fsencode(name)) <= _NAME_LIMIT else sha256(os.fsencode(name)).hexdigest()
 
 
-def _cause(error: BaseException) -> OSError | None:
-    """The system's error behind one of torch's, if there is one."""
+def _system_error(error: BaseException) -> OSError | None:
+    """Return the `OSError` that caused an error of torch, or None."""
     seen: set[int] = set()
     part: BaseException | None = error
     while part is not None and id(part) not in seen and isinstance(part, Exception):
@@ -315,7 +324,7 @@ def _cause(error: BaseException) -> OSError | None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, where the system can."""
+    """Exchange two names atomically. Return False if the system does not support it."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -324,7 +333,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def read_adapters(path: str | Path) -> dict[str, Tensor]:
-    """The adapters' weights of a checkpoint, by their names in the module: of one file or a folder of shards."""
+    """Read the adapter weights of a checkpoint file or sharded folder, by their names in the module."""
     path = local_path(path)
     if not path.is_dir():
         return load_file(path)["state_dict"]

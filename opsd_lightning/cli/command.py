@@ -41,25 +41,26 @@ import opsd_lightning.rollouts.transformers_engine
 import opsd_lightning.rollouts.vllm.engines
 import opsd_lightning.teachers
 from opsd_lightning.callbacks.rollouts import RolloutWriter
-from opsd_lightning.checkpoints.file import check_file, is_remote, local_path, restoring
+from opsd_lightning.checkpoints.file import check_file, local_path, wrap_restore_errors
 from opsd_lightning.checkpoints.io import check_weights_only, recover
 from opsd_lightning.cli.parser import Parser, check_nulls, remembering
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.distributed.checks import check_name, refusal
+from opsd_lightning.distributed.checks import check_strategy_name, strategy_problem
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.trainer_checks import check_trainer
 from opsd_lightning.models.precision import precision_problem
 from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.runs import early_signals, lock as run_lock
-from opsd_lightning.runs.output_checks import check_folders, check_last, open_loggers
-from opsd_lightning.runs.record import launcher
-from opsd_lightning.runs.requeue import checkpoint_to_resume, refuse_evaluation
-from opsd_lightning.runs.saved_config import SavedConfig, check_hidden
+from opsd_lightning.runs.output_checks import check_checkpoint_alias, check_folders, open_loggers
+from opsd_lightning.runs.record import launch_command
+from opsd_lightning.runs.requeue import check_evaluation, checkpoint_to_resume
+from opsd_lightning.runs.saved_config import SavedConfig, check_no_hidden_values
 from opsd_lightning.types import ConfigError, UserError
-from opsd_lightning.utils.disk_errors import FULL
+from opsd_lightning.utils.disk_errors import DISK_FULL
+from opsd_lightning.utils.files import is_remote
 from opsd_lightning.utils.library_messages import hide_library_messages
 from opsd_lightning.utils.redaction import redact_arguments
-from opsd_lightning.utils.terminal import guarded, say
+from opsd_lightning.utils.terminal import safe_messages, say
 
 # Settings of the Trainer that Lightning refuses under manual optimization, and what takes their place here.
 _NOT_THE_TRAINERS: dict[str, tuple[Any, str]] = {
@@ -131,7 +132,7 @@ class OPSDCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        check_hidden(config)
+        check_no_hidden_values(config)
         path = config.get("ckpt_path")
         check_weights_only(config.get("weights_only"))
         if path not in (None, "best", "last", "hpc"):
@@ -148,9 +149,9 @@ class OPSDCLI(LightningCLI):
                 "many). A single file (save_distributed_checkpoint: false) is read by every strategy"
             )
         if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # no class's name
-            check_name(trainer.strategy)
-        if isinstance(strategy, str) and (reason := refusal(strategy)) is not None:
-            raise UserError(reason)
+            check_strategy_name(trainer.strategy)
+        if isinstance(strategy, str) and (problem := strategy_problem(strategy)) is not None:
+            raise problem
         if (problem := precision_problem(trainer.precision)) is not None:
             raise problem
         for name, (default, instead) in _NOT_THE_TRAINERS.items():
@@ -164,13 +165,13 @@ class OPSDCLI(LightningCLI):
         except Exception as error:
             if not connector._loaded_checkpoint:  # it is held only while its contents are put in place
                 raise
-            with restoring(connector._ckpt_path):
+            with wrap_restore_errors(connector._ckpt_path):
                 raise error
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-            self.model.command = shlex.join(launcher() + redact_arguments(_without_checkpoint(self.arguments)))
+            self.model.command = shlex.join(launch_command() + redact_arguments(_without_checkpoint(self.arguments)))
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunReport):
                     callback.arguments = self.arguments
@@ -180,15 +181,15 @@ class OPSDCLI(LightningCLI):
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
             try:
-                run_lock.hold(self.trainer)
+                run_lock.lock_fit(self.trainer)
             except ConfigError:
-                if not run_lock.started_together(self.trainer):
+                if not run_lock.ranks_started_externally(self.trainer):
                     raise
                 return  # refused again in `fit`, on all ranks together; nothing is written until then
         try:
             path = self.config.fit.get("ckpt_path")
             if path == "best":
-                check_last(self.trainer, "best")
+                check_checkpoint_alias(self.trainer, "best")
             if path is None and (found := checkpoint_to_resume(self.trainer)) is not None:
                 check_file(found)
                 self.config_init.fit.ckpt_path = found
@@ -210,12 +211,12 @@ class OPSDCLI(LightningCLI):
         self._before_evaluation()
 
     def _before_evaluation(self) -> None:
-        check_last(self.trainer, self.config[self.subcommand].get("ckpt_path"))
+        check_checkpoint_alias(self.trainer, self.config[self.subcommand].get("ckpt_path"))
         if self.config[self.subcommand].get("ckpt_path") is None:
-            refuse_evaluation(self.trainer)
+            check_evaluation(self.trainer)
         try:
             if self.trainer.is_global_zero:
-                run_lock.hold_logs(self.trainer)
+                run_lock.lock_loggers(self.trainer)
             self._check_surroundings()
         except BaseException:
             run_lock.release(self.trainer)
@@ -276,17 +277,17 @@ def main(args: ArgsType = None) -> OPSDCLI:
     Raises:
         SystemExit: With status 2, after one message, for a user's mistake.
     """
-    early_signals.begin()
-    with guarded(), hide_library_messages():
+    early_signals.install()
+    with safe_messages(), hide_library_messages():
         try:
             return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
         except (UserError, MisconfigurationException) as error:
             say(f"error: {error}", error=True)
             raise SystemExit(2) from error
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL:
                 raise
             say(f"error: {error}. Make room, and go on from the last checkpoint (ckpt_path)", error=True)
             raise SystemExit(2) from error
         finally:
-            early_signals.end()
+            early_signals.uninstall()

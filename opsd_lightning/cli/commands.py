@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from opsd_lightning import __version__
-from opsd_lightning.utils.terminal import Arguments
+from opsd_lightning.utils.terminal import SafeArgumentParser
 
 
 class Command(NamedTuple):
@@ -72,8 +72,8 @@ def find_command(arguments: Sequence[str]) -> Command:
     parser.error(f"unknown command {first!r}.{question} Commands: {names}")
 
 
-def _parser() -> Arguments:
-    parser = Arguments(
+def _parser() -> SafeArgumentParser:
+    parser = SafeArgumentParser(
         prog="opsd",
         usage="opsd [-h] [--version] [-c CONFIG] COMMAND ...",
         description="On-Policy Self-Distillation with PyTorch Lightning.",

@@ -6,6 +6,7 @@ parser: ``null`` becomes the text ``None``, ``007`` becomes ``7``, and ``123e456
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,8 +19,11 @@ from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.terminal import message
+from opsd_lightning.utils.terminal import safe_text
 from opsd_lightning.utils.yaml_limits import check_yaml
+
+# jsonargparse writes hundreds of debug records for each command to a logger without handlers. Creating them takes time.
+logging.getLogger("jsonargparse_null_logger").setLevel(logging.CRITICAL)
 
 # Options and their values, as the command line has them.
 _typed: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("typed", default=())
@@ -38,7 +42,7 @@ class Parser(LightningArgumentParser):
         return super().parse_args(args, *more, **options)
 
     def error(self, text: str, ex: Exception | None = None) -> NoReturn:
-        super().error(message(text), ex)
+        super().error(safe_text(text), ex)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Data sources and the data module."""
+"""Data sources, the data module and its loaders."""

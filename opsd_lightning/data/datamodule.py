@@ -1,8 +1,9 @@
-"""Questions with verified traces, from a source to batches of prompts for both roles."""
+"""The data module: reads questions with traces, verifies them and makes the prompts of student and teacher."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from jsonargparse.typing import PositiveInt
@@ -12,41 +13,50 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.checkpoints.file import check_no_hparams, open_checked
 from opsd_lightning.checkpoints.io import check_weights_only
+from opsd_lightning.data.drop_reasons import DropReason, RowLimits, TeacherLimit
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
 from opsd_lightning.data.sources import ExampleSource
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.distributed.collectives import rank_and_world_size
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
 from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
 from opsd_lightning.prompts.templates import Prompt, Prompts
-from opsd_lightning.runs.signals import watch
-from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
-from opsd_lightning.utils.texts import folded
+from opsd_lightning.runs.signals import watch_signals
+from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PromptBatch
+from opsd_lightning.utils.texts import normalize_text
 
 
 class OPSDDataModule(LightningDataModule):
-    """Pairs questions with verified traces and makes the prompts of both roles.
+    """Reads questions with verified traces and makes the prompts of student and teacher.
 
-    Verified means checked here: the trace's own final answer must equal the reference answer. Rows that are empty, fail
-    this check, do not fit the model's context (in training also a teacher's) or (in training) also stand among the
-    held-out questions, be it with other spaces or line ends, are left out with a count, or refused. Held-out questions
-    need no trace where they have an answer, unless the teacher is graded on them.
+    A trace is verified if its own final answer equals the reference answer. A row is dropped and counted, or refused, if it
+    is empty, fails this check or does not fit the model's context. Training also drops rows that do not fit a teacher's
+    context, and questions that are in ``val`` or ``test`` up to white space. Questions of ``val`` and ``test`` need no trace
+    if they have an answer, unless the teacher is graded on them.
 
     Args:
         policy: The model, for its tokenizer and context length. On the command line taken from ``model.policy``.
         train: Source of the training questions.
         val: Source of the validation questions.
         test: Source of the questions for ``test`` and ``predict``.
-        prompts: The wording of both roles' prompts.
-        context: What the teacher gets to read; the verified trace unless given.
-        grader: How final answers are found and compared.
+        prompts: Templates of both roles' prompts.
+        context: Text that only the teacher reads. Defaults to the verified trace, `TraceContext`.
+        grader: Finds and compares final answers.
         batch_size: Questions of one optimizer step on each device, at least 1.
         eval_batch_size: Questions of one batch in validation, test and predict, at least 1.
-        max_new_tokens: The longest completion that must fit behind a prompt, in tokens. On the command line taken from
+        max_new_tokens: Longest completion that must fit behind a prompt, in tokens. On the command line taken from
             ``model.sampling`` and ``model.eval_sampling``.
-        on_invalid: ``drop`` leaves invalid rows out and says how many and why; ``error`` refuses them.
-        seed: Of the order of the training questions. On the command line taken from ``seed_everything``.
+        on_invalid: ``drop`` drops invalid rows and logs their number and the reasons. ``error`` refuses them.
+        seed: Seed for the order of the training questions. On the command line taken from ``seed_everything``.
+
+    Example::
+
+        >>> from opsd_lightning import OPSDDataModule, Policy, WordProblems
+        >>> policy = Policy("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> data = OPSDDataModule(policy, train=WordProblems(size=100), val=WordProblems(size=20, seed=1), batch_size=8)
+        >>> data.batch_size
+        8
     """
 
     def __init__(
@@ -66,9 +76,10 @@ class OPSDDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if on_invalid not in ("drop", "error"):
-            raise ValueError(f"data.on_invalid is {on_invalid!r}: choose drop or error")
-        if policy is None:  # optional in the signature alone: the command line links it from model.policy
-            raise UserError("OPSDDataModule needs the policy, for its tokenizer: pass the module's")
+            raise ConfigError(f"it is {on_invalid!r}", "data.on_invalid", "Choose drop or error")
+        if policy is None:  # optional in the signature only: the command line links it from model.policy
+            problem = "it is missing, and its tokenizer makes the prompts"
+            raise ConfigError(problem, "data.policy", "Pass the module's policy")
         self.policy = policy
         self.sources = {"train": train, "val": val, "test": test}
         self.prompts = prompts
@@ -80,11 +91,15 @@ class OPSDDataModule(LightningDataModule):
         self.on_invalid = on_invalid
         self.seed = seed
         self.rows: dict[str, PromptBatch] = {}
-        self.dropped: dict[str, Counter[str]] = {}
-        #: Tokens of the student's and the teacher's prompt of every row that was valid, whether or not it fit.
+        #: Number of dropped rows of each split by reason.
+        self.dropped: dict[str, Counter[DropReason]] = {}
+        #: Context lengths that the rows of each split were compared with.
+        self.limits: dict[str, RowLimits] = {}
+        #: Tokens of the student's and the teacher's prompt of every valid row, also of rows that are too long.
         self.lengths: dict[str, list[tuple[int, int]]] = {}
+        #: Number of contexts of each split that were cut to ``prompts.max_trace_tokens``.
         self.traces_cut: dict[str, int] = {}
-        #: Refuse in `setup` what does not reach the prompts.
+        #: If True, `setup` raises for settings that do not reach the prompts.
         self.checks_prompts = True
 
     @classmethod
@@ -103,14 +118,14 @@ class OPSDDataModule(LightningDataModule):
             return super().load_from_checkpoint(file, map_location, None, True, **settings)
 
     def setup(self, stage: str) -> None:
-        """Read, verify and tokenize what a stage needs.
+        """Read, verify and tokenize the questions of a stage.
 
         Raises:
-            UserError: A source is missing, or leaves no usable row, or holds an invalid one under ``on_invalid: error``.
-            ConfigError: Something that is set does not reach the prompts.
+            ConfigError: A source is missing or has no usable row, or has an invalid one under ``on_invalid: error``. Or a
+                setting does not reach the prompts.
         """
         if self.trainer is not None and self.trainer.state.fn is not None:
-            watch(self.trainer)  # reading takes long
+            watch_signals(self.trainer)  # reading takes long
         stage = str(getattr(stage, "value", stage))  # the trainer passes a member of an enumeration
         splits = {"fit": ["val", "train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if self.sources[splits[-1]] is None:
@@ -125,18 +140,36 @@ class OPSDDataModule(LightningDataModule):
         limit = self.policy.context_length()
         for split in splits:
             self.rows[split] = self._prepare(split, tokenizer, limit)
-        if stage == "fit" and len(self.rows["train"].examples) < self.batch_size * replica(self.trainer)[1]:
-            raise UserError(
-                f"data.train has {len(self.rows['train'].examples)} usable rows, fewer than the {self.batch_size} questions "
-                f"of one step on {replica(self.trainer)[1]} device(s): lower data.batch_size or give more data"
+        devices = rank_and_world_size(self.trainer)[1]
+        if stage == "fit" and (usable := len(self.rows["train"].examples)) < self.batch_size * devices:
+            raise ConfigError(
+                f"one step on {devices} device(s) takes {self.batch_size * devices} questions, and data.train has only "
+                f"{usable} usable rows",
+                "data.batch_size",
+                "Lower it, or give more data",
             )
 
+    def requirements(self) -> DataRequirements:
+        """Return what the attached module needs. Without one, the needs of `OPSDModule` with its defaults.
+
+        Raises:
+            ConfigError: The module does not declare its needs.
+        """
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if module is None:
+            return DataRequirements()
+        if not isinstance(module, DeclaresData):
+            raise ConfigError(
+                f"{type(module).__name__} does not declare the data that it needs",
+                "model",
+                "Derive it from PolicyModule, or give it a property data_requirements that returns DataRequirements",
+            )
+        return module.data_requirements
+
     def reads_teacher(self, stage: str) -> bool:
-        """Return whether the teacher's prompts are made in a stage."""
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        teacher = getattr(module, "teacher", None)
-        trains = stage == "fit" and (module is None or getattr(teacher, "privileged", False))
-        return trains or self._teacher_is_graded()
+        """Return True if the teacher's prompts are read in a stage."""
+        needs = self.requirements()
+        return needs.graded_teacher or (stage == "fit" and needs.privileged)
 
     def _check_prompts(self, tokenizer: PreTrainedTokenizerBase, stage: str) -> None:
         prompts, reads = self.prompts, self.reads_teacher(stage)
@@ -146,109 +179,118 @@ class OPSDDataModule(LightningDataModule):
             rank_zero_info(f"The chat template asks for the date, and gets {prompts.date} (data.prompts.date)")
         if not opens_answer(tokenizer, prompts, prompts.student_chat_template_kwargs):
             rank_zero_warn(
-                "model.policy.chat_template opens no answer: prompts end where no turn of the assistant has begun"
+                "model.policy.chat_template has no generation prompt: it does not open the assistant's turn at the end of a "
+                "prompt"
             )
         if reads and isinstance(self.context, NoContext) and not is_null_control(tokenizer, prompts):
             rank_zero_warn(
-                "data.context is NoContext, but the roles' prompts differ without a context, too (chat_template_kwargs, "
-                "teacher_response_prefix): the teacher trains the student, and this is no null control"
+                "data.context is NoContext, but the prompts of student and teacher still differ (chat_template_kwargs, "
+                "teacher_response_prefix). The teacher trains the student, so this run is no null control"
             )
 
     def _ready(self, split: str) -> bool:
-        return split in self.rows and (all(self.rows[split].teacher) or not self._teacher_is_graded())
+        return split in self.rows and (all(self.rows[split].teacher) or not self.requirements().graded_teacher)
 
     def _prepare(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> PromptBatch:
-        source = self.sources[split]
-        assert source is not None
+        """Return the usable rows of a split, tokenized, and count the dropped ones."""
+        needs = self.requirements()
+        if split != "train":  # evaluation grades answers
+            needs = DataRequirements(teacher_prompts=False, graded_teacher=needs.graded_teacher)
+        self.limits[split] = self._limits(needs, limit)
+        dropped: Counter[DropReason] = Counter()
         found = self._read(split)
-        dropped: Counter[str] = Counter()
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        reads_context = split == "train" and getattr(module, "needs_traces", True)
-        needs_answer = split != "train" or getattr(module, "needs_answers", True)
-        in_place = split == "train" and getattr(module, "trains_on_traces", False)
-        lengths = [(each, each.context_length() or limit) for each in getattr(module, "teachers", ()) if split == "train"]
-        limits = [(each, length) for each, length in lengths if length is not None]
-        for_teacher = reads_context or self._teacher_is_graded()
-        # Contexts made at each step, and training on the traces themselves, look at them whatever data.context does.
-        online = getattr(module, "context", None) is not None
-        needs_trace = in_place or (reads_context and (online or self.context.needs_traces))
-        others = ("val", "test") if split == "train" else ()
-        held_out = {folded(example.question) for other in others for example in self._questions(other)}
-        valid: list[Example] = []
-        numbers: list[int] = []  # of the valid examples among those found
-        for number, example in enumerate(found):
-            checked, reason = self._verify(example, held_out, needs_trace, needs_answer)
-            if reason:
-                self._drop(split, number, reason, dropped)
-            else:
-                valid.append(checked)
-                numbers.append(number)
-        end = self.prompts.end(tokenizer, self.policy.end_ids(tokenizer)) if in_place else []
+        numbers, valid = self._valid(split, found, needs, dropped)
+        end = self.prompts.end(tokenizer, self.policy.end_ids(tokenizer)) if needs.trace_completions else []
         traces: list[list[int]] = []
         batch = PromptBatch([], [], [], [], traces=traces)
         cut = 0
         self.lengths[split] = []
-        room = f"the model's context of {limit} tokens{self.policy.limit_hint()}"
-        for index, example in enumerate(valid):
+        for index, (number, example) in enumerate(zip(numbers, valid, strict=True)):
             student, teacher = self.prompts.student(tokenizer, example), Prompt()
-            if for_teacher:
+            if needs.teacher_prompts or needs.graded_teacher:
                 context = self.context.text(index, valid)
-                blank = context is not None and not context.strip()
-                if blank and split == "train":
-                    self._drop(split, numbers[index], "data.context gives the teacher an empty text", dropped)
+                if context is not None and not context.strip():
+                    if split != "train":
+                        raise self._blank_context(split, example, valid)
+                    self._drop(split, number, DropReason.EMPTY_CONTEXT, dropped)
                     continue
-                if blank and all(e.trace for e in valid):
-                    problem = f"the teacher gets an empty text at the question {example.question[:60]!r} of data.{split}"
-                    fix = "Fill in what the context is made of, or set model.evaluate_teacher to false"
-                    raise ConfigError(problem, "data.context", fix)
-                if blank:
-                    raise UserError(
-                        f"model.evaluate_teacher is on, but {sum(not e.trace for e in valid)} of {len(valid)} questions of "
-                        f"data.{split} have no trace for the teacher to read: set it to false, name the trace's column "
-                        "(columns.trace), or give a data.context that needs none, such as AnswerContext"
-                    )
                 teacher = self.prompts.teacher(tokenizer, example, context)
             self.lengths[split].append((len(student), len(teacher)))
-            longest = max(len(student), len(teacher))
-            trace = self.prompts.trace(tokenizer, example, end) if in_place else []
-            if limit is not None and longest + self.max_new_tokens > limit:
-                reason = f"prompt and {self.max_new_tokens} new tokens do not fit {room}"
-                self._drop(split, numbers[index], reason, dropped)
-                continue
-            if limit is not None and in_place and len(student) + len(trace) > limit:
-                self._drop(split, numbers[index], f"prompt and trace do not fit {room}", dropped)
-                continue
-            completion = max(module.sampling.max_new_tokens, len(trace)) if limits else 0
-            if reason := _too_long(limits, student, teacher, completion):
-                self._drop(split, numbers[index], reason, dropped)
+            trace = self.prompts.trace(tokenizer, example, end) if needs.trace_completions else None
+            too_long = self.limits[split].exceeded(len(student), len(teacher), None if trace is None else len(trace))
+            if too_long is not None:
+                self._drop(split, number, too_long, dropped)
                 continue
             cut += teacher.trace_was_cut
             batch.student.append(list(student))
             batch.teacher.append(list(teacher))
             batch.examples.append(example)
             batch.counted.append(True)
-            if in_place:
+            if trace is not None:
                 traces.append(trace)
         self.dropped[split], self.traces_cut[split] = dropped, cut
-        reasons = "; ".join(f"{count} left out: {reason}" for reason, count in dropped.items())
+        reasons = "; ".join(f"{count} left out: {text}" for text, count in self.limits[split].texts(dropped).items())
         cuts = f"; {cut} traces cut to data.prompts.max_trace_tokens" if cut else ""
         counts = f"{len(batch.examples)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
-        rank_zero_info(f"data.{split} ({type(source).__name__}): {counts}")
+        rank_zero_info(f"data.{split} ({type(self.sources[split]).__name__}): {counts}")
         if not batch.examples:
-            raise UserError(f"data.{split} has no usable row of {len(found)} ({reasons}); check the source and its columns")
+            problem = f"no usable row of {len(found)} ({reasons})"
+            raise ConfigError(problem, f"data.{split}", "Check the source and its columns")
         return batch
+
+    def _limits(self, needs: DataRequirements, limit: int | None) -> RowLimits:
+        lengths = [(teacher, teacher.context_length() or limit) for teacher in needs.teachers]
+        teachers = [TeacherLimit(each.setting, length, each.privileged) for each, length in lengths if length is not None]
+        return RowLimits(
+            self.max_new_tokens,
+            limit,
+            "" if limit is None else self.policy.limit_hint(),
+            needs.max_new_tokens,
+            tuple(teachers),
+        )
+
+    def _valid(
+        self, split: str, found: Sequence[Example], needs: DataRequirements, dropped: Counter[DropReason]
+    ) -> tuple[list[int], list[Example]]:
+        """Return the numbers of the valid examples in their source, and these examples with their answers filled in."""
+        others = ("val", "test") if split == "train" else ()
+        held_out = {normalize_text(example.question) for other in others for example in self._questions(other)}
+        needs_trace = needs.traces or needs.trace_completions or (needs.teacher_prompts and self.context.needs_traces)
+        numbers: list[int] = []
+        valid: list[Example] = []
+        for number, example in enumerate(found):
+            checked = self._verify(example, held_out, needs_trace, needs.answers)
+            if isinstance(checked, DropReason):
+                self._drop(split, number, checked, dropped)
+            else:
+                numbers.append(number)
+                valid.append(checked)
+        return numbers, valid
+
+    def _blank_context(self, split: str, example: Example, valid: Sequence[Example]) -> ConfigError:
+        """Return the error for a question of an evaluation whose teacher gets an empty text."""
+        if missing := sum(not each.trace for each in valid):
+            return ConfigError(
+                f"{missing} of {len(valid)} questions of data.{split} have no trace for the teacher to read",
+                "model.evaluate_teacher",
+                "Set it to false, name the column of the traces (columns.trace), or give a data.context that needs none, "
+                "such as AnswerContext",
+            )
+        return ConfigError(
+            f"the teacher gets an empty text at the question {example.question[:60]!r} of data.{split}",
+            "data.context",
+            "Fill in the data that the context is made of, or set model.evaluate_teacher to false",
+        )
 
     def _questions(self, split: str) -> list[Example]:
         return self.rows[split].examples if split in self.rows else self._read(split)
 
     def _read(self, split: str) -> list[Example]:
-        """Examples of a split's source. Its refusals name the setting as the command line takes it."""
+        """Return the examples of a split's source. Errors name the source's settings as the command line does."""
         source = self.sources[split]
         try:
             found = [] if source is None else source.examples()
         except ConfigError as error:
-            if error.setting.startswith("data."):
-                raise
             raise ConfigError(error.problem, f"data.{split}.init_args.{error.setting}", error.fix) from error
         for number, example in enumerate(found):
             for name, value in zip(("question", "trace", "answer"), example[:3], strict=True):
@@ -257,45 +299,41 @@ class OPSDDataModule(LightningDataModule):
                     raise ConfigError(problem, f"data.{split}", "Make it a str in the source")
         return found
 
-    def _teacher_is_graded(self) -> bool:
-        """Whether evaluation samples the privileged teacher too, and so needs its prompts."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(getattr(module, "evaluator", None), "teacher", None) is not None
-
-    def _verify(self, example: Example, held_out: set[str], needs_trace: bool, needs_answer: bool) -> tuple[Example, str]:
-        """The example, its answer filled in where the source has none, and why it cannot be used, if so."""
+    def _verify(self, example: Example, held_out: set[str], needs_trace: bool, needs_answer: bool) -> Example | DropReason:
+        """Return the example, with the trace's own answer if it has none, or the reason for dropping it."""
         if not example.question:
-            return example, "empty question"
+            return DropReason.EMPTY_QUESTION
         if not example.trace and needs_trace:
-            return example, "empty trace"
+            return DropReason.EMPTY_TRACE
         if not example.trace and not example.answer and needs_answer:
-            return example, "neither trace nor answer"
-        if folded(example.question) in held_out:
-            return example, "question is also in data.val or data.test"
+            return DropReason.NO_ANSWER
+        if normalize_text(example.question) in held_out:
+            return DropReason.HELD_OUT
         if not example.trace:
-            return example, ""
+            return example
         answer = self.grader.find_answer(example.trace)
         if answer is None:
-            return example, "trace has no final answer (data.grader.answer_pattern finds none)"
+            return DropReason.NO_FINAL_ANSWER
         if not example.answer:
-            return example._replace(answer=answer), ""
-        if not self.grader.equal(answer, example.answer):
-            return example, "trace contradicts the reference answer"
-        return example, ""
+            return example._replace(answer=answer)
+        return example if self.grader.equal(answer, example.answer) else DropReason.WRONG_ANSWER
 
-    def _drop(self, split: str, number: int, reason: str, dropped: Counter[str]) -> None:
+    def _drop(self, split: str, number: int, reason: DropReason, dropped: Counter[DropReason]) -> None:
         if self.on_invalid == "error":
-            raise UserError(f"data.{split}, row {number}: {reason}. Mend it, or set data.on_invalid to drop")
+            problem = f"row {number}: {self.limits[split].text(reason)}"
+            raise ConfigError(problem, f"data.{split}", "Fix the row, or set data.on_invalid to drop")
         dropped[reason] += 1
 
     def _loader(self, split: str) -> EvalLoader:
-        return EvalLoader(self.rows[split], self.eval_batch_size, *replica(self.trainer))
+        return EvalLoader(self.rows[split], self.eval_batch_size, *rank_and_world_size(self.trainer))
 
     def train_dataloader(self) -> TrainLoader:
         limit, same = 1.0, False
         if self.trainer is not None:
             limit, same = self.trainer.limit_train_batches, self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return TrainLoader(self.rows["train"], self.batch_size, self.seed, *replica(self.trainer), limit, not same)
+        return TrainLoader(
+            self.rows["train"], self.batch_size, self.seed, *rank_and_world_size(self.trainer), limit, not same
+        )
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         return self._loader("val") if "val" in self.rows else []
@@ -305,11 +343,3 @@ class OPSDDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> EvalLoader:
         return self._loader("test")
-
-
-def _too_long(limits: list[tuple[Any, int]], student: list[int], teacher: list[int], completion: int) -> str:
-    """Which of some teachers, with their limits in tokens, a row is too long for, if any."""
-    for each, limit in limits:
-        if max(len(student), len(teacher) if each.privileged else 0) + completion > limit:
-            return f"prompt and completion do not fit the context of {each.setting}, {limit} tokens"
-    return ""

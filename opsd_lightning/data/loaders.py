@@ -19,20 +19,21 @@ def _pick(rows: PromptBatch, indices: list[int], counted: list[bool]) -> PromptB
 
 
 class TrainLoader:
-    """Batches of a permutation that (seed, epoch) alone decide; resumes within an epoch.
+    """Loader of training batches, which resumes within an epoch.
 
-    Lightning saves and restores its state, because it has ``state_dict`` and ``load_state_dict``. A last, smaller batch
-    is left out, so that every optimizer step has the same number of questions.
+    The seed and the number of the epoch alone determine the order. Lightning saves and restores the loader's state with
+    ``state_dict`` and ``load_state_dict``. A last, smaller batch is dropped: all optimizer steps have the same number of
+    questions.
 
     Args:
         rows: All training questions.
         batch_size: Questions of a batch on each rank.
         seed: Seed for the order.
-        rank: Place of this rank among those that hold different data.
-        world: Number of those ranks.
-        limit: Batches of an epoch (int), or their share of all (float): the trainer's ``limit_train_batches``, which it also
-            takes from ``overfit_batches``. The epoch ends there for this loader, too. Defaults to 1.0, all.
-        shuffle: Give each epoch an order of its own, instead of the data's. Defaults to true.
+        rank: Index of this rank among the ranks with different data.
+        world: Number of these ranks.
+        limit: The trainer's ``limit_train_batches``: batches of an epoch (int), or a share of all (float). The trainer also
+            sets it from ``overfit_batches``. An epoch of this loader ends there. Defaults to 1.0, all.
+        shuffle: If True, shuffle each epoch differently, otherwise keep the order of the data. Defaults to True.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class TrainLoader:
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
         self.shuffle = shuffle
         self.epoch = 0
-        self.done = 0  # batches of this epoch that were handed out
-        # As Lightning counts them, which stops asking there.
+        self.done = 0  # batches of this epoch that were yielded
+        # Lightning rounds in the same way, and asks for no more batches.
         self._end = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
 
     def __len__(self) -> int:
@@ -66,7 +67,7 @@ class TrainLoader:
         self.epoch, self.done = self.epoch + 1, 0
 
     def _upcoming(self, order: list[int]) -> list[list[int]]:
-        """The student's prompts of the batch after the one just handed out."""
+        """Return the student's prompts of the next batch."""
         place = self.done
         if place >= self._end:
             order, place = self._order(self.epoch + 1), 0
@@ -90,7 +91,10 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every question once, split evenly over the ranks; repeats that fill up the last ranks are not counted."""
+    """Loader of evaluation batches: every question once, split evenly over the ranks.
+
+    The last ranks are filled up with repeated questions, which do not count in the metrics.
+    """
 
     def __init__(self, rows: PromptBatch, batch_size: int, rank: int, world: int) -> None:
         self.rows, self.batch_size = rows, batch_size

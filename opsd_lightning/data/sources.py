@@ -1,4 +1,4 @@
-"""Where questions and their traces come from."""
+"""Sources of questions with traces."""
 
 from __future__ import annotations
 
@@ -12,30 +12,41 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from opsd_lightning.data.tables import FORMATS, Table, first_line, read_table, typed_rows
-from opsd_lightning.types import ConfigError, Example, UserError
+from opsd_lightning.types import ConfigError, Example
 from opsd_lightning.utils.texts import NotTextError, text_of
 
 
 class ExampleSource(ABC):
-    """Yields questions with their traces; whether a trace is right is checked by the data module."""
+    """Base class of sources. The data module checks the traces."""
 
     @abstractmethod
     def examples(self) -> list[Example]:
-        """All examples, in a fixed order. An empty ``answer`` is filled in from the trace's own final answer.
+        """Return all examples, in a fixed order. The data module fills an empty ``answer`` in from the trace.
 
         Raises:
-            UserError: The data are not there or lack a column.
+            ConfigError: The data do not exist or lack a column. Its ``setting`` is an argument of the source, such as
+                ``path``: the data module adds ``data.train.init_args.`` in front.
         """
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the data holds what: text, numbers, dates or truth values, but no lists or objects.
+    """Names of the columns that hold questions, traces and answers.
+
+    Their values are text, numbers, dates or truth values. Lists and objects are errors.
 
     Args:
-        question: The problem.
-        trace: The worked solution. Null where the data have none, which evaluation and some methods do not need.
-        answer: The reference answer. Taken from the end of the trace where null; with both null there is neither.
+        question: Column of the problem.
+        trace: Column of the worked solution. Null if the data have none; evaluation and some methods need none.
+        answer: Column of the reference answer. If null, the answer is found at the end of the trace.
+
+    Example::
+
+        >>> from opsd_lightning import Columns
+        >>> rows = [{"q": "1 + 1?", "proof": "1 + 1 = 2. The answer is 2.", "gold": 2}]
+        >>> (example,) = Columns(question="q", trace="proof", answer="gold").read(rows, "my rows")
+        >>> example.question, example.answer
+        ('1 + 1?', '2')
     """
 
     question: str = "problem"
@@ -43,15 +54,15 @@ class Columns:
     answer: str | None = None
 
     def read(self, rows: Iterable[Mapping[str, Any]], origin: str, places: Iterable[str] | None = None) -> list[Example]:
-        """Make examples of rows.
+        """Make examples from rows.
 
         Args:
-            rows: Values by column. A key that some rows lack is an error where it is one of the three columns.
+            rows: Values by column. Each row needs all three columns.
             origin: Name of the data in messages.
-            places: Where each row stands, such as ``line 12``, for messages. Defaults to the numbers of the rows from 1.
+            places: Place of each row in messages, such as ``line 12``. Defaults to the number of the row, from 1.
 
         Raises:
-            ConfigError: A column is missing or holds something else than text and numbers, or there is no row.
+            ConfigError: There is no row, a column is missing, or a value is neither text nor number.
         """
         rows = list(rows)
         if not rows:
@@ -70,7 +81,7 @@ class Columns:
             for setting, name in names.items():
                 if name not in row:
                     problem = f"{origin}, {place}: no column {name!r}, which other rows have"
-                    raise ConfigError(problem, f"columns.{setting}", "Write null where a row has nothing")
+                    raise ConfigError(problem, f"columns.{setting}", "Write null in rows without a value")
                 texts[setting] = _text(row[name], f"{origin}, {place}: the column {name!r}", f"columns.{setting}")
             examples.append(Example(**texts, columns=row))
         return examples
@@ -80,22 +91,21 @@ def _text(value: Any, holder: str, setting: str) -> str:
     try:
         return (text_of(value) or "").strip()
     except NotTextError as error:
-        raise ConfigError(f"{holder} holds {error}", setting, "Name one that holds text or numbers") from None
+        raise ConfigError(f"{holder} holds {error}", setting, "Name a column of text or numbers") from None
 
 
 class HubSource(ExampleSource):
-    """A Hugging Face dataset, by id or as a folder that ``Dataset.save_to_disk`` wrote.
+    """A Hugging Face dataset: an id on the hub, or a folder written by ``Dataset.save_to_disk``.
 
-    Numbers, dates and truth values are written as text, class labels as their names. CSV and JSON files on the hub get
-    their types from ``datasets``, which reads ``007`` as 7 and ``NA`` as null: where that matters, download them and take
-    `FileSource`.
+    Numbers, dates and truth values become text, and class labels their names. ``datasets`` infers the types of CSV and JSON
+    files on the hub, and reads ``007`` as 7 and ``NA`` as null. To keep such text, download the file and use `FileSource`.
 
     Args:
         path: The dataset's id, or the folder.
-        split: The split, slices such as ``train[:1000]`` included; for a folder only a split's name.
-        name: The dataset's configuration, where it has several.
+        split: The split or a slice of it, such as ``train[:1000]``. For a folder, the name of a split.
+        name: Name of the dataset's configuration, if it has several.
         revision: Branch, tag or commit.
-        columns: Which column holds what.
+        columns: Names of the columns.
     """
 
     def __init__(
@@ -114,16 +124,16 @@ class HubSource(ExampleSource):
 
         folder = Path(self.path).expanduser()
         if folder.is_file():
-            raise ConfigError(f"{self.path} is a file", "path", "Take FileSource to read it")
+            raise ConfigError(f"{self.path} is a file", "path", "Use FileSource to read it")
         try:
             if folder.exists():
                 loaded = self._from_disk(folder)
             else:
                 loaded = load_dataset(self.path, self.name, split=self.split, revision=self.revision)
             rows = typed_rows(loaded)
-        except UserError:
+        except ConfigError:
             raise
-        except Exception as error:  # datasets raises of many kinds: from the hub, from the disk, from its parsers
+        except Exception as error:  # datasets has no base class for its errors
             problem = f"cannot load the dataset {self.path!r}, split {self.split!r} ({first_line(error)})"
             raise ConfigError(problem, "path", "Give a Hugging Face id or a folder written by save_to_disk") from error
         return self.columns.read(rows, f"the dataset {self.path}")
@@ -132,8 +142,8 @@ class HubSource(ExampleSource):
         from datasets import DatasetDict, load_from_disk
 
         if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            problem = f"the folder {self.path} holds no dataset that Dataset.save_to_disk wrote"
-            raise ConfigError(problem, "path", "Give such a folder, a Hugging Face id, or take FileSource for a file in it")
+            problem = f"the folder {self.path} has no dataset of Dataset.save_to_disk"
+            raise ConfigError(problem, "path", "Give such a folder or a Hugging Face id, or use FileSource for a file in it")
         loaded = load_from_disk(str(folder))
         if isinstance(loaded, DatasetDict):
             if self.split not in loaded:
@@ -147,16 +157,26 @@ class HubSource(ExampleSource):
 
 
 class FileSource(ExampleSource):
-    """A JSON Lines, JSON, Parquet or CSV file, told apart by its ending.
+    """A JSON Lines, JSON, Parquet or CSV file.
 
-    The file is read anew each time. Values keep the text that they are written as: numbers their digits, cells of CSV
-    everything (``007``, ``NA``). Text is UTF-8; JSON is a list of objects, or one object per line. A malformed row, and a
-    list or an object in one of the columns, is refused with its line.
+    Values keep their text: numbers keep all digits, and cells of CSV are not interpreted (``007``, ``NA``). Text is UTF-8.
+    JSON is a list of objects, or one object per line. The error for a malformed row, or for a list or an object in one of
+    the columns, gives its line. Each call of `examples` reads the file again.
 
     Args:
-        path: The file: ``.jsonl``, ``.json``, ``.parquet`` or ``.csv``.
-        split: Slice of its rows: ``train`` for all, or such as ``train[:90%]`` and ``train[90%:]``.
-        columns: Which column holds what.
+        path: The file. Its ending gives the format: ``.jsonl``, ``.json``, ``.parquet`` or ``.csv``.
+        split: Slice of its rows: ``train`` for all, or a slice such as ``train[:90%]`` or ``train[90%:]``.
+        columns: Names of the columns.
+
+    Example::
+
+        >>> import json, pathlib, tempfile
+        >>> from opsd_lightning import Columns, FileSource
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "rows.jsonl")
+        ...     _ = path.write_text(json.dumps({"problem": "1 + 1?", "gold": 2}))
+        ...     FileSource(str(path), columns=Columns(trace=None, answer="gold")).examples()[0].answer
+        '2'
     """
 
     def __init__(self, path: str, split: str = "train", columns: Columns = Columns()) -> None:
@@ -171,26 +191,26 @@ class FileSource(ExampleSource):
         try:
             path = Path(self.path).expanduser()
             if path.is_dir():
-                fix = "Name a file in it, or take HubSource for a folder that Dataset.save_to_disk wrote"
+                fix = "Name a file in it, or use HubSource for a folder of Dataset.save_to_disk"
                 raise ConfigError(f"{self.path} is a folder", "path", fix)
             if path.suffix not in FORMATS:
                 problem = f"{self.path} does not end in one of {', '.join(FORMATS)}"
-                raise ConfigError(problem, "path", "Name such a file, with its ending")
+                raise ConfigError(problem, "path", "Name a file with such an ending")
             if not path.is_file():
-                raise ConfigError(f"{self.path} does not exist", "path", "Name a file that does")
+                raise ConfigError(f"{self.path} does not exist", "path", "Name an existing file")
             return read_table(path)
         except (OSError, RuntimeError) as error:  # RuntimeError: no such user's home
             raise ConfigError(f"{self.path} cannot be read ({first_line(error)})", "path", "Name a readable file") from None
 
 
 class ReasoningGymSource(ExampleSource):
-    """A procedural task of the ``reasoning-gym`` package whose metadata carry a worked trace (extra ``gym``).
+    """A procedural task of the ``reasoning-gym`` package with a worked trace in its metadata (extra ``gym``).
 
     Args:
-        task: The task's name, such as ``gsm_symbolic``.
-        size: How many questions to make, at least 1.
-        seed: Of the questions. Give each split its own.
-        trace_key: The entry of the task's metadata that holds the trace.
+        task: Name of the task, such as ``gsm_symbolic``.
+        size: Number of questions, at least 1.
+        seed: Seed for generating the questions. Give each split its own.
+        trace_key: Key of the trace in the task's metadata.
         options: Further settings of the task, by name.
     """
 
@@ -209,21 +229,20 @@ class ReasoningGymSource(ExampleSource):
         try:
             import reasoning_gym
         except ImportError:
-            raise UserError("ReasoningGymSource needs reasoning-gym: pip install 'opsd-lightning[gym]'") from None
+            fix = "Run pip install 'opsd-lightning[gym]'"
+            raise ConfigError("reasoning-gym is not installed", "task", fix) from None
         try:
             dataset = reasoning_gym.create_dataset(self.task, size=self.size, seed=self.seed, **self.options)
         except (ValueError, TypeError, AssertionError) as error:
-            raise UserError(
-                f"the source's task {self.task!r} cannot be made by reasoning-gym ({first_line(error)})"
-            ) from error
+            problem = f"reasoning-gym cannot make the task {self.task!r} ({first_line(error)})"
+            raise ConfigError(problem, "task", "Name a task of reasoning-gym, and give it options that it has") from error
         found = []
         for number, item in enumerate(dataset):
             if self.trace_key not in item["metadata"]:
                 keys = ", ".join(sorted(item["metadata"]))
-                raise UserError(
-                    f"the task {self.task!r} has no trace {self.trace_key!r} in its metadata ({keys}): set the source's "
-                    "trace_key, or choose a task with worked solutions, such as gsm_symbolic"
-                )
+                problem = f"the metadata of the task {self.task!r} have no key {self.trace_key!r}; they have {keys}"
+                fix = "Set it to one of them, or choose a task with worked solutions, such as gsm_symbolic"
+                raise ConfigError(problem, "trace_key", fix)
             holder = f"question {number} of the task {self.task!r}"
             question = _text(item["question"], f"{holder}: its question", "task")
             trace = _text(item["metadata"][self.trace_key], f"{holder}: {self.trace_key!r} of its metadata", "trace_key")
@@ -233,12 +252,20 @@ class ReasoningGymSource(ExampleSource):
 
 
 class WordProblems(ExampleSource):
-    """One-step word problems with small numbers and a one-line worked solution, made on the spot: the quick start's.
+    """Generated one-step word problems with small numbers and a worked solution of one line, as in the quick start.
 
     Args:
-        size: How many distinct questions to make, at least 1.
-        seed: Of the questions. Splits with different seeds still share some: the data module takes those out of training.
-        largest: The largest number in a question or an answer, at least 5.
+        size: Number of distinct questions, at least 1.
+        seed: Seed for generating the questions. Splits with different seeds still share some questions; the data module
+            drops these from training.
+        largest: Largest number in a question or an answer, at least 5.
+
+    Example::
+
+        >>> from opsd_lightning import WordProblems
+        >>> (example,) = WordProblems(size=1).examples()
+        >>> print(example.trace)
+        Ivy has 8 - 5 = 3 cards left, so the answer is 3.
     """
 
     _NAMES = (
@@ -260,8 +287,8 @@ class WordProblems(ExampleSource):
         "Carl",
     )
     _THINGS = ("pens", "books", "apples", "coins", "shells", "cards", "marbles", "stamps", "cookies", "stickers", "buttons")
-    # The worked sentence is in the words that a small chat model itself uses: a teacher then takes it up, where it
-    # answers at once after a bare "14 - 7 = 7".
+    # The trace is in the words of a small chat model, so that a teacher who reads it reasons in the same words. After a bare
+    # "14 - 7 = 7" the teacher answers without any reasoning.
     _KINDS = (
         ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+", "now"),
         ("{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?", "+", "now"),
@@ -273,7 +300,7 @@ class WordProblems(ExampleSource):
 
     def __init__(self, size: PositiveInt = 1000, seed: int = 0, largest: PositiveInt = 20) -> None:
         if largest < 5:
-            raise ValueError(f"WordProblems: largest is {largest}, but must be at least 5")
+            raise ConfigError(f"it is {largest}", "WordProblems.largest", "Set it to 5 or more")
         self.size, self.seed, self.largest = PositiveInt(size), seed, PositiveInt(largest)
 
     def examples(self) -> list[Example]:
@@ -282,7 +309,8 @@ class WordProblems(ExampleSource):
         repeats = 0
         while len(found) < self.size:
             if repeats > 1000:
-                raise UserError(f"WordProblems cannot make {self.size} distinct questions with numbers up to {self.largest}")
+                problem = f"there are no {self.size} distinct questions with numbers up to {self.largest}"
+                raise ConfigError(problem, "size", "Lower it, or raise largest")
             template, sign, end = draw.choice(self._KINDS)
             big = draw.randint(5, self.largest)
             b = draw.randint(2, big - 2)

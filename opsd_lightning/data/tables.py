@@ -13,18 +13,18 @@ from typing import Any, NamedTuple, TextIO
 import numpy
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.texts import Unreadable, Written
+from opsd_lightning.utils.texts import NumberAsWritten, UnreadableValue
 
 #: Longer integers stay text: Python refuses to convert them.
 _INTEGER_DIGITS = 4000
 
 
 class Table(NamedTuple):
-    """Some rows.
+    """Rows of a file or data set.
 
     Args:
         rows: Values by column.
-        places: Where each row stands, such as ``line 12``, for messages.
+        places: Place of each row in messages, such as ``line 12``.
     """
 
     rows: list[dict[str, Any]]
@@ -43,19 +43,21 @@ class Table(NamedTuple):
         try:
             slices = ReadInstruction.from_spec(split).to_absolute({"train": len(self.rows)})
         except ValueError as error:
-            problem = f"{split!r} is no slice of a file's rows ({first_line(error)})"
-            raise ConfigError(problem, "split", "Write train for all rows, or such as train[:90%] or train[100:]") from None
+            problem = f"{split!r} is not a slice of a file's rows ({first_line(error)})"
+            raise ConfigError(
+                problem, "split", "Write train for all rows, or a slice such as train[:90%] or train[100:]"
+            ) from None
         indices = [index for each in slices for index in range(each.from_, each.to)]
         if self.rows and not indices:
-            raise ConfigError(f"{split!r} holds none of the {len(self.rows)} rows", "split", "Widen it")
+            raise ConfigError(f"{split!r} has none of the {len(self.rows)} rows", "split", "Widen it")
         return Table([self.rows[index] for index in indices], [self.places[index] for index in indices])
 
 
 def read_table(path: Path) -> Table:
-    """Read a file as it is now, by the reader that its ending names in `FORMATS`.
+    """Read a file with the reader in `FORMATS` for its ending.
 
     Raises:
-        ConfigError: The file is not of that format, or a row is malformed; the message names its line.
+        ConfigError: The file has another format, or a row is malformed. The message names the row's line.
         OSError: The file cannot be opened.
     """
     try:
@@ -65,7 +67,10 @@ def read_table(path: Path) -> Table:
 
 
 def typed_rows(dataset: Any) -> list[dict[str, Any]]:
-    """Return the rows of a ``datasets.Dataset``: class labels by name, narrow floats with the digits of their own type."""
+    """Return the rows of a ``datasets.Dataset``.
+
+    Class labels become their names, and float16 and float32 values the shortest digits of their type.
+    """
     from datasets import ClassLabel, Value
 
     labels: dict[str, list[str]] = {}
@@ -86,14 +91,14 @@ def typed_rows(dataset: Any) -> list[dict[str, Any]]:
 
 
 def _widened(value: float | None, narrow: type[numpy.floating[Any]]) -> float | None:
-    """Return a number of a narrow type with the digits of that type: 0.1, not 0.10000000149011612."""
+    """Return a float16 or float32 number with the shortest digits of its type: 0.1, not 0.10000000149011612."""
     if value is None or (value.is_integer() and abs(value) < 2**24):
         return value
     return float(str(narrow(value)))
 
 
 def numbered(rows: list[dict[str, Any]]) -> Table:
-    """Return rows that stand in no lines, with their numbers from 1 as their places."""
+    """Return a table whose places are the numbers of the rows, from 1."""
     return Table(rows, [f"row {number} of {len(rows)}" for number in range(1, len(rows) + 1)])
 
 
@@ -119,7 +124,7 @@ def _not_utf8(path: Path) -> ConfigError:
 
 # -- CSV ---------------------------------------------------------------------------------------------------------------
 
-#: Separators that spreadsheets and databases write in the place of commas.
+#: Separators that spreadsheets and databases write instead of commas.
 _SEPARATORS = {";": "semicolons", "\t": "tabs"}
 _SPACED_QUOTE = re.compile(r'\s+"')
 _SPACED_QUOTE_IN_RECORD = re.compile(r'(?:^|,)[^\S\r\n]+"')
@@ -143,15 +148,15 @@ def _csv_table(path: Path, file: TextIO) -> Table:
         if not cells or (len(cells) == 1 != len(header) and not cells[0].strip()):
             continue  # a blank line
         if any(_SPACED_QUOTE.match(cell) for cell in cells) and _holds_spaced_quote(text):
-            raise _malformed(path, place, "a space stands before a double quote", "Remove the space before the quote")
+            raise _malformed(path, place, "a space before a double quote", "Remove the space before the quote")
         if not header:
             header, top = cells, place
             named = len(header)
-            while named > 1 and not header[named - 1].strip():  # spreadsheets leave empty columns at the end
+            while named > 1 and not header[named - 1].strip():  # spreadsheets write empty columns at the end
                 named -= 1
             header = header[:named] + [""] * (len(header) - named)
             for index, name in enumerate(header[:named]):
-                if index and not name:  # the first may be empty: pandas writes its index so
+                if index and not name:  # pandas writes its index as a first column without a name
                     raise _malformed(path, place, f"column {index + 1} has no name", "Give each column a name of its own")
                 if header.index(name) < index:
                     raise _malformed(path, place, f"two columns are called {name!r}", "Give each column a name of its own")
@@ -168,15 +173,18 @@ def _csv_table(path: Path, file: TextIO) -> Table:
 
 
 def _holds_spaced_quote(record: str) -> bool:
-    """Return whether a cell of a record begins with white space before a quote, which then is no quote but text."""
+    """Return True if a cell of a record begins with white space before a quote.
+
+    The csv module then reads the quote as text.
+    """
     return _SPACED_QUOTE_IN_RECORD.search(_QUOTED.sub(r"\1", record)) is not None
 
 
 def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str], str]]:
-    """Yield all records, each with the line at which it begins and its text.
+    """Yield all records: the line at which a record begins, its cells and its text.
 
     Raises:
-        ConfigError: A record is malformed, or the first one separates columns by something else than commas.
+        ConfigError: A record is malformed, or the first one has another separator than commas.
     """
     lines: list[str] = []
 
@@ -201,7 +209,7 @@ def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str], str]]:
             return
         except csv.Error as error:
             place = f"line {line}" if reader.line_num <= line else f"lines {line} to {reader.line_num}"
-            fix = 'Close every double quote, and write one inside a quoted cell twice ("")'
+            fix = 'Close every double quote, and double those inside a quoted cell ("")'
             raise _malformed(path, place, str(error), fix) from None
         yield f"line {line}", cells, "".join(lines)
         line = reader.line_num + 1
@@ -211,7 +219,7 @@ def _records(path: Path, file: TextIO) -> Iterator[tuple[str, list[str], str]]:
 
 
 class _Repeated:
-    """Takes the place of a value whose key an object has twice."""
+    """Placeholder for the value of a key that an object has twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -225,11 +233,11 @@ def _integer(text: str) -> int | str:
     return int(text) if len(text) < _INTEGER_DIGITS and text != "-0" else text
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=Written)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=NumberAsWritten)
 
 
 def _read_json(path: Path) -> Table:
-    """Read one object per line, or one list of objects."""
+    """Read a file with one object per line, or with one list of objects."""
     table = Table([], [])
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -255,12 +263,12 @@ def _decode(path: Path, text: str, line: int) -> Any:
         place = f"line {line + error.lineno - 1}"
         raise _malformed(path, place, f"no JSON at character {error.colno} ({error.msg})", fix) from None
     except RecursionError:
-        raise _malformed(path, f"line {line}", "too many lists or objects inside each other", fix) from None
+        raise _malformed(path, f"line {line}", "lists or objects are nested too deeply", fix) from None
 
 
 def _check_object(path: Path, value: Any, place: str) -> None:
     if not isinstance(value, dict):
-        raise _malformed(path, place, "no object with columns as its keys", 'Write rows such as {"problem": "1 + 1?"}')
+        raise _malformed(path, place, "not an object with column names as keys", 'Write rows such as {"problem": "1 + 1?"}')
     if repeated := [key for key, each in value.items() if isinstance(each, _Repeated)]:
         raise _malformed(path, place, f"{', '.join(map(repr, repeated))} given twice", "Give each key once")
 
@@ -271,21 +279,21 @@ def _check_object(path: Path, value: Any, place: str) -> None:
 def _read_parquet(path: Path) -> Table:
     from pyarrow.parquet import ParquetFile
 
-    with path.open("rb") as file:  # an open file: pyarrow reads more out of a path, such as partitions
+    with path.open("rb") as file:  # from a path, pyarrow would also read partitions
         try:
             table = ParquetFile(file).read()
             if repeated := [name for name, count in Counter(table.column_names).items() if count > 1]:
-                raise ValueError(f"the column {repeated[0]!r} is there twice")
+                raise ValueError(f"two columns are called {repeated[0]!r}")
             labels = _class_labels(table.schema)
             columns = [_values(table[name], labels.get(name)) for name in table.column_names]
-        except Exception as error:  # pyarrow raises of many kinds
+        except Exception as error:  # pyarrow has no base class for its errors
             problem = f"{path} cannot be read as Parquet ({first_line(error)})"
             raise ConfigError(problem, "path", "Write the file again, or as JSON Lines") from error
     return numbered([dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)])
 
 
 def _class_labels(schema: Any) -> dict[str, list[str]]:
-    """Return the names of class labels by column, which `datasets` keeps beside the schema."""
+    """Return the names of class labels by column, which `datasets` stores in the metadata of the schema."""
     kept = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = (kept.get("info") or {}).get("features") or {}
     return {
@@ -296,7 +304,7 @@ def _class_labels(schema: Any) -> dict[str, list[str]]:
 
 
 def _values(column: Any, labels: list[str] | None) -> list[Any]:
-    """Return the values of a column of any type; those that Python cannot hold as `Unreadable`, for who reads them."""
+    """Return the values of a column of any type. Values that Python cannot represent become `Unreadable`."""
     from pyarrow import types
 
     kind = column.type
@@ -304,12 +312,13 @@ def _values(column: Any, labels: list[str] | None) -> list[Any]:
         if types.is_dictionary(kind):
             column = column.cast(kind.value_type)
         values = column.to_pylist()
-    except Exception:  # pyarrow raises of many kinds
+    except Exception:  # pyarrow has no base class for its errors
         return [_value(each) for each in column]
     if labels and types.is_integer(column.type):
         known = dict(enumerate(labels))
         return [
-            known.get(value, Unreadable(f"label {value}")) if value is not None and value >= 0 else None for value in values
+            known.get(value, UnreadableValue(f"label {value}")) if value is not None and value >= 0 else None
+            for value in values
         ]
     if types.is_float16(column.type) or types.is_float32(column.type):
         return [_widened(value, numpy.dtype(column.type.to_pandas_dtype()).type) for value in values]
@@ -320,7 +329,7 @@ def _value(cell: Any) -> Any:
     try:
         return cell.as_py()
     except Exception:  # see `_values`
-        return Unreadable(str(cell.type))
+        return UnreadableValue(str(cell.type))
 
 
 #: Readers by a file's ending.

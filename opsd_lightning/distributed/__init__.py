@@ -1,1 +1,1 @@
-"""Strategies and communication between ranks."""
+"""The FSDP2 strategy, checks of the strategy, and communication between ranks."""

@@ -1,4 +1,4 @@
-"""Strategies and precisions that a training step supports."""
+"""Checks that the trainer's strategy and precision support a training step."""
 
 from __future__ import annotations
 
@@ -9,61 +9,70 @@ from lightning.pytorch.strategies import FSDPStrategy, Strategy, StrategyRegistr
 
 from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
 from opsd_lightning.models.precision import precision_problem
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.types import ConfigError
+
+_SETTING = "trainer.strategy"
 
 
-def check_name(strategy: str) -> None:
-    """Refuse a name that no strategy has.
+def check_strategy_name(name: str) -> None:
+    """Refuse a strategy name that is not registered.
 
     Raises:
-        ConfigError: With the nearest names that are supported.
+        ConfigError: The name is not registered. The error names the most similar supported strategies.
     """
-    names = StrategyRegistry.available_strategies()
-    if strategy not in ("auto", *names):
-        supported = ["auto", *(name for name in names if refusal(name) is None)]
-        near = difflib.get_close_matches(strategy, supported, n=3) or ["ddp", "fsdp2"]
-        raise ConfigError(f"there is no strategy {strategy}", "trainer.strategy", f"Choose {' or '.join(near)}")
+    registered = StrategyRegistry.available_strategies()
+    if name not in ("auto", *registered):
+        supported = ["auto", *(other for other in registered if strategy_problem(other) is None)]
+        similar = difflib.get_close_matches(name, supported, n=3) or ["ddp", "fsdp2"]
+        raise ConfigError(f"there is no strategy {name}", _SETTING, f"Use {' or '.join(similar)}")
 
 
-def refusal(strategy: str) -> str | None:
-    """The reason why a strategy, by its registered name or its class, is not supported; None where it is."""
+def strategy_problem(strategy: str) -> ConfigError | None:
+    """Return an error if a strategy is not supported, else None.
+
+    Args:
+        strategy: Registered name or class name.
+    """
     name = strategy.rpartition(".")[2].lower()
     if name.startswith(("fsdp2", "ddp", "single", "auto")):
         return None
     if name.startswith("fsdp"):
-        return (
-            f"trainer.strategy is {strategy} (FSDP1), under which a step would be wrong: it frees the head and embeddings "
-            "after the first of a step's backward passes, and the later ones would compute without them. Use fsdp2"
+        return ConfigError(
+            f"{strategy} (FSDP1) frees the head and the embeddings after the first backward pass of a step, and the later "
+            "passes would compute without them",
+            _SETTING,
+            "Use fsdp2",
         )
     if name.startswith("deepspeed"):
-        return (
-            f"trainer.strategy is {strategy}: DeepSpeed takes every backward pass under Lightning for an optimizer "
-            "step's last, and a step here makes several (model.token_budget). Use fsdp2, which shards parameters, "
-            "gradients and optimizer state as well"
+        return ConfigError(
+            f"under {strategy}, Lightning ends the optimizer step after every backward pass, and a step makes several of "
+            "them (model.token_budget)",
+            _SETTING,
+            "Use fsdp2, which shards parameters, gradients and optimizer state as well",
         )
     if name.startswith("modelparallel"):
-        return f"trainer.strategy is {strategy}, which leaves the sharding to the module: use fsdp2, which does it"
+        return ConfigError(f"{strategy} does not shard the model itself", _SETTING, "Use fsdp2")
     return None
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse what the training step is not right under.
+    """Refuse a strategy under which a training step would be wrong.
 
     Raises:
-        UserError: With the reason and what to use instead.
+        ConfigError: The strategy is not supported.
     """
     if isinstance(strategy, FSDP2Strategy):
         return
     name = "FSDPStrategy" if isinstance(strategy, FSDPStrategy) else type(strategy).__name__
-    if (reason := refusal(name)) is not None:
-        raise UserError(reason)
+    if (problem := strategy_problem(name)) is not None:
+        raise problem
 
 
 def check_precision(plugin: Precision) -> None:
-    """Refuse precisions that a training step is not right in.
+    """Refuse a precision under which a training step would be wrong.
 
     Raises:
-        ConfigError: With the precision to take instead.
+        ConfigError: The precision is not supported.
     """
     if isinstance(plugin, BitsandbytesPrecision):
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""What the trainer's strategy may be, and FSDP2 under a name of its own.
+"""The FSDP2 strategy: sharding of the policy, and its checkpoints.
 
-The training step makes several forward and backward passes inside one call, the teacher's with the adapter off, and calls
-the network below its head. Plain data parallelism (``ddp``) does not mind. FSDP2 shards parameter by parameter and lets all
-of this pass through its hooks. FSDP1 and DeepSpeed do not (see `check_strategy`).
+One training step makes several forward and backward passes, switches the adapter off for the teacher, and calls the decoder
+without its head. FSDP2 shards each parameter by itself and supports all of this through its hooks. FSDP1 and DeepSpeed do
+not (see `opsd_lightning.distributed.checks`).
 """
 
 from __future__ import annotations
@@ -30,58 +30,66 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opsd_lightning.checkpoints.file import check_written, is_remote, load_file, local_path, restoring
-from opsd_lightning.checkpoints.io import check_weights_only, explained, read_adapters, recover, replacing, temporary_name
-from opsd_lightning.checkpoints.shards import META, is_shards, read_shards, write_rest, write_shards
-from opsd_lightning.distributed.tensor_parallel import plan_of, split
+from opsd_lightning.checkpoints.file import check_written, load_file, local_path, wrap_restore_errors
+from opsd_lightning.checkpoints.io import (
+    check_weights_only,
+    read_adapters,
+    recover,
+    replace_checkpoint,
+    temporary_name,
+    wrap_write_errors,
+)
+from opsd_lightning.checkpoints.shards import META, is_shards, read_shards, write_meta, write_shards
 from opsd_lightning.models.policy import base_of, below_head, is_adapter_key
-from opsd_lightning.models.sharding import _sharded_modules, whole
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.models.sharding import fsdp_modules, full_tensor
+from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.files import is_remote
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Fully sharded data parallelism (torch's FSDP2): every decoder layer's weights, gradients and optimizer state are
-    spread over all devices, and gathered a layer at a time when they are needed.
+    """Fully sharded data parallelism (torch's FSDP2) over all devices.
 
-    ``trainer.strategy: fsdp2`` takes the defaults. Embeddings and head stay gathered from a pass's forward to its backward.
+    The weights, gradients and optimizer state of each decoder layer are sharded over the devices, and a layer is gathered
+    only while it computes. The embeddings and the head stay gathered from the forward pass to the end of its backward pass.
+    ``trainer.strategy: fsdp2`` uses the defaults.
 
     Args:
-        tensor_parallel_size: Devices that split every layer's products among them; they work on the same questions. Divides
-            the number of devices, and should be at most those of one node.
-        cpu_offload: Keep the shards in the host's memory between uses: less device memory, much slower.
-        save_distributed_checkpoint: Write each rank's shards of a checkpoint to a folder, for `fsdp2` runs on any number of
-            devices, instead of one file, which every strategy reads. Either holds the adapters alone.
-        process_group_backend: ``nccl``, ``gloo``, ...; torch's choice for the device unless given.
-        timeout_seconds: How long a rank waits for the others before it gives up, at least 1.
+        cpu_offload: If True, keep the shards in host memory while they are not in use. Saves device memory and is much
+            slower.
+        save_distributed_checkpoint: If True, write a checkpoint as a folder with the shards of each rank, which FSDP2 runs
+            on any number of devices can load. If False, write one file, which every strategy can load. Both contain the
+            adapters only.
+        process_group_backend: Backend of ``torch.distributed``, such as ``nccl`` or ``gloo``. Defaults to torch's choice for
+            the device.
+        timeout_seconds: Seconds, at least 1, after which a collective operation fails.
+
+    Example::
+
+        >>> from opsd_lightning import FSDP2Strategy
+        >>> strategy = FSDP2Strategy(cpu_offload=True, timeout_seconds=600)
+        >>> strategy.cpu_offload
+        True
     """
 
     def __init__(
         self,
-        tensor_parallel_size: PositiveInt = 1,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout_seconds: PositiveInt = 1800,
     ) -> None:
         if process_group_backend is None and cpu_offload and torch.cuda.is_available():
-            process_group_backend = "cuda:nccl,cpu:gloo"  # the norm of gradients that lie on the host is summed there
+            process_group_backend = "cuda:nccl,cpu:gloo"  # offloaded gradients are reduced on the CPU
         super().__init__(
-            "auto",
-            PositiveInt(tensor_parallel_size),
-            save_distributed_checkpoint,
-            process_group_backend,
-            timedelta(seconds=PositiveInt(timeout_seconds)),
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=PositiveInt(timeout_seconds)),
         )
-        if cpu_offload and tensor_parallel_size > 1:
-            raise UserError("trainer.strategy.tensor_parallel_size does not go with cpu_offload: leave out one of them")
-        self.tensor_parallel_size = PositiveInt(tensor_parallel_size)
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
-        size, world = self.tensor_parallel_size, self.num_nodes * self.num_processes
-        if world % size:
-            raise UserError(f"trainer.strategy.tensor_parallel_size is {size}, which does not divide the {world} devices")
-        self._data_parallel_size = world // size
+        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of nodes
         super().setup_environment()
 
     def model_to_device(self) -> None:
@@ -89,7 +97,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.lightning_module is not None
-        for module in self.lightning_module.modules():  # weights stay on the host
+        for module in self.lightning_module.modules():  # parameters stay in host memory
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.root_device)
         for metric in self.lightning_module.children():
@@ -99,28 +107,29 @@ class FSDP2Strategy(ModelParallelStrategy):
     # -- the model ---------------------------------------------------------------------------------------------------
 
     def shard(self, model: PeftModel) -> None:
-        """Shard a freshly built policy in place.
+        """Shard a newly built policy in place.
 
         Raises:
-            UserError: Its decoder layers cannot be found, or not be split, or it has no adapter.
+            ConfigError: The model has no adapter, does not name its decoder layers, or has 8-bit weights.
         """
         if not isinstance(model, PeftModel):
-            raise UserError(
-                "trainer.strategy fsdp2 shards a policy with an adapter, and model.policy.lora is null (full fine-tuning): "
-                "use ddp or one device, or set model.policy.lora"
+            raise ConfigError(
+                "fsdp2 needs an adapter, and model.policy.lora is null (full fine-tuning)",
+                "trainer.strategy",
+                "Use ddp or one device, or set model.policy.lora",
             )
         base = base_of(model)
         kinds = set(base._no_split_modules or ())
         layers = [module for module in base.modules() if type(module).__name__ in kinds]
         if not layers:
-            raise UserError(
-                f"trainer.strategy is fsdp2, but {type(base).__name__} does not say which of its modules are decoder layers "
-                "(_no_split_modules): use ddp"
+            raise ConfigError(
+                f"fsdp2 cannot find the decoder layers of {type(base).__name__}, which has no _no_split_modules",
+                "trainer.strategy",
+                "Use ddp",
             )
-        plan = plan_of(model, self.tensor_parallel_size) if self.tensor_parallel_size > 1 else None
-        _plain_quantized_weights(base)
+        _unwrap_quantized_weights(base)
         for name, parameter in model.named_parameters():
-            if is_adapter_key(name):  # drawn at random on every rank
+            if is_adapter_key(name):  # initialized at random on every rank
                 with torch.no_grad():
                     start = parameter.to(self.root_device)
                     dist.broadcast(start, src=0)
@@ -128,21 +137,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
         mesh = self.device_mesh["data_parallel"]
         for layer in layers:
-            if plan is not None:
-                split(layer, plan, self.device_mesh["tensor_parallel"])
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=offload)
-        if plan is not None:
-            split(base, plan, self.device_mesh["tensor_parallel"])
-        # The root holds the embeddings and the head, which is called on its own after a pass: they stay gathered till then.
-        # A PeftModel as the root would break `generate`, which runs the model below it.
+        # The root unit holds the embeddings and the head. They stay gathered after the forward pass because the head is
+        # called separately. The root is the base model and not the PeftModel, because `generate` runs the base model.
         fully_shard(base, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
         base.hidden_states = MethodType(_hidden_states, base)
         register_fsdp_forward_method(base, "hidden_states")
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Inside, backward passes add to the ranks' own gradients, without summing them over ranks."""
-        modules = _sharded_modules(self.model)
+        """Accumulate local gradients in backward passes inside the context, without reducing them over ranks."""
+        modules = fsdp_modules(self.model)
         for module in modules:
             module.set_requires_gradient_sync(False, recurse=False)
         try:
@@ -160,7 +165,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
-        return state if self._save_distributed_checkpoint else {key: whole(value) for key, value in state.items()}
+        return state if self._save_distributed_checkpoint else {key: full_tensor(value) for key, value in state.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         optimizer = getattr(optimizer, "_optimizer", optimizer)
@@ -169,7 +174,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return get_optimizer_state_dict(self.model, optimizer)
         state: dict[str, Any] = optimizer.state_dict()
         state["state"] = {
-            index: {name: whole(value) for name, value in values.items()} for index, values in state["state"].items()
+            index: {name: full_tensor(value) for name, value in values.items()} for index, values in state["state"].items()
         }
         return state
 
@@ -179,9 +184,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             Strategy.save_checkpoint(self, checkpoint, name, storage_options)
             return
         if is_remote(name):
-            problem = f"shards are written to local or shared folders, and {name} is remote"
             raise ConfigError(
-                problem, "a ModelCheckpoint's dirpath", "Choose a folder, or leave out save_distributed_checkpoint"
+                f"{name} is remote, and sharded checkpoints are written to local or shared folders only",
+                "trainer.callbacks.dirpath",
+                "Choose a local or shared folder, or set save_distributed_checkpoint to false",
             )
         path = Path(name)
         optimizers = checkpoint.pop("optimizer_states", [])
@@ -190,15 +196,17 @@ class FSDP2Strategy(ModelParallelStrategy):
             error: Exception | None = None
             if self.is_global_zero:
                 try:
-                    stack.enter_context(replacing(path, folder=True))
+                    stack.enter_context(replace_checkpoint(path, folder=True))
                 except Exception as caught:
                     error = caught
             if not self.broadcast(error is None):
-                raise error or ConfigError(f"rank 0 could not begin {path}", "trainer.callbacks", "See its message")
-            with explained(path):
+                raise error or ConfigError(
+                    f"rank 0 could not create {path}", "trainer.callbacks", "See the message of rank 0"
+                )
+            with wrap_write_errors(path):
                 write_shards(state, temporary_name(path))
                 if self.is_global_zero:
-                    write_rest(checkpoint, temporary_name(path))
+                    write_meta(checkpoint, temporary_name(path))
                     check_written(temporary_name(path) / META, checkpoint)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -210,19 +218,24 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not path.is_dir():
             return Strategy.load_checkpoint(self, path, True)
         if not is_shards(path):
-            raise UserError(f"ckpt_path: {path} is a folder, but no checkpoint of save_distributed_checkpoint")
+            raise ConfigError(
+                f"{path} is a folder, but not a sharded checkpoint",
+                "ckpt_path",
+                "Give a checkpoint file, or a folder that save_distributed_checkpoint wrote",
+            )
         checkpoint = load_file(path / META, weights=read_adapters(path))
-        # Lightning calls this as well, but after the optimizers: what does not fit is refused before their shards are read.
+        # Lightning calls this hook too, but only after the optimizers are loaded. Called here, it refuses a checkpoint of
+        # another run before the optimizers' shards are read.
         assert self.lightning_module is not None
         self.lightning_module.on_load_checkpoint(checkpoint)
-        if "optimizer_states" in checkpoint:  # they are not wanted
+        if "optimizer_states" in checkpoint:  # the hook has replaced them: the run starts with new optimizers
             return checkpoint
-        # Optimizers are loaded in place; `load_optimizer_state_dict` then finds nothing left to do.
+        # Optimizers are loaded in place here, so `load_optimizer_state_dict` skips them.
         for i, optimizer in enumerate(self.optimizers):
             assert self.model is not None
             state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
             read_shards(state, path)
-            with restoring(path):
+            with wrap_restore_errors(path):
                 set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
         checkpoint["optimizer_states"] = [None] * len(self.optimizers)
         return checkpoint
@@ -231,7 +244,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         with torch.no_grad():
             for key, ours in self.lightning_module.state_dict().items():
-                ours.copy_(_like(checkpoint["state_dict"][key], ours))
+                ours.copy_(_shard_like(checkpoint["state_dict"][key], ours))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
@@ -240,7 +253,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             sharded = {
                 index: {
-                    name: _like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+                    name: _shard_like(value, parameter)
+                    if isinstance(value, Tensor) and value.shape == parameter.shape
+                    else value
                     for name, value in state["state"][index].items()
                 }
                 for index, parameter in enumerate(parameters)
@@ -249,29 +264,32 @@ class FSDP2Strategy(ModelParallelStrategy):
             optimizer.load_state_dict({"state": sharded, "param_groups": state["param_groups"]})
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: base and adapters sharded over all devices")
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: base model and adapters sharded over all devices")
 
 
 def _hidden_states(base: Any, **inputs: Any) -> Tensor:
     return below_head(base)(**inputs).last_hidden_state
 
 
-def _like(value: Tensor, ours: Tensor) -> Tensor:
-    """A whole tensor, sharded as another is."""
-    if not isinstance(ours, DTensor):
+def _shard_like(value: Tensor, reference: Tensor) -> Tensor:
+    """Shard a full tensor as a reference tensor is sharded. Return it as it is if the reference is not sharded."""
+    if not isinstance(reference, DTensor):
         return value
-    return distribute_tensor(value.to(ours.device), ours.device_mesh, ours.placements)
+    return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
 
 
-def _plain_quantized_weights(base: nn.Module) -> None:
-    """4-bit weights as plain parameters, which FSDP2 can shard; their layers keep how to read them, and put them back
-    together at each pass (bitsandbytes does so for FSDP)."""
+def _unwrap_quantized_weights(base: nn.Module) -> None:
+    """Replace 4-bit weights by plain parameters, which FSDP2 can shard.
+
+    The layers keep the quantization state, from which bitsandbytes restores the 4-bit weights in each forward pass.
+    """
     for module in base.modules():
         weight = module._parameters.get("weight")
         if type(weight).__name__ == "Int8Params":
-            raise UserError(
-                "model.policy.quantization has load_in_8bit, whose weights trainer.strategy fsdp2 cannot shard: use "
-                "load_in_4bit, or ddp"
+            raise ConfigError(
+                "fsdp2 cannot shard 8-bit weights",
+                "model.policy.quantization.load_in_8bit",
+                "Use load_in_4bit, or set trainer.strategy to ddp",
             )
         if weight is not None and type(weight).__name__ == "Params4bit":
             module.quant_state = weight.quant_state  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from opsd_lightning.utils.fast_imports import fast_imports
-from opsd_lightning.utils.terminal import Arguments, say
+from opsd_lightning.utils.terminal import SafeArgumentParser, say
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 1 if something needs a fix, with status 2 if the command's own arguments are wrong.
     """
-    parser = Arguments(
+    parser = SafeArgumentParser(
         prog="opsd doctor",
         description="Check data, prompts and settings before training.",
         epilog="All other arguments are those of `opsd fit`, such as --config or a single setting. Nothing is trained. "

@@ -11,51 +11,43 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.doctor.findings import Finding, at_share, histogram, percent
 from opsd_lightning.losses.objectives import Objective
 from opsd_lightning.methods.trainer_checks import late_validations, trainer_problems
 from opsd_lightning.types import Example, Sampling, UserError
-from opsd_lightning.utils.texts import folded
+from opsd_lightning.utils.texts import normalize_text
 
 #: How many traces are tokenized at most, for an estimate of completions.
 TRACES = 1000
 
-# By how a reason for leaving a row out begins: which setting it hangs on, and what to do.
-_REMEDIES: tuple[tuple[str, str, str], ...] = (
-    ("empty question", "data.{split}.init_args.columns.question", "name the column that holds the problem"),
-    (
-        "empty trace",
+# Setting and fix for each reason for dropping a row. Rows that are too long: see `_to_fit`.
+_REMEDIES: dict[DropReason, tuple[str, str]] = {
+    DropReason.EMPTY_QUESTION: ("data.{split}.init_args.columns.question", "name the column that holds the problem"),
+    DropReason.EMPTY_TRACE: (
         "data.{split}.init_args.columns.trace",
-        "name the column that holds the worked solution, or mend the rows",
+        "name the column that holds the worked solution, or fix the rows",
     ),
-    (
-        "data.context gives",
-        "data.context",
-        "name a column that is filled, or leave these rows out",
-    ),
-    (
-        "neither trace nor answer",
+    DropReason.EMPTY_CONTEXT: ("data.context", "name a column that is filled, or leave these rows out"),
+    DropReason.NO_ANSWER: (
         "data.{split}.init_args.columns.answer",
         "name the column of the reference answer, or that of the trace",
     ),
-    (
-        "trace has no final answer",
+    DropReason.NO_FINAL_ANSWER: (
         "data.grader.answer_pattern",
         'end the traces with \\boxed{} or "The answer is ...", or give a pattern that finds the answer as they write it',
     ),
-    (
-        "trace contradicts the reference answer",
+    DropReason.WRONG_ANSWER: (
         "data.{split}.init_args.columns.answer",
         "check that it is the answer's column; wrong traces teach wrong steps, so let the rest go",
     ),
-    ("question is also in", "", ""),
-    (
-        "prompt and trace do not fit",
+    DropReason.HELD_OUT: ("", ""),
+    DropReason.TRACE_TOO_LONG: (
         "data.train",
         "leave out the longest traces, or take a model with a longer context: traces that are trained on are not cut",
     ),
-)
+}
+_TOO_LONG = {DropReason.PROMPT_TOO_LONG, DropReason.TEACHER_TOO_LONG}
 
 
 class Room(NamedTuple):
@@ -79,13 +71,13 @@ Rooms = Mapping[str, Sequence[Room]]
 
 def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
     """Rows of a split: how many there are, are kept, and were left out by reason."""
-    kept = [folded(e.question) for e in data.rows[split].examples] if split in data.rows else []
-    dropped = data.dropped.get(split, Counter())
+    kept = [normalize_text(e.question) for e in data.rows[split].examples] if split in data.rows else []
+    dropped: Counter[DropReason] = data.dropped.get(split, Counter())
     repeats = sum(count - 1 for count in Counter(kept).values())
     return {
         "rows": len(kept) + sum(dropped.values()),
         "kept": len(kept),
-        "left_out": dict(dropped),
+        "left_out": data.limits[split].texts(dropped) if dropped else {},
         "repeated_questions": repeats,
         "traces_cut": data.traces_cut.get(split, 0),
     }
@@ -105,16 +97,16 @@ def data_findings(
         overhead: Tokens of the teacher's prompt beside the student's and the context.
     """
     total = facts["rows"]
-    for reason, count in facts["left_out"].items():
-        if "not fit" in reason and split == "train" and not refuses:
+    for reason, count in data.dropped.get(split, Counter()).items():
+        if reason in _TOO_LONG and split == "train" and not refuses:
             continue  # see `length_findings`
-        found = [(setting, fix) for start, setting, fix in _REMEDIES if reason.startswith(start)]
-        setting, fix = found[0] if found else _to_fit(data, split, rooms, overhead)
-        overlap = reason.startswith("question is also in")
+        setting, fix = _REMEDIES[reason] if reason in _REMEDIES else _to_fit(data, split, rooms, overhead)
+        overlap = reason is DropReason.HELD_OUT
         level: Any = "note" if count <= total / 100 or overlap else "warning" if count <= total / 2 else "error"
         if refuses:
-            level, fix = "error", f"mend these rows ({fix}), or set data.on_invalid to drop"
-        text = f"{count} of {total} rows of data.{split} ({percent(count, total)}) are left out: {reason}"
+            level, fix = "error", f"fix these rows ({fix}), or set data.on_invalid to drop"
+        share = f"{count} of {total} rows of data.{split} ({percent(count, total)})"
+        text = f"{share} are left out: {data.limits[split].text(reason)}"
         yield Finding(level, "data", text, setting.format(split=split), fix)
     repeats, kept = facts["repeated_questions"], facts["kept"]
     if repeats:
@@ -133,10 +125,10 @@ def overlap_findings(data: OPSDDataModule) -> Iterator[Finding]:
     if data.sources["val"] is None or data.sources["test"] is None or "val" not in data.rows:
         return
     try:
-        tested = {folded(example.question) for example in data.sources["test"].examples()}
+        tested = {normalize_text(example.question) for example in data.sources["test"].examples()}
     except UserError:  # already found where the training questions were compared with them
         return
-    shared = sum(folded(example.question) in tested for example in data.rows["val"].examples)
+    shared = sum(normalize_text(example.question) in tested for example in data.rows["val"].examples)
     if shared:
         total = len(data.rows["val"].examples)
         text = f"{shared} of {total} questions of data.val ({percent(shared, total)}) are also in data.test"
@@ -188,11 +180,8 @@ def length_findings(
         sampled: Whether completions are sampled at all.
     """
     total = len(data.lengths.get("train", []))
-    unfit = sum(
-        count
-        for reason, count in data.dropped.get("train", {}).items()
-        if "not fit" in reason and not reason.startswith("prompt and trace")
-    )
+    dropped = data.dropped.get("train", Counter())
+    unfit = sum(dropped[reason] for reason in _TOO_LONG)
     if unfit:
         text = f"{unfit} of {total} training prompts ({percent(unfit, total)}) do not fit with their completions"
         level: Any = "note" if unfit <= total / 100 else "warning" if unfit <= total / 2 else "error"
@@ -266,7 +255,7 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
         trainer: As configured.
         usable: Training rows.
     """
-    batches = usable // (data.batch_size * replica(trainer)[1])
+    batches = usable // (data.batch_size * trainer.world_size)
     updates = module.updates_per_batch
     evaluation = module.evaluator.sampling
     validates = data.sources["val"] is not None

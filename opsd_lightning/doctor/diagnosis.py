@@ -62,13 +62,15 @@ from opsd_lightning.doctor.prompt_checks import (
 )
 from opsd_lightning.doctor.trial import TRIAL_TOKENS, measured_memory, run_trials, time_facts
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy, eos_ids
 from opsd_lightning.models.precision import check_dtypes
 from opsd_lightning.prompts.template_checks import rendering_problems
-from opsd_lightning.rollouts.self_checks import agreement, samples_here
+from opsd_lightning.rollouts.base import LocalEngine
+from opsd_lightning.rollouts.self_checks import agreement
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, Teacher, TrustRegionTeacher
+from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, SyncTeacher, Teacher, TrustRegionTeacher
 from opsd_lightning.types import ConfigError, Example, PromptBatch, Sampling, UserError
 
 _RENDERED = 32  # rows whose prompts are looked at closely
@@ -111,7 +113,7 @@ class _Examination:
         self.device = torch.device("cuda", 0) if isinstance(trainer.accelerator, CUDAAccelerator) else torch.device("cpu")
         # Whether completions are sampled at all; in this process; and how many teachers score them.
         self.samples = not isinstance(module, SFTModule)
-        self.teachers: list[Teacher] = list(getattr(module, "teachers", ()))
+        self.teachers: list[Teacher] = list(module.teachers)
 
     def run(self, with_model: bool) -> Diagnosis:
         module, trainer = self.module, self.trainer
@@ -220,12 +222,12 @@ class _Examination:
         prompts, module = self.data.prompts, self.module
         picked = _spread(len(rows.examples), _RENDERED)
         examples = [rows.examples[i] for i in picked]
-        reads = getattr(module, "teacher", None) is not None and module.teacher.privileged
+        reads = module.data_requirements.privileged
         teachers = [rows.teacher[i] for i in picked] if reads else []
         roles = roles_of(prompts, examples, [rows.student[i] for i in picked], teachers)
         vocabulary = self.policy.load_config().get_text_config().vocab_size
         eos = self._eos(tokenizer)
-        in_place = module.trains_on_traces
+        in_place = module.data_requirements.trace_completions
         for role in roles:
             traces = [example.trace for example in examples] if in_place else []
             self.found.add(template_findings(tokenizer, prompts, role, eos, vocabulary, traces))
@@ -254,7 +256,7 @@ class _Examination:
         if not self.samples:
             completion = at_share(self.traces, 0.99) or completion
         at_once = getattr(module.rollouts, "max_rows", None) or max(rows, data.eval_batch_size * module.evaluator.sampling.n)
-        here = samples_here(module.rollouts)
+        here = isinstance(module.rollouts, LocalEngine)
         evaluates = data.sources["val"] is not None
         return Step(
             rows,
@@ -273,13 +275,14 @@ class _Examination:
         model, step = skeleton(policy), self._step()
         self.skeleton = model
         trainable, kept = [p for p in model.parameters() if p.requires_grad], 0
+        keep_start = (FixedTeacher, TrustRegionTeacher)
         for teacher in self.teachers:
             if isinstance(teacher, ModelTeacher):
                 recipe = teacher.recipe
                 kept += weight_bytes(model, None) if recipe is None else weight_bytes(skeleton(recipe), recipe.quantization)
-            elif isinstance(teacher, FixedTeacher) and policy.trains_all:
+            elif isinstance(teacher, keep_start) and policy.trains_all:
                 kept = kept or weight_bytes(model, None)  # one copy serves the anchor, too
-            elif isinstance(teacher, EMATeacher) or (isinstance(teacher, FixedTeacher) and policy.adapter is not None):
+            elif isinstance(teacher, (EMATeacher, SyncTeacher)) or (isinstance(teacher, keep_start) and policy.adapter):
                 kept += size_of(trainable)
         plain = policy.quantization is None and model.dtype == torch.float32
         merges = getattr(module.rollouts, "merge_adapter", False) and not policy.trains_all
@@ -304,10 +307,7 @@ class _Examination:
         """What the skeleton tells of that which `configure_model` and the start of `fit` would refuse."""
         module = self.module
         with self._refusals("settings"):
-            try:
-                module.objective.check(self.policy.load_config().get_text_config().vocab_size)
-            except ValueError as error:
-                raise UserError(f"model.{error}") from None
+            module.objective.check(self.policy.load_config().get_text_config().vocab_size, "model.objective")
         if (model := getattr(self, "skeleton", None)) is None:
             return
         for teacher in self.teachers:
@@ -350,7 +350,7 @@ class _Examination:
                 facts = divergence_facts(module, teacher, found)
                 self.found.facts["divergence"] = facts
                 self.found.add(divergence_findings(facts, module.objective.skip_first_tokens))
-        if samples_here(module.rollouts):
+        if isinstance(module.rollouts, LocalEngine):
             sampling = Sampling(max_new_tokens=AGREEMENT_TOKENS, temperature=0.0)
             completions = module.rollouts.generate(module.model, found.students, sampling, 0).completions
             if any(completions):
@@ -395,9 +395,9 @@ class _Examination:
         tokenizer = module.tokenizer
         texts = [rows.examples[i].trace or rows.examples[i].answer or "The answer" for i in picked]
         completions = [tokenizer.encode(text, add_special_tokens=False)[:LOOKED_AT] for text in texts]
-        teacher: Teacher | None = getattr(module, "teacher", None)
-        reads = teacher is not None and teacher.privileged and module.needs_traces
-        context = getattr(module, "context", None)
+        teacher, context = (module.teacher, module.context) if isinstance(module, OPSDModule) else (None, None)
+        needs = module.data_requirements
+        reads = needs.privileged and needs.teacher_prompts
         if context is not None:
             text = f"model.context is {type(context).__name__}, which is made in training: "
             text += "the teacher is examined with data.context" if reads else "the teacher is not examined"

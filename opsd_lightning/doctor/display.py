@@ -12,10 +12,10 @@ from opsd_lightning import __version__
 from opsd_lightning.doctor.findings import Diagnosis
 from opsd_lightning.doctor.memory import GIB
 from opsd_lightning.doctor.probe import LOOKED_AT
-from opsd_lightning.reports.page import duration
-from opsd_lightning.utils.files import replace
+from opsd_lightning.reports.html import duration
+from opsd_lightning.utils.files import atomic_write
 from opsd_lightning.utils.redaction import redact
-from opsd_lightning.utils.terminal import marked, message
+from opsd_lightning.utils.terminal import safe_markup, safe_text
 
 _WIDTH = 100
 _MARKS = {"error": "[bold red]fix[/]", "warning": "[yellow]look[/]", "note": "[dim]note[/]"}
@@ -26,10 +26,10 @@ def write_json(found: Diagnosis, path: Path) -> None:
     content = {
         "opsd_lightning": __version__,
         "healthy": found.healthy,
-        "findings": [{k: message(v) for k, v in finding._asdict().items()} for finding in found.findings],
+        "findings": [{k: safe_text(v) for k, v in finding._asdict().items()} for finding in found.findings],
         "facts": redact(asdict(found)["facts"]),
     }
-    replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def show(found: Diagnosis) -> None:
@@ -64,11 +64,13 @@ def _table(title: str, *headings: str) -> Any:
 
 
 def _show_data(console: Any, facts: Mapping[str, Any]) -> None:
-    table = _table("Data", "", *(marked(f"data.{split}") for split in facts))
+    table = _table("Data", "", *(safe_markup(f"data.{split}") for split in facts))
     reasons = list(dict.fromkeys(reason for each in facts.values() for reason in each["left_out"]))
     table.add_row("rows", *(str(each["rows"]) for each in facts.values()))
     for reason in reasons:
-        table.add_row(marked(f"  left out: {reason}"), *(str(each["left_out"].get(reason, 0)) for each in facts.values()))
+        table.add_row(
+            safe_markup(f"  left out: {reason}"), *(str(each["left_out"].get(reason, 0)) for each in facts.values())
+        )
     table.add_row("kept", *(str(each["kept"]) for each in facts.values()))
     console.print(table)
 
@@ -98,7 +100,7 @@ def _show_lengths(console: Any, facts: Mapping[str, Any]) -> None:
 def _show_template(console: Any, facts: Mapping[str, Any]) -> None:
     table = _table("Prompts", "", "ends with", "thinking")
     for name, end in facts["template"].get("prompts_end_with", {}).items():
-        table.add_row(marked(name), marked(repr(end)), marked(facts["thinking"]["prompts"][name]))
+        table.add_row(safe_markup(name), safe_markup(repr(end)), safe_markup(facts["thinking"]["prompts"][name]))
     console.print(table)
     if "agreement" in facts:
         agreed, total = facts["agreement"]["agreed"], facts["agreement"]["tokens"]
@@ -110,7 +112,7 @@ def _show_divergence(console: Any, facts: list[dict[str, Any]]) -> None:
     table = _table(title, "", "first token", "mean of the next", "student would begin", "teacher would begin")
     for number, line in enumerate(facts, 1):
         rest = "-" if line["next_forward_kl"] is None else f"{line['next_forward_kl']:.3f}"
-        begins = [f"{marked(repr(line[f'{r}_first']))} {line[f'{r}_probability']:.0%}" for r in ("student", "teacher")]
+        begins = [f"{safe_markup(repr(line[f'{r}_first']))} {line[f'{r}_probability']:.0%}" for r in ("student", "teacher")]
         table.add_row(str(number), f"{line['first_forward_kl']:.3f}", rest, *begins)
     console.print(table)
 
@@ -119,7 +121,7 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
     table = _table("Memory of one device, estimated", "", "MiB")
     for name, value in facts["bytes"].items():
         if value and name != "total":
-            table.add_row(marked(name), f"{value / 2**20:,.1f}")
+            table.add_row(safe_markup(name), f"{value / 2**20:,.1f}")
     table.add_row("[bold]at most at one time[/]", f"[bold]{facts['bytes']['total'] / 2**20:,.1f}[/]")
     console.print(table)
     if "measured" in facts:
@@ -130,7 +132,7 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
             f"{measured['extrapolated_bytes'] / GIB:.1f} GiB"
         )
     console.print(
-        f"{marked(facts['device'])} has {facts['device_bytes'] / GIB:.1f} GiB. With all completions at full length; "
+        f"{safe_markup(facts['device'])} has {facts['device_bytes'] / GIB:.1f} GiB. With all completions at full length; "
         "libraries, a CUDA context and its allocator's reserve come on top (about 1 GiB)\n"
     )
 
@@ -138,7 +140,7 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
 def _show_time(console: Any, facts: Mapping[str, Any]) -> None:
     table = _table("Time, extrapolated", "", "all completions at full length")
     for phase, seconds in facts["phases"].items():
-        table.add_row(marked(phase), duration(seconds))
+        table.add_row(safe_markup(phase), duration(seconds))
     console.print(table)
     text = f"A step takes {_between(*facts['step_seconds'])}"
     if "run_seconds" in facts:
@@ -156,10 +158,12 @@ def _show_time(console: Any, facts: Mapping[str, Any]) -> None:
 def _show_findings(console: Any, found: Diagnosis) -> None:
     for level in ("note", "warning", "error"):
         for finding in found.of(level):  # type: ignore[arg-type]
-            console.print(f"{_MARKS[level]} [bold]{marked(finding.part)}[/]: {marked(finding.text)}", soft_wrap=True)
+            console.print(
+                f"{_MARKS[level]} [bold]{safe_markup(finding.part)}[/]: {safe_markup(finding.text)}", soft_wrap=True
+            )
             if finding.fix:
                 where = f"{finding.setting}: " if finding.setting else ""
-                console.print(f"     -> {marked(where + finding.fix)}", soft_wrap=True)
+                console.print(f"     -> {safe_markup(where + finding.fix)}", soft_wrap=True)
     fixes, looks = len(found.of("error")), len(found.of("warning"))
     warned = f"{looks} warning{'s' * (looks != 1)}"
     if fixes:

@@ -19,7 +19,7 @@ from opsd_lightning.doctor.findings import Diagnosis, Finding
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.types import UserError
 from opsd_lightning.utils.library_messages import hide_library_messages
-from opsd_lightning.utils.terminal import guarded, say
+from opsd_lightning.utils.terminal import safe_messages, say
 
 
 def examine(arguments: list[str], examples: int = 4, with_model: bool = True) -> Diagnosis:
@@ -30,7 +30,7 @@ def examine(arguments: list[str], examples: int = 4, with_model: bool = True) ->
         examples: Training questions that the model is run on.
         with_model: If False, the model's weights are not loaded.
     """
-    with _quietly(), guarded():
+    with _quietly(), safe_messages():
         cli, problems = _parts(arguments, with_model)
         if cli is None:
             return Diagnosis(problems)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 #: ``error``: training would fail or learn the wrong thing. ``warning``: it may be meant so. ``note``: good to know.
 Level = Literal["error", "warning", "note"]
 
@@ -57,28 +59,25 @@ class Diagnosis:
 
 
 def at_share(values: Sequence[int], share: float) -> int:
-    """The smallest of some values that at least this share of them does not exceed; 0 without values."""
-    ordered = sorted(values)
-    return ordered[min(max(-int(-share * len(ordered) // 1) - 1, 0), len(ordered) - 1)] if ordered else 0
+    """Return the smallest value that at least this share of the values does not exceed; 0 without values."""
+    return int(np.quantile(values, share, method="inverted_cdf")) if values else 0
 
 
 def histogram(values: Sequence[int], limit: int | None = None) -> dict[str, Any]:
-    """How some lengths are spread: count, mean, extremes, quantiles, and bins of equal width.
+    """Summarize lengths: count, mean, extremes, quantiles, and a histogram with bins of equal width.
 
     Args:
-        values: The lengths, in tokens.
-        limit: Longer ones are counted as ``over``.
+        values: Lengths in tokens.
+        limit: Values above it are counted as ``over``.
 
     Returns:
-        Plain values; ``bins`` are ``[from, below, count]``.
+        Values that JSON can hold. ``bins`` is a list of ``[from, below, count]``.
     """
     if not values:
         return {"count": 0, "bins": []}
     low, high = min(values), max(values)
-    width = max(-(-(high - low + 1) // _BINS), 1)
-    bins = [[low + i * width, low + (i + 1) * width, 0] for i in range((high - low) // width + 1)]
-    for value in values:
-        bins[(value - low) // width][2] += 1
+    width = -(-(high - low + 1) // _BINS)
+    counts = np.bincount((np.asarray(values) - low) // width).tolist()
     return {
         "count": len(values),
         "mean": sum(values) / len(values),
@@ -88,7 +87,7 @@ def histogram(values: Sequence[int], limit: int | None = None) -> dict[str, Any]
         "longest": high,
         "limit": limit,
         "over": 0 if limit is None else sum(value > limit for value in values),
-        "bins": bins,
+        "bins": [[low + i * width, low + (i + 1) * width, count] for i, count in enumerate(counts)],
     }
 
 

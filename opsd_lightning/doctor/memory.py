@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 
 from opsd_lightning.doctor.findings import Finding
 from opsd_lightning.losses.objectives import Objective
-from opsd_lightning.models.policy import Policy, base_of, is_adapter_key
+from opsd_lightning.models.policy import ModelSettings, Policy, base_of, is_adapter_key
 from opsd_lightning.models.scoring import hidden_states
 
 GIB = 2**30
@@ -69,7 +69,7 @@ class Step(NamedTuple):
         return self._replace(rows=rows, completion=completion, prompt=prompt, eval_rows=0)
 
 
-def skeleton(policy: Policy) -> PeftModel:
+def skeleton(policy: ModelSettings) -> PeftModel:
     """The policy without its weights, on the meta device.
 
     Raises:

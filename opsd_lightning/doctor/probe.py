@@ -9,7 +9,7 @@ import torch
 
 from opsd_lightning.doctor.findings import Finding
 from opsd_lightning.models.policy import device_of
-from opsd_lightning.models.scoring import score_all
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.teachers import Teacher
 
 #: Tokens of a completion that are looked at.
@@ -46,9 +46,10 @@ def divergence_facts(module: Any, teacher: Teacher, found: Examples) -> list[dic
         teacher: Its teacher.
         found: The prompts.
     """
-    model, budget = module.model, module.token_budget
-    student = score_all(model, found.students, found.completions, budget)
-    states = teacher.score(model, found.teachers, found.completions, budget)
+    model = module.model
+    scorer = Scorer(model, module.token_budget)
+    student = scorer.score(found.students, found.completions)
+    states = teacher.score(scorer, found.teachers, found.completions)
     targets = torch.tensor([t for row in found.completions for t in row], device=device_of(model))
     _, measured = module.objective(student, states, targets, torch.zeros(len(targets), device=targets.device))
     facts, start = [], 0

@@ -18,13 +18,11 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.doctor.memory import Step
 from opsd_lightning.methods.mixed import MixedOPSDModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import is_adapter_key
-from opsd_lightning.rollouts.base import RolloutEngine
-from opsd_lightning.rollouts.self_checks import samples_here
+from opsd_lightning.rollouts.base import LocalEngine, RolloutEngine
 from opsd_lightning.types import PromptBatch, Rollouts, Sampling
 
 #: Tokens of the completions of trial steps, at most.
@@ -183,11 +181,11 @@ def time_facts(
     }
     steps, updates = trainer.max_steps, module.updates_per_batch
     if steps < 0 and trainer.max_epochs is not None and 0 <= trainer.max_epochs < 1000:
-        steps = trainer.max_epochs * (len(data.rows["train"].examples) // (data.batch_size * replica(trainer)[1])) * updates
+        steps = trainer.max_epochs * (len(data.rows["train"].examples) // (data.batch_size * trainer.world_size)) * updates
     if steps >= 0:
         found |= {"steps": steps, "run_seconds": [seconds * steps / updates for seconds in found["step_seconds"]]}
     if step.eval_rows and speed.decoding and "val" in data.rows:
-        rows = -(-len(data.rows["val"].examples) // replica(trainer)[1]) * module.evaluator.sampling.n
+        rows = -(-len(data.rows["val"].examples) // trainer.world_size) * module.evaluator.sampling.n
         evaluated = 2 if module.evaluator.teacher is not None else 1
         at_once = min(step.rows_at_once or step.eval_rows, step.eval_rows)
         found["validation_seconds"] = evaluated * speed.rollout_seconds(rows, at_once, step.eval_completion)
@@ -238,7 +236,7 @@ def _run(module: Any, batches: Sequence[PromptBatch], lengths: Sequence[int], de
         module.make_optimizer, module.make_scheduler = _NoUpdate, None
         if isinstance(module, MixedOPSDModule):
             module.trace_share = 0.0  # steps that sample, which take longer
-        if not samples_here(module.rollouts):
+        if not isinstance(module.rollouts, LocalEngine):
             module.rollouts = _FirstTokens()
         try:
             trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch))  # type: ignore[arg-type]
@@ -330,4 +328,4 @@ def _samples(module: Any) -> bool:
 
 
 def _has_teacher(module: Any) -> bool:
-    return getattr(module, "teacher", None) is not None
+    return bool(module.teachers)

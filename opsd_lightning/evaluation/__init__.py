@@ -1,1 +1,1 @@
-"""Evaluation of the policy: accuracy over sampled completions."""
+"""Evaluation of the policy: sampled accuracy and stored completions."""

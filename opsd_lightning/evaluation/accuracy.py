@@ -1,8 +1,8 @@
-"""Accuracy of several completions a question, with the standard errors that small test sets need.
+"""Accuracy of several completions per question, with standard errors.
 
-Two questions, two errors. What would another set of such questions give? The error over questions answers: it holds the
-luck of the questions and of the samples. What would other samples on these very questions give? The error over samples
-answers, and is the one that tells two runs on the same questions from sampling noise.
+The standard error over questions is that of another set of similar questions: it includes the variance of questions and of
+samples. The standard error over samples is that of other samples for the same questions. Use the latter to compare two runs
+on the same questions.
 """
 
 from __future__ import annotations
@@ -23,25 +23,34 @@ class AccuracyAtK(Metric):
     """avg@k, pass@j and maj@k over Q questions with k graded completions each, c of them correct.
 
     - ``avg@k``: the mean over questions of c / k.
-    - ``pass@j``, for j = 1, 2, 4, 8 below k and for k: the probability that one of j completions is correct, by the unbiased
-      estimate 1 - C(k - c, j) / C(k, j) of each question (arXiv 2107.03374). ``pass@k`` is the share of questions with at
+    - ``pass@j``, for j = 1, 2, 4, 8 below k and for k: the probability that one of j completions is correct. The unbiased
+      estimate for a question is 1 - C(k - c, j) / C(k, j) (arXiv 2107.03374). ``pass@k`` is the share of questions with at
       least one correct completion; ``pass@1`` is ``avg@k``.
-    - ``maj@k``: the share of questions whose most frequent vote is correct; where votes tie for the most frequent, the share
-      of the tied ones that are correct, which is what a random choice among them would score. Completions without an
-      answer do not vote.
+    - ``maj@k``: the share of questions with a correct most frequent vote. If several votes are the most frequent, the
+      question scores the share of correct ones among them. Completions without an answer do not vote.
 
-    Each comes with two standard errors:
+    Each value has two standard errors:
 
-    - over questions (``..._se``): the sample standard deviation of the questions' scores / sqrt(Q); 0 for a single question.
-    - over samples (``..._se_samples``, k > 1), the questions held fixed: sqrt(sum of V over questions) / Q. V is the
-      variance of a question's score when its k completions are drawn again from these k with replacement (the bootstrap),
-      times k / (k - 1): for avg that is s^2 / k with the unbiased s^2 = c (k - c) / (k (k - 1)). For avg and pass@j it is
-      computed exactly, from c* ~ Binomial(k, c / k); for maj from 1000 resamples with a fixed seed. A question whose
-      completions all agree adds nothing: for pass@k, which hangs on the questions with few correct completions, and for
-      small k the error is too small.
+    - over questions (``..._se``): the sample standard deviation of the questions' scores / sqrt(Q); 0 for one question.
+    - over samples (``..._se_samples``, k > 1): sqrt(sum of V over questions) / Q, with fixed questions. V is the bootstrap
+      variance of a question's score, whose k completions are drawn again from these k with replacement, times k / (k - 1).
+      For avg that is s^2 / k with the unbiased s^2 = c (k - c) / (k (k - 1)). V is exact for avg and pass@j, from
+      c* ~ Binomial(k, c / k). For maj it is estimated from 1000 resamples with a fixed seed. A question with equal
+      completions has V = 0. So the error is too small for small k, and for pass@k, which depends on questions with few
+      correct completions.
 
     Args:
         k: Completions of each question, at least 1.
+
+    Example::
+
+        >>> from opsd_lightning import AccuracyAtK
+        >>> metric = AccuracyAtK(k=2)
+        >>> metric.update(votes=[0, 1], correct=[True, False])
+        >>> metric.update(votes=[0, 0], correct=[True, True])
+        >>> values = metric.compute()
+        >>> values["avg@2"].item(), values["pass@2"].item()
+        (0.75, 1.0)
     """
 
     full_state_update = False
@@ -53,11 +62,14 @@ class AccuracyAtK(Metric):
         self.add_state("votes", default=[], dist_reduce_fx="cat")
 
     def update(self, votes: Sequence[int | None], correct: Sequence[bool]) -> None:
-        """Add one question; without any completion nothing, which keeps a rank that has no question in step with others.
+        """Add one question. Without completions nothing is added, for ranks without a question.
 
         Args:
-            votes: The vote of each of its k completions (`MathGrader.votes`), None where there is none.
-            correct: Whether each is right. Correct completions share their vote with no wrong one.
+            votes: The vote of each of its k completions (`MathGrader.votes`). None for a completion without an answer.
+            correct: True for each correct completion. A vote is never shared by correct and wrong completions.
+
+        Raises:
+            ValueError: The number of completions is neither k nor 0.
         """
         if len(correct) not in (0, self.k):
             raise ValueError(f"AccuracyAtK(k={self.k}) got {len(correct)} completions of a question")
@@ -66,7 +78,7 @@ class AccuracyAtK(Metric):
         self.votes.append(torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(shape))
 
     def compute(self) -> dict[str, Tensor]:
-        """Every value by its name, such as ``avg@12``, ``pass@4_se`` or ``maj@12_se_samples``."""
+        """Return all values by name, such as ``avg@12``, ``pass@4_se`` or ``maj@12_se_samples``."""
         data = (self.votes if isinstance(self.votes, Tensor) else torch.cat(self.votes)).cpu()  # [Q, k, 2]
         k, right = self.k, data[..., 1].sum(1)  # [Q]
         c = torch.arange(k + 1, dtype=torch.float64)
@@ -90,22 +102,22 @@ class AccuracyAtK(Metric):
 
 
 def pass_sizes(k: int) -> list[int]:
-    """The j of every pass@j of k completions."""
+    """Return the j of every pass@j for k completions."""
     return sorted({j for j in (1, 2, 4, 8) if j < k} | {k})
 
 
 def _pass_at(j: int, k: int, correct: int) -> float:
-    """The share of the j-subsets of k completions that hold a correct one."""
+    """Return the share of the j-subsets of k completions that contain a correct one."""
     return 1 - math.comb(k - correct, j) / math.comb(k, j)
 
 
 def _majority(data: Tensor) -> tuple[Tensor, Tensor]:
-    """Each question's majority score, and its variance over resamples, corrected for their size. [Q, k, 2] -> [Q], [Q]."""
+    """Return each question's majority score and its bootstrap variance times k / (k - 1). [Q, k, 2] -> [Q], [Q]."""
     count, k = data.shape[:2]
     draws = torch.randint(k, (_RESAMPLES, k), generator=torch.Generator().manual_seed(0))  # the same for every question
     scores, variances = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     for index, (votes, correct) in enumerate(zip(data[..., 0], data[..., 1], strict=True)):
-        chosen = torch.nn.functional.one_hot(votes + 1)[:, 1:]  # [k, votes]; a row of zeros where there is none
+        chosen = torch.nn.functional.one_hot(votes + 1)[:, 1:]  # [k, votes]; zeros for a completion without a vote
         right = torch.zeros(chosen.shape[1], dtype=torch.float64)
         right[votes[correct.bool() & (votes >= 0)]] = 1
         scores[index] = _winners(chosen.sum(0, keepdim=True), right)[0]
@@ -114,7 +126,7 @@ def _majority(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _winners(counts: Tensor, right: Tensor) -> Tensor:
-    """The share of the most frequent votes that are correct; 0 where there is no vote. [R, votes], [votes] -> [R]."""
+    """Return the share of correct votes among the most frequent ones; 0 without votes. [R, votes], [votes] -> [R]."""
     if not counts.shape[1]:
         return torch.zeros(len(counts), dtype=torch.float64)
     winners = (counts == counts.amax(1, keepdim=True)) & (counts > 0)

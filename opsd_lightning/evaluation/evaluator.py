@@ -1,4 +1,4 @@
-"""Validation, test and predict: completions sampled, graded and counted."""
+"""Validation, test and predict: sample completions, grade them and compute metrics."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from opsd_lightning.distributed.replicas import replica, replicas
+from opsd_lightning.distributed.collectives import TrainerRanks, rank_and_world_size
 from opsd_lightning.evaluation.accuracy import AccuracyAtK, pass_sizes
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.models.policy import Policy
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios
 from opsd_lightning.rollouts.self_checks import Agreement, check_policy
 from opsd_lightning.runs.resuming import batches_trained
-from opsd_lightning.runs.signals import release, stop_if_asked, watch
-from opsd_lightning.teachers import Teacher
-from opsd_lightning.types import PromptBatch, Rollouts, Sampling, UserError
+from opsd_lightning.runs.signals import disconnect, stop_if_signalled, watch_signals
+from opsd_lightning.teachers import GenerativeTeacher, Teacher
+from opsd_lightning.types import ConfigError, PromptBatch, Rollouts, Sampling
 
-#: Called on the prompt of each completion, and the completions; raises where they are not the policy's.
+#: Raises if completions were not sampled from the policy. Takes the prompt of each completion, and the completions.
 Check = Callable[[list[list[int]], Rollouts], None]
 
-Records = dict[str, list[dict[str, Any]]]  # of each role, one a completion
+Records = dict[str, list[dict[str, Any]]]  # by role, one record per completion
 
 
 class Evaluator(nn.Module):
-    """Samples and grades completions of each role, and keeps their metrics until the end of an epoch.
+    """Samples and grades completions of each role, and accumulates their metrics over an epoch.
 
     Args:
-        sampling: What is sampled.
-        grader: How completions are graded.
-        teacher: Whose privileged completions are graded as well. The student's alone unless given.
+        sampling: Settings of the sampler.
+        grader: Grader of the completions.
+        teacher: Teacher to grade too, on its privileged prompts. Defaults to none.
 
     Attributes:
-        finished: Records of batches, by their number, that an earlier run already sampled: taken as they are. Under several
-            ranks the same batches on each, since sampling may need them all.
+        finished: Records that an earlier run sampled, by number of the batch. They are not sampled again. All ranks have the
+            same numbers, since sampling may need all ranks.
     """
 
-    def __init__(self, sampling: Sampling, grader: MathGrader, teacher: Teacher | None = None) -> None:
+    def __init__(self, sampling: Sampling, grader: MathGrader, teacher: GenerativeTeacher | None = None) -> None:
         super().__init__()
         self.sampling, self.grader, self.teacher = sampling, grader, teacher
         roles = ["student", "teacher"] if teacher is not None else ["student"]
@@ -62,15 +62,9 @@ class Evaluator(nn.Module):
         self.problems = nn.ModuleDict({role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles})
         self.finished: Mapping[int, Records] = {}
 
-    def count_over(self, group: dist.ProcessGroup | None) -> None:
-        """Take metrics over these ranks, which hold different questions; over all ranks where None."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.process_group = group
-
     @property
     def roles(self) -> list[str]:
-        """Whose completions are graded."""
+        """Roles with graded completions."""
         return list(self.accuracy)
 
     def grade(
@@ -83,16 +77,19 @@ class Evaluator(nn.Module):
         roles: Sequence[str],
         check: Check | None = None,
     ) -> Records:
-        """Sample and grade a batch: for each role a record of each completion that counts, those of a question together.
+        """Sample and grade a batch.
 
         Args:
-            engine: What samples.
+            engine: Engine that samples.
             model: The policy.
             tokenizer: Its tokenizer.
             batch: The questions.
-            seed: Of the sampling.
+            seed: Seed for sampling.
             roles: ``student``, ``teacher`` or both.
-            check: Called on the student's completions.
+            check: Called with the student's completions.
+
+        Returns:
+            Records of all completions that count, by role. Completions of a question are adjacent.
         """
         found: Records = {}
         for role in roles:
@@ -100,7 +97,9 @@ class Evaluator(nn.Module):
             if role == "teacher":
                 prompts = batch.teacher
                 if not all(prompts):
-                    raise UserError("the teacher is graded, but has no prompts: give the questions traces")
+                    problem = "the batch has no prompts for the teacher"
+                    fix = "Make them in the data module, or set it to false"
+                    raise ConfigError(problem, "model.evaluate_teacher", fix)
             with self.teacher.weights(model) if self.teacher and role == "teacher" else nullcontext():
                 rollouts = engine.generate(model, prompts, self.sampling, seed)
             if check is not None and role == "student":
@@ -137,10 +136,10 @@ class Evaluator(nn.Module):
         return records
 
     def count(self, found: Records) -> None:
-        """Enter the records of a batch into the metrics."""
+        """Add the records of a batch to the metrics."""
         n = self.sampling.n
         for role, records in found.items():
-            # Without a question nothing is added, which keeps the rank in step with others.
+            # A rank without a question updates its metrics too, with no completions.
             for group in [records[start : start + n] for start in range(0, len(records), n)] or [[]]:
                 self.accuracy[role].update([r["vote"] for r in group], [r["correct"] for r in group])  # type: ignore[operator]
                 for record in group:
@@ -150,7 +149,7 @@ class Evaluator(nn.Module):
                         self.problems[role][name].update(float(record.get("grading_problem") == problem))  # type: ignore[index]
 
     def names(self, stage: str) -> set[str]:
-        """Names of all that `compute` gives."""
+        """Return the names of all metrics of `compute`."""
         n, found = self.sampling.n, set()
         for role in self.roles:
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
@@ -160,7 +159,7 @@ class Evaluator(nn.Module):
         return found
 
     def compute(self, stage: str) -> dict[str, Tensor]:
-        """Every metric of the epoch, over all ranks, by the name it is logged under; then starts anew."""
+        """Return the metrics of the epoch over all ranks, by logged name, and reset them."""
         values: dict[str, Tensor] = {}
         for role, accuracy in self.accuracy.items():
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
@@ -171,26 +170,26 @@ class Evaluator(nn.Module):
 
 
 class _CloseRollouts(Callback):
-    """Lets go of what rollouts took where a run ends by an error or a signal: Lightning then calls no ``teardown``."""
+    """Closes the rollout engine after an error or a signal. Lightning does not call ``teardown`` then."""
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         pl_module.rollouts.close()
 
 
 class EvaluatedModule(LightningModule):
-    """The part of a module that samples and grades: validation, test, predict.
+    """Base class with validation, test and predict: samples and grades completions.
 
     Attributes:
-        policy: What the model was made of.
+        policy: Recipe of the model.
         model: The policy's network.
         tokenizer: Its tokenizer.
-        rollouts: How completions are sampled.
-        evaluator: What is done with them.
-        objective: The method's, for how much memory logits may take.
-        token_budget: Of a scoring pass.
-        seed: Of rollouts.
-        command: The command line of the run, for the message that says how to go on; None for a run that Python started.
-        validated: Batches trained on when a fit's last validation ended.
+        rollouts: Engine that samples completions.
+        evaluator: Grades completions and computes metrics.
+        objective: The method's objective. Its ``logits_memory_mib`` limits the memory of logits.
+        token_budget: Tokens of one scoring pass.
+        seed: Seed for rollouts.
+        command: Command line of the run, for the message on how to resume. None for a run from Python.
+        validated: Number of training batches before the last validation of a fit.
     """
 
     policy: Policy
@@ -203,19 +202,24 @@ class EvaluatedModule(LightningModule):
     seed: int
     command: str | None = None
     validated: int = 0
-    # Every rank evaluates as many batches.
+    # True if all ranks evaluate the same number of batches.
     _even: bool = False
 
+    @property
+    def teachers(self) -> Sequence[Teacher]:
+        """Teachers that score completions in training."""
+        return ()
+
     def setup(self, stage: str) -> None:
-        watch(self.trainer)
+        watch_signals(self.trainer)
 
     def logged_names(self) -> set[str]:
-        """Names of all metrics that a fit logs, for the check of callbacks. A subclass that logs more adds its own."""
+        """Return the names of all metrics that a fit logs, to check callbacks. Subclasses add their own metrics."""
         return self.evaluator.names("val")
 
     def on_validation_start(self) -> None:
         self._compare_batches(self.trainer.num_val_batches)
-        if self.trainer.state.fn != TrainerFn.FITTING:  # in training it was checked at the start
+        if self.trainer.state.fn != TrainerFn.FITTING:  # a fit checks it at its start
             self.check_policy()
 
     def on_test_start(self) -> None:
@@ -227,16 +231,16 @@ class EvaluatedModule(LightningModule):
         self.check_policy()
 
     def check_policy(self) -> Agreement:
-        """Check the built policy and its teachers' own networks (see `rollouts.self_checks`). Every rank must call.
+        """Check the built policy and its teachers' own networks (see `rollouts.self_checks`). Every rank must call it.
 
         Raises:
-            ConfigError: Rows depend on their batch, or rollouts are not what is scored.
+            ConfigError: Logits of a row depend on other rows of its batch, or rollouts and scoring disagree.
         """
         strategy = self.trainer.strategy
         waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
-        training = self.trainer.state.fn in (TrainerFn.FITTING, None)  # None: examined by the doctor, before a fit
+        training = self.trainer.state.fn in (TrainerFn.FITTING, None)  # None in the doctor, before a fit
         with self.trainer.precision_plugin.forward_context():
-            for teacher in getattr(self, "teachers", ()) if training else ():
+            for teacher in self.teachers if training else ():
                 if (network := teacher.network(self.model)) is not None:
                     check_policy(network, setting=teacher.setting)
             return check_policy(self.model, self.rollouts, every_adapter=waits and training and self.trainer.world_size > 1)
@@ -248,7 +252,7 @@ class EvaluatedModule(LightningModule):
         return self._graded(batch, batch_idx)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Graded completions of a batch, one record a completion."""
+        """Return one record per completion of a batch."""
         return self._sampled(batch, batch_idx, ["student"])["student"]
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -261,12 +265,12 @@ class EvaluatedModule(LightningModule):
         self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        """Leave after a batch, if every rank has as many of them."""
+        """Stop after a batch if a signal asks for it and all ranks have the same number of batches."""
         if self._even:
-            stop_if_asked(self.trainer, self.command)
+            stop_if_signalled(self.trainer, self.command)
 
     def _compare_batches(self, batches: Sequence[int | float]) -> None:
-        """Find out whether every rank has as many batches. Every rank must call."""
+        """Compare the ranks' numbers of batches. Every rank must call it."""
         if self.trainer.world_size == 1:
             self._even = True
             return
@@ -275,16 +279,16 @@ class EvaluatedModule(LightningModule):
         self._even = most == -least < math.inf
 
     def on_predict_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
 
     def on_validation_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
         self._log_evaluation("val")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated = batches_trained(self.trainer)
 
     def on_test_epoch_end(self) -> None:
-        stop_if_asked(self.trainer, self.command)
+        stop_if_signalled(self.trainer, self.command)
         self._log_evaluation("test")
 
     def configure_callbacks(self) -> list[Callback]:
@@ -293,18 +297,17 @@ class EvaluatedModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollouts.close()
-        release(self.trainer)
+        disconnect(self.trainer)
 
-    def over_ranks(self, values: Sequence[float], operation: str) -> list[float]:
-        """Each value reduced (``sum``, ``max``) over the ranks that hold different data. Every rank must call."""
-        if self.trainer.world_size == 1:
-            return [float(value) for value in values]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.trainer.strategy.root_device)
-        return self.trainer.strategy.reduce(tensor, replicas(self.trainer.strategy), operation).tolist()  # type: ignore[union-attr]
+    @property
+    def ranks(self) -> TrainerRanks:
+        """Sums and maxima over all ranks. Every rank must call them."""
+        return TrainerRanks(self.trainer)
 
-    def most_over_ranks(self, count: int) -> int:
-        """The largest of the ranks' counts. Every rank must call."""
-        return int(self.over_ranks([count], "max")[0])
+    @property
+    def scorer(self) -> Scorer:
+        """Scores completions with the policy, within the token budget."""
+        return Scorer(self.model, self.token_budget, self.ranks)
 
     def _graded(self, batch: PromptBatch, batch_idx: int) -> Records:
         records = self._sampled(batch, batch_idx, self.evaluator.roles)
@@ -312,20 +315,20 @@ class EvaluatedModule(LightningModule):
         return records
 
     def _sampled(self, batch: PromptBatch, batch_idx: int, roles: Sequence[str]) -> Records:
-        """The records of a batch; at the first one sampled, check that the sampler has the policy's weights."""
+        """Return the records of a batch. For the first sampled batch, check that the sampler has the policy's weights."""
         finished = self.evaluator.finished
         if batch_idx in finished:
             return finished[batch_idx]
-        seed = seed_for(self.seed, "evaluation", batch_idx, replica(self._trainer)[0])
+        seed = seed_for(self.seed, "evaluation", batch_idx, rank_and_world_size(self._trainer)[0])
         check = self._check_sampler if all(number in finished for number in range(batch_idx)) else None
         return self.evaluator.grade(self.rollouts, self.model, self.tokenizer, batch, seed, roles, check)
 
     def _check_sampler(self, students: list[list[int]], rollouts: Rollouts) -> None:
         if rollouts.logprobs is None or self.rollouts.logprob_tolerance is None:
             return
-        found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, self.most_over_ranks)
+        found = log_ratios(self.scorer, students, rollouts, self.objective)
         values = torch.cat([*found, torch.zeros(0)])
-        difference, count = self.over_ranks([float(values.abs().sum()), values.numel()], "sum")
+        difference, count = self.ranks.sum([float(values.abs().sum()), values.numel()])
         check_difference(difference / max(count, 1), self.rollouts.logprob_tolerance)
 
     def _log_evaluation(self, stage: str) -> None:

@@ -1,11 +1,11 @@
-"""The direction in which each logged metric is better, for callbacks that choose or stop by one."""
+"""The better direction of each logged metric, for callbacks that select or stop by a metric."""
 
 from __future__ import annotations
 
 import re
 from typing import Literal
 
-# By pattern of the whole name. A metric that stands in no line has no better direction: an entropy, a length, an error bar.
+# By regular expression of the whole name. Metrics without an entry have no better direction: entropies, lengths, error bars.
 _BETTER: dict[str, Literal["min", "max"]] = {
     r"(val|test)/(teacher_)?(avg|pass|maj)@\d+": "max",
     r"(val|test)/(teacher_)?(truncated_fraction|grading_timeouts|grading_failures)": "min",
@@ -23,5 +23,5 @@ _BETTER: dict[str, Literal["min", "max"]] = {
 
 
 def better(metric: str) -> Literal["min", "max"] | None:
-    """Return ``max`` where more is better, ``min`` where less is, and None where neither is or the metric is unknown."""
+    """Return ``max`` if a larger value is better, ``min`` if a smaller one is, and None for other or unknown metrics."""
     return next((direction for pattern, direction in _BETTER.items() if re.fullmatch(pattern, metric)), None)

@@ -1,7 +1,8 @@
-"""Graded completions on disk, batch by batch, so that an interrupted evaluation goes on where it stopped.
+"""Store of graded completions on disk, so that an interrupted evaluation resumes.
 
-A folder is named by everything that decides the completions: other weights, prompts, questions, sampling or graders make
-another folder, and never mix. Each rank appends to a file of its own; a finished run joins them.
+The name of a folder has a digest of everything that determines the completions. An evaluation with other weights, prompts,
+questions, sampling settings or graders has another folder. Each rank appends its batches to its own file. A finished run
+merges these files.
 """
 
 from __future__ import annotations
@@ -22,41 +23,41 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opsd_lightning import __version__
-from opsd_lightning.distributed.collectives import of_every_rank
+from opsd_lightning.distributed.collectives import all_gather_object
 from opsd_lightning.evaluation.evaluator import Evaluator, Records
 from opsd_lightning.models.fingerprint import digest, plain
 from opsd_lightning.models.policy import base_of, device_of, eos_ids
 from opsd_lightning.rollouts.base import RolloutEngine
-from opsd_lightning.types import ConfigError, PromptBatch, UserError
-from opsd_lightning.utils.files import append, replace
+from opsd_lightning.types import ConfigError, PromptBatch
+from opsd_lightning.utils.files import append, atomic_write
 from opsd_lightning.utils.redaction import redact
 
 _SETTINGS, _JOINED, _METRICS = "settings.json", "completions.jsonl", "metrics.json"
-# Every file that is written into an evaluation's folder; others in it are not ours.
+# Names of all files that are written into an evaluation's folder.
 _OWN = re.compile(r"settings\.json|completions\.jsonl|metrics\.json|rank\d+\.jsonl|\.[a-z0-9]+\.jsonl?\.partial")
-# Keys of a line of completions.
+# Keys that every line of completions has.
 _RECORD = {"role", "index", "sample", "question", "completion", "correct"}
 
 
 def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dict[str, Any]:
-    """Everything that decides the completions of an evaluation and their grades. Every rank must ask.
+    """Return everything that determines the completions of an evaluation and their grades. Every rank must call it.
 
     Args:
-        module: An `OPSDModule` or one like it, its weights loaded.
+        module: An `EvaluatedModule` with loaded weights.
         batches: This rank's batches.
-        precision: The trainer's.
+        precision: The trainer's precision.
     """
     evaluator: Evaluator = module.evaluator
     engine: RolloutEngine = module.rollouts
-    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.without_effect)}
+    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.neutral_settings)}
     questions = digest(
         repr((batch.student, batch.teacher, [example[:3] for example in batch.examples], list(batch.indices), batch.counted))
         for batch in batches
     )
     return {
-        "weights": of_every_rank(digest(_contents(module.model))),
+        "weights": all_gather_object(digest(_contents(module.model))),
         "model": _architecture(module.model),
-        "questions": of_every_rank(questions),  # texts, prompts, references and how they are spread over batches and ranks
+        "questions": all_gather_object(questions),  # also depends on how they are split into batches and over ranks
         "sampling": asdict(evaluator.sampling),
         "seed": module.seed,
         "engine": {"class": type(engine).__name__} | settings,
@@ -70,7 +71,7 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
 
 
 def _architecture(model: nn.Module) -> dict[str, Any]:
-    """What decides the logits beside the weights: the configurations of the model and of its adapters, without paths."""
+    """Return the configurations of the model and of its adapters, without paths."""
     base = base_of(model)  # type: ignore[arg-type]
     found = {"attention": base.config._attn_implementation, "config": base.config.to_dict()}
     found |= {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
@@ -79,7 +80,7 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def _contents(model: nn.Module) -> Iterable[str | bytes | memoryview]:
-    """Names and bytes of all weights: base model, quantization and adapters; of a sharded one, this rank's part."""
+    """Yield names and bytes of all weights: base model, quantization, adapters. Of sharded weights, this rank's shards."""
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             local = (value.to_local() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
@@ -88,16 +89,16 @@ def _contents(model: nn.Module) -> Iterable[str | bytes | memoryview]:
 
 
 class Results:
-    """The files of one evaluation.
+    """The files of one evaluation, in ``<root>/results/<stage>-<key>/``.
 
-    ``<root>/results/<stage>-<key>/`` holds ``settings.json``, what the key stands for; ``rank0.jsonl`` ..., one completion a
-    line, appended batch by batch; and in their place, when the run has finished, ``completions.jsonl`` in the order of the
-    questions, and ``metrics.json``.
+    ``settings.json`` has the settings behind the key. During a run each rank appends one line per completion to
+    ``rank0.jsonl``, ``rank1.jsonl`` and so on. A finished run replaces these by ``completions.jsonl``, in the order of the
+    questions, and writes ``metrics.json``.
 
     Args:
-        root: Where ``results`` is. With several machines, a file system that all of them share.
+        root: Folder of ``results``. With several machines, in a file system that all machines share.
         stage: ``test`` or ``predict``.
-        settings: What decides the results (`identity`).
+        settings: Everything that determines the results (`identity`).
     """
 
     def __init__(self, root: Path, stage: str, settings: Mapping[str, Any]) -> None:
@@ -108,7 +109,13 @@ class Results:
         self.folder = root / "results" / f"{stage}-{key}"
 
     def create(self, resume: bool) -> list[str]:
-        """Make the folder; returns what to tell the user. For one rank alone, before the others read.
+        """Create the folder. Only the first rank calls it, before other ranks read.
+
+        Args:
+            resume: If False, delete completions of an earlier run with the same settings.
+
+        Returns:
+            Messages for the user about unfinished evaluations with other settings.
 
         Raises:
             ConfigError: The folder is a link, or ``<root>/<stage>.jsonl`` is not from an evaluation.
@@ -119,7 +126,7 @@ class Results:
             )
         newest = self.root / f"{self.stage}.jsonl"
         if not _is_of_evaluation(newest):
-            problem = f"{newest} is not from an evaluation, and would be overwritten"
+            problem = f"{newest} is not from an evaluation and would be overwritten"
             raise ConfigError(
                 problem, "writer.folder", "Choose another folder (or trainer.default_root_dir), or move the file"
             )
@@ -128,26 +135,28 @@ class Results:
                 if _OWN.fullmatch(path.name) and not path.is_dir():
                     path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace(self.folder / _SETTINGS, json.dumps(self.settings, indent=2), lasting=True)
+        atomic_write(self.folder / _SETTINGS, json.dumps(self.settings, indent=2), durable=True)
         told = []
         for other in sorted(self.folder.parent.glob(f"{self.stage}-*/{_SETTINGS}")):
             if other.parent != self.folder and not (other.parent / _JOINED).exists():
                 theirs = json.loads(other.read_text(encoding="utf-8"))
                 differ = [name for name in self.settings if theirs.get(name) != self.settings[name]]
-                told.append(f"Unfinished results in {other.parent} are of another evaluation ({', '.join(differ)} differ)")
+                told.append(
+                    f"Unfinished results in {other.parent} are of another evaluation, with other {', '.join(differ)}"
+                )
         return told
 
     def read(self) -> Records:
-        """All records of each role, in the order of questions and samples. Lines that were not written to the end do not
-        count.
+        """Return all records of each role, in the order of questions and samples. Incomplete lines are ignored.
 
         Raises:
-            UserError: The folder cannot be seen from here.
+            ConfigError: This machine does not see the folder.
         """
         if not (self.folder / _SETTINGS).exists():
-            raise UserError(
-                f"{self.folder} was made by the first rank but cannot be seen by all: set trainer.default_root_dir to a "
-                "file system that all machines share"
+            raise ConfigError(
+                f"the first rank made {self.folder}, and other ranks do not see it",
+                "trainer.default_root_dir",
+                "Set it to a folder in a file system that all machines share",
             )
         found: dict[tuple[str, int, int], dict[str, Any]] = {}
         for path in self._files():
@@ -161,7 +170,10 @@ class Results:
         return roles
 
     def finished(self, batches: Sequence[PromptBatch], roles: Sequence[str], n: int) -> dict[int, Records]:
-        """The records of this rank's batches, by number, that are finished on every rank. Every rank must ask."""
+        """Return the records of this rank's finished batches, by number of the batch. Every rank must call it.
+
+        A batch counts as finished if the batch with its number is finished on every rank.
+        """
         records = self.read()
         by_question: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for role in roles:
@@ -173,30 +185,36 @@ class Results:
             groups = {role: [by_question.get((role, index), []) for index in own] for role in roles}
             if all(len(group) == n for role in roles for group in groups[role]):
                 here[number] = {role: [r for group in groups[role] for r in group] for role in roles}
-        everywhere = set.intersection(*of_every_rank(set(here)))
+        everywhere = set.intersection(*all_gather_object(set(here)))
         return {number: here[number] for number in sorted(everywhere)}
 
-    def mend(self, rank: int) -> None:
-        """Take away the line that an interrupted run left half-written at the end of a rank's file."""
+    def remove_incomplete_line(self, rank: int) -> None:
+        """Remove an incomplete last line, which an interrupted run left, from a rank's file."""
         path = self.folder / f"rank{rank}.jsonl"
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, rank: int, records: Records) -> None:
-        """Add a batch's records to a rank's file; they are on disk when this returns."""
+        """Append a batch's records to a rank's file, and wait until they are on disk."""
         lines = [json.dumps({"role": role} | r, ensure_ascii=False) + "\n" for role, rows in records.items() for r in rows]
-        append(self.folder / f"rank{rank}.jsonl", "".join(lines).encode("utf-8", "backslashreplace"), lasting=True)
+        append(self.folder / f"rank{rank}.jsonl", "".join(lines).encode("utf-8", "backslashreplace"), durable=True)
 
     def join(self, metrics: Mapping[str, float] | None = None) -> Path:
-        """Put all ranks' records into one file, also as ``<root>/<stage>.jsonl``, which it returns. For one rank alone, when
-        all have ended."""
+        """Merge all ranks' records into one file. Only one rank calls it, after all ranks have finished.
+
+        Args:
+            metrics: Metrics for ``metrics.json``.
+
+        Returns:
+            ``<root>/<stage>.jsonl``, a link to the file or a copy of it.
+        """
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for records in self.read().values() for record in records]
         old = [path for path in self._files() if path.name != _JOINED]
-        replace(self.folder / _JOINED, "".join(lines), lasting=True)
+        atomic_write(self.folder / _JOINED, "".join(lines), durable=True)
         for path in old:
             path.unlink()
         if metrics is not None:
-            replace(self.folder / _METRICS, json.dumps(metrics, indent=2), lasting=True)
+            atomic_write(self.folder / _METRICS, json.dumps(metrics, indent=2), durable=True)
         newest = self.root / f"{self.stage}.jsonl"
         with tempfile.TemporaryDirectory(prefix=f".{newest.name}.partial-", dir=self.root) as folder:
             temporary = Path(folder) / newest.name
@@ -212,7 +230,7 @@ class Results:
 
 
 def _is_of_evaluation(path: Path) -> bool:
-    """Return True for completions that an evaluation wrote, and where there is nothing that could be lost."""
+    """Return True if a file has completions of an evaluation, is empty or does not exist."""
     if not os.path.lexists(path):
         return True
     try:

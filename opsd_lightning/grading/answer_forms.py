@@ -1,9 +1,8 @@
-r"""Compare two answers as a careful person would, and ask computer algebra only where it is needed.
+r"""Compare two answers as a careful person would, with computer algebra only for expressions.
 
-Both are first written in one way (``answer_text``) and then read as one of a few forms: numbers with units
-(``quantities``), times of day, choices, words, lists and intervals. Two answers of such a form are compared here. What is
-left, expressions, goes to the ``algebra`` that the caller gives, without the parts that it misreads: units, equations'
-left sides, words.
+Both answers are normalized (``answer_text``) and read as one of a few forms: numbers with units (``quantities``), times of
+day, choices, words, lists and intervals. These forms are compared here. Other expressions are passed to the caller's
+``algebra``, without units, left sides of equations and words, which it would misread.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from opsd_lightning.grading.answer_text import FUNCTIONS, balanced, clean, closing_bracket, split
+from opsd_lightning.grading.answer_text import FUNCTIONS, clean, closing_bracket, is_balanced, split_outside_brackets
 from opsd_lightning.grading.quantities import (
     PERCENT,
     Quantity,
     Unit,
+    equal_numbers,
     equal_quantities,
-    quantity,
-    ratio,
+    read_quantity,
     read_unit,
-    same_number,
+    unit_ratio,
 )
 
 Algebra = Callable[[str, str], bool]
-"""Say whether two expressions in TeX are equal, the reference first."""
+"""Function that returns True if two TeX expressions are equal. The reference is the first argument."""
 
 LONGEST = 2000
-"""Longer answers, in characters, are equal only if their texts are."""
+"""Maximum length in characters of answers that are parsed. Longer answers are equal only if their texts are identical."""
 
-_DEEPEST = 8  # lists within lists
+_DEEPEST = 8  # maximum depth of nested lists
 _LONGEST_UNIT, _UNIT_WORDS = 60, 8
 
 _CHOICE = re.compile(
@@ -42,7 +41,7 @@ _CHOICE = re.compile(
 _TIME = re.compile(
     r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:o'clock\s*)?(?:([ap])\.?\s?m\.?(?:\s+in the \w+)?|o'clock)?", re.IGNORECASE
 )
-_NAMES = {  # different words for the same answer
+_NAMES = {  # synonyms of the same answer
     "no solutions": "no solution", "none": "no solution", "there is no solution": "no solution", "no answer": "no solution",
     "there are no solutions": "no solution", "empty set": "no solution", "no such number exists": "no solution",
     "dne": "does not exist", "doesn t exist": "does not exist", "n a": "not applicable", "na": "not applicable",
@@ -54,18 +53,22 @@ _SMALL_WORDS = set("am an as at be by do go he if in is it me my no of on or so 
 
 
 class Choice(NamedTuple):
+    """Choice of a multiple-choice question, with the text after its letter."""
+
     letter: str
     content: str
 
 
 class Clock(NamedTuple):
+    """Time of day."""
+
     seconds: int
-    half: str  # "a" or "p" where am or pm is written, "24" where the hour shows that none is needed, or ""
+    half: str  # "a" or "p" for am and pm, "24" for a 24-hour time such as 15:30 or 03:30, "" if ambiguous
 
 
 @dataclass(frozen=True)
 class Items:
-    """Several answers: a list, a set, a tuple, an interval, or a union of intervals."""
+    """Answer with several parts: a list, set, tuple, interval, or union of intervals."""
 
     opening: str
     closing: str
@@ -73,10 +76,11 @@ class Items:
 
     @property
     def ordered(self) -> bool:
+        """True for tuples and intervals."""
         return self.opening in ("(", "[")
 
 
-def choice(text: str) -> Choice | None:
+def read_choice(text: str) -> Choice | None:
     """Read ``B``, ``(B)``, ``(B) 12``, ``B. 12`` or ``option B``."""
     found = _CHOICE.fullmatch(text)
     if found is None:
@@ -90,8 +94,8 @@ def choice(text: str) -> Choice | None:
     return Choice(letter.upper(), content)
 
 
-def clock(text: str) -> Clock | None:
-    """Read a time of day, such as ``3:30 PM`` or ``15:30``; ``3:2`` is none."""
+def read_clock(text: str) -> Clock | None:
+    """Read a time of day, such as ``3:30 PM`` or ``15:30``. ``3:2`` is not one."""
     found = _TIME.fullmatch(text)
     half = found[4].lower() if found is not None and found[4] else ""
     if found is None or not (found[2] or half or "clock" in text.lower()):
@@ -107,17 +111,17 @@ def clock(text: str) -> Clock | None:
 
 
 def _same_time(ours: Clock, theirs: Clock) -> bool:
-    """Return whether two times are equal; ``3:30`` does not say which half of the day ``3:30 PM`` is in."""
+    """Return True if two times are equal. An ambiguous ``3:30`` does not equal ``3:30 PM``."""
     marked = [time.half in ("a", "p") for time in (ours, theirs)]
     return ours.seconds == theirs.seconds and (marked[0] == marked[1] or "" not in (ours.half, theirs.half))
 
 
-def items(text: str) -> Items | None:
-    """Read several answers: separated by commas, semicolons, "and" or "or", in brackets or not."""
+def read_items(text: str) -> Items | None:
+    """Read an answer with several parts, separated by commas, semicolons, "and" or "or", with or without brackets."""
     french = re.fullmatch(r"\](.*),(.*)\[", text)
-    if french is not None and balanced(french[1]) and balanced(french[2]):
+    if french is not None and is_balanced(french[1]) and is_balanced(french[2]):
         return Items("(", ")", (french[1].strip(), french[2].strip()))
-    union = split(text, r"\\cup(?![A-Za-z])")
+    union = split_outside_brackets(text, r"\\cup(?![A-Za-z])")
     if len(union) > 1:
         return Items("", "", tuple(union))
     opening = closing = ""
@@ -133,10 +137,10 @@ def items(text: str) -> Items | None:
                 closing = ""
             break
     comma = r",(?!\d{3}(?!\d))" if re.search(r",\s|\\ ", inner) else ","
-    parts = split(inner, rf"{comma}\s*(?:and|or)\b|{comma}|;|\band\b|\bor\b|(?<=\d)\s*[或和と]\s*(?=\d)")
+    parts = split_outside_brackets(inner, rf"{comma}\s*(?:and|or)\b|{comma}|;|\band\b|\bor\b|(?<=\d)\s*[或和と]\s*(?=\d)")
     parts = [part for part in parts if part]
     if len(parts) == 1 and not opening:
-        sides = split(inner, r"\\pm(?![A-Za-z])")
+        sides = split_outside_brackets(inner, r"\\pm(?![A-Za-z])")
         if len(sides) == 2 and sides[1]:
             return Items("", "", (f"{sides[0]}+{sides[1]}".lstrip("+"), f"{sides[0]}-{sides[1]}"))
         numbers = inner.split(" ")
@@ -148,7 +152,7 @@ def items(text: str) -> Items | None:
 
 
 def has_words(text: str) -> bool:
-    """Return whether a text holds words, no products of letters: ``cat`` and ``AB`` do, ``xy`` and ``2ab`` do not."""
+    """Return True if a text contains words, such as ``cat`` and ``AB``, and not only products such as ``xy`` and ``2ab``."""
     text = re.sub(r"\\(?:begin|end|operatorname|math(?:bb|cal))\s*\{[^{}]*\}", " ", text)
     if re.search(r"[^\W\d_A-Za-z]", text):
         return True
@@ -168,14 +172,14 @@ def has_words(text: str) -> bool:
 
 
 def _words(text: str) -> str:
-    """Words without case, punctuation and a leading article."""
+    """Normalize words: no case, punctuation or leading article, and one name for synonyms."""
     text = re.sub(r"[\W_]+", " ", text.replace(r"\emptyset", "empty set")).strip().casefold()
     text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
     return _NAMES.get(text, text)
 
 
 def is_label(text: str) -> bool:
-    """Return whether a text can name the other side of an equation: ``x``, ``f(x)``, ``\\angle ABC``, ``total``."""
+    """Return True if a text can be the name on one side of an equation: ``x``, ``f(x)``, ``\\angle ABC``, ``total``."""
     bare = re.sub(r"_\{[^{}]*\}|_\w|'", "", text)
     bare = re.sub(r"(?<=[A-Za-z\s])\([^()]*\)", "", bare)
     bare = re.sub(r"^\([A-Za-z, ]+\)$", "x", bare.strip())
@@ -183,13 +187,13 @@ def is_label(text: str) -> bool:
 
 
 def strip_unit(text: str) -> tuple[str, Unit | None]:
-    """Take a unit off the end of an expression: ``2\\sqrt{3} cm``."""
+    """Split a unit from the end of an expression such as ``2\\sqrt{3} cm``."""
     tail = max(0, len(text) - _LONGEST_UNIT)
     for place in list(re.compile(r"\s+(?=[A-Za-z(])|(?=[°%])").finditer(text, tail))[-_UNIT_WORDS:]:
         before, after = text[: place.start()].strip(), text[place.end() :].strip()
         if not before or not after or (after[:1] == "(" and not re.search(r"[A-Za-z]", after)):
             continue
-        if not re.search(r"[\d})\]A-Za-z|]$", before) or not balanced(before) or has_words(before):
+        if not re.search(r"[\d})\]A-Za-z|]$", before) or not is_balanced(before) or has_words(before):
             continue
         unit = read_unit(after)
         letters = re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before) is not None
@@ -209,16 +213,16 @@ def _in_base(text: str) -> tuple[str, str] | None:
 
 
 def equal(reference: str, answer: str, algebra: Algebra) -> bool:
-    """Return whether an answer equals the reference as a careful person would say.
+    """Return True if an answer equals the reference.
 
-    A unit may be missing on one side; two units must agree. Numbers are compared exactly: a decimal equals a fraction
-    that does not end only if it is that fraction rounded, with six digits or more. Order counts in tuples and
-    intervals, not in sets and bare lists. Words are compared without their case.
+    A unit may be missing on one side, but two units must agree. Numbers are compared exactly. A decimal equals a fraction
+    with an infinite decimal expansion only if it is that fraction rounded to six or more digits. Order matters in tuples
+    and intervals, but not in sets and lists without brackets. Words are compared without case.
 
     Args:
         reference: The right answer.
-        answer: The answer in question.
-        algebra: Asked about expressions; whatever it raises is passed on.
+        answer: The answer to compare.
+        algebra: Compares expressions. Its exceptions are passed on.
     """
     reference, answer = reference.strip(), answer.strip()
     if not reference or not answer:
@@ -240,7 +244,7 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
     decided = _choices(reference, answer, algebra, depth)
     if decided is not None:
         return decided
-    times = clock(reference), clock(answer)
+    times = read_clock(reference), read_clock(answer)
     if times[0] is not None and times[1] is not None:
         return _same_time(times[0], times[1])
     ratios = [re.sub(r"^(\d+)\s*:\s*(\d+)$", r"\1/\2", text) for text in (reference, answer)]
@@ -250,14 +254,14 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
     if bases[0] is not None or bases[1] is not None:
         return _equal_in_bases(bases, reference, answer)
 
-    numbers = quantity(reference), quantity(answer)
+    numbers = read_quantity(reference), read_quantity(answer)
     if numbers[0] is not None and numbers[1] is not None:
         return equal_quantities(numbers[0], numbers[1])
     reference, answer = (re.sub(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*", "", text) for text in (reference, answer))
-    lists = items(reference), items(answer)
+    lists = read_items(reference), read_items(answer)
     for number, text in ((numbers[0], answer), (numbers[1], reference)):
         if number is not None and re.fullmatch(r"-?\d+,\d+", text):  # a decimal comma
-            return same_number(number, Quantity(Fraction(text.replace(",", "."))))
+            return equal_numbers(number, Quantity(Fraction(text.replace(",", "."))))
     if (lists[0] is not None and numbers[0] is None) or (lists[1] is not None and numbers[1] is None):
         return _equal_lists(
             lists[0] if numbers[0] is None else None,
@@ -268,7 +272,7 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
             depth,
         )
 
-    sides = [split(text, EQUALS) for text in (reference, answer)]
+    sides = [split_outside_brackets(text, EQUALS) for text in (reference, answer)]
     if len(sides[0]) > 1 or len(sides[1]) > 1:
         return _equal_equations(sides[0], sides[1], reference, answer, algebra, depth)
     related = [_RELATION.search(text) is not None for text in (reference, answer)]
@@ -277,7 +281,7 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
 
     (left, unit), (right, other) = strip_unit(reference), strip_unit(answer)
     if unit is not None or other is not None:
-        factor = ratio(unit, other)
+        factor = unit_ratio(unit, other)
         if factor is None:
             return False
         for side in (unit, other):
@@ -293,27 +297,27 @@ def _equal(reference: str, answer: str, algebra: Algebra, depth: int) -> bool:
 
 def _expressions(reference: str, answer: str, algebra: Algebra) -> bool:
     if any(has_words(text) or r"\emptyset" in text for text in (reference, answer)):
-        return _words(reference) == _words(answer) != "" and _signs(reference) == _signs(answer)
-    if not (balanced(reference) and balanced(answer)):
+        return _words(reference) == _words(answer) != "" and _operators(reference) == _operators(answer)
+    if not (is_balanced(reference) and is_balanced(answer)):
         return False
     reference, answer = (re.sub(r"\*", r" \\cdot ", text) for text in (reference, answer))
     return algebra(reference, answer) or algebra(answer, reference)  # math-verify is not symmetric
 
 
-def _signs(text: str) -> list[str]:
-    """The operators of a text, which `_words` leaves out; hyphens between letters are none."""
+def _operators(text: str) -> list[str]:
+    """Return the operators in a text, which `_words` removes. Hyphens between letters are not operators."""
     return re.findall(r"[+*/^=<>|%]|(?<![A-Za-z])-|-(?![A-Za-z])", text)
 
 
 def _choices(reference: str, answer: str, algebra: Algebra, depth: int) -> bool | None:
-    ours, theirs = choice(reference), choice(answer)
+    ours, theirs = read_choice(reference), read_choice(answer)
     for one, other in ((ours, answer), (theirs, reference)):
-        if one is not None and re.fullmatch("[a-e]", other) and choice(other) is None:
+        if one is not None and re.fullmatch("[a-e]", other) and read_choice(other) is None:
             return one.letter.lower() == other
     if ours is not None and theirs is not None:
         if ours.letter != theirs.letter:
             return False
-        numbers = quantity(ours.content), quantity(theirs.content)
+        numbers = read_quantity(ours.content), read_quantity(theirs.content)
         return numbers[0] is None or numbers[1] is None or equal_quantities(numbers[0], numbers[1])
     if ours is None and theirs is None:
         return None
@@ -324,7 +328,7 @@ def _choices(reference: str, answer: str, algebra: Algebra, depth: int) -> bool 
 
 
 def _equal_in_bases(bases: tuple[tuple[str, str] | None, tuple[str, str] | None], reference: str, answer: str) -> bool:
-    """The digits must agree, and the bases where both are written."""
+    """Compare digits, and bases if both answers have one."""
     if bases[0] is not None and bases[1] is not None:
         return bases[0] == bases[1]
     known = bases[0] or bases[1]
@@ -343,7 +347,7 @@ def _equal_lists(
         pairs = ((part, one) if theirs is None else (one, part) for part in many.parts)
         if (len(many.parts) == 1 or many.opening in ("", "{")) and all(_equal(*pair, algebra, depth - 1) for pair in pairs):
             return True
-        sides = split(one, EQUALS)
+        sides = split_outside_brackets(one, EQUALS)
         if len(sides) == 2 and is_label(sides[0]):
             pair = (sides[1], answer) if ours is None else (reference, sides[1])
             return _equal(*pair, algebra, depth - 1)
@@ -354,7 +358,7 @@ def _equal_lists(
     half_open = any(each.opening + each.closing in ("[)", "(]") for each in (ours, theirs))
     if brackets == {"(", "{"} or ("" in brackets and half_open):
         return False
-    labels = [[split(part, EQUALS) for part in each.parts] for each in (ours, theirs)]
+    labels = [[split_outside_brackets(part, EQUALS) for part in each.parts] for each in (ours, theirs)]
     labelled = [all(len(sides) == 2 for sides in each) and len({sides[0] for sides in each}) == len(each) for each in labels]
     ordered = "{" not in brackets and (ours.ordered or theirs.ordered or labelled[0] != labelled[1])
     left, right = list(ours.parts), list(theirs.parts)
@@ -387,7 +391,7 @@ def _equal_equations(ours: list[str], theirs: list[str], reference: str, answer:
                 for right in (theirs, theirs[::-1]):
                     if left[0] == right[0]:
                         return _equal(left[1], right[1], algebra, depth - 1)
-            named = [re.fullmatch(r"\\?[A-Za-z]+(?:_\S+)?", side[0]) and quantity(side[1]) for side in (ours, theirs)]
+            named = [re.fullmatch(r"\\?[A-Za-z]+(?:_\S+)?", side[0]) and read_quantity(side[1]) for side in (ours, theirs)]
             if all(named):
                 return False
         return _expressions(reference, answer, algebra)

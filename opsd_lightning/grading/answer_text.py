@@ -1,4 +1,4 @@
-r"""Write answers in one way: ``**42**.``, ``\[42\]`` and ``42`` become the same text."""
+r"""Normalize the text of answers: ``**42**.``, ``\[42\]`` and ``42`` become the same text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-_ROUNDS = 12  # decorations within decorations that are taken off
+_ROUNDS = 12  # maximum depth of nested decorations that are removed
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _SUBSCRIPT = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
 _GREEK = {
@@ -88,7 +88,7 @@ _PAIRS = [
     ("*", "*"), ("_", "_"), ('"', '"'), ("'", "'"), ("``", "''"),
 ]  # fmt: skip
 _TRAILING = re.compile(r"(?:[\s,;:]|\\\\|\\(?=$)|\\[,;:!.](?=$)|(?<!\.\.)\.(?=$))+$")
-_TAIL = 40  # characters at the end that are looked at in one go
+_TAIL = 40  # characters at the end that one search covers
 _LEADING = re.compile(
     r"^(?:[\s:]|=|(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|:)|\\(?:approx|simeq|sim)(?![A-Za-z])|(?:approximately|approx\.?|about|roughly|around|exactly|only|either|both)\s)+",
     re.IGNORECASE,
@@ -96,10 +96,10 @@ _LEADING = re.compile(
 
 
 def clean(text: str) -> str:
-    r"""Write an answer in one way.
+    r"""Normalize the text of an answer.
 
-    Emphasis, TeX delimiters, ``\boxed``, quotes and punctuation at the ends are taken off; Unicode signs, digits and
-    fractions, TeX spaces, ``\text``, ``\dfrac`` and ``**`` get one spelling each. Markers inside are left as they are.
+    Emphasis, TeX delimiters, ``\boxed``, quotes and punctuation around the answer are removed. Unicode signs, digits and
+    fractions, TeX spaces, ``\text``, ``\dfrac`` and ``**`` are replaced by a canonical spelling. Markup inside is kept.
     """
     text = re.sub(r"\s+", " ", text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", lambda found: f"^{{{found[0].translate(_SUPERSCRIPT)}}}", text)
@@ -109,7 +109,7 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
     for _ in range(_ROUNDS):
         before = text
-        text = _undecorated(text)
+        text = _strip_decoration(text)
         for pattern, replacement in _REWRITES:
             text = pattern.sub(replacement, text)
         text = re.sub(r"\s+", " ", text).strip()
@@ -118,8 +118,8 @@ def clean(text: str) -> str:
     return text
 
 
-def _without_trailing(text: str) -> str:
-    """Take punctuation off the end. A search from the front would take quadratic time where there is much inside."""
+def _strip_trailing(text: str) -> str:
+    """Remove punctuation from the end. The search begins near the end, since one from the start takes quadratic time."""
     while (found := _TRAILING.search(text, bound := max(0, len(text) - _TAIL))) is not None:
         text = text[: found.start()]
         if found.start() > bound:
@@ -132,8 +132,8 @@ def _vulgar(found: re.Match[str]) -> str:
     return f"{found[1]} {fraction}" if found[1] else fraction
 
 
-def _undecorated(text: str) -> str:
-    text = _LEADING.sub("", _without_trailing(text.strip()))
+def _strip_decoration(text: str) -> str:
+    text = _LEADING.sub("", _strip_trailing(text.strip()))
     if re.fullmatch(r"\\?\{ ?\\?\}", text):
         return r"\emptyset"
     for opening, closing in _PAIRS:
@@ -151,7 +151,7 @@ def _undecorated(text: str) -> str:
     if (
         text[start : start + 1] == "{"
         and closing_bracket(text, start) == len(text) - 1
-        and (box or not split(text[1:-1], ",")[1:])
+        and (box or not split_outside_brackets(text[1:-1], ",")[1:])
     ):
         return text[start + 1 : -1].strip()
     return text
@@ -164,7 +164,7 @@ _OPENING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
 
 
 def closing_bracket(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at ``start``, or -1."""
+    """Return the index of the bracket that closes the one at ``start``, or -1."""
     depth = 0
     for token in _BRACKET.finditer(text, start):
         depth += _depth_change(token[0])
@@ -179,8 +179,8 @@ def _depth_change(token: str) -> int:
     return -1 if token in (")", "]", "}", r"\}") or token.startswith(r"\end") else 0
 
 
-def balanced(text: str) -> bool:
-    """Return whether every bracket of a text is closed, by any bracket: ``[0, 1)`` is."""
+def is_balanced(text: str) -> bool:
+    """Return True if every bracket in a text is closed by a bracket of any kind, as in ``[0, 1)``."""
     depth = 0
     for token in _BRACKET.finditer(text):
         depth += _depth_change(token[0])
@@ -189,8 +189,8 @@ def balanced(text: str) -> bool:
     return depth == 0
 
 
-def split(text: str, pattern: str) -> list[str]:
-    """Split a text at what a regular expression matches, outside of all brackets."""
+def split_outside_brackets(text: str, pattern: str) -> list[str]:
+    """Split a text at the matches of a regular expression that are outside all brackets."""
     parts, start, depth = [], 0, 0
     for token in re.finditer(rf"(?P<separator>{pattern})|{_BRACKET.pattern}", text, re.DOTALL):
         if token["separator"] is None:

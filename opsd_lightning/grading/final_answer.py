@@ -1,8 +1,9 @@
-r"""Read the final answer of a text: the whole of it, or none.
+r"""Find the complete final answer in a text.
 
 The last ``\boxed{...}`` counts. Without one, the last phrase that announces an answer counts ("The answer is 42",
-"**Answer:** 42", "答案是42", ``<answer>42</answer>``, a last line "#### 42"). What follows it is cut where the sentence or
-the clause ends, and is an answer only if all of it is one: a number with its unit, an expression, a list, a choice, a name.
+"**Answer:** 42", "答案是42", ``<answer>42</answer>``, a last line "#### 42"). The text after the phrase is cut at the end of
+the sentence or clause. It is accepted only if it is an answer as a whole: a number with its unit, an expression, a list, a
+choice, or a name.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import re
 from collections import deque
 
-from opsd_lightning.grading.answer_forms import EQUALS, choice, clock, has_words, is_label, strip_unit
-from opsd_lightning.grading.answer_text import balanced, clean, split
-from opsd_lightning.grading.quantities import quantity
+from opsd_lightning.grading.answer_forms import EQUALS, has_words, is_label, read_choice, read_clock, strip_unit
+from opsd_lightning.grading.answer_text import clean, is_balanced, split_outside_brackets
+from opsd_lightning.grading.quantities import read_quantity
 
-_FARTHEST = 600  # characters behind a phrase that are looked at
-_MARKERS = 50  # phrases that are looked at, from the last one back
-_WORDS = 1000  # words "answer" that are looked at, from the last one back
-_PREFIX = 80  # characters in front of that word that belong to a phrase
-_BOXES = 20  # boxes that are joined to one answer
+_LOOKAHEAD = 600  # characters after a phrase that are read
+_MARKERS = 50  # number of phrases to try, from the last one back
+_WORDS = 1000  # number of occurrences of "answer" to search, from the last one back
+_PREFIX = 80  # characters before that word that may belong to a phrase
+_BOXES = 20  # maximum number of boxes joined into one answer
 
 # -- thinking blocks -----------------------------------------------------------------------------------------------------
 
@@ -29,8 +30,8 @@ _THINKING = re.compile(
 )
 
 
-def behind_thinking(text: str) -> str | None:
-    """The text behind its last closed thinking block: all of it without one, None where a block is not closed."""
+def strip_thinking(text: str) -> str | None:
+    """Return the text after the last thinking block, the whole text if there is no block, or None if a block is open."""
     start, opened = 0, False
     for tag in _THINKING.finditer(text):
         opened = tag["open"] is not None
@@ -49,19 +50,19 @@ _BETWEEN_BOXES = re.compile(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete ``\boxed{...}`` that is not empty, braces balanced, or None.
+    r"""Return the content of the last complete, nonempty ``\boxed{...}``, or None.
 
-    Boxes with nothing but "and", "or" or a comma between them are one answer. One pass: linear in the text.
+    Boxes separated only by "and", "or" or a comma are joined into one answer. Takes linear time.
     """
     found: list[tuple[int, int, str]] = []  # start and end of a box, and its content
-    opened: list[tuple[int, int]] = []  # of each open brace the start of its box, or -1, and where its content starts
+    opened: list[tuple[int, int]] = []  # for each open brace: the start of its box or -1, and the start of its content
     for token in _BOX.finditer(text):
         if token[0].startswith("\\"):
             if token[1]:
                 opened.append((token.start(), token.end()))
             elif token[2]:
                 bare = _BARE.match(text, token.end())
-                if bare is not None and _ends(text, bare.end()):
+                if bare is not None and _bare_box_ends(text, bare.end()):
                     found.append((token.start(), bare.end(), bare[0]))
         elif token[0] == "{":
             opened.append((-1, token.end()))
@@ -81,8 +82,8 @@ def last_boxed(text: str) -> str | None:
     return answer
 
 
-def _ends(text: str, place: int) -> bool:
-    """Return whether a bare ``\\boxed 7`` ends here: in front of a delimiter, a sentence's end or nothing."""
+def _bare_box_ends(text: str, place: int) -> bool:
+    """Return True if a ``\\boxed 7`` without braces ends here: before a delimiter or the end of a sentence or text."""
     return re.match(r"\s*(?:$|\\?[$)\]]|[.,;:!]?(?:\s|$))", text[place : place + 40]) is not None and not re.match(
         r"\s*[\d/+*^-]", text[place : place + 40]
     )
@@ -91,7 +92,7 @@ def _ends(text: str, place: int) -> bool:
 def _is_empty(answer: str) -> bool:
     if not answer or answer.isalnum():
         return not answer
-    answer = clean(answer[:_FARTHEST])
+    answer = clean(answer[:_LOOKAHEAD])
     return re.search(r"\w|\\emptyset|\\\{\s*\\\}|\{\s*\}", answer) is None
 
 
@@ -153,87 +154,87 @@ _SPECIAL = re.compile(
 
 
 def final_answer(text: str) -> str | None:
-    r"""The final answer of a text, or None. It is the whole answer, and never empty.
+    r"""Return the complete final answer of a text, or None. The answer is never empty.
 
-    Behind a closed thinking block only what follows it is read; an open one gives no answer.
+    Only the text after the last thinking block is read. A text with an open thinking block has no answer.
     """
-    rest = behind_thinking(text)
+    rest = strip_thinking(text)
     if rest is None:
         return None
     boxed = last_boxed(rest)
     if boxed is not None:
         return boxed
-    markers = list(_MARKER.finditer(rest, _start(rest)))[-_MARKERS:]
+    markers = list(_MARKER.finditer(rest, _search_start(rest)))[-_MARKERS:]
     for place in reversed(range(len(markers))):
         marker = markers[place]
         if marker["conditional"]:
             continue
         end = markers[place + 1].start() if place + 1 < len(markers) else len(rest)
-        after = rest[marker.end() : min(end, marker.end() + _FARTHEST)]
+        after = rest[marker.end() : min(end, marker.end() + _LOOKAHEAD)]
         if marker["hashes"]:
             answer = _last_line(rest, marker.end())
             if answer is not None:
                 return answer
             continue
-        answer = _read(after)
+        answer = _answer_after_phrase(after)
         if answer is not None:
             return answer
         clause = re.split(r"[.!?。]\s|\n\s*\S[^\n]*\n|\n", _FILLER.sub("", after, count=1).lstrip(), maxsplit=1)[0]
         if re.search(r"[\d\\$=]", clause):
-            return None  # an answer is given here, but where it ends is not clear
+            return None  # there is an answer, but its end is unclear
     return None
 
 
-def _start(text: str) -> int:
-    """Return where the search for phrases begins: a text that repeats one word without end is read from its last part on."""
+def _search_start(text: str) -> int:
+    """Return the start of the search for phrases, which covers only the last `_WORDS` occurrences of "answer"."""
     words = deque((found.start() for found in _ANSWER.finditer(text)), maxlen=_WORDS)
     return max(0, words[0] - _PREFIX) if len(words) == _WORDS else 0
 
 
 def _last_line(text: str, start: int) -> str | None:
-    """The rest of the text as an answer in the manner of GSM8K: one line, and nothing but a number or an expression."""
-    line = text[start:].strip() if len(text) - start <= _FARTHEST else ""
+    """Read an answer in the format of GSM8K: a last line that contains only a number or an expression."""
+    line = text[start:].strip() if len(text) - start <= _LOOKAHEAD else ""
     if not line or "\n" in line or re.match(r"\d+[.)]\s", line):
         return None
-    answer, whole = _cut(re.sub("[\x02\x03]", "", _without_emphasis(line)))
-    number = quantity(clean(answer)) if answer else None
+    answer, whole = _first_clause(re.sub("[\x02\x03]", "", _mark_emphasis(line)))
+    number = read_quantity(clean(answer)) if answer else None
     if not whole or answer is None or not _is_answer(answer):
         return None
     if number is not None and number.unit is not None and not number.unit.known and not answer.islower():
-        return None  # a heading: "2 Check"
-    return _without_things(answer)
+        return None  # a heading such as "2 Check"
+    return _strip_counted_noun(answer)
 
 
-def _read(after: str) -> str | None:
-    """The answer that a text begins with, or None where it does not begin with one or its end is not clear."""
-    after = _without_emphasis(after)
+def _answer_after_phrase(after: str) -> str | None:
+    """Return the answer at the start of a text, or None if there is none or its end is unclear."""
+    after = _mark_emphasis(after)
     filler = _FILLER.match(after)
     after = after[filler.end() :] if filler is not None else after
     emphasised = re.match(r"\x02([^\x02\x03\n]{1,80})\x03\s*(?:[.!,;]|\n|$)", after)
-    answer, _ = _cut(after.replace("\x02", "").replace("\x03", ""))
+    answer, _ = _first_clause(after.replace("\x02", "").replace("\x03", ""))
     if answer is None:
         return None
     if _is_answer(answer):
-        return _without_things(answer)
+        return _strip_counted_noun(answer)
     name = emphasised[1].strip(" .") if emphasised is not None else ""
     words = name.lower().split()
     return name if 0 < len(words) <= 6 and not set(words) & _NO_ANSWERS and not re.search(r"[\d=\\$]", name) else None
 
 
-def _without_things(answer: str) -> str:
-    """Take the counted things off one number: "3 1/2" of "3 1/2 cups". Units of measurement stay."""
-    number = quantity(clean(answer))
+def _strip_counted_noun(answer: str) -> str:
+    """Remove a counted noun after a number: "3 1/2 cups" becomes "3 1/2". Units of measurement stay."""
+    number = read_quantity(clean(answer))
     if number is None or number.unit is None or not number.unit.counted:
         return answer
     for end in re.finditer(r"\s+|(?<=\d)(?=[^\x00-\u2fff])", answer):
-        plain = quantity(clean(answer[: end.start()]))
+        plain = read_quantity(clean(answer[: end.start()]))
         if plain is not None and plain.unit is None and plain.value == number.value:
             return answer[: end.start()]
     return answer
 
 
-def _without_emphasis(text: str) -> str:
-    """Mark strong emphasis, code and quotes by two control characters, and drop other emphasis."""
+def _mark_emphasis(text: str) -> str:
+    """Enclose strong emphasis, code and quotes in two control characters, and remove other emphasis."""
     text = re.sub(r"[\x02\x03]", "", text)
     text = re.sub(r"(?<![\w)\]])(\*\*|__)(?=\S)([^\n]{1,200}?)\1(?![\w(])", "\x02\\2\x03", text)
     text = re.sub(r"(`+)([^`\n]{1,200})\1", "\x02\\2\x03", text)
@@ -269,12 +270,12 @@ _TOKEN = re.compile(
 _CLOSERS = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
 
 
-def _cut(text: str) -> tuple[str | None, bool]:
-    """Cut a text where its first sentence or main clause ends.
+def _first_clause(text: str) -> tuple[str | None, bool]:
+    """Cut a text at the end of its first sentence or main clause.
 
     Returns:
-        What stands before, without TeX delimiters; None where a bracket or delimiter is open, or nothing stands there. And
-        whether the text ends there.
+        The first clause without TeX delimiters, or None if it is empty or a bracket or delimiter is open. Also True if the
+        text ends there.
     """
     french = re.match(r"\s*\][^\n\[\]]{1,60},[^\n\[\]]{1,60}[\[\]]", text)
     pieces: list[str] = [french[0]] if french else []
@@ -286,7 +287,7 @@ def _cut(text: str) -> tuple[str | None, bool]:
             span = _tex(text, token)
             if span is None:
                 if token[0] == "$" and re.match(r"\s*[-+]?\d[\d,.]*(?!\s*[+*/^=\\_\d])", text[place:]):
-                    continue  # a currency
+                    continue  # a price
                 return None, False
             pieces += [text[start : token.start()], text[place : span[0]]]
             start = place = span[1]
@@ -323,7 +324,7 @@ def _cut(text: str) -> tuple[str | None, bool]:
 
 
 def _tex(text: str, token: re.Match[str]) -> tuple[int, int] | None:
-    """Return where the content of a TeX span ends, and where the text goes on; None for a lone ``$``."""
+    """Return the end of the content of a TeX span and the end of the span, or None for a single ``$``."""
     closer = _CLOSERS[token[0]]
     end = text.find(closer, token.end())
     while end > 0 and text[end - 1] == "\\" and closer.startswith("$"):
@@ -332,12 +333,12 @@ def _tex(text: str, token: re.Match[str]) -> tuple[int, int] | None:
         return None
     content = text[token.end() : end]
     if token[0] == "$" and re.match(r"\d", content) and re.search(r"(?<![\\A-Za-z{])[A-Za-z]{2,}\s", content):
-        return None  # two prices: "$5 and $6"
+        return None  # two prices, such as "$5 and $6"
     return end, end + len(closer)
 
 
 def _is_aside(text: str, place: int) -> bool:
-    """Return whether the bracket at ``place`` opens a remark: "12 (twelve)"."""
+    """Return True if the bracket at ``place`` opens a remark, as in "12 (twelve)"."""
     if not text[place - 1].isspace() or not text[:place].strip():
         return False
     inside = text[place + 1 : place + 200].split(")")[0]
@@ -345,12 +346,12 @@ def _is_aside(text: str, place: int) -> bool:
 
 
 def _ends_clause(text: str, token: re.Match[str], first: bool) -> bool:
-    """Return whether an answer ends in front of a token outside of all brackets."""
+    """Return True if an answer ends before a token. The token is outside all brackets."""
     kind, after = token.lastgroup, text[token.end() :]
     if kind in ("line", "dash", "tag"):
         return True
     if kind == "stop":
-        # "B. 12", "A. Paris": the label of a choice
+        # "B. 12" and "A. Paris" begin with the label of a choice
         return not (
             token[0] == "." and re.fullmatch(r"\(?[A-J]", text[: token.start()].strip()) and re.match(r" ?\S", after)
         )
@@ -379,19 +380,19 @@ _UNFINISHED = re.compile(
 
 
 def _is_answer(text: str) -> bool:
-    """Return whether all of a text is an answer."""
+    """Return True if a text is an answer as a whole."""
     plain = clean(text)
     if len(text) > 300 or _is_empty(text) or re.search(r"\\f?boxed|\$(?!\d)", text):
         return False
-    if not (balanced(plain) or plain.startswith("]") or choice(plain) is not None):
+    if not (is_balanced(plain) or plain.startswith("]") or read_choice(plain) is not None):
         return False
-    if _SPECIAL.fullmatch(plain) or clock(plain) is not None or choice(plain) is not None:
+    if _SPECIAL.fullmatch(plain) or read_clock(plain) is not None or read_choice(plain) is not None:
         return True
-    if quantity(plain) is not None:
+    if read_quantity(plain) is not None:
         return plain.lower() not in _ORDINALS
     if _UNFINISHED.search(plain):
         return False
-    parts = [part for part in split(plain, r",|;|\band\b|\bor\b") if part]
+    parts = [part for part in split_outside_brackets(plain, r",|;|\band\b|\bor\b") if part]
     if len(parts) > 1 and all(_is_answer(part) for part in parts):
         return True
     if re.fullmatch(r"\d{4}-\d\d?-\d\d?|\d{1,2}/\d{1,2}/\d{2,4}", plain):
@@ -403,12 +404,12 @@ def _is_answer(text: str) -> bool:
     before, unit = strip_unit(plain)
     if unit is not None:
         return _is_answer(before)
-    sides = split(plain, EQUALS)
+    sides = split_outside_brackets(plain, EQUALS)
     return len(sides) == 2 and is_label(sides[0]) and len(sides[0].split()) <= 4 and _is_answer(sides[1])
 
 
 def _is_name(text: str) -> bool:
-    """Return whether a text is a name of a few words: "Paris", "Isle of Man"."""
+    """Return True for a name of a few words, such as "Paris" and "Isle of Man"."""
     words = text.split()
     capital = [re.fullmatch(r"[A-Z][\w.'-]*", word) is not None for word in words]
     small = [word in ("of", "the", "de", "von") for word in words]

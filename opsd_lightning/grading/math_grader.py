@@ -1,7 +1,7 @@
-"""Find the final answer of a text and decide whether it equals the reference, in bounded time anywhere.
+"""Grade the final answers of completions against reference answers, in bounded time.
 
-Reading is the work of ``final_answer``, comparing that of ``answer_forms``, which leaves expressions to math-verify. That
-runs in processes of its own (``math_pool``): a question that takes too long counts as wrong.
+``final_answer`` finds the answer in a text. ``answer_forms`` compares it with the reference, and leaves expressions to
+math-verify, which runs in separate processes (``math_pool``). A comparison that takes too long counts as wrong.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import regex
 from jsonargparse.typing import PositiveFloat
 
 from opsd_lightning.grading import answer_forms, math_pool
-from opsd_lightning.grading.final_answer import behind_thinking, final_answer, last_boxed
+from opsd_lightning.grading.final_answer import final_answer, last_boxed, strip_thinking
 from opsd_lightning.types import ConfigError
 
 AUTO = "auto"
-"""The ``answer_pattern`` that stands for the package's own reader."""
+"""Value of ``answer_pattern`` that selects `final_answer`."""
 
 Problem = Literal["", "timeout", "failure"]
 
 PROBLEMS: dict[str, Problem] = {"grading_timeouts": "timeout", "grading_failures": "failure"}
-"""The metrics that count completions which are wrong for want of a verdict, by their names behind ``val/``."""
+"""Problems that make a completion count as wrong, by the metric that counts them (without the prefix ``val/``)."""
 
 T = TypeVar("T")
 
 
 class Grade(NamedTuple):
-    """A completion, graded.
+    """Grade of a completion.
 
     Args:
-        answer: Its final answer, or None.
-        correct: True if that equals the reference.
-        problem: ``timeout`` where it counts as wrong because the time was over, ``failure`` because comparing it ended its
-            worker twice or needed too much memory, otherwise empty.
+        answer: Final answer of the completion, or None.
+        correct: True if the answer equals the reference.
+        problem: Reason why there is no verdict and the completion counts as wrong. ``timeout`` if the comparison took too
+            long, ``failure`` if it needed too much memory or ended two workers, otherwise empty.
     """
 
     answer: str | None
@@ -48,18 +48,30 @@ class Grade(NamedTuple):
 
 @dataclass(frozen=True)
 class MathGrader:
-    r"""Grades the final answer of a completion against the reference.
+    r"""Grader that compares the final answer of a completion with the reference.
 
-    The final answer is the last ``\boxed{...}`` of the text, otherwise what ``answer_pattern`` finds, otherwise there is
-    none and the completion is wrong. Text in a thinking block is not looked at; one that is not closed gives no answer.
+    The final answer is the last ``\boxed{...}`` of the text. Without one, it is the answer that ``answer_pattern`` finds.
+    A completion without an answer is wrong. Thinking blocks are skipped, and a text with an open thinking block has no
+    answer.
 
     Args:
-        answer_pattern: How an answer that is not boxed is found. ``auto`` reads the whole answer behind phrases such as
-            "The answer is 42", "**Answer:** 3 1/2" or a last line "#### 42", or none where its end is not clear.
-            Null: only what is boxed counts. Otherwise a regular expression whose first group is the answer; the last
-            match counts. It is run for at most ``timeout_seconds``.
-        timeout_seconds: The longest that one comparison may take before it counts as wrong. Such completions are counted as
-            ``val/grading_timeouts``.
+        answer_pattern: Method to find an answer that is not boxed. ``auto`` reads the answer after phrases such as
+            "The answer is 42" or "**Answer:** 3 1/2", or in a last line "#### 42", and finds none if its end is unclear.
+            Null accepts boxed answers only. Any other value is a regular expression whose first group is the answer. Its
+            last match counts, and the search takes at most ``timeout_seconds``.
+        timeout_seconds: Time limit of one comparison in seconds. A comparison that exceeds it counts as wrong and is
+            counted in ``val/grading_timeouts``.
+
+    Example::
+
+        >>> from opsd_lightning import MathGrader
+        >>> grader = MathGrader()
+        >>> grader.find_answer("There are 7 apples left, so the answer is 7.")
+        '7'
+        >>> grader.grade(r"Together they have \boxed{0.5} litres.", reference="1/2")
+        True
+        >>> [grade.correct for grade in grader.grades([r"\boxed{3 cm}", "#### 4"], ["3", "5"])]
+        [True, False]
     """
 
     answer_pattern: str | None = AUTO
@@ -68,58 +80,58 @@ class MathGrader:
     def __post_init__(self) -> None:
         if self.answer_pattern is None or self.answer_pattern == AUTO:
             return
-        setting, fix = "data.grader.answer_pattern", "Put the answer's part in parentheses, or set it to auto or null"
+        setting, fix = "data.grader.answer_pattern", "Put the part with the answer in parentheses, or set it to auto or null"
         try:
             groups = regex.compile(self.answer_pattern).groups
         except regex.error as error:
             raise ConfigError(f"{self.answer_pattern!r} is not a regular expression ({error})", setting, fix) from None
         if groups < 1:
-            raise ConfigError(f"{self.answer_pattern!r} has no group", setting, fix)
+            raise ConfigError(f"{self.answer_pattern!r} has no capturing group", setting, fix)
 
     def find_answer(self, text: str) -> str | None:
-        """The final answer that a text gives, or None. It is never empty."""
+        """Return the final answer of a text, or None. The answer is never empty."""
         if self.answer_pattern == AUTO:
             return final_answer(text)
-        text = behind_thinking(text) or ""
+        text = strip_thinking(text) or ""
         boxed = last_boxed(text)
         if boxed is not None or self.answer_pattern is None:
             return boxed
         found = None
         try:
-            # concurrent: other threads run meanwhile
+            # concurrent=True releases the GIL
             for match in regex.finditer(self.answer_pattern, text, timeout=self.timeout_seconds, concurrent=True):
                 found = (match[1] or "").strip() or found
         except TimeoutError:
-            _note("timeout", f"data.grader.answer_pattern in {text[-200:]!r}")
+            _record_problem("timeout", f"searching {text[-200:]!r} for data.grader.answer_pattern")
             return None
         return found
 
     def equal(self, answer: str | None, reference: str) -> bool:
-        """Whether an answer equals the reference, mathematically; False where that takes too long."""
+        """Return True if an answer is mathematically equal to the reference, and False if the comparison takes too long."""
         return answer is not None and bool(_compare(reference.strip(), answer.strip(), self.timeout_seconds))
 
     def grade(self, completion: str, reference: str) -> bool:
-        """Whether a completion's final answer equals the reference."""
+        """Return True if the final answer of a completion equals the reference."""
         return self.equal(self.find_answer(completion), reference)
 
     def grades(self, completions: Sequence[str], references: Sequence[str]) -> list[Grade]:
-        """Grade many completions, several at the same time, by `find_answer` and `equal`.
+        """Grade many completions in parallel with `find_answer` and `equal`.
 
-        What is written alike is compared once. A subclass's own `find_answer`, `equal` and `grade` are called in this
-        thread, one after the other; its `grade` decides in the place of `equal`.
+        Identical pairs of answer and reference are compared once. Methods that a subclass overrides are called in this
+        thread, one call at a time. An overridden `grade` replaces `equal`.
 
         Args:
-            completions: Texts.
-            references: The right answer of each.
+            completions: Texts of the completions.
+            references: The right answer for each completion.
         """
-        in_turn = type(self).find_answer is not MathGrader.find_answer or self.answer_pattern in (None, AUTO)
-        found = _each(self.find_answer, [(text,) for text in completions], in_turn)
+        sequential = type(self).find_answer is not MathGrader.find_answer or self.answer_pattern in (None, AUTO)
+        found = _map_with_problems(self.find_answer, [(text,) for text in completions], sequential)
         if type(self).grade is not MathGrader.grade:
-            graded = _each(self.grade, list(zip(completions, references, strict=True)), in_turn=True)
+            graded = _map_with_problems(self.grade, list(zip(completions, references, strict=True)), sequential=True)
             return [Grade(answer, *verdict) for (answer, _), verdict in zip(found, graded, strict=True)]
         pairs = [(answer, reference) for (answer, _), reference in zip(found, references, strict=True)]
         different = list(dict.fromkeys(pairs))
-        verdicts = _each(self.equal, different, in_turn=type(self).equal is not MathGrader.equal)
+        verdicts = _map_with_problems(self.equal, different, sequential=type(self).equal is not MathGrader.equal)
         known = dict(zip(different, verdicts, strict=True))
         return [
             Grade(answer, known[pair][0], problem or known[pair][1])
@@ -127,22 +139,22 @@ class MathGrader:
         ]
 
     def votes(self, answers: Sequence[str | None], correct: Sequence[bool]) -> list[int | None]:
-        """Which of one question's answers are one vote, because they are mathematically equal ("0.5" and "1/2").
+        """Group the answers to one question by mathematical equality, such as "0.5" and "1/2", for a majority vote.
 
-        Correct answers are one vote. Each wrong one is compared with the first of every wrong vote so far; once a
-        comparison took too long, neither of the two is compared again, so that no more comparisons run into their time
-        limit than there are different answers.
+        All correct answers are one group. A wrong answer is compared with the first answer of each wrong group. After a
+        comparison that takes too long, neither of its answers is compared again. So there are at most as many timeouts as
+        different answers.
 
         Args:
-            answers: The final answer of each completion, None where there is none.
-            correct: Whether each is right.
+            answers: Final answer of each completion, or None.
+            correct: For each completion, True if the answer is correct.
 
         Returns:
-            The number of each answer's vote: 0 for the correct ones, from 1 on in order of appearance for the others, None
-            where there is no answer.
+            Group number of each answer: 0 for correct answers, 1, 2, ... for wrong ones in order of appearance, and None
+            for a missing answer.
         """
-        known: dict[str, int] = {}  # wrong answers, as they are written
-        firsts: list[str | None] = []  # of each wrong vote the answer that others are compared with
+        known: dict[str, int] = {}  # group of each wrong answer, by its text
+        firsts: list[str | None] = []  # for each wrong group, the answer to compare with; None after a timeout
         found: list[int | None] = []
         for answer, right in zip(answers, correct, strict=True):
             if answer is None or right:
@@ -166,21 +178,21 @@ class MathGrader:
         return found
 
     def votes_of(self, questions: Sequence[Sequence[Grade]]) -> list[list[int | None]]:
-        """Let the answers of many questions vote, several questions at the same time, by `votes`.
+        """Group the answers to many questions with `votes`, several questions in parallel.
 
-        An answer whose comparison with the reference gave no verdict is not compared again: its vote is of those alone that
-        are written alike.
+        An answer whose comparison with the reference gave no verdict is not compared again. It is grouped with identical
+        texts only.
 
         Args:
-            questions: The grades of each question's completions.
+            questions: For each question, the grades of its completions.
         """
         clear = [([None if g.problem else g.answer for g in grades], [g.correct for g in grades]) for grades in questions]
-        cast = _each(self.votes, clear, in_turn=type(self).votes is not MathGrader.votes)
-        return [_with_unclear(votes, grades) for (votes, _), grades in zip(cast, questions, strict=True)]
+        cast = _map_with_problems(self.votes, clear, sequential=type(self).votes is not MathGrader.votes)
+        return [_add_undecided_votes(votes, grades) for (votes, _), grades in zip(cast, questions, strict=True)]
 
 
-def _with_unclear(votes: Sequence[int | None], grades: Sequence[Grade]) -> list[int | None]:
-    """Add the votes of answers whose comparison gave no verdict."""
+def _add_undecided_votes(votes: Sequence[int | None], grades: Sequence[Grade]) -> list[int | None]:
+    """Add groups for the answers without a verdict."""
     found, own = list(votes), dict[str, int]()
     first = max((vote for vote in votes if vote is not None), default=0) + 1
     for place, grade in enumerate(grades):
@@ -189,18 +201,20 @@ def _with_unclear(votes: Sequence[int | None], grades: Sequence[Grade]) -> list[
     return found
 
 
-# -- time-outs and failures ----------------------------------------------------------------------------------------------
+# -- timeouts and failures -----------------------------------------------------------------------------------------------
 
 _problem: ContextVar[list[Problem] | None] = ContextVar("problem", default=None)
 _warned: set[Problem] = set()
-_MEANING = {
-    "timeout": "took longer than data.grader.timeout_seconds: it counts as wrong, as all that follow (grading_timeouts)",
-    "failure": "could not be compared: it counts as wrong, as all that follow (grading_failures)",
+_CONSEQUENCE = {
+    "timeout": "took longer than data.grader.timeout_seconds. Such answers count as wrong (see grading_timeouts)",
+    "failure": "failed. Such answers count as wrong (see grading_failures)",
 }
 
 
-def _each(function: Callable[..., T], calls: Sequence[tuple[Any, ...]], in_turn: bool) -> list[tuple[T, Problem]]:
-    """Call a function with each tuple of arguments; return its values with the problems noted in the calls."""
+def _map_with_problems(
+    function: Callable[..., T], calls: Sequence[tuple[Any, ...]], sequential: bool
+) -> list[tuple[T, Problem]]:
+    """Call a function with each tuple of arguments, and return its results with the problems of the calls."""
 
     def watched(arguments: tuple[Any, ...]) -> tuple[T, Problem]:
         noted: list[Problem] = []
@@ -210,19 +224,19 @@ def _each(function: Callable[..., T], calls: Sequence[tuple[Any, ...]], in_turn:
         finally:
             _problem.reset(token)
 
-    if in_turn or len(calls) < 2:
+    if sequential or len(calls) < 2:
         return [watched(arguments) for arguments in calls]
     return _in_parallel(watched, calls)
 
 
 def _in_parallel(function: Callable[[tuple[Any, ...]], T], calls: Sequence[tuple[Any, ...]]) -> list[T]:
-    """Call a function with each tuple of arguments, in threads that do not keep the interpreter from ending.
+    """Call a function with each tuple of arguments in daemon threads.
 
-    What is under way ends at once where a call raises, or Ctrl-C is pressed.
+    If a call raises an error or Ctrl-C is pressed, running comparisons are cancelled.
     """
     found: dict[int, T] = {}
     errors: list[BaseException] = []
-    waiting = iter(range(len(calls)))  # its next() is one step, also with several threads
+    waiting = iter(range(len(calls)))  # next() is atomic, so threads can share it
 
     def work() -> None:
         try:
@@ -249,23 +263,23 @@ def _in_parallel(function: Callable[[tuple[Any, ...]], T], calls: Sequence[tuple
     return [found[place] for place in range(len(calls))]
 
 
-def _note(problem: Problem, example: str) -> None:
-    """Count a call without a verdict, and warn of the first of its kind."""
+def _record_problem(problem: Problem, example: str) -> None:
+    """Record a call without a verdict, and warn about the first one of its kind."""
     if (noted := _problem.get()) is not None:
         noted.append(problem)
     if problem not in _warned:
         _warned.add(problem)
-        warnings.warn(f"{example:.300} {_MEANING[problem]}", stacklevel=2)
+        warnings.warn(f"{example:.300} {_CONSEQUENCE[problem]}", stacklevel=2)
 
 
 # -- comparing -----------------------------------------------------------------------------------------------------------
 
 _KEPT, _LONGEST_KEPT = 16384, 500
-_verdicts: dict[tuple[str, str], bool] = {}  # time-outs are not remembered: a busy machine may have caused them
+_verdicts: dict[tuple[str, str], bool] = {}  # cached verdicts, without timeouts, which a busy machine may have caused
 
 
 def _compare(reference: str, answer: str, timeout_seconds: float) -> bool | None:
-    """Return whether two answers are equal; None where that takes too long or fails."""
+    """Return True if two answers are equal, and None if the comparison takes too long or fails."""
     left = timeout_seconds
 
     def algebra(reference: str, answer: str) -> bool:
@@ -286,7 +300,7 @@ def _compare(reference: str, answer: str, timeout_seconds: float) -> bool | None
     try:
         return answer_forms.equal(reference, answer, algebra)
     except TimeoutError:
-        _note("timeout", f"comparing {answer[:100]!r} with {reference[:100]!r}")
-    except math_pool.Ungradable as error:
-        _note("failure", f"comparing {answer[:100]!r} with {reference[:100]!r}: {error}, and it")
+        _record_problem("timeout", f"comparing {answer[:100]!r} with {reference[:100]!r}")
+    except math_pool.UngradableError as error:
+        _record_problem("failure", f"comparing {answer[:100]!r} with {reference[:100]!r} ({error})")
     return None

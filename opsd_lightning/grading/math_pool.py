@@ -1,13 +1,13 @@
-"""Ask math-verify from any thread, several questions at a time, each within its time and memory.
+"""Thread-safe pool of math-verify workers with limits on time and memory.
 
-One process imports math-verify, in about a second, and forks a worker in milliseconds for each question that is asked at the
-same time (``math_worker``). So a time-out costs a fork, not an import.
+One server process imports math-verify in about a second (``math_worker``). It forks a worker in milliseconds for each
+concurrent question, so that a timeout costs a fork, not an import.
 
-The pools of the standard library, `loky` and `pebble` were considered. Of these only `pebble` ends a task at its deadline.
-But a spawned worker of theirs imports the program's main module, and with it torch (363 MB each, against 57 MB here, most of
-it shared), and needs one that can be imported; a forked one copies the locks and devices of a training process. None ends a
-busy worker when the parent is killed, survives a fork of the parent, limits memory or repeats a question whose worker was
-killed, so that most of this module would remain. `pebble` is under the LGPL.
+The process pools of the standard library, `loky` and `pebble` do not fit. Only `pebble` ends a task at its deadline, and it
+is under the LGPL. Their spawned workers import the main module of the program, and with it torch (363 MB each, instead of
+57 MB here, mostly shared). Their forked workers copy the locks and devices of the training process. None of them ends a
+busy worker when its parent is killed, survives a fork of the parent, limits memory, or repeats a question after its worker
+was killed.
 """
 
 from __future__ import annotations
@@ -27,57 +27,60 @@ from contextlib import suppress
 from pathlib import Path
 
 _SCRIPT = Path(__file__).with_name("math_worker.py")
-_REQUEST = struct.Struct("!ci")  # as in math_worker
-_STARTUP_SECONDS = 120.0  # importing sympy on a busy machine
-_GRACE_SECONDS = 5.0  # for a worker that its alarm does not end: a stopped one
+_REQUEST = struct.Struct("!ci")  # same as in math_worker
+_STARTUP_SECONDS = 120.0  # enough to import sympy on a busy machine
+_GRACE_SECONDS = 5.0  # extra time before a worker is ended whose alarm has no effect, such as a stopped process
 _LONGEST_SECONDS = 1e7
-_MOST_QUESTIONS = 200  # of one worker: caches of sympy and its parser grow
+_MOST_QUESTIONS = 200  # questions for one worker, since the caches of sympy and its parser grow
 _MOST_WORKERS = 8
-_MOST_DEATHS = 2  # of the workers of one question
+_MOST_DEATHS = 2  # workers that one question may end
 
 
-class Ungradable(Exception):
-    """A question that ended two workers, or that needs more memory than a worker has."""
+class UngradableError(Exception):
+    """A question that ended two workers, needs more memory than a worker has, or was cancelled."""
 
 
-class _Gone(Exception):
-    """The process at the other end ended."""
+class _DisconnectedError(Exception):
+    """The other end of a socket was closed."""
 
 
 def workers() -> int:
-    """Return how many questions are asked at the same time: this process' cores, divided by the ranks of its machine."""
+    """Return the number of concurrent workers: the cores of this process divided by the ranks on its machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
     return max(1, min(_MOST_WORKERS, cores // max(1, int(ranks) if ranks.isdecimal() else 1)))
 
 
 class Pool:
-    """The workers of this process. Use `shared`; a forked child has its own."""
+    """Pool of the workers of one process. Use `shared`: a forked child gets its own pool."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards `_idle` and `_busy`
         self._idle: list[_Worker] = []
         self._busy = 0
         self._open: set[socket.socket] = set()
-        self._working: dict[threading.Thread, _Worker] = {}  # by the thread that asks
+        self._working: dict[threading.Thread, _Worker] = {}  # by the asking thread
         self._stopped: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._starting = threading.Lock()  # guards what follows
+        self._starting = threading.Lock()  # guards `_process` and `_control`
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
     def ask(self, reference: str, answer: str, seconds: float) -> tuple[bool, float]:
-        """Return whether math-verify finds both equal, and the seconds that took.
+        """Compare two answers with math-verify.
 
-        Waiting for a worker takes none of them. A worker that is killed at work costs another try.
+        The time spent waiting for a free worker does not count. If a worker is killed, the question is asked once more.
 
         Args:
             reference: The right answer.
-            answer: The answer in question.
-            seconds: Time limit.
+            answer: The answer to compare.
+            seconds: Time limit in seconds.
+
+        Returns:
+            True if both are equal, and the seconds that the comparison took.
 
         Raises:
-            TimeoutError: The time is over.
-            Ungradable: There is no reply: memory was short, or two workers ended.
+            TimeoutError: The comparison exceeded the time limit.
+            UngradableError: The comparison needed too much memory, ended two workers, or was cancelled by `end`.
         """
         seconds = min(seconds, _LONGEST_SECONDS)
         question = (json.dumps([reference, answer, seconds]) + "\n").encode()
@@ -88,22 +91,22 @@ class Pool:
             started, reply = time.monotonic(), ""
             try:
                 reply = worker.ask(question, seconds + _GRACE_SECONDS)
-            except (_Gone, TimeoutError):
+            except (_DisconnectedError, TimeoutError):
                 if time.monotonic() - started >= seconds:
                     raise TimeoutError from None
-            finally:  # also where a signal interrupts the wait
+            finally:  # also if a signal handler raises during the wait
                 del self._working[thread]
                 self._give_back(worker, alive=reply in ("equal", "different"))
             if thread in self._stopped:
-                raise Ungradable("it was stopped")
+                raise UngradableError("cancelled")
             if reply == "memory":
-                raise Ungradable("it needs more memory than a worker may take")
+                raise UngradableError("needs more memory than a worker has")
             if reply:
                 return reply == "equal", time.monotonic() - started
-        raise Ungradable(f"it ended {_MOST_DEATHS} workers")
+        raise UngradableError(f"ended {_MOST_DEATHS} workers")
 
     def end(self, threads: Collection[threading.Thread]) -> None:
-        """End the questions that threads ask. They raise `Ungradable` at once; so do their later ones."""
+        """Cancel the current and later questions of some threads, which raise `UngradableError`."""
         for thread in threads:
             self._stopped.add(thread)
             if (worker := self._working.get(thread)) is not None:
@@ -115,7 +118,7 @@ class Pool:
             self._busy += 1
             worker = self._idle.pop() if self._idle else None
         try:
-            while worker is not None and worker.gone:  # killed while idle
+            while worker is not None and worker.gone:  # the worker was killed while idle
                 self._drop(worker)
                 with self._changed:
                     worker = self._idle.pop() if self._idle else None
@@ -139,7 +142,7 @@ class Pool:
                 self._changed.notify()
 
     def _drop(self, worker: _Worker) -> None:
-        """End a worker. Closing its socket is not enough where it is stopped, or another process has the socket, too."""
+        """Kill a worker. Closing its socket is not enough if it is stopped or another process has a copy of the socket."""
         self._end(worker)
         self._close(worker.socket)
 
@@ -151,7 +154,7 @@ class Pool:
     def _fork(self) -> _Worker:
         for _ in range(2):
             with self._starting:
-                control = self._started()
+                control = self._ensure_server()
             ours, theirs = socket.socketpair()
             self._open.add(ours)
             try:
@@ -159,7 +162,7 @@ class Pool:
                     socket.send_fds(control, [_REQUEST.pack(b"f", 0)], [theirs.fileno()])
                 ours.settimeout(_STARTUP_SECONDS)
                 return _Worker(ours, control)
-            except (OSError, _Gone):  # the process that forks was killed: start another
+            except (OSError, _DisconnectedError):  # the server was killed: start another one
                 self._close(ours)
                 with self._starting:
                     if self._control is control:
@@ -167,10 +170,10 @@ class Pool:
             except BaseException:
                 self._close(ours)
                 raise
-        raise _no_start()
+        raise _start_error()
 
-    def _started(self) -> socket.socket:
-        """Return the socket of the process that forks workers, and start it where there is none."""
+    def _ensure_server(self) -> socket.socket:
+        """Return the socket of the server process. Start the server if it is not running."""
         if self._control is not None and self._process is not None and self._process.poll() is None:
             return self._control
         self._stop()
@@ -178,23 +181,23 @@ class Pool:
         self._open.add(ours)
         with theirs:
             self._process = subprocess.Popen(
-                # -P: no module beside the script shadows a standard one
+                # -P: modules next to the script must not shadow standard ones
                 [sys.executable, "-P", str(_SCRIPT), str(os.getpid())],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONHASHSEED": "0"},  # the order of sympy's terms, and so its verdicts
-                start_new_session=True,  # Ctrl-C is the parent's to handle
+                env=os.environ | {"PYTHONHASHSEED": "0"},  # fixes the order of sympy's terms, and so its verdicts
+                start_new_session=True,  # the parent handles Ctrl-C
             )
         self._control = ours
         ours.settimeout(_STARTUP_SECONDS)
         try:
-            ready = _line(ours) == "ready"
-        except (_Gone, TimeoutError):
+            ready = _read_line(ours) == "ready"
+        except (_DisconnectedError, TimeoutError):
             ready = False
         if not ready:
             self._stop()
-            raise _no_start()
+            raise _start_error()
         return ours
 
     def stop(self) -> None:
@@ -210,7 +213,7 @@ class Pool:
         process, self._process = self._process, None
         control, self._control = self._control, None
         if control is not None:
-            self._close(control)  # it ends its workers and itself
+            self._close(control)  # the server then kills its workers and exits
         if process is not None:
             try:
                 process.wait(timeout=_GRACE_SECONDS)
@@ -223,24 +226,24 @@ class Pool:
         connection.close()
 
     def forget(self) -> None:
-        """Let go of the parent's workers, in a forked child."""
+        """Close the parent's sockets in a forked child."""
         for connection in list(self._open):
             connection.close()
         if self._process is not None:
-            self._process.returncode = 0  # no child of this process: nothing to wait for
+            self._process.returncode = 0  # not a child of this process, so there is nothing to wait for
 
 
 class _Worker:
-    """A worker's socket and process."""
+    """Connection to a worker process."""
 
     def __init__(self, connection: socket.socket, control: socket.socket) -> None:
         self.socket, self.control = connection, control
         self.asked = 0
-        self.pid = int(_line(connection))
+        self.pid = int(_read_line(connection))
 
     @property
     def gone(self) -> bool:
-        """Return whether the worker ended: there is nothing else to read from an idle one."""
+        """True if the worker has ended. An idle worker sends nothing, so any readable data means a closed socket."""
         self.socket.setblocking(False)
         try:
             self.socket.recv(1)
@@ -255,19 +258,19 @@ class _Worker:
         self.socket.settimeout(seconds)
         try:
             self.socket.sendall(question)
-            return _line(self.socket)
+            return _read_line(self.socket)
         except TimeoutError:
             raise
         except OSError:
-            raise _Gone from None
+            raise _DisconnectedError from None
 
 
-def _line(connection: socket.socket) -> str:
+def _read_line(connection: socket.socket) -> str:
     """Read a short line.
 
     Raises:
-        _Gone: The other end is closed.
-        TimeoutError: Nothing came in the socket's time.
+        _DisconnectedError: The other end was closed.
+        TimeoutError: No data arrived within the socket's timeout.
     """
     found = b""
     while not found.endswith(b"\n"):
@@ -276,16 +279,16 @@ def _line(connection: socket.socket) -> str:
         except TimeoutError:
             raise
         except OSError:
-            raise _Gone from None
+            raise _DisconnectedError from None
         if not part:
-            raise _Gone
+            raise _DisconnectedError
         found += part
     return found.decode().strip()
 
 
-def _no_start() -> RuntimeError:
+def _start_error() -> RuntimeError:
     return RuntimeError(
-        "the math-verify process did not start, or was killed (out of memory?): is `pip install math-verify` complete?"
+        "the math-verify process did not start or was killed. Check the free memory and the installation of math-verify"
     )
 
 
@@ -293,16 +296,16 @@ _pool = Pool()
 
 
 def shared() -> Pool:
-    """Return the workers of this process."""
+    """Return the pool of this process."""
     return _pool
 
 
-def _renew() -> None:
+def _reset_in_child() -> None:
     global _pool
     _pool.forget()
     _pool = Pool()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+    os.register_at_fork(after_in_child=_reset_in_child)
 atexit.register(lambda: _pool.stop())

@@ -1,8 +1,8 @@
-"""Run math-verify in processes of its own, forked from one that has imported it.
+"""Server process that imports math-verify and forks workers for single comparisons with limited time and memory.
 
-A script, started by ``math_pool``; it imports nothing of this package. It forks a worker for each socket that it is sent. A
-question that takes too long ends its worker by the system's alarm: no code of Python runs while sympy computes
-``10**10**10``.
+``math_pool`` starts this file as a script. It imports nothing from this package. The server forks one worker for each
+socket that it receives. A comparison that exceeds its time limit ends its worker by the system's alarm, because no Python
+code runs while sympy computes ``10**10**10``.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from contextlib import suppress
 from typing import NoReturn
 
 MEMORY = 1 << 30
-"""Address space of a worker in bytes. macOS does not limit it."""
+"""Limit of a worker's address space in bytes. Has no effect on macOS."""
 
-# A request: "f" and 0 with a socket asks for a worker on it, "k" and a worker's process id ends that worker.
+# Requests: b"f" and 0 with a socket forks a worker for it. b"k" and a process id kills that worker.
 _REQUEST = struct.Struct("!ci")
-_WATCH_SECONDS = 1.0  # between two looks at whether the process above is still there
+_WATCH_SECONDS = 1.0  # interval between checks that the parent process is alive
 
 Compare = Callable[[str, str], bool]
 
 
-def _load() -> Compare:
-    """Import math-verify and let its parser learn usual expressions, which every worker then knows."""
+def _load_math_verify() -> Compare:
+    """Import math-verify and return a comparison function. Its parser is warmed up, so that workers inherit the caches."""
     import logging
 
     import sympy.core.random
@@ -40,25 +40,25 @@ def _load() -> Compare:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     logging.disable()
-    # As math-verify's default, but for units: it takes the variable of 2h for hours, and 5 km for 5 m.
+    # math-verify's default without units: with units it reads the variable in 2h as hours, and 5 km as 5 m.
     spelling = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
     )
     forms = [LatexExtractionConfig(normalization_config=spelling), ExprExtractionConfig()]
 
-    def understood(text: str) -> list[object]:
-        # The time limits of math-verify are off: the alarm ends the whole process.
+    def parsed(text: str) -> list[object]:
+        # math-verify's own timeouts are off, because the alarm ends the whole process.
         found = parse(rf"$\boxed{{{text}}}$", forms, parsing_timeout=None)
         return found or parse(text, forms, parsing_timeout=None)
 
     def compare(reference: str, answer: str) -> bool:
-        random.seed(0)  # sympy tries random numbers: a verdict must not depend on what was asked before
+        random.seed(0)  # sympy tests random numbers, and a verdict must not depend on earlier comparisons
         sympy.core.random.seed(0)
         try:
-            return bool(verify(understood(reference), understood(answer), timeout_seconds=None))
+            return bool(verify(parsed(reference), parsed(answer), timeout_seconds=None))
         except MemoryError:
             raise
-        except Exception:  # whatever a model wrote that the parser cannot take is a wrong answer
+        except Exception:  # text that the parser cannot handle is a wrong answer
             return False
 
     for reference, answer in ((r"\frac{x}{2}", "0.5x"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x^2+2x+1", "(x+1)^2")):
@@ -66,19 +66,19 @@ def _load() -> Compare:
     return compare
 
 
-def _work(connection: socket.socket, parent: int, compare: Compare) -> NoReturn:
-    """Answer questions until the socket is closed or the process above is gone.
+def _answer_questions(connection: socket.socket, parent: int, compare: Compare) -> NoReturn:
+    """Answer questions until the socket is closed or the parent process ends.
 
-    A question is a JSON line ``[reference, answer, seconds]``, the reply ``equal``, ``different`` or ``memory``.
+    A question is a JSON line ``[reference, answer, seconds]``. The reply is ``equal``, ``different`` or ``memory``.
     """
     for number in (signal.SIGALRM, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
-        with suppress(OSError, ValueError):  # not on every system
+        with suppress(OSError, ValueError):  # some systems do not support the limit
             resource.setrlimit(limit, (most, most))
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory is short, the system ends this process rather than the training
+        file.write("1000")  # if memory runs out, the system kills this process first, not the training
     connection.sendall(f"{os.getpid()}\n".encode())
     questions = connection.makefile("rb")
     while True:
@@ -99,9 +99,9 @@ def _work(connection: socket.socket, parent: int, compare: Compare) -> NoReturn:
 
 
 def _serve(control: socket.socket, parent: int) -> None:
-    """Fork and end workers as requested, until the parent is gone; then end all of them."""
-    compare = _load()
-    gc.freeze()  # what workers share with this process stays shared
+    """Fork and kill workers as requested until the parent process ends, then kill all workers."""
+    compare = _load_math_verify()
+    gc.freeze()  # keep memory pages shared with the forked workers
     own = os.getpid()
     workers: set[int] = set()
     control.sendall(b"ready\n")
@@ -120,7 +120,7 @@ def _serve(control: socket.socket, parent: int) -> None:
                         os.close(descriptor)
                     else:
                         control.close()
-                        _work(socket.socket(fileno=descriptor), own, compare)
+                        _answer_questions(socket.socket(fileno=descriptor), own, compare)
             with suppress(ChildProcessError):
                 while (ended := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                     workers.discard(ended)

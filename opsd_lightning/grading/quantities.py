@@ -1,4 +1,4 @@
-"""Read numbers as people and computers write them, with their units, and compare them exactly."""
+"""Parse numbers with units in the notations of people and programs, and compare them exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
-_LARGEST_POWER = 2000  # digits of a power that is written out
+_LARGEST_POWER = 2000  # maximum number of digits of a computed power
 
 _WHOLE = (
     r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:[ ]\d{3})+(?!\d)|[1-9]\d{0,2}(?:'\d{3})+(?!\d)"
@@ -77,7 +77,7 @@ _UNITS: dict[str, tuple[Fraction, str]] = {}
 for _names, _factor, _dimension in re.findall(r"([^=;]+)=\s*(\S+) ([^\s;]+)", _UNITS_TABLE.replace("\n", ";")):
     _UNITS |= dict.fromkeys(_names.split(), (Fraction(_factor), _dimension))
 _MEASURES = {dimension for _, dimension in _UNITS.values()}
-# In these phrases the words after a number are not a unit: they change the number or say something else of it.
+# Words after a number that are not a unit: they change the number or continue the sentence.
 _NO_UNIT = set(
     "and or plus minus times over by divided squared cubed factorial to than not no nor is are was were be been has "
     "have had if then so because since as when where which that who whose but however wrong correct right incorrect "
@@ -92,7 +92,13 @@ PERCENT = frozenset([("%", 1)])
 
 
 class Unit(NamedTuple):
-    """A product of powers of units, such as km/h, or a counted thing, such as apples."""
+    """Product of powers of units, such as km/h, or a counted noun, such as apples.
+
+    Args:
+        factor: Factor to the base units of the dimensions.
+        dimensions: Base units and counted nouns with their exponents.
+        known: True if all parts are in the table of units.
+    """
 
     factor: Fraction
     dimensions: frozenset[tuple[str, int]]
@@ -100,17 +106,17 @@ class Unit(NamedTuple):
 
     @property
     def counted(self) -> bool:
-        """Return whether no unit of measurement is part of it: ``apples``, ``cups``, but not ``miles per trip``."""
+        """True for a counted noun without units of measurement: ``apples`` and ``cups``, but not ``miles per trip``."""
         return not self.known and not {name for name, _ in self.dimensions} & _MEASURES
 
 
 class Quantity(NamedTuple):
-    """A number with its unit.
+    """Number with an optional unit.
 
     Args:
-        value: The exact number.
-        places: Digits after the decimal point, or None where the number is written otherwise.
-        unit: None where there is none.
+        value: Exact value.
+        places: Digits after the decimal point, or None if the number is not a decimal.
+        unit: Unit, or None.
     """
 
     value: Fraction
@@ -118,14 +124,14 @@ class Quantity(NamedTuple):
     unit: Unit | None = None
 
 
-def _fraction(text: str) -> Fraction | None:
-    """The value of digits with separators, or of one fraction of two such."""
+def _read_fraction(text: str) -> Fraction | None:
+    """Return the value of a number with separators, or of a fraction of two such numbers."""
     text = text.strip()
     if text.startswith(r"\frac"):
         top, bottom = re.findall(r"\{([^{}]*)\}", text)
         text = f"{top}/{bottom}"
     if "/" in text:
-        above, below = (_fraction(part) for part in text.split("/", 1))
+        above, below = (_read_fraction(part) for part in text.split("/", 1))
         return above / below if above is not None and below else None
     sign = -1 if text.startswith("-") else 1
     text = text.lstrip("+- ")
@@ -134,15 +140,15 @@ def _fraction(text: str) -> Fraction | None:
     return sign * Fraction(re.sub(r"[,' _]", "", text))
 
 
-def quantity(text: str) -> Quantity | None:
-    """Read a cleaned text as one number with an optional unit, or as a sum such as ``2 hours 30 minutes``."""
-    single = _quantity(text)
+def read_quantity(text: str) -> Quantity | None:
+    """Read a normalized text as a number with an optional unit, or as a sum such as ``2 hours 30 minutes``."""
+    single = _read_quantity(text)
     if single is not None:
         return single
     pieces = re.split(r"\s*,?\s+(?:and\s+)?(?=[\d$])", text)
     if not 1 < len(pieces) < 5:
         return None
-    parts = [_quantity(piece) for piece in pieces]
+    parts = [_read_quantity(piece) for piece in pieces]
     units = [part.unit for part in parts if part is not None and part.unit is not None]
     if len(units) < len(pieces) or len({unit.dimensions for unit in units}) > 1 or not all(unit.known for unit in units):
         return None
@@ -152,7 +158,7 @@ def quantity(text: str) -> Quantity | None:
     return Quantity(total, None, units[0]._replace(factor=Fraction(1)))
 
 
-def _quantity(text: str) -> Quantity | None:
+def _read_quantity(text: str) -> Quantity | None:
     text = re.sub(r"^(\s*[-+]?\d+)\s+and\s+(?=\d+/\d|\\frac)", r"\1 ", text)
     found = _QUANTITY.fullmatch(text)
     places: int | None = None
@@ -160,11 +166,11 @@ def _quantity(text: str) -> Quantity | None:
     if found is None:
         spelled = _SPELLED.fullmatch(text)
         if spelled is None:
-            return _ordinal(text)
+            return _read_ordinal(text)
         value = Fraction(_spelled_value(spelled))
         sign, rest, currency = (-1 if spelled["minus"] else 1), spelled["rest"], None
     else:
-        value, places = _value(found)
+        value, places = _matched_value(found)
         sign = -1 if (found["sign"] == "-") != (found["inner"] == "-") else 1
         rest, currency = found["rest"], found["currency"]
     if value is None:
@@ -176,7 +182,7 @@ def _quantity(text: str) -> Quantity | None:
         value, places, rest = value * _SCALES[scale[1].lower()], None, rest[scale.end() :]
     more = re.match(r"\s+(?:and\s+)?(?=[A-Za-z])", rest)
     if found is None and more is not None and value >= 100:
-        small = _quantity(rest[more.end() :])
+        small = _read_quantity(rest[more.end() :])
         if small is not None and small.value < value and small.value.denominator == 1:
             return Quantity(value + sign * small.value, None, small.unit)
     half = re.match(r"\s+and\s+(?:an?|(one|two|three|four|five|six|seven|eight|nine))[\s-]+", rest)
@@ -205,7 +211,7 @@ def _money(sign: str) -> Unit:
     return Unit(Fraction(1), frozenset([(_CURRENCIES[sign], 1)]), True)
 
 
-def _ordinal(text: str) -> Quantity | None:
+def _read_ordinal(text: str) -> Quantity | None:
     """Read "third" as 3, but "a third" and "half" as fractions."""
     word = text.strip().lower()
     share = re.fullmatch(r"(?:an?\s+)?(half|quarter)|an?\s+(\w+)", word)
@@ -220,9 +226,9 @@ def _spelled_value(found: re.Match[str]) -> int:
     return _ONES.index(found["one"].lower())
 
 
-def _value(found: re.Match[str]) -> tuple[Fraction | None, int | None]:
+def _matched_value(found: re.Match[str]) -> tuple[Fraction | None, int | None]:
     if found["mixed"]:
-        part = _fraction(found["part"])
+        part = _read_fraction(found["part"])
         return (None if part is None else int(found["mixed"]) + part), None
     if found["repeated"]:
         cycle = found["bar"] or found["round"]
@@ -236,21 +242,21 @@ def _value(found: re.Match[str]) -> tuple[Fraction | None, int | None]:
                 return _repeating(whole, head, cycle), None
         return None, None
     if found["fraction"]:
-        return _fraction(found["fraction"]), None
+        return _read_fraction(found["fraction"]), None
     if found["base"]:
-        base, power = _fraction(found["base"]), int(found["power"])
+        base, power = _read_fraction(found["base"]), int(found["power"])
         if base is None or (base == 0 and power < 0) or abs(power) * len(found["base"]) > _LARGEST_POWER:
             return None, None
         return base**power, None
     if found["mantissa"]:
-        mantissa, exponent = _fraction(found["mantissa"]), int(found["exponent"])
+        mantissa, exponent = _read_fraction(found["mantissa"]), int(found["exponent"])
         if mantissa is None or abs(exponent) > _LARGEST_POWER:
             return None, None
         return mantissa * Fraction(10) ** exponent, None
     digits = found["number"]
-    return _fraction(digits), len(digits.rsplit(".", 1)[1]) if digits.count(".") == 1 and "," not in digits.rsplit(".", 1)[
-        1
-    ] else 0
+    return _read_fraction(digits), len(digits.rsplit(".", 1)[1]) if digits.count(".") == 1 and "," not in digits.rsplit(
+        ".", 1
+    )[1] else 0
 
 
 def _repeating(whole: str, head: str, cycle: str) -> Fraction:
@@ -259,11 +265,11 @@ def _repeating(whole: str, head: str, cycle: str) -> Fraction:
 
 
 def read_unit(text: str, attached: bool = False) -> Unit | None:
-    """Read what follows a number as a unit or a counted thing.
+    """Read the text after a number as a unit or a counted noun.
 
     Args:
-        text: The text behind the number.
-        attached: No space stands between them: single letters are then variables, as in ``2h``.
+        text: The text after the number.
+        attached: True if no space separates them. A single letter is then a variable, as in ``2h``.
     """
     if re.fullmatch(
         r"(?![^万萬億亿千百十半分度倍或和と与]*[万萬億亿千百十半分度倍或和と与])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]{1,8}",
@@ -331,8 +337,8 @@ def _singular(word: str) -> str:
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
 
-def ratio(reference: Unit | None, answer: Unit | None) -> Fraction | None:
-    """By how much the answer's number has to be multiplied to be in the reference's unit; None for another unit."""
+def unit_ratio(reference: Unit | None, answer: Unit | None) -> Fraction | None:
+    """Return the factor that converts the answer's number to the reference's unit, or None for incompatible units."""
     if reference is None or answer is None or not reference.dimensions or not answer.dimensions:
         return Fraction(1)
     if reference.dimensions == answer.dimensions:
@@ -345,7 +351,14 @@ def ratio(reference: Unit | None, answer: Unit | None) -> Fraction | None:
     return None
 
 
-def same_number(reference: Quantity, answer: Quantity, factor: Fraction = Fraction(1)) -> bool:
+def equal_numbers(reference: Quantity, answer: Quantity, factor: Fraction = Fraction(1)) -> bool:
+    """Return True if two values are equal, or one is the other rounded to six or more digits.
+
+    Args:
+        reference: The right number.
+        answer: The number to compare.
+        factor: Factor that converts the answer to the unit of the reference.
+    """
     left, right = reference.value, answer.value * factor
     if left == right:
         return True
@@ -362,11 +375,12 @@ def same_number(reference: Quantity, answer: Quantity, factor: Fraction = Fracti
 
 
 def equal_quantities(reference: Quantity, answer: Quantity) -> bool:
+    """Return True if numbers and units are equal. If only one side has a unit, 50 % equals both 50 and 0.5."""
     shares = [side.unit is not None and side.unit.dimensions == PERCENT for side in (reference, answer)]
     if shares[0] != shares[1] and (reference.unit is None or answer.unit is None):
         hundredth = Fraction(1, 100)
         scaled = reference._replace(value=reference.value * (hundredth if shares[0] else 1), places=None)
         other = answer._replace(value=answer.value * (hundredth if shares[1] else 1), places=None)
-        return same_number(reference, answer) or same_number(scaled, other)
-    factor = ratio(reference.unit, answer.unit)
-    return factor is not None and same_number(reference, answer, factor)
+        return equal_numbers(reference, answer) or equal_numbers(scaled, other)
+    factor = unit_ratio(reference.unit, answer.unit)
+    return factor is not None and equal_numbers(reference, answer, factor)

@@ -1,4 +1,8 @@
-"""Clips of a token's divergence."""
+"""Clips: upper bounds on the divergence of single tokens.
+
+Notation: l_v is the contribution of vocabulary entry v at one token, D = sum_v l_v the token's divergence and tau the
+bound, all in nats.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,22 @@ from torch import Tensor
 
 
 class Clip(ABC):
-    """How large contributions to the loss are held back."""
+    """Base class of clips, which turn the contributions of vocabulary entries into the loss of each token."""
 
     @abstractmethod
     def apply(self, entries: Tensor) -> Tensor:
-        """The loss of each token, [rows], from the contributions of the vocabulary entries, [rows, K]."""
+        """Return the loss of each token.
+
+        Args:
+            entries: Contributions of the vocabulary entries, in nats. Shape [rows, K].
+
+        Returns:
+            Losses in nats. Shape [rows].
+        """
 
 
 class NoClip(Clip):
-    """The divergence as it is (default)."""
+    """No clip: the loss of a token is its divergence, sum_v l_v."""
 
     def apply(self, entries: Tensor) -> Tensor:
         return entries.sum(-1)
@@ -29,10 +40,11 @@ class _ClipAt(Clip):
 
 
 class PointwiseClip(_ClipAt):
-    """The released recipe's clip: every vocabulary entry's contribution at most tau, before the sum.
+    """Pointwise clip of each vocabulary entry: sum_v min(l_v, tau).
 
-    Beware: the loss may go below zero, and where the entry that the teacher most wants raised is clipped, the gradient
-    can turn against it. Watch ``clipped_fraction`` and the unclipped ``forward_kl`` and ``reverse_kl``.
+    This is the clip of the recipe that the authors of arXiv 2601.18734 released. The loss can be negative. Where the clip
+    cuts the entry that the teacher most wants to raise, the gradient can lower that entry. Watch ``clipped_fraction`` and
+    the unclipped ``forward_kl`` and ``reverse_kl``.
 
     Args:
         tau: Upper bound of one entry's contribution, in nats, above 0. The authors use 0.05 to 0.06.
@@ -43,10 +55,17 @@ class PointwiseClip(_ClipAt):
 
 
 class TokenClip(_ClipAt):
-    """Every token's divergence at most tau: a token above it has no gradient.
+    """Clip of each token's divergence: min(D, tau). A token above the bound has no gradient.
 
     Args:
         tau: Upper bound of one token's divergence, in nats, above 0.
+
+    Example::
+
+        >>> import torch
+        >>> from opsd_lightning import TokenClip
+        >>> TokenClip(tau=0.5).apply(torch.tensor([[0.25, 0.125], [0.5, 0.25]]))
+        tensor([0.3750, 0.5000])
     """
 
     def apply(self, entries: Tensor) -> Tensor:
@@ -54,7 +73,7 @@ class TokenClip(_ClipAt):
 
 
 class RescaleClip(_ClipAt):
-    """A token above tau is scaled down to tau by a detached factor: its gradient keeps its direction.
+    """Rescaling clip: D * stopgrad(min(1, tau / D)). The gradient of a token above the bound keeps its direction.
 
     Args:
         tau: Upper bound of one token's divergence, in nats, above 0.

@@ -10,18 +10,30 @@ from torch import Tensor
 
 
 class PositionWeight(ABC):
-    """Weight of a completion's tokens by their place, before the division by the sum of all weights."""
+    """Base class of token weights that depend on the position in the completion.
+
+    The objective later divides the weights by their sum over the optimizer step.
+    """
 
     @abstractmethod
     def weights(self, length: int) -> Tensor:
-        """Weights, not negative, of a completion of that many tokens. Shape [length]."""
+        """Return the weights of a completion's tokens.
+
+        Args:
+            length: Number of tokens in the completion.
+
+        Returns:
+            Weights, 0 or more. Shape [length].
+        """
 
 
 class DecayingPositions(PositionWeight):
-    """2^(-n / half_life_tokens) for token n = 0, 1, ...: early tokens, on which the rest depends, weigh most.
+    """Exponentially decaying weights, 2^(-n / half_life_tokens) for token n = 0, 1, ...
+
+    Early tokens weigh most, since all later tokens depend on them.
 
     Args:
-        half_life_tokens: Tokens over which the weight halves, above 0.
+        half_life_tokens: Number of tokens after which the weight halves, above 0.
     """
 
     def __init__(self, half_life_tokens: PositiveFloat = 256.0) -> None:
@@ -32,11 +44,11 @@ class DecayingPositions(PositionWeight):
 
 
 class FirstPositions(PositionWeight):
-    """1 for the first tokens of a completion, and another weight for the rest.
+    """Weight 1 for the first tokens of a completion and another weight for the rest.
 
     Args:
-        tokens: How many are the first, at least 1.
-        rest: Weight of the others, 0 or more.
+        tokens: Number of first tokens, at least 1.
+        rest: Weight of all later tokens, 0 or more.
     """
 
     def __init__(self, tokens: PositiveInt, rest: NonNegativeFloat = 0.0) -> None:

@@ -1,9 +1,8 @@
-"""A second term of the loss: a divergence from a reference that stays as it is, on the student's own prompt."""
+"""Anchor: a second term of the loss, which holds the student near a fixed reference on the student's own prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
 from jsonargparse.typing import PositiveFloat
 from peft import PeftModel
@@ -12,78 +11,87 @@ from transformers import PreTrainedTokenizerBase
 from opsd_lightning.losses.divergences import ReverseKL
 from opsd_lightning.losses.objectives import DivergenceObjective, Objective
 from opsd_lightning.models.policy import TEACHER, base_of
-from opsd_lightning.teachers import FixedTeacher, LiveTeacher, Teacher, is_identity, without_adapter
-from opsd_lightning.types import Rollouts, TokenStates, UserError
+from opsd_lightning.models.scoring import Scorer
+from opsd_lightning.teachers import FixedTeacher, ReferenceTeacher, Teacher, TrustRegionTeacher, is_identity
+from opsd_lightning.types import ConfigError, Rollouts, TokenStates
 
 
 class Anchor:
-    """A second term of the loss, which holds the student near a reference that reads the student's own prompt.
+    """A second term of the loss: a divergence from a reference that reads the student's own prompt.
 
     Args:
-        weight: Of the term, above 0.
-        objective: What is taken of each token: the reverse KL over the full vocabulary unless given.
-        teacher: The reference, one that stays as it is: the initial policy unless given. Its own ``privileged`` does not
-            matter here.
+        weight: Weight of the term, above 0.
+        objective: Loss of a token. Defaults to the reverse KL over the full vocabulary.
+        teacher: The reference. Defaults to the initial policy. Its ``privileged`` has no effect here.
+
+    Raises:
+        ConfigError: The reference follows the student, or the objective has no reference.
+
+    Example::
+
+        >>> from opsd_lightning import Anchor, ModelTeacher
+        >>> Anchor(weight=0.05).weight
+        0.05
     """
 
     def __init__(
-        self, weight: PositiveFloat = 0.01, objective: Objective | None = None, teacher: Teacher | None = None
+        self, weight: PositiveFloat = 0.01, objective: Objective | None = None, teacher: ReferenceTeacher | None = None
     ) -> None:
         self.weight = PositiveFloat(weight)
         self.objective = objective or DivergenceObjective(ReverseKL())
         self.teacher = teacher or FixedTeacher()
         self.teacher.setting = "model.anchor.teacher"
-        if type(self.teacher).after_step is not Teacher.after_step or isinstance(self.teacher, LiveTeacher):
-            raise UserError(
-                f"model.anchor.teacher is {type(self.teacher).__name__}, which follows the student: an anchor stays where "
-                "it is. Take FixedTeacher or ModelTeacher"
+        if not isinstance(self.teacher, ReferenceTeacher):  # callers whose types nothing checks
+            raise ConfigError(
+                f"{type(self.teacher).__name__} follows the student, and an anchor needs a reference that never changes",
+                "model.anchor.teacher",
+                "Use FixedTeacher or ModelTeacher",
             )
         if not self.objective.uses_teacher:
-            raise UserError(f"model.anchor.objective {type(self.objective).__name__} has no reference: choose another")
+            raise ConfigError(
+                f"{type(self.objective).__name__} compares with no reference",
+                "model.anchor.objective",
+                "Use an objective with a reference, such as DivergenceObjective",
+            )
 
     def attach(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, beside: Teacher | None = None) -> None:
-        """Once on the freshly built policy, after the teacher that it stands beside.
+        """Attach the reference to the freshly built policy.
+
+        Args:
+            model: The policy.
+            tokenizer: The policy's tokenizer.
+            beside: The method's own teacher, already attached.
 
         Raises:
-            UserError: A part does not go with the policy, or both teachers would keep an adapter: there is room for one.
+            ConfigError: A part does not fit the policy, or both teachers would keep an adapter; there is one place.
         """
-        try:
-            self.objective.check(base_of(model).config.get_text_config().vocab_size)
-        except ValueError as error:
-            raise UserError(f"model.anchor.{error}") from None
+        self.objective.check(base_of(model).config.get_text_config().vocab_size, "model.anchor.objective")
         self.teacher.check(tokenizer)
+        if isinstance(beside, TrustRegionTeacher):
+            beside = beside.fixed
+        fixed, fixed_beside = isinstance(self.teacher, FixedTeacher), isinstance(beside, FixedTeacher)
         if isinstance(self.teacher, FixedTeacher) and isinstance(beside, FixedTeacher) and not isinstance(model, PeftModel):
             self.teacher.share(beside)
-            return
-        if isinstance(self.teacher, FixedTeacher) and isinstance(model, PeftModel) and TEACHER in model.peft_config:
-            if isinstance(beside, FixedTeacher):
-                return  # the same frozen copy
-            if is_identity(model):
-                self.teacher = _BaseTeacher()
-                self.teacher.setting = "model.anchor.teacher"
-                return
-            raise UserError(
-                "model.anchor holds the student near the adapter that it starts from (model.policy.adapter), and "
-                "model.teacher keeps an adapter of its own: take ModelTeacher as model.anchor.teacher, or FixedTeacher as "
-                "model.teacher"
-            )
-        self.teacher.attach(model)
+        elif fixed and fixed_beside and TEACHER in model.peft_config:
+            return  # both score with the same frozen copy
+        elif isinstance(self.teacher, FixedTeacher) and isinstance(model, PeftModel) and TEACHER in model.peft_config:
+            if not is_identity(model):
+                raise ConfigError(
+                    "the reference is the adapter that training starts from (model.policy.adapter), and model.teacher keeps "
+                    "another adapter; there is one place",
+                    "model.anchor.teacher",
+                    "Use ModelTeacher here, or FixedTeacher as model.teacher",
+                )
+            self.teacher.use_base_weights()
+        else:
+            self.teacher.attach(model)
 
-    def score(
-        self,
-        model: PeftModel,
-        prompts: Sequence[list[int]],
-        rollouts: Rollouts,
-        token_budget: int,
-        agree: Callable[[int], int],
-    ) -> TokenStates:
-        """The reference's states at all completion tokens, behind the student's prompts."""
-        students = [prompt for prompt in prompts for _ in range(rollouts.n)]
-        return self.teacher.score(model, students, rollouts.completions, token_budget, agree)
+    def score(self, scorer: Scorer, prompts: Sequence[list[int]], rollouts: Rollouts) -> TokenStates:
+        """Return the reference's states at all completion tokens. Every rank must call.
 
-
-class _BaseTeacher(FixedTeacher):
-    """The base model, the adapter switched off, whatever adapters there are."""
-
-    def weights(self, model: PeftModel) -> AbstractContextManager[None]:
-        return without_adapter(model)
+        Args:
+            scorer: A scorer of the policy.
+            prompts: The student's prompt of each completion.
+            rollouts: The completions, T tokens in total.
+        """
+        return self.teacher.score(scorer, prompts, rollouts.completions)

@@ -1,17 +1,22 @@
-"""What every method shares: the policy, one optimizer step over micro-batches and ranks, evaluation, checkpoints.
+"""The base class of all methods: policy, evaluation, checkpoints, and the parts of a training step.
 
-A method (`opsd.OPSDModule`, `sft.SFTModule`, `grpo.GRPOModule`) says what is sampled, what is made of it once a batch, and
-which weighted terms the loss is made of. Optimization is manual because one call of ``training_step`` samples all of a
-step's rollouts at once, and only then is the number of completion tokens known that every micro-batch's loss is divided by.
+A method (`opsd.OPSDModule`, `sft.SFTModule`, `grpo.GRPOModule`) writes its own ``training_step`` from these parts:
+
+    step = self.begin_step(batch, self.sample(batch))
+    for ratios in self.updates(step):
+        self.update(step, terms)
+    return self.finish_step(step)
+
+Optimization is manual. One call of ``training_step`` samples all completions of an optimizer step, and only then is the
+number of completion tokens known that the loss of every micro-batch is divided by.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
@@ -26,29 +31,31 @@ from torch import Tensor
 
 from opsd_lightning.checkpoints import file as checkpoint_file, io as checkpoint_io
 from opsd_lightning.distributed.checks import check_precision, check_strategy
+from opsd_lightning.distributed.collectives import no_backward_sync
 from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
-from opsd_lightning.distributed.replicas import replica, replicas, unsynchronized
 from opsd_lightning.evaluation.evaluator import EvaluatedModule, Evaluator
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
-from opsd_lightning.losses.objectives import Objective, Term, Update
+from opsd_lightning.losses.objectives import Objective, Term
 from opsd_lightning.methods import checkpoint_record
 from opsd_lightning.methods.checkpoint_record import Configured
 from opsd_lightning.methods.idle_steps import IdleSteps
 from opsd_lightning.methods.optimization import make_optimizer, make_scheduler
+from opsd_lightning.methods.step import PhaseClock, Step, StepCallback, StepOutput, StepRecord
+from opsd_lightning.methods.step_metrics import step_metrics
 from opsd_lightning.methods.trainer_checks import check_trainer
 from opsd_lightning.models.fingerprint import base_record
 from opsd_lightning.models.policy import Policy, base_of, eos_ids, is_adapter_key
 from opsd_lightning.models.precision import check_dtypes
-from opsd_lightning.models.scoring import score, split_rows
-from opsd_lightning.models.sharding import whole
+from opsd_lightning.models.scoring import score
+from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.runs import early_signals, lock as run_lock, requeue
-from opsd_lightning.runs.resuming import do_what_is_due, say_what_is_due
-from opsd_lightning.runs.saved_config import check_hidden
-from opsd_lightning.runs.signals import stop_if_asked
-from opsd_lightning.types import PromptBatch, Rollouts, Sampling, TokenStates, UserError
+from opsd_lightning.runs.resuming import record_pending_work, restore_pending_work
+from opsd_lightning.runs.saved_config import check_no_hidden_values
+from opsd_lightning.runs.signals import stop_if_signalled
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, UserError
 from opsd_lightning.utils import disk_errors
 from opsd_lightning.utils.redaction import redact
 
@@ -57,8 +64,9 @@ from opsd_lightning.utils.redaction import redact
 _ROUNDING = 1e-6
 # As much, on average over tokens, in bfloat16.
 _HALF_ROUNDING = 1e-3
-# A loss above it is one of infinitely unlike distributions (see `objectives.log_softmax`).
+# A larger loss is that of distributions with a token that only one of them rules out (see `objectives.log_softmax`).
 _INFINITE = 1e20
+_IN_PROGRESS_BAR = ("train/loss", "train/forward_kl", "train/completion_tokens", "train/truncated_fraction")
 
 
 class PolicyModule(EvaluatedModule, ABC):
@@ -84,16 +92,10 @@ class PolicyModule(EvaluatedModule, ABC):
 
     #: What is logged of every token, as a mean over the step's tokens.
     measured: ClassVar[tuple[str, ...]] = ("student_entropy",)
-    #: Whether a training question without a trace is left out.
-    needs_traces: bool = True
-    #: Whether traces stand in the place of completions, and must fit the context behind the student's prompt.
-    trains_on_traces: ClassVar[bool] = False
     #: Steps in a row without anything to learn from which a run counts as idle.
     idle_limit: ClassVar[int] = 10
     #: Why a step has no gradient though its tokens have weights.
     idle_reason: ClassVar[str] = "the gradient is 0"
-    #: What the first optimizer step on a batch is made of, for callbacks in ``on_before_optimizer_step``; else None.
-    current: Update | None = None
     #: Record of the base model, for checkpoints. See `fingerprint.base_record`.
     base_record: dict[str, Any] | None = None
     #: The training rows that were seen last, with their digests.
@@ -142,55 +144,39 @@ class PolicyModule(EvaluatedModule, ABC):
         self.idle = IdleSteps(self.idle_limit)
         self._diverged: RuntimeError | None = None
         self.evaluator = Evaluator(eval_sampling or sampling, grader or MathGrader())
+        self._clock = PhaseClock()
 
     # -- the method --------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def objective(self) -> Objective:
-        """The method's own objective, which decides which tokens count."""
+        """The method's objective, which decides the tokens that count."""
+
+    @property
+    def data_requirements(self) -> DataRequirements:
+        """The data that training needs. A method that needs more or less replaces fields."""
+        graded = self.evaluator.teacher is not None
+        return DataRequirements(
+            privileged=False, graded_teacher=graded, max_new_tokens=self.sampling.max_new_tokens, teachers=self.teachers
+        )
 
     def attach(self) -> None:
-        """Called once on the freshly built model, before it is sharded."""
-
-    def sample(self, batch: PromptBatch) -> Rollouts:
-        """The completions that a step trains on: the student's own."""
-        step, rank = self.global_step, replica(self.trainer)[0]
-        seed = seed_for(self.seed, "rollout", step, rank)
-        rollouts = self.rollouts.generate(self.model, batch.student, self.sampling, seed)
-        ahead = step + self.updates_per_batch
-        if batch.upcoming and (self.trainer.max_steps < 0 or ahead < self.trainer.max_steps):
-            seed = seed_for(self.seed, "rollout", ahead, rank)
-            self.rollouts.prefetch(self.model, batch.upcoming, self.sampling, seed)
-        return rollouts
+        """Prepare the freshly built model, before it is sharded."""
 
     @abstractmethod
-    def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> Any:
-        """What is made once of a batch of rollouts: teachers' states, advantages."""
-
-    @abstractmethod
-    def terms(self, prepared: Any, rollouts: Rollouts, ratios: list[Tensor] | None) -> list[Term]:
-        """The terms of one optimizer step's loss.
-
-        Args:
-            prepared: What `prepare` made.
-            rollouts: The batch's completions.
-            ratios: Probability of every completion token under the student over that before the first update on the
-                batch, [C] a row; None in that first update, and of completions that were not sampled.
-        """
-
-    def after_update(self) -> None:
-        """Called after every optimizer step."""
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
+        """Make the optimizer steps of one batch. See `opsd.DistillationModule` for an example."""
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
         """Lock the run's folders and prepare its checkpoints. Called by Lightning before every stage, first of all hooks."""
-        early_signals.joins()
+        early_signals.start_join_timeout()
         run_lock.attach(self.trainer)
         checkpoint_io.install(self.trainer)
-        disk_errors.begin([self.trainer, *self.trainer.loggers])
-        if run_lock.is_first(self.trainer):
+        disk_errors.reset([self.trainer, *self.trainer.loggers])
+        if run_lock.is_first_rank(self.trainer):
             disk_errors.guard_loggers(self.trainer.loggers)
         return super().configure_callbacks()
 
@@ -208,18 +194,8 @@ class PolicyModule(EvaluatedModule, ABC):
             if self._trains:
                 check_dtypes(self.policy, str(self._trainer.precision))
             self._check_trainer()
-            if replica(self._trainer)[1] < self._trainer.world_size and not self.rollouts.splits_layers:
-                raise UserError(
-                    f"trainer.strategy.tensor_parallel_size does not go with model.rollouts {type(self.rollouts).__name__}: "
-                    "use TransformersEngine"
-                )
-            self.evaluator.count_over(replicas(self._trainer.strategy))
         self.tokenizer = self.policy.load_tokenizer()
-        vocabulary = self.policy.load_config().get_text_config().vocab_size
-        try:
-            self.objective.check(vocabulary)
-        except ValueError as error:
-            raise UserError(f"model.{error}") from None
+        self.objective.check(self.policy.load_config().get_text_config().vocab_size, "model.objective")
         self.model = self.policy.build(self._trainer.strategy.root_device if self._trainer is not None else None)
         if self._trainer is not None and self._trains:
             check_dtypes(self.policy, str(self._trainer.precision), self.model)
@@ -277,88 +253,179 @@ class PolicyModule(EvaluatedModule, ABC):
             self.configured.apply(self.trainer.optimizers[0], self.lr_schedulers(), self.global_step)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        stop_if_asked(self.trainer, self.command)  # after callbacks, of which one may have saved this step
+        stop_if_signalled(self.trainer, self.command)  # after callbacks, of which one may have saved this step
 
     def on_fit_end(self) -> None:
-        requeue.finished(self.trainer)
+        requeue.retire_after_fit(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # ragged lists; tensors are made where they are used
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample, then make ``updates_per_batch`` optimizer steps.
+    def sample(self, batch: PromptBatch) -> Rollouts:
+        """Sample the student's completions, and prefetch those of the next batch if the engine can."""
+        step, rank = self.global_step, self.trainer.global_rank
+        self._clock.restart()
+        seed = seed_for(self.seed, "rollout", step, rank)
+        rollouts = self.rollouts.generate(self.model, batch.student, self.sampling, seed)
+        ahead = step + self.updates_per_batch
+        if batch.upcoming and (self.trainer.max_steps < 0 or ahead < self.trainer.max_steps):
+            seed = seed_for(self.seed, "rollout", ahead, rank)
+            self.rollouts.prefetch(self.model, batch.upcoming, self.sampling, seed)
+        self._clock.end("rollout")
+        return rollouts
 
-        Returns:
-            For callbacks, of the first update: ``rollouts``, the ``loss`` and, by name, ``measured``: for each completion
-            a tensor of shape [C] on the CPU (see `Objective.__call__` for the names).
+    def begin_step(self, batch: PromptBatch, rollouts: Rollouts) -> Step:
+        """Start a training step: compare sampler and student, and keep log-probabilities for later updates.
+
+        Every rank must call.
+
+        Args:
+            batch: The questions.
+            rollouts: The completions to train on.
+
+        Raises:
+            ConfigError: The sampler does not have the student's weights.
         """
-        seconds = {"rollout": 0.0, "scoring": 0.0}
-        with _timed(seconds, "rollout"):
-            rollouts = self.sample(batch)
+        self._clock.restart()
         students = [prompt for prompt in batch.student for _ in range(rollouts.n)]
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        with _timed(seconds, "scoring"):
-            correction = self._correction(students, rollouts)
-            if self.updates_per_batch > 1 and rollouts.sampled:
-                agree = self.most_over_ranks
-                rollouts = with_logprobs(self.model, students, rollouts, self.token_budget, self.objective, agree)
-            prepared = self.prepare(batch, rollouts)
-        first: tuple[float, dict[str, list[Tensor]]] | None = None
-        for update in range(self.updates_per_batch):
-            if update and self.global_step >= self.trainer.max_steps >= 0:
-                break
-            optimizer.zero_grad()
-            torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, replica(self.trainer)[0]))
-            with _timed(seconds, "scoring"):
-                # In the first update all ratios are 1; traces are no samples of the student's, and have none.
-                ratios = self._ratios(students, rollouts) if update and rollouts.sampled else None
-                terms = self.terms(prepared, rollouts, ratios)
-                if correction is not None:
-                    terms = [t._replace(weights=[w * c for w, c in zip(t.weights, correction, strict=True)]) for t in terms]
-                found = self._backward(students, rollouts, terms)
-            if first is None:
-                first, self.current = found, Update(batch, students, rollouts, terms, found[1])
-            # A rate of 0 by the optimizer itself is warned of when it is made.
-            rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
-            stands_still = self.make_scheduler is not None and not any(rates)
-            grad_norm = self._update(optimizer, found, len(terms))
-            if self.current is not None:
-                self._watch(rollouts, terms, grad_norm, stands_still)
-            self.current = None
-        assert first is not None
-        self._log_step(rollouts, first[1], first[0], seconds)
-        return {"loss": torch.tensor(first[0]), "rollouts": rollouts, "measured": first[1]}
+        correction = self._sampler_correction(students, rollouts)
+        if self.updates_per_batch > 1 and rollouts.sampled:
+            rollouts = with_logprobs(self.scorer, students, rollouts, self.objective)
+        return Step(batch, rollouts, students, correction)
 
-    def _update(self, optimizer: LightningOptimizer, found: tuple[float, dict[str, list[Tensor]]], terms: int) -> float:
-        """Make an optimizer step from what `_backward` found, and return the gradient's norm."""
-        loss, measured = found
+    def updates(self, step: Step) -> Iterator[list[Tensor] | None]:
+        """Iterate over the ``updates_per_batch`` optimizer steps on a batch. Call `update` once in each iteration.
+
+        Yields:
+            Ratios p_now / p_before of every completion token, for each completion a tensor of shape [C], where p_before is
+            the student's probability before the first update. None in the first update, where all ratios are 1, and for
+            completions that were not sampled.
+        """
+        for number in range(self.updates_per_batch):
+            if number and self.global_step >= self.trainer.max_steps >= 0:
+                return
+            self._optimizer.zero_grad()
+            torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.trainer.global_rank))
+            ratios = None
+            if number and step.rollouts.sampled:
+                found = log_ratios(
+                    self.scorer, step.student_prompts, step.rollouts, self.objective, self.objective.temperature
+                )
+                ratios = [row.exp() for row in found]
+            yield ratios
+
+    def update(self, step: Step, terms: list[Term]) -> None:
+        """Make one optimizer step: micro-batches, gradient clipping, optimizer, schedule. Every rank must call.
+
+        Args:
+            step: The training step.
+            terms: Terms of the loss, the method's own first.
+
+        Raises:
+            RuntimeError: The loss, the gradient or the trained weights are not finite.
+        """
+        if step.correction is not None:
+            terms = [term.weighted(step.correction) for term in terms]
+        loss, measured = self._backward(step, terms)
+        self._clock.end("scoring")
         if not abs(loss) < _INFINITE:
             self._stop(f"the loss is {loss} at step {self.global_step}")
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if terms == 1 and self._agree_to_rounding(measured):
-            optimizer.zero_grad(set_to_none=False)
-        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
+        grad_norm = self._clip(terms, measured)
         if not math.isfinite(grad_norm):
             self._stop(f"the gradient's norm is {grad_norm} at step {self.global_step}, loss {loss}")
-        with checkpoint_file.restoring(None) if self._resumed else nullcontext():  # its state is used for the first time
-            optimizer.step()
-        adapter_norm = float(whole(torch.nn.utils.get_total_norm([p.detach() for p in parameters])))
+        # An optimizer's own rate of 0 is warned of when it is made.
+        rates = [float(group.get("lr", 1.0)) for group in self._optimizer.param_groups]
+        rate_is_zero = self.make_scheduler is not None and not any(rates)
+        first = step.record is None
+        if first:
+            step.record = StepRecord(step.batch, step.student_prompts, step.rollouts, terms, loss, measured)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, StepCallback):
+                    callback.on_step_scored(self.trainer, self, step.record)
+        self._step_optimizer(loss)
+        self.log("train/grad_norm", grad_norm, batch_size=1)
+        if first and step.record is not None:
+            self._watch(step.record, grad_norm, rate_is_zero)
+        self._clock.restart()
+
+    def finish_step(self, step: Step) -> StepOutput:
+        """Log the step, and return its output for callbacks. Every rank must call."""
+        assert step.record is not None, "a step makes at least one update"
+        metrics = step_metrics(step.record, self.measured, self.ranks)
+        self.tokens_generated += int(metrics.tokens) if step.rollouts.sampled else 0
+        values = {f"train/{name}": value for name, value in metrics.values.items()}
+        values["train/tokens_generated"] = float(self.tokens_generated)
+        for phase, seconds in self._clock.seconds.items():
+            values[f"time/{phase}_seconds"] = seconds
+            values[f"time/{phase}_tokens_per_second"] = step.rollouts.tokens / max(seconds, 1e-9)
+        shown = {name: values.pop(name) for name in _IN_PROGRESS_BAR if name in values}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        self.log_dict(values, batch_size=1)
+        self._clock = PhaseClock()
+        return {"loss": torch.tensor(step.record.loss), "rollouts": step.rollouts, "measured": step.record.measured}
+
+    @property
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
+
+    def _backward(self, step: Step, terms: list[Term]) -> tuple[float, dict[str, list[Tensor]]]:
+        """Score all completions in micro-batches and accumulate the gradient of the loss.
+
+        Returns:
+            The loss over all ranks, and the measurements of the first term, as in `StepRecord`.
+        """
+        prompts, completions = step.student_prompts, step.rollouts.completions
+        sizes = [len(completion) for completion in completions]
+        plan = self.scorer.micro_batches([len(prompt) + size for prompt, size in zip(prompts, sizes, strict=True)])
+        loss = 0.0
+        measured: dict[str, list[Tensor]] = {}
+        for number, rows in enumerate(plan):
+            # A rank without rows scores the first prompt without a completion: no token, and a loss of 0 with a graph.
+            read, written = [prompts[i] for i in rows or [0]], [completions[i] for i in rows] or [[]]
+            student, targets = score(self.model, read, written)
+            losses = []
+            for term in terms:
+                part, tokens = term.loss(student, targets, rows, sizes)
+                losses.append(part)
+                if term is terms[0]:
+                    for name, values in tokens.items():
+                        store = measured.setdefault(name, [torch.zeros(0)] * len(prompts))
+                        for i, value in zip(rows, values.cpu().split([sizes[i] for i in rows]), strict=True):
+                            store[i] = value
+            total = torch.stack(losses).sum()
+            # Distributed strategies average gradients over ranks, and the weights already divide by all ranks' tokens.
+            with nullcontext() if number == len(plan) - 1 else no_backward_sync(self.trainer.strategy):
+                self.manual_backward(total * self.trainer.world_size)
+            loss += float(total.detach())
+        return self.ranks.sum([loss])[0], measured
+
+    def _clip(self, terms: list[Term], measured: dict[str, list[Tensor]]) -> float:
+        """Clip the gradient, and return its norm before."""
+        if len(terms) == 1 and self._agree_to_rounding(measured):
+            self._optimizer.zero_grad(set_to_none=False)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        return float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)))
+
+    def _step_optimizer(self, loss: float) -> None:
+        # A restored optimizer state is used for the first time: an error is the checkpoint's.
+        with checkpoint_file.wrap_restore_errors(None) if self._resumed else nullcontext():
+            self._optimizer.step()
+        parameters = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        adapter_norm = float(full_tensor(torch.nn.utils.get_total_norm(parameters)))
         if not math.isfinite(adapter_norm):  # before a teacher follows, or a checkpoint is written
             self._stop(f"the norm of the trained weights is {adapter_norm} after step {self.global_step}, loss {loss}")
         if (scheduler := self.lr_schedulers()) is not None:
-            with checkpoint_file.restoring(None) if self._resumed else nullcontext():
+            with checkpoint_file.wrap_restore_errors(None) if self._resumed else nullcontext():
                 scheduler.step()  # type: ignore[union-attr, call-arg]
         self._resumed = False
-        self.after_update()
-        self.log_dict({"train/grad_norm": grad_norm, "train/adapter_norm": adapter_norm}, batch_size=1)
-
-        return grad_norm
+        self.log("train/adapter_norm", adapter_norm, batch_size=1)
 
     def _stop(self, problem: str) -> NoReturn:
-        """End the run. No checkpoint is written from now on, also not by a callback that saves on exceptions."""
+        """End the run. From now on no checkpoint is written, not even by a callback that saves on exceptions."""
         self._diverged = RuntimeError(
             f"{problem}: lower the learning rate, clip (model.objective.init_args.clip), or compute in bfloat16 or float32; "
             "the last checkpoint is still good"
@@ -366,20 +433,20 @@ class PolicyModule(EvaluatedModule, ABC):
         raise self._diverged
 
     def _agree_to_rounding(self, measured: dict[str, list[Tensor]]) -> bool:
-        """Whether both roles give every token of all ranks the same distribution, but for rounding. Every rank must call."""
+        """Return True if student and teacher agree on every token of all ranks up to rounding. Every rank must call."""
         if "forward_kl" not in self.measured:
             return False
         columns = [row for name in ("forward_kl", "reverse_kl") for row in measured.get(name, [])]
-        return self.over_ranks([float(torch.cat([torch.zeros(1), *columns]).abs().max())], "max")[0] <= _ROUNDING
+        return self.ranks.max([float(torch.cat([torch.zeros(1), *columns]).abs().max())])[0] <= _ROUNDING
 
-    def _watch(self, rollouts: Rollouts, terms: list[Term], grad_norm: float, stands_still: bool) -> None:
-        """Warn of steps in a row that teach nothing. Every rank must call; all come to the same."""
-        ends = eos_ids(self.model)
+    def _watch(self, record: StepRecord, grad_norm: float, rate_is_zero: bool) -> None:
+        """Warn of consecutive steps that teach nothing. Every rank must call, and all reach the same verdict."""
+        rollouts, ends = record.rollouts, eos_ids(self.model)
         written = [sum(token not in ends for token in completion) for completion in rollouts.completions]
-        weighted = sum(int((weight != 0).sum()) for weight in terms[0].weights)
-        counts = self.over_ranks([sum(written), weighted, rollouts.terminated.count(True)], "sum")
-        longest = int(self.over_ranks([max(map(len, rollouts.completions), default=0)], "max")[0])
-        self._warn_of_rounding()
+        weighted = sum(int((weight != 0).sum()) for weight in record.terms[0].weights)
+        counts = self.ranks.sum([sum(written), weighted, rollouts.terminated.count(True)])
+        longest = int(self.ranks.max([max(map(len, rollouts.completions), default=0)])[0])
+        self._warn_of_rounding(record)
         reason = None
         if not counts[0]:
             reason = "every completion is empty, an EOS at once; look at the end of the student's prompts (opsd doctor)"
@@ -387,24 +454,24 @@ class PolicyModule(EvaluatedModule, ABC):
             reason = self._without_weight(longest, not counts[2])
         elif grad_norm == 0:
             reason = self.idle_reason
-        elif stands_still:
+        elif rate_is_zero:
             reason = "the learning rate is 0 (model.lr_scheduler)"
         if self.idle.add(reason):
             rank_zero_warn(f"step {self.global_step}: {self.idle.problem}")
 
-    def _warn_of_rounding(self) -> None:
-        """Warn at the first step where both roles agree as far as half precision tells. Every rank must call."""
-        if self.idle.steps or "forward_kl" not in self.measured or self.current is None:
+    def _warn_of_rounding(self, record: StepRecord) -> None:
+        """Warn if student and teacher agree up to half precision at the first step. Every rank must call."""
+        if self.idle.steps or "forward_kl" not in self.measured:
             return
         half = str(self.trainer.precision).startswith("bf16") or base_of(self.model).dtype == torch.bfloat16
-        divergence = torch.cat([torch.zeros(0), *self.current.measured.get("forward_kl", [])])
-        total, count = self.over_ranks([float(divergence.sum()), divergence.numel()], "sum")
+        divergence = torch.cat([torch.zeros(0), *record.measured.get("forward_kl", [])])
+        total, count = self.ranks.sum([float(divergence.sum()), divergence.numel()])
         if half and count and 0 < total / count < _HALF_ROUNDING:
             rank_zero_warn(
                 f"the teacher and the student differ by {total / count:.1e} nats a token at the first step. In bfloat16 "
-                "that may be rounding alone, of which an optimizer such as Adam makes full steps. For a control whose "
-                "teacher reads what the student reads (NoContext), set trainer.precision to 32-true and "
-                "model.policy.dtype to float32"
+                "that may be rounding alone, from which an optimizer such as Adam makes full steps. For a control whose "
+                "teacher reads the student's prompt (NoContext), set trainer.precision to 32-true and model.policy.dtype "
+                "to float32"
             )
 
     def _without_weight(self, longest: int, all_truncated: bool) -> str:
@@ -419,116 +486,44 @@ class PolicyModule(EvaluatedModule, ABC):
             )
         return self.idle_reason
 
-    def _correction(self, students: list[list[int]], rollouts: Rollouts) -> list[Tensor] | None:
-        """Log how far the sampler was from the student, stop where it is too far, and weigh tokens where that is asked."""
+    def _sampler_correction(self, students: list[list[int]], rollouts: Rollouts) -> list[Tensor] | None:
+        """Log the difference between sampler and student, refuse a large one, and return token weights if asked for."""
         if rollouts.logprobs is None:
             return None
-        agree = self.most_over_ranks  # engines report log-probabilities at temperature 1
-        found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, agree, 1.0)
+        found = log_ratios(self.scorer, students, rollouts, self.objective)  # engines report temperature 1
         away = torch.cat([*found, torch.zeros(1)]).abs()
-        total, count = self.over_ranks([float(away.sum()), float(away.numel() - 1)], "sum")
-        difference, most = total / max(count, 1), self.over_ranks([float(away.max())], "max")[0]
+        total, count = self.ranks.sum([float(away.sum()), float(away.numel() - 1)])
+        difference, most = total / max(count, 1), self.ranks.max([float(away.max())])[0]
         self.log("train/rollout_logprob_difference", difference, batch_size=1)
         self.log("train/rollout_logprob_difference_max", most, batch_size=1)
         check_difference(difference, self.rollouts.logprob_tolerance)
         limit = self.rollouts.max_importance_ratio
-        return None if limit is None else self.cut_off([row.exp() for row in found], limit, "importance_ratio")
-
-    def _ratios(self, students: list[list[int]], rollouts: Rollouts) -> list[Tensor]:
-        agree, temperature = self.most_over_ranks, self.objective.temperature
-        found = log_ratios(self.model, students, rollouts, self.token_budget, self.objective, agree, temperature)
-        return [row.exp() for row in found]
+        return None if limit is None else self.truncated([row.exp() for row in found], limit, "importance_ratio")
 
     def log_grading(self, problems: Sequence[str]) -> None:
-        """Log how many of a step's completions are wrong for want of a verdict. Every rank must call."""
-        counts = self.over_ranks([sum(found == problem for found in problems) for problem in PROBLEMS.values()], "sum")
+        """Log the number of completions that count as wrong because grading gave no verdict. Every rank must call."""
+        counts = self.ranks.sum([sum(found == problem for found in problems) for problem in PROBLEMS.values()])
         self.log_dict({f"train/{name}": count for name, count in zip(PROBLEMS, counts, strict=True)}, batch_size=1)
 
-    def cut_off(self, ratios: list[Tensor], limit: float, name: str) -> list[Tensor]:
-        """Ratios of at most ``limit``; logs their mean, maximum and how many were above. Every rank must call."""
+    def truncated(self, ratios: list[Tensor], limit: float, name: str) -> list[Tensor]:
+        """Truncate importance ratios, and log their mean, maximum and truncated share. Every rank must call.
+
+        Args:
+            ratios: For each completion a tensor of shape [C].
+            limit: Largest ratio to return.
+            name: Name of the metrics, ``train/<name>``.
+        """
         flat = torch.cat([*ratios, torch.zeros(1)])
-        total, above, count = self.over_ranks([float(flat.sum()), float((flat > limit).sum()), flat.numel() - 1], "sum")
-        most = self.over_ranks([float(flat.max())], "max")[0]
+        total, above, count = self.ranks.sum([float(flat.sum()), float((flat > limit).sum()), flat.numel() - 1])
+        most = self.ranks.max([float(flat.max())])[0]
         logged = {"": total / max(count, 1), "_max": most, "_clipped": above / max(count, 1)}
         self.log_dict({f"train/{name}{ending}": value for ending, value in logged.items()}, batch_size=1)
         return [row.clamp(max=limit) for row in ratios]
 
-    def shares(self, weights: list[Tensor]) -> list[Tensor]:
-        """Weights of tokens divided by their sum over the whole step and all ranks. Every rank must call."""
-        total = max(*self.over_ranks([float(torch.cat([*weights, torch.zeros(1)]).sum())], "sum"), 1e-12)
+    def normalized(self, weights: list[Tensor]) -> list[Tensor]:
+        """Divide token weights by their sum over the whole step and all ranks. Every rank must call."""
+        total = max(*self.ranks.sum([float(torch.cat([*weights, torch.zeros(1)]).sum())]), 1e-12)
         return [weight / total for weight in weights]
-
-    def _backward(
-        self, students: list[list[int]], rollouts: Rollouts, terms: list[Term]
-    ) -> tuple[float, dict[str, list[Tensor]]]:
-        """Score all rollouts, micro-batch by micro-batch, and accumulate the gradient of the step's loss."""
-        sizes = [len(completion) for completion in rollouts.completions]
-        states = [None if term.teacher is None else term.teacher.hidden.split(sizes) for term in terms]
-        plan = split_rows(self.model, [len(s) + n for s, n in zip(students, sizes, strict=True)], self.token_budget)
-        # Under sharding every rank must make the same number of passes: one that has none left makes empty ones.
-        passes = self.most_over_ranks(len(plan))
-        loss = 0.0
-        measured: dict[str, list[Tensor]] = {}
-        for number, rows in enumerate(plan + [[]] * (passes - len(plan))):
-            # An empty pass is the first prompt with no completion: no token, a loss of zero that keeps its graph.
-            picked = rows or [0]
-            completions = [rollouts.completions[i] if rows else [] for i in picked]
-            student, targets = score(self.model, [students[i] for i in picked], completions)
-            parts = []
-            for term, rows_of_teacher in zip(terms, states, strict=True):
-                weight = torch.cat([term.weights[i] for i in rows] or [torch.zeros(0)]).to(targets.device)
-                teacher = None
-                if term.teacher is not None and rows_of_teacher is not None:
-                    hidden = torch.cat([rows_of_teacher[i] for i in rows] or [term.teacher.hidden[:0]])
-                    teacher = TokenStates(hidden, term.teacher.head)
-                part, tokens = term.objective(student, teacher, targets, weight)
-                parts.append(part)
-                if len(parts) > 1:
-                    continue  # the first term's tokens are what is logged
-                for name, values in tokens.items():
-                    store = measured.setdefault(name, [torch.zeros(0)] * len(students))
-                    for i, value in zip(picked, values.cpu().split([len(c) for c in completions]), strict=True):
-                        store[i] = value
-            total = torch.stack(parts).sum()
-            # Distributed strategies average gradients over ranks; the weights already divide by all ranks' tokens.
-            with nullcontext() if number == passes - 1 else unsynchronized(self.trainer.strategy):
-                self.manual_backward(total * replica(self.trainer)[1])
-            loss += float(total.detach())
-        return self.over_ranks([loss], "sum")[0], measured
-
-    def _log_step(
-        self, rollouts: Rollouts, measured: dict[str, list[Tensor]], loss: float, seconds: dict[str, float]
-    ) -> None:
-        nothing = [torch.zeros(0)] * len(rollouts.completions)
-        columns = [measured.get(name, nothing) for name in self.measured]
-        first = [row[0] for row in measured.get("forward_kl", nothing) if len(row)]
-        lengths = [len(completion) for completion in rollouts.completions]
-        counts = (rollouts.tokens, sum(first), len(first), len(lengths), rollouts.terminated.count(False))
-        sums = [float(torch.cat(column).sum()) for column in columns] + [float(count) for count in counts]
-        *token_sums, tokens, first_sum, first_count, rows, truncated = self.over_ranks(sums, "sum")
-        shortest, longest = self.over_ranks([-min(lengths), max(lengths)], "max")
-        self.tokens_generated += int(tokens) if rollouts.sampled else 0
-        means = {name: value / max(tokens, 1) for name, value in zip(self.measured, token_sums, strict=True)}
-        if "clipped" in means:
-            means["clipped_fraction"] = means.pop("clipped")
-        bar = {"train/loss": loss}
-        if "forward_kl" in means:
-            bar["train/forward_kl"] = means.pop("forward_kl")
-            means["first_token_forward_kl"] = first_sum / max(first_count, 1)
-        self.log_dict(bar, prog_bar=True, batch_size=1)
-        values = {f"train/{name}": value for name, value in means.items()}
-        values |= {
-            "train/completion_tokens_min": -shortest,
-            "train/completion_tokens_max": longest,
-            "train/eos_rate": 1 - truncated / rows,
-            "train/tokens_generated": float(self.tokens_generated),
-        }
-        for phase, elapsed in seconds.items():
-            values[f"time/{phase}_seconds"] = elapsed
-            values[f"time/{phase}_tokens_per_second"] = rollouts.tokens / max(elapsed, 1e-9)
-        self.log_dict(values, batch_size=1)
-        bar = {"train/completion_tokens": tokens / rows, "train/truncated_fraction": truncated / rows}
-        self.log_dict(bar, prog_bar=True, batch_size=1)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -542,9 +537,9 @@ class PolicyModule(EvaluatedModule, ABC):
             raise self._diverged
         checkpoint["opsd_tokens_generated"] = self.tokens_generated
         checkpoint[checkpoint_record.KEY] = checkpoint_record.record_of(self)
-        requeue.say_the_job(checkpoint)
+        requeue.record_job(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            say_what_is_due(self.trainer, checkpoint, self.validated)
+            record_pending_work(self.trainer, checkpoint, self.validated)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -579,23 +574,13 @@ class PolicyModule(EvaluatedModule, ABC):
         checkpoint_file.check_callbacks(checkpoint)
         self._resumed = True
         if self._trainer is None:  # the module is made of the checkpoint's settings
-            check_hidden(checkpoint.get("hyper_parameters", {}))
+            check_no_hidden_values(checkpoint.get("hyper_parameters", {}))
         self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
         self.configure_model()
-        with checkpoint_file.restoring(None):
+        with checkpoint_file.wrap_restore_errors(None):
             if "opsd_compared" not in checkpoint:  # a strategy may have called this before
                 checkpoint["opsd_compared"] = True
                 self._settings_changed = checkpoint_record.compare(self, checkpoint)
             checkpoint_record.check_weights(self, checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            do_what_is_due(self._trainer, checkpoint)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the time spent inside. Both phases end by reading numbers off the device, so they wait for it."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[phase] += time.perf_counter() - start
+            restore_pending_work(self._trainer, checkpoint)

@@ -13,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler, MultiplicativeLR, SequentialLR
 
-from opsd_lightning.checkpoints.file import unfit_weights
-from opsd_lightning.distributed.replicas import replica
+from opsd_lightning.checkpoints.file import mismatched_weights
 from opsd_lightning.models.fingerprint import adapter_record, base_record, described, digest, plain
 from opsd_lightning.teachers import FixedTeacher, ModelTeacher
 from opsd_lightning.types import ConfigError, PromptBatch
@@ -110,7 +109,7 @@ def record_of(module: Any) -> dict[str, Any]:
             "digest": module.rows_digest[1][0],
             "tokens_digest": module.rows_digest[1][1],
             "batch_size": int(data.batch_size),
-            "devices": replica(trainer)[1],
+            "devices": trainer.world_size,
             "seed": int(data.seed),
         }
     if module.configured is not None:
@@ -191,7 +190,7 @@ def check_weights(module: Any, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: They do not; the message names the settings that decide it.
     """
-    unfit = unfit_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
+    unfit = mismatched_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
     if not unfit:
         return
     theirs = checkpoint.get(KEY) or {}
@@ -300,7 +299,7 @@ def _advance(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> None:
 def _refuse(module: Any, checkpoint: Mapping[str, Any], differences: list[Difference]) -> None:
     if not differences:
         return
-    fits = not unfit_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
+    fits = not mismatched_weights(checkpoint["state_dict"], module.state_dict(), module.policy)
     told = f"the checkpoint does not fit this configuration: {_list(differences)}"
     if module.allow_checkpoint_changes:
         if fits:  # else `check_weights` refuses it
@@ -319,8 +318,7 @@ def _of_model(theirs: Mapping[str, Any], ours: Mapping[str, Any], resumes: bool,
         yield from _between("model", theirs["method"], ours["method"], upgraded)
     # In full fine-tuning the checkpoint brings all weights itself, but not those that a fixed teacher starts from.
     graded = module.evaluator.teacher
-    keeps = isinstance(graded, FixedTeacher) or (isinstance(graded, ModelTeacher) and graded.recipe is None)
-    weights = resumes or ours["adapter"] is not None or keeps
+    weights = resumes or ours["adapter"] is not None or isinstance(graded, FixedTeacher)
     yield from _of_base("model.policy", theirs["base"], ours["base"], weights, upgraded)
     lora = "adapter" if module.policy.adapter is not None else "lora"
     first, second = theirs["adapter"], ours["adapter"]

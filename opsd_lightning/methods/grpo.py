@@ -1,18 +1,19 @@
-"""Group-relative policy optimization (arXiv 2402.03300): the reinforcement-learning baseline.
+"""Group-relative policy optimization (GRPO, arXiv 2402.03300): the reinforcement-learning baseline.
 
     A_i = (r_i - mean r) / (std r + 1e-4)          over the n completions of one question, std with n - 1
     L = -mean over tokens of min(rho A, clip(rho, 1 - eps, 1 + eps) A),   rho = p_now(y_n) / p_old(y_n)
 
-Differs from OPSD in that a verifier's reward of the whole completion takes the teacher's place. Where rho is clipped a token
-has no gradient, and elsewhere the gradient is that of -rho A log p(y_n) with rho detached: so the loss here is a likelihood
-weighted by rho A. p_old is the student's before the first update on a batch, in which rho is 1.
+A verifier's reward of the whole completion takes the place of OPSD's teacher. A token whose rho is clipped has no gradient.
+Elsewhere the gradient is that of -rho A log p(y_n) with rho detached, so that the loss here is a likelihood weighted by
+rho A. p_old is the student before the first update on a batch, in which rho is 1.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveFloat
@@ -22,54 +23,56 @@ from opsd_lightning.grading.math_grader import PROBLEMS
 from opsd_lightning.losses.objectives import NegativeLogLikelihood, Objective, Term
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.step import StepOutput
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.online_contexts import Attempts, read_attempts
 from opsd_lightning.teachers import Teacher
-from opsd_lightning.types import PromptBatch, Rollouts, Sampling, TokenStates, UserError
+from opsd_lightning.types import ConfigError, DataRequirements, PromptBatch, Rollouts, Sampling
 
 
 class Reward(ABC):
-    """What a completion is worth."""
+    """Base class of rewards of completions."""
 
     @abstractmethod
     def __call__(self, attempts: Attempts) -> Sequence[float]:
-        """The reward of every completion."""
+        """Return the reward of every completion."""
 
 
 class AnswerReward(Reward):
-    """1 for a right final answer, 0 otherwise (default)."""
+    """Reward 1 for a right final answer and 0 otherwise. The default."""
 
     def __call__(self, attempts: Attempts) -> Sequence[float]:
         return [float(correct) for correct in attempts.correct]
 
 
-class _Prepared(NamedTuple):
-    advantages: Tensor
-    anchor: TokenStates | None
-
-
 class GRPOModule(PolicyModule):
-    """GRPO: several completions of each question, graded, the better ones made likelier than the worse.
+    """GRPO: sample several completions of each question, grade them, and raise the likelihood of the better ones.
 
     Args:
         policy: The model.
-        reward: What a completion is worth: `AnswerReward` unless given.
-        likelihood: Which tokens count and how; `NegativeLogLikelihood` at the sampling temperature unless given, and at no
-            other. ``sequence_mean`` is the paper's reduction, ``token_mean`` (the default) that of DAPO.
-        clip_ratio: eps: how far a token's probability may move before its gradient is cut off, above 0.
-        anchor: A KL term against a reference. None unless given, as in the comparison of arXiv 2601.18734.
-        sampling: What is sampled to train on: 8 completions of each question unless given.
-        common: What every method has; see `PolicyModule`.
+        reward: Reward of a completion. Defaults to `AnswerReward`.
+        likelihood: Tokens that count and their weights. Defaults to `NegativeLogLikelihood` at the sampling temperature, the
+            only one allowed. ``sequence_mean`` is the paper's reduction, ``token_mean`` (the default) that of DAPO.
+        clip_ratio: eps, the change of a token's probability above which its gradient is cut off. Above 0.
+        anchor: A KL term against a reference. Defaults to none, as in the comparison of arXiv 2601.18734.
+        sampling: Sampling of the training completions. Defaults to 8 completions of each question.
+        common: Arguments of `PolicyModule`.
+
+    Example::
+
+        >>> from opsd_lightning import GRPOModule, Policy, Sampling
+        >>> GRPOModule(Policy("HuggingFaceTB/SmolLM2-135M-Instruct"), sampling=Sampling(n=4)).clip_ratio
+        0.2
     """
 
-    needs_traces = False
-    # Hard questions, few of them a step: some steps in a row without a right answer among wrong ones are no sign yet.
+    # With few and hard questions, several steps in a row have no right completion beside wrong ones.
     idle_limit = 50
     idle_reason = "the completions of each question have the same reward (train/groups_without_signal is 1)"
 
     def __init__(
         self,
         policy: Policy,
+        *,
         reward: Reward | None = None,
         likelihood: NegativeLogLikelihood | None = None,
         clip_ratio: PositiveFloat = 0.2,
@@ -79,21 +82,25 @@ class GRPOModule(PolicyModule):
     ) -> None:
         super().__init__(policy, sampling=sampling, **common)
         if sampling.n < 2:
-            raise UserError(
-                f"model.sampling.n is {sampling.n}, and GRPO compares the completions of one question: set it to 8, say, "
-                "and divide data.batch_size by as much"
+            raise ConfigError(
+                f"GRPO compares the completions of one question, and n is {sampling.n}",
+                "model.sampling.n",
+                "Set it to 8, for example, and divide data.batch_size by as much",
             )
         if sampling.temperature == 0:
-            raise UserError(
-                "model.sampling.temperature is 0, so that all completions of a question are the same, and GRPO compares "
-                "them: set it to 1, say (model.eval_sampling has its own)"
+            raise ConfigError(
+                "GRPO compares the completions of one question, and at temperature 0 all are the same",
+                "model.sampling.temperature",
+                "Set it to 1, for example (model.eval_sampling has its own)",
             )
         self.reward = reward or AnswerReward()
         self.likelihood = likelihood or NegativeLogLikelihood(temperature=sampling.temperature)
         if self.likelihood.temperature != sampling.temperature:
-            raise UserError(
-                f"model.likelihood.temperature is {self.likelihood.temperature:g} and model.sampling.temperature "
-                f"{sampling.temperature:g}: a policy gradient is of the distribution that was sampled from. Make them equal"
+            raise ConfigError(
+                f"a policy gradient is of the distribution sampled from, and the temperature is "
+                f"{self.likelihood.temperature:g} here and {sampling.temperature:g} in model.sampling.temperature",
+                "model.likelihood.temperature",
+                "Set both to the same value",
             )
         self.clip_ratio = PositiveFloat(clip_ratio)
         self.anchor = anchor
@@ -103,8 +110,12 @@ class GRPOModule(PolicyModule):
         return self.likelihood
 
     @property
+    def data_requirements(self) -> DataRequirements:
+        return replace(super().data_requirements, teacher_prompts=False)
+
+    @property
     def teachers(self) -> list[Teacher]:
-        """All that score the completions."""
+        """All teachers that score the completions."""
         return [] if self.anchor is None else [self.anchor.teacher]
 
     def logged_names(self) -> set[str]:
@@ -115,35 +126,44 @@ class GRPOModule(PolicyModule):
         if self.anchor is not None:
             self.anchor.attach(self.model, self.tokenizer)
 
-    def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> _Prepared:
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
+        """Sample and grade the completions of one batch, and make its optimizer steps."""
+        step = self.begin_step(batch, self.sample(batch))
+        advantages = self.advantages(batch, step.rollouts)
+        anchor = None
+        if self.anchor is not None:
+            anchor = self.anchor.score(self.scorer, step.student_prompts, step.rollouts)
+        for ratios in self.updates(step):
+            shares = self.normalized(self.likelihood.token_weights(step.rollouts))
+            terms = [Term(self.likelihood, self._clipped(shares, advantages, ratios))]
+            if self.anchor is not None:
+                weights = self.normalized(self.anchor.objective.token_weights(step.rollouts))
+                terms.append(Term(self.anchor.objective, [self.anchor.weight * weight for weight in weights], anchor))
+            self.update(step, terms)
+        return self.finish_step(step)
+
+    def advantages(self, batch: PromptBatch, rollouts: Rollouts) -> Tensor:
+        """Grade completions, and return the advantage of each. Shape [completions]. Every rank must call."""
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
         self.log_grading(attempts.problems)
         rewards = torch.tensor(self.reward(attempts), dtype=torch.float32).view(-1, rollouts.n)
         spread = rewards.std(dim=1, keepdim=True)
-        advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-4)
-        total, same, rows, groups = self.over_ranks(
-            [float(rewards.sum()), float((spread == 0).sum()), rewards.numel(), len(rewards)], "sum"
+        total, same, rows, groups = self.ranks.sum(
+            [float(rewards.sum()), float((spread == 0).sum()), rewards.numel(), len(rewards)]
         )
         self.log("train/reward", total / rows, prog_bar=True, batch_size=1)
         self.log("train/groups_without_signal", same / groups, batch_size=1)
-        anchor = None
-        if self.anchor is not None:
-            anchor = self.anchor.score(self.model, batch.student, rollouts, self.token_budget, self.most_over_ranks)
-        return _Prepared(advantages.flatten(), anchor)
+        return ((rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-4)).flatten()
 
-    def terms(self, prepared: _Prepared, rollouts: Rollouts, ratios: list[Tensor] | None) -> list[Term]:
-        shares = self.shares(self.likelihood.token_weights(rollouts))
+    def _clipped(self, shares: list[Tensor], advantages: Tensor, ratios: list[Tensor] | None) -> list[Tensor]:
+        """Weight tokens by rho A, or 0 where rho is clipped. Logs the clipped share. Every rank must call."""
         weights = []
         cut = 0
-        for row, (share, advantage) in enumerate(zip(shares, prepared.advantages, strict=True)):
-            factor = torch.ones_like(share) if ratios is None else ratios[row]
-            too_far = factor > 1 + self.clip_ratio if advantage > 0 else factor < 1 - self.clip_ratio
+        for row, (share, advantage) in enumerate(zip(shares, advantages, strict=True)):
+            rho = torch.ones_like(share) if ratios is None else ratios[row]
+            too_far = rho > 1 + self.clip_ratio if advantage > 0 else rho < 1 - self.clip_ratio
             cut += int(too_far.sum())
-            weights.append(share * advantage * factor.masked_fill(too_far, 0.0))
-        clipped, tokens = self.over_ranks([cut, rollouts.tokens], "sum")
+            weights.append(share * advantage * rho.masked_fill(too_far, 0.0))
+        clipped, tokens = self.ranks.sum([cut, sum(map(len, shares))])
         self.log("train/clipped_fraction", clipped / max(tokens, 1), batch_size=1)
-        found = [Term(self.likelihood, weights)]
-        if self.anchor is not None:
-            own = self.shares(self.anchor.objective.token_weights(rollouts))
-            found.append(Term(self.anchor.objective, [weight * self.anchor.weight for weight in own], prepared.anchor))
-        return found
+        return weights

@@ -1,69 +1,67 @@
-"""On-policy self-distillation: rollouts, two conditioned forward passes, the divergence, one optimizer step.
+"""On-policy self-distillation (OPSD, arXiv 2601.18734).
 
-Source: arXiv 2601.18734, algorithm 1.
+    L = sum_n w_n D(p_T(. | context, y_<n) || p_S(. | question, y_<n)) / sum_n w_n        y ~ p_S(. | question)
+
+n runs over all completion tokens of an optimizer step. D is the objective's divergence, and p_T has no gradient. One
+LoRA-adapted model plays both roles: the student reads the question, the teacher reads the question and a verified trace.
+`DistillationModule.training_step` is algorithm 1 of the paper.
 """
 
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
-import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.evaluation.evaluator import Evaluator
-from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
+from opsd_lightning.grading.math_grader import PROBLEMS
 from opsd_lightning.losses.objectives import DivergenceObjective, Objective, Term
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.step import StepOutput
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.online_contexts import OnlineContext, ReasonFirst, read_attempts
 from opsd_lightning.prompts.templates import Prompts
-from opsd_lightning.rollouts.base import RolloutEngine, seed_for
-from opsd_lightning.teachers import FixedTeacher, Teacher
-from opsd_lightning.types import PromptBatch, Rollouts, Sampling, TokenStates, UserError
+from opsd_lightning.rollouts.base import seed_for
+from opsd_lightning.teachers import FixedTeacher, GenerativeTeacher, Teacher
+from opsd_lightning.types import ConfigError, DataRequirements, PromptBatch, Rollouts, Sampling
 
 
-class _Scored(NamedTuple):
-    teacher: TokenStates
-    anchor: TokenStates | None
+class TeacherPrompts(NamedTuple):
+    """The teacher's prompts of a step.
+
+    Args:
+        tokens: Token ids that the teacher reads before each completion.
+        has_context: False for completions without a context, which get no weight in the loss.
+    """
+
+    tokens: list[list[int]]
     has_context: list[bool]
-    prompts: list[list[int]]
 
 
-class OPSDModule(PolicyModule):
-    """On-policy self-distillation: one LoRA-adapted model learns from itself, reading the solution.
+class DistillationModule(PolicyModule):
+    """Distillation of a teacher's distributions at every token of a completion.
+
+    Subclasses choose the completions.
 
     Args:
         policy: The model that plays both roles.
-        teacher: Whose weights the teacher scores with: `FixedTeacher` unless given.
-        objective: What is minimised at every completion token: a `DivergenceObjective` (forward KL over the full
-            vocabulary, not clipped) unless given.
-        context: What the teacher reads, where it is made anew at each step from the completions or by the teacher.
-            ``data.context`` unless given.
-        prompts: The wording of both roles' prompts, for ``context``. On the command line taken from ``data.prompts``.
-        anchor: A second term that holds the student near a reference on its own prompt. None unless given.
-        max_importance_ratio: From the second update on a batch of rollouts, tokens' losses are weighted by the ratio of
-            their probability now to that before the first, at most this, above 0: 2 unless given.
-        rollouts: How completions are sampled: `TransformersEngine` unless given.
-        sampling: What is sampled to train on.
-        eval_sampling: What is sampled in validation, test and predict; as in training unless given.
-        evaluate_teacher: Also sample and grade the privileged teacher in validation and test: the upper bound.
-        grader: How completions are graded. On the command line taken from ``data.grader``.
-        optimizer: Makes the optimizer of the adapter's parameters.
-        lr_scheduler: Makes its learning-rate schedule, stepped after every optimizer step. Constant unless given.
-        max_grad_norm: Gradients with a larger norm are scaled down to it, above 0. Not clipped unless given.
-        token_budget: The most tokens, padding included, that one scoring pass works on, at least 1. It decides memory,
-            not the result (but for which inputs LoRA dropout drops).
-        updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper's is 1. Make a `ModelCheckpoint`'s
-            ``every_n_train_steps`` a multiple of it.
-        seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
-        allow_checkpoint_changes: Load a checkpoint although it was made with another base model, LoRA settings, teacher,
-            kind of optimizer or schedule, batch size times devices, seed or data than this run's. All are listed.
+        teacher: Weights that score as the teacher. Defaults to `FixedTeacher`.
+        objective: Loss of a completion token. Defaults to `DivergenceObjective`: forward KL over the full vocabulary,
+            without clipping.
+        context: Context that is made anew in each step, from the completions or by the teacher. Defaults to
+            ``data.context``.
+        prompts: Prompts of both roles, for ``context``. On the command line linked to ``data.prompts``.
+        anchor: A second term, which holds the student near a reference on its own prompt. Defaults to none.
+        max_importance_ratio: From the second update on a batch, limit on the ratio of a token's probability to that before
+            the first update, which weights its loss. Above 0. Defaults to 2.
+        evaluate_teacher: If True, validation and test also sample and grade the teacher, as an upper bound.
+        common: Arguments of `PolicyModule`.
     """
 
     measured: ClassVar[tuple[str, ...]] = (
@@ -78,84 +76,98 @@ class OPSDModule(PolicyModule):
         "the teacher gives every token the student's own probability: it reads no more than the student (NoContext), no "
         "context was found, or it is the student itself"
     )
-    #: Whether a training question without trace and answer is left out.
-    needs_answers: bool = True
 
     def __init__(
         self,
         policy: Policy,
         teacher: Teacher | None = None,
         objective: Objective | None = None,
+        *,
         context: OnlineContext | None = None,
         prompts: Prompts = Prompts(),
         anchor: Anchor | None = None,
         max_importance_ratio: PositiveFloat | None = None,
-        rollouts: RolloutEngine | None = None,
-        sampling: Sampling = Sampling(),
-        eval_sampling: Sampling | None = None,
         evaluate_teacher: bool = False,
-        grader: MathGrader | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, weight_decay=0.0),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        max_grad_norm: PositiveFloat | None = None,
-        token_budget: PositiveInt = 8192,
-        updates_per_batch: PositiveInt = 1,
-        seed: int = 0,
-        allow_checkpoint_changes: bool = False,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            policy,
-            rollouts,
-            sampling,
-            eval_sampling,
-            grader,
-            optimizer,
-            lr_scheduler,
-            max_grad_norm,
-            token_budget,
-            updates_per_batch,
-            seed,
-            allow_checkpoint_changes,
-        )
+        super().__init__(policy, **common)
         self.teacher = teacher or FixedTeacher()
-        self.teacher.keeps_head = updates_per_batch > 1
+        self.teacher.keeps_head = self.updates_per_batch > 1
         self._objective = objective or DivergenceObjective()
         self.context, self.prompts, self.anchor = context, prompts, anchor
         if not self._objective.uses_teacher:
-            raise UserError(
-                f"model.objective is {type(self._objective).__name__}, which leaves the teacher out: choose another, such "
-                "as DivergenceObjective, or SFTModule as the model"
+            raise ConfigError(
+                f"{type(self._objective).__name__} does not use the teacher",
+                "model.objective",
+                "Choose another objective, such as DivergenceObjective, or SFTModule as the model",
             )
-        if max_importance_ratio is not None and updates_per_batch == 1:
-            raise UserError(
-                "model.max_importance_ratio has no effect with one update on a batch: leave it out, or set "
-                "model.updates_per_batch to 2 or more"
+        if max_importance_ratio is not None and self.updates_per_batch == 1:
+            raise ConfigError(
+                "the ratio has no effect with one update on a batch",
+                "model.max_importance_ratio",
+                "Leave it out, or set model.updates_per_batch to 2 or more",
             )
         self.max_importance_ratio = PositiveFloat(2.0 if max_importance_ratio is None else max_importance_ratio)
         if context is not None:
-            context.check(sampling)
-            self.needs_traces, self.needs_answers = context.needs_traces, context.needs_answers
+            context.check(self.sampling)
             if not self.teacher.privileged:
-                raise UserError(
-                    f"model.context is {type(context).__name__}, for a teacher that reads more than the student, and "
-                    f"model.teacher is {type(self.teacher).__name__} with privileged false: set it to true, or leave "
-                    "model.context out"
+                raise ConfigError(
+                    f"{type(context).__name__} is for a teacher that reads a context, and model.teacher "
+                    f"({type(self.teacher).__name__}) reads the student's prompt",
+                    "model.context",
+                    "Set model.teacher.init_args.privileged to true, or leave model.context out",
                 )
-        if (evaluate_teacher or isinstance(context, ReasonFirst)) and not self.teacher.writes:
-            raise UserError(
-                f"model.teacher is {type(self.teacher).__name__}, which scores but cannot write: leave out "
-                "model.evaluate_teacher, and a model.context that has the teacher write"
-            )
-        if evaluate_teacher:
-            self.evaluator = Evaluator(eval_sampling or sampling, grader or MathGrader(), self.teacher)
+        if not isinstance(self.teacher, GenerativeTeacher):
+            if evaluate_teacher or isinstance(context, ReasonFirst):
+                raise ConfigError(
+                    f"{type(self.teacher).__name__} scores completions but cannot generate text, which "
+                    f"{'model.evaluate_teacher' if evaluate_teacher else 'model.context ReasonFirst'} needs",
+                    "model.teacher",
+                    "Choose a teacher that can generate, such as FixedTeacher, or leave that setting out",
+                )
+        elif evaluate_teacher:
+            self.evaluator = Evaluator(self.evaluator.sampling, self.evaluator.grader, self.teacher)
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
+        """Run algorithm 1 of arXiv 2601.18734 on one batch: one optimizer step, or ``updates_per_batch`` of them."""
+        step = self.begin_step(batch, self.completions(batch))
+        prompts = self.teacher_prompts(batch, step.rollouts)
+        teacher = self.teacher.score(self.scorer, prompts.tokens, step.rollouts.completions)
+        anchor = None
+        if self.anchor is not None:
+            anchor = self.anchor.score(self.scorer, step.student_prompts, step.rollouts)
+        for ratios in self.updates(step):
+            weights = self.objective.token_weights(step.rollouts)
+            weights = [weight * known for weight, known in zip(weights, prompts.has_context, strict=True)]
+            weights = self._reweighted(self.normalized(weights), ratios)
+            terms = [Term(self.objective, weights, teacher, prompts.tokens)]
+            if self.anchor is not None:
+                weights = self.normalized(self.anchor.objective.token_weights(step.rollouts))
+                weights = [self.anchor.weight * weight for weight in self._reweighted(weights, ratios)]
+                terms.append(Term(self.anchor.objective, weights, anchor))
+            self.update(step, terms)  # micro-batches: student's pass, objective, backward; then the optimizer
+            self.teacher.after_step(self.model, self.global_step)
+        return self.finish_step(step)
+
+    @abstractmethod
+    def completions(self, batch: PromptBatch) -> Rollouts:
+        """Return the completions of a step."""
 
     @property
     def objective(self) -> Objective:
         return self._objective
 
     @property
+    def data_requirements(self) -> DataRequirements:
+        needs = replace(super().data_requirements, privileged=self.teacher.privileged)
+        if self.context is None:
+            return needs
+        traces, answers = self.context.needs_traces, self.context.needs_answers
+        return replace(needs, teacher_prompts=traces, traces=traces, answers=answers)
+
+    @property
     def teachers(self) -> list[Teacher]:
-        """All that score the completions."""
+        """All teachers that score the completions."""
         return [self.teacher] if self.anchor is None else [self.teacher, self.anchor.teacher]
 
     def logged_names(self) -> set[str]:
@@ -169,79 +181,72 @@ class OPSDModule(PolicyModule):
     def attach(self) -> None:
         limit = self.policy.context_length()
         if isinstance(self.context, ReasonFirst) and limit is not None and self.context.sampling.max_new_tokens >= limit:
-            raise UserError(
-                f"model.context.init_args.sampling.max_new_tokens is {self.context.sampling.max_new_tokens}, as long as the "
-                f"model's whole context of {limit} tokens: lower it"
+            raise ConfigError(
+                f"{self.context.sampling.max_new_tokens} tokens fill the model's whole context of {limit} tokens",
+                "model.context.init_args.sampling.max_new_tokens",
+                "Lower it",
             )
         self.teacher.check(self.tokenizer)
         self.teacher.attach(self.model)
         if self.anchor is not None:
             self.anchor.attach(self.model, self.tokenizer, self.teacher)
 
-    def prepare(self, batch: PromptBatch, rollouts: Rollouts) -> _Scored:
-        prompts, has_context = self._teacher_prompts(batch, rollouts)
-        budget, agree = self.token_budget, self.most_over_ranks
-        teacher = self.teacher.score(self.model, prompts, rollouts.completions, budget, agree)
-        anchor = None
-        if self.anchor is not None:
-            anchor = self.anchor.score(self.model, batch.student, rollouts, budget, agree)
-        return _Scored(teacher, anchor, has_context, prompts)
-
-    def terms(self, prepared: _Scored, rollouts: Rollouts, ratios: list[Tensor] | None) -> list[Term]:
-        weights = self.objective.token_weights(rollouts)
-        # A completion that its context has nothing to say of is not learned from.
-        weights = [w * known for w, known in zip(weights, prepared.has_context, strict=True)]
-        weights = self._weighted(self.shares(weights), ratios)
-        found = [Term(self.objective, weights, prepared.teacher, prepared.prompts)]
-        if self.anchor is not None:
-            own = self.shares(self.anchor.objective.token_weights(rollouts))
-            own = [weight * self.anchor.weight for weight in self._weighted(own, ratios)]
-            found.append(Term(self.anchor.objective, own, prepared.anchor))
-        return found
-
-    def after_update(self) -> None:
-        self.teacher.after_step(self.model, self.global_step)
-
-    def _weighted(self, weights: list[Tensor], ratios: list[Tensor] | None) -> list[Tensor]:
-        """Truncated importance sampling."""
-        if ratios is None:
-            return weights
-        ratios = self.cut_off(ratios, self.max_importance_ratio, "update_ratio")
-        return [weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]
-
-    def _teacher_prompts(self, batch: PromptBatch, rollouts: Rollouts) -> tuple[list[list[int]], list[bool]]:
-        """The teacher's prompt of every completion, and whether it holds a context."""
-        source = batch.teacher if self.teacher.privileged and self.needs_traces else batch.student
+    def teacher_prompts(self, batch: PromptBatch, rollouts: Rollouts) -> TeacherPrompts:
+        """Return the teacher's prompt of every completion. Every rank must call."""
+        source = batch.teacher if self.teacher.privileged and self.data_requirements.teacher_prompts else batch.student
         prompts = [prompt for prompt in source for _ in range(rollouts.n)]
         known = [True] * len(prompts)
-        if self.context is None or not rollouts.sampled:  # beside the data's own trace the data's own context
-            return prompts, known
+        if self.context is None or not rollouts.sampled:  # traces in place of completions take data.context
+            return TeacherPrompts(prompts, known)
         limit = min(length or sys.maxsize for length in (self.policy.context_length(), self.teacher.context_length()))
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
         self.log_grading(attempts.problems)
-        # What is made of traces is made of them cut, and then whole: an analysis below a long trace must not fall off.
+        # Contexts made from traces get them cut, and the result is not cut again: an analysis after a long trace must stay.
         cut = [example._replace(trace=self.prompts.cut(self.tokenizer, example.trace)) for example in batch.examples]
-        for row, text in enumerate(self.context.texts(attempts._replace(examples=cut), self._write)):
+        for row, text in enumerate(self.context.texts(attempts._replace(examples=cut), self._generate)):
             if text is not None:
                 example, whole = batch.examples[row // rollouts.n], self.context.needs_traces
                 prompts[row] = self.prompts.teacher(self.tokenizer, example, text, whole)
             known[row] = text is not None and len(prompts[row]) + len(rollouts.completions[row]) <= limit
             if not known[row]:
                 prompts[row] = batch.student[row // rollouts.n]
-        missing, rows = self.over_ranks([known.count(False), len(known)], "sum")
+        missing, rows = self.ranks.sum([known.count(False), len(known)])
         self.log("train/context_missing_fraction", missing / rows, batch_size=1)
-        return prompts, known
+        return TeacherPrompts(prompts, known)
 
-    def _write(self, messages: Sequence[str], sampling: Sampling) -> list[str | None]:
-        """What the teacher's weights answer, each message on its own; counts as generated. None where it does not fit."""
+    def _reweighted(self, weights: list[Tensor], ratios: list[Tensor] | None) -> list[Tensor]:
+        """Apply truncated importance sampling, if there are ratios."""
+        if ratios is None:
+            return weights
+        ratios = self.truncated(ratios, self.max_importance_ratio, "update_ratio")
+        return [weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]
+
+    def _generate(self, messages: Sequence[str], sampling: Sampling) -> list[str | None]:
+        """Generate the teacher's answer to each message. None for a message that does not fit. Every rank must call."""
+        assert isinstance(self.teacher, GenerativeTeacher)  # checked with the context
         prompts = [self.prompts.chat(self.tokenizer, message) for message in messages]
         limit = self.policy.context_length() or sys.maxsize
         fits = [len(prompt) + sampling.max_new_tokens <= limit for prompt in prompts]
-        # Every rank must sample: one token stands for a message that is too long.
+        # Every rank must sample: one token replaces a message that is too long.
         asked = [prompt if fit else prompt[:1] for prompt, fit in zip(prompts, fits, strict=True)]
-        seed = seed_for(self.seed, "context", self.global_step, replica(self.trainer)[0])
+        seed = seed_for(self.seed, "context", self.global_step, self.trainer.global_rank)
         with self.teacher.weights(self.model):
             written = self.rollouts.generate(self.model, asked, sampling, seed)
-        self.tokens_generated += int(self.over_ranks([written.tokens], "sum")[0])
+        self.tokens_generated += int(self.ranks.sum([written.tokens])[0])
         texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in written.completions]
         return [text if fit else None for text, fit in zip(texts, fits, strict=True)]
+
+
+class OPSDModule(DistillationModule):
+    """On-policy self-distillation: the student samples, and learns to match the teacher on its own completions.
+
+    Example::
+
+        >>> from opsd_lightning import EMATeacher, OPSDModule, Policy
+        >>> module = OPSDModule(Policy("HuggingFaceTB/SmolLM2-135M-Instruct"), teacher=EMATeacher(0.99), max_grad_norm=0.1)
+        >>> module.token_budget
+        8192
+    """
+
+    def completions(self, batch: PromptBatch) -> Rollouts:
+        return self.sample(batch)

@@ -29,13 +29,12 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opsd_lightning.checkpoints.file import is_remote
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.distributed.replicas import replica
 from opsd_lightning.evaluation.accuracy import pass_sizes
 from opsd_lightning.evaluation.evaluator import EvaluatedModule
 from opsd_lightning.evaluation.metric_directions import better
 from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.files import is_remote
 
 # Packages whose modules and callbacks log nothing but what is known here.
 _KNOWN_PACKAGES = {
@@ -327,6 +326,6 @@ def _epoch_batches(trainer: Trainer, data: Any) -> int | None:
     """Training batches of an epoch; None where the rows have not been read yet."""
     if not isinstance(data, OPSDDataModule) or "train" not in data.rows:
         return None
-    batches = len(data.rows["train"].examples) // (data.batch_size * replica(trainer)[1])
+    batches = len(data.rows["train"].examples) // (data.batch_size * trainer.world_size)
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

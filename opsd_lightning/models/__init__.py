@@ -1,1 +1,1 @@
-"""The LoRA-adapted causal LM: loading, scoring, export."""
+"""The causal language model with LoRA adapters: loading, checks, scoring and export."""

@@ -1,4 +1,4 @@
-"""Settings of an adapter that was trained elsewhere, bounded before peft works on them."""
+"""Checks of a trained adapter's settings before peft uses them."""
 
 from __future__ import annotations
 
@@ -9,64 +9,64 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.limited_process import overruns
+from opsd_lightning.utils.limited_process import exceeded_limit
 
 _SETTING = "model.policy.adapter"
-_SECONDS = 10.0  # a pattern takes microseconds on a module's name
+_SECONDS = 10.0  # matching one module name normally takes microseconds
 _MEMORY = 2**30
-#: Starts that leave the base model's weights alone. A trained adapter overwrites all of them.
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+#: Values of ``init_lora_weights`` that do not change the base model's weights. Loading a trained adapter replaces the rest.
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def check_adapter_config(config: LoraConfig, weights: Mapping[str, Tensor], base: nn.Module) -> None:
-    """Refuse settings of an adapter that would take long or much memory; have peft start it without computing.
+    """Refuse adapter settings that would take much time or memory, and disable peft's costly initializations.
 
     Args:
-        config: The adapter's. Its start is set to peft's own.
-        weights: The adapter's.
-        base: The base model that it is put on.
+        config: Settings of the adapter. ``init_lora_weights`` is set to True.
+        weights: Weights of the adapter.
+        base: The base model that the adapter is for.
 
     Raises:
-        ConfigError: Ranks are beyond the weights', layers are repeated without end, the start computes on the base model, or
-            a pattern takes too long on the names of the model's modules.
+        ConfigError: A rank exceeds the sizes of the weights, ``layer_replication`` names more layers than exist,
+            ``init_lora_weights`` would change the base model, or matching a pattern with the module names takes too long.
     """
 
-    def refuse(problem: str, fix: str = "Do not use it, or correct its adapter_config.json") -> ConfigError:
+    def error(problem: str, fix: str = "Do not use it, or correct its adapter_config.json") -> ConfigError:
         return ConfigError(f"the adapter's {problem}", _SETTING, fix)
 
-    if not any(config.init_lora_weights is start or config.init_lora_weights == start for start in _STARTS):
-        raise refuse(
-            f"init_lora_weights is {str(config.init_lora_weights)[:80]!r}, a start that changes the base model's weights",
+    if not any(config.init_lora_weights is value or config.init_lora_weights == value for value in _INITS):
+        raise error(
+            f"init_lora_weights is {str(config.init_lora_weights)[:80]!r}, which changes the base model's weights",
             "Convert it to a plain LoRA adapter (peft's path_initial_model_for_weight_conversion)",
         )
     config.init_lora_weights = True
-    most = max([1024, *(size for name, value in weights.items() if "lora_" in name for size in value.shape)])
+    largest = max([1024, *(size for name, value in weights.items() if "lora_" in name for size in value.shape)])
     patterns = config.rank_pattern or {}
     for rank in (config.r, *(patterns.values() if isinstance(patterns, Mapping) else [patterns])):
-        if not (type(rank) is int and 0 < rank <= most):
-            raise refuse(f"rank is {str(rank)[:80]}, and its weights are of {most} at most")
+        if not (type(rank) is int and 0 < rank <= largest):
+            raise error(f"rank is {str(rank)[:80]}, and its weights allow {largest} at most")
     layers = config.layer_replication or []
-    has = max((len(part) for part in base.modules() if isinstance(part, nn.ModuleList)), default=0)
+    depth = max((len(part) for part in base.modules() if isinstance(part, nn.ModuleList)), default=0)
     for part in layers:
-        if len(part) != 2 or not all(type(end) is int for end in part) or not 0 <= part[0] < part[1] <= has:
-            raise refuse(f"layer_replication names layers {str(part)[:80]}, of {has}")
-    if sum(end - start for start, end in layers) > max(len(weights), has):
-        raise refuse("layer_replication repeats more layers than it has weights for")
+        if len(part) != 2 or not all(type(end) is int for end in part) or not 0 <= part[0] < part[1] <= depth:
+            raise error(f"layer_replication names layers {str(part)[:80]}, and the model has {depth}")
+    if sum(end - start for start, end in layers) > max(len(weights), depth):
+        raise error("layer_replication repeats more layers than the adapter has weights for")
     names = [name for name, _ in base.named_modules()]
-    if ran_out := overruns(lambda: _match(config, names), _SECONDS, _MEMORY):
-        raise refuse(f"patterns of modules' names run out of {ran_out} on this model")
+    if ran_out := exceeded_limit(lambda: _match(config, names), _SECONDS, _MEMORY):
+        raise error(f"patterns for module names run out of {ran_out} on this model")
 
 
 def _match(config: LoraConfig, names: Iterable[str]) -> None:
-    found = [re.compile(pattern) for pattern in _patterns(config)]
+    patterns = [re.compile(pattern) for pattern in _patterns(config)]
     for name in names:
-        for pattern in found:
+        for pattern in patterns:
             pattern.fullmatch(name)
             pattern.match(name)
 
 
 def _patterns(config: LoraConfig) -> Iterator[str]:
-    """Every pattern as peft makes it of the settings."""
+    """Yield the regular expressions that peft builds from the settings."""
     for value in (config.target_modules, config.exclude_modules, config.layers_pattern):
         if isinstance(value, str):
             yield value

@@ -1,4 +1,4 @@
-"""The trained adapter on disk: as a peft folder, or merged into a full model. Written whole or not at all."""
+"""Export of the trained adapter: as a peft folder, or merged into the base model. Folders are replaced atomically."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from opsd_lightning.models.policy import STUDENT, LoRA, Policy, base_of
-from opsd_lightning.models.sharding import whole
+from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.models.verification import check_adapter, check_model, logits_of, probe_tokens
-from opsd_lightning.types import ConfigError, UserError
-from opsd_lightning.utils.folders import Kept, check, replacing
+from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.folders import Protected, check_replaceable, replace_folder
 
-#: What the folders of an adapter (in full fine-tuning, of the model) and of a merged model hold. See `folders`.
+#: Kinds of exported folders (see `opsd_lightning.utils.folders`). In full fine-tuning the first holds the whole model.
 ADAPTER, MERGED = "adapter", "merged model"
 
 
@@ -32,31 +32,32 @@ def write_adapter(
     state_dict: dict[str, Tensor] | None = None,
     tokenizer: Any = None,
     setting: str = "folder",
-    kept: Sequence[Kept] = (),
+    kept: Sequence[Protected] = (),
 ) -> Path:
-    """Write the student's adapter as a peft folder, whole or not at all; in full fine-tuning the whole model.
+    """Write the student's adapter as a peft folder, or the whole model in full fine-tuning. The write is atomic.
 
     Args:
         model: The policy.
-        folder: Where ``PeftModel.from_pretrained`` (the model's own ``from_pretrained``) shall find it. A folder that
-            exists is replaced if it is empty or holds an earlier export and nothing else.
-        state_dict: The policy's adapter weights to write, by their names in ``model``. Defaults to its present ones.
-        tokenizer: Written into the folder as well. Defaults to none.
+        folder: Folder to write, for ``PeftModel.from_pretrained`` (or the model's own ``from_pretrained``). An existing
+            folder is replaced if it is empty or contains only an earlier export.
+        state_dict: Weights to write, by their names in ``model``. Defaults to the current weights.
+        tokenizer: Tokenizer to write into the folder as well. Defaults to none.
         setting: Name of the setting that the folder comes from, for errors.
-        kept: Files and folders that the folder may not be or hold, with words for each (see `folders.check`).
+        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check`).
 
     Raises:
-        ConfigError: The folder may not be replaced, or, read back, is not the policy. An earlier export stays.
+        ConfigError: The folder must not be replaced, or its contents, when read back, differ from the policy. An earlier
+            export then stays.
     """
     folder = Path(folder)
     adapter: Any = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
-    with replacing(folder, setting, ADAPTER, [*kept, *_sources(model)]) as temporary:
+    with replace_folder(folder, setting, ADAPTER, [*kept, *_sources(model)]) as temporary:
         model.save_pretrained(str(temporary), state_dict=state_dict, safe_serialization=True, **adapter)
         if isinstance(model, PeftModel):
             check_adapter(model, temporary, state_dict)
         else:
             tokens = probe_tokens(model)
-            fix = "Keep the checkpoint, which is not affected"
+            fix = "Use the checkpoint, which is not affected"
             expected, written = logits_of(model, tokens, state_dict), state_dict or model.state_dict()
             check_model(temporary, expected, tokens, model, f"export to {folder}", fix, written)
         if tokenizer is not None:
@@ -64,36 +65,36 @@ def write_adapter(
     return folder
 
 
-def _sources(model: Any) -> list[Kept]:
-    """The folders and files that a model was loaded from."""
+def _sources(model: Any) -> list[Protected]:
+    """Return the local folder or file that a model was loaded from, with a description."""
     name = getattr(base_of(model).config, "_name_or_path", "")
     return [("the base model", name)] if name and Path(name).exists() else []
 
 
-def inputs_of(policy: Policy) -> list[Kept]:
-    """The folders and files that a policy is loaded from, with words for each."""
+def inputs_of(policy: Policy) -> list[Protected]:
+    """Return the local folders and files that a policy is loaded from, with a description of each."""
     found = [("the base model", policy.model), ("the adapter that the policy starts from", policy.adapter)]
     return [(words, path) for words, path in found if path and Path(path).exists()]
 
 
 def adapter_weights(model: PeftModel, adapter: str = STUDENT) -> dict[str, Tensor]:
-    """An adapter's present weights, whole and on the CPU, by their names in a peft folder.
+    """Return the current weights of an adapter on the CPU, unsharded, by their names in a peft folder.
 
     Args:
-        model: The policy. Where it is sharded, every rank must ask.
-        adapter: Which of its adapters.
+        model: The policy. If it is sharded, every rank must call.
+        adapter: Name of the adapter.
     """
-    own = {name: whole(value) for name, value in model.state_dict().items() if adapter in name.split(".")}
-    # Embeddings are no part of it; peft would else ask the hub, at every call, whether their size is the base model's.
+    own = {name: full_tensor(value) for name, value in model.state_dict().items() if adapter in name.split(".")}
+    # Adapters do not contain embeddings. By default peft asks the hub at every call whether the vocabulary was resized.
     weights = get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter, save_embedding_layers=False)
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
 def write_weights(config: PeftConfig, weights: dict[str, Tensor], folder: str | Path) -> Path:
-    """Write `adapter_weights` and their configuration as a peft folder, whole or not at all."""
+    """Write the result of `adapter_weights` and its configuration as a peft folder. The write is atomic."""
     config = copy.copy(config)
     config.inference_mode = True
-    with replacing(folder, "model.rollouts.init_args.adapter_folder", "served adapter", lasting=False) as temporary:
+    with replace_folder(folder, "model.rollouts.init_args.adapter_folder", "served adapter", durable=False) as temporary:
         save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
     return Path(folder)
@@ -105,25 +106,25 @@ def merge_adapter(
     folder: str | Path,
     dequantize: bool = False,
     setting: str = "folder",
-    kept: Sequence[Kept] = (),
+    kept: Sequence[Protected] = (),
 ) -> Path:
-    """Write the base model with an adapter merged into its weights, as an ordinary model folder with its tokenizer.
+    """Write the base model with an adapter merged into its weights, as a model folder with a tokenizer.
 
     Args:
         policy: The policy that the adapter was trained with, or its base model: a Hugging Face id, a folder or a ``.gguf``
             file.
-        adapter: The adapter's peft folder or Hugging Face id.
-        folder: Where the merged model goes. A folder that exists is replaced if it is empty or holds an earlier merged
-            model and nothing else.
-        dequantize: Merge a policy that was trained in 4 bits into the weights it was trained on, rounded to 4 bits and
-            back, rather than into the original ones: it then computes what it computed in training.
+        adapter: Peft folder or Hugging Face id of the adapter.
+        folder: Folder for the merged model. An existing folder is replaced if it is empty or contains only an earlier merged
+            model.
+        dequantize: If True, merge into base weights that are rounded to 4 bits, as in the training of a 4-bit policy,
+            instead of the original ones. The merged model then gives the same results as in training.
         setting: Name of the setting that the folder comes from, for errors.
-        kept: Files and folders that the folder may not be or hold, with words for each (see `folders.check`).
+        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check`).
 
     Raises:
-        UserError: ``dequantize`` of a policy that is not quantized to 4 bits.
-        ConfigError: The folder may not be replaced. Or the merged model, read back, does not compute what the policy does,
-            or cannot hold the adapter. An earlier export stays.
+        ConfigError: ``dequantize`` is set for a policy that is not quantized to 4 bits, the folder must not be replaced, the
+            base model has no parameters to merge the adapter into, or the merged model, when read back, gives other logits
+            than the policy. An earlier export then stays.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
     policy = dataclasses.replace(policy, adapter=str(adapter), lora=LoRA())
@@ -132,15 +133,16 @@ def merge_adapter(
         *inputs_of(dataclasses.replace(policy, adapter=None)),
         *([("the adapter", adapter)] * Path(adapter).exists()),
     ]
-    check(folder, setting, MERGED, kept)
+    check_replaceable(folder, setting, MERGED, kept)
     if dequantize and (policy.quantization is None or not policy.quantization.load_in_4bit):
-        raise UserError("merge_adapter: dequantize needs the policy that was trained with 4-bit quantization")
-    # Attention kernels of a GPU have no part in the merge, and its passes run where the weights are loaded.
+        raise ConfigError(
+            "the policy has no 4-bit quantization to merge with", "dequantize", "Give the policy that was trained in 4 bits"
+        )
+    # The forward passes below run on the device where the weights are loaded, possibly without the GPU's attention kernels.
     policy = dataclasses.replace(policy, attn_implementation=None)
     generation = _generation_config(policy)
     model = dataclasses.replace(policy, quantization=None).build()
     tokens = probe_tokens(model)
-    # The logits of the policy that the merged model stands for.
     expected = _round_to_four_bits(model, policy, tokens) if dequantize else logits_of(model, tokens)
     tied = _untie(model)
     _add_biases(model)
@@ -150,17 +152,17 @@ def merge_adapter(
         _tie_again(merged)
     if generation is not None:
         merged.generation_config = generation
-    with replacing(folder, setting, MERGED, kept) as temporary:
+    with replace_folder(folder, setting, MERGED, kept) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         policy.load_tokenizer().save_pretrained(temporary)
-        like = merged.to("meta")  # frees the weights before they are read back
+        like = merged.to("meta")  # free the weights before they are read back
         check_model(temporary, expected, tokens, like, f"merge into {folder}", "Load the adapter on its base model instead")
     return Path(folder)
 
 
 @torch.no_grad()
 def _round_to_four_bits(model: PeftModel, policy: Policy, tokens: Tensor) -> Tensor:
-    """Replace the base weights by their values in 4 bits; returns the quantized policy's logits of some tokens."""
+    """Round the base weights to their 4-bit values, and return the quantized policy's logits for some tokens."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -174,24 +176,24 @@ def _round_to_four_bits(model: PeftModel, policy: Policy, tokens: Tensor) -> Ten
 
 
 def _untie(model: PeftModel) -> bool:
-    """Give the head a weight of its own where it shares the embeddings': merging one of them would else change both.
+    """Give a tied head its own copy of the embeddings' weight, since merging an adapter into one would change both.
 
     Returns:
-        True if it did.
+        True if the head was tied.
     """
     base = base_of(model)
     head, embeddings = (_innermost(layer) for layer in (base.get_output_embeddings(), base.get_input_embeddings()))
     tied = head is not None and head.weight is embeddings.weight
     if tied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for layer in list(model.modules()):  # peft's merge of an adapter on top forgets the tokens trained below it
+    for layer in list(model.modules()):  # merging a LoRA layer would drop the trained tokens below it
         if isinstance(layer, LoraLayer) and isinstance(layer.base_layer, TrainableTokensWrapper):
             layer.base_layer = layer.base_layer.unload_and_optionally_merge_module(True, False, None)
     return tied
 
 
 def _tie_again(merged: Any) -> None:
-    """Share the head's weight with the embeddings if both are still the same, and write down whether they are."""
+    """Tie the head to the embeddings again if the merged weights are equal, and set ``tie_word_embeddings`` accordingly."""
     head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
     same = torch.equal(head.weight, embeddings.weight)
     if same:
@@ -201,21 +203,21 @@ def _tie_again(merged: Any) -> None:
 
 
 def _innermost(layer: Any) -> Any:
-    """The base model's own layer below an adapter's."""
+    """Return the base model's layer inside the wrappers of adapters."""
     while layer is not None and (inner := getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)):
         layer = inner
     return layer
 
 
-#: Settings of transformers' configurations that give linear layers a bias.
+#: Fields of transformers' configurations that add biases to linear layers.
 _BIAS_SETTINGS = ("attention_bias", "mlp_bias")
 
 
 def _add_biases(model: PeftModel) -> None:
-    """Give layers a bias that the adapter trains one for (``lora_bias``), as far as the model's class knows one.
+    """Add zero biases to the base layers whose adapters train a bias (``lora_bias``), to merge the biases into.
 
     Raises:
-        ConfigError: A layer's bias has no place in the merged model.
+        ConfigError: The model's class has no bias for such a layer.
     """
     base = base_of(model)
     trained = {
@@ -233,12 +235,12 @@ def _add_biases(model: PeftModel) -> None:
         possible = dict(type(base)(config).named_parameters())
     if missing := [name for name in trained if f"{name}.bias" not in possible]:
         raise ConfigError(
-            f"the adapter trains biases, and {type(base).__name__} has none to merge them into at {missing[0]}",
+            f"the adapter trains biases, and {type(base).__name__} has no bias at {missing[0]}",
             "model.policy.lora.options.lora_bias",
             "Load the adapter on its base model instead of merging it, or train without lora_bias",
         )
     base.config = config
-    for name, parameter in possible.items():  # all biases that the settings bring, also where none is trained
+    for name, parameter in possible.items():  # the class expects all biases, also those without a trained one
         path, _, leaf = name.rpartition(".")
         layer = _innermost(base.get_submodule(path)) if leaf == "bias" else None
         if layer is not None and layer.bias is None:
@@ -246,7 +248,7 @@ def _add_biases(model: PeftModel) -> None:
 
 
 def _generation_config(policy: Policy) -> GenerationConfig | None:
-    """The checkpoint's own, which `Policy.build` puts aside."""
+    """Load the generation configuration of the checkpoint, which `Policy.build` replaces."""
     if policy.model.endswith(".gguf"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Plain values that decide a model's logits: the base model's configuration and weights, the adapter's settings."""
+"""Fingerprints of models and settings: plain values and digests that tell whether two runs compute the same."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from opsd_lightning.models.policy import STUDENT, Policy, base_of, is_adapter_key
+from opsd_lightning.models.policy import STUDENT, ModelSettings, base_of, is_adapter_key
 from opsd_lightning.models.rope import frequencies_in_use
 
-_ROWS, _COLUMNS = 64, 256  # of a large tensor, spread evenly
+_ROWS, _COLUMNS = 64, 256  # sampled evenly from a large tensor
 
-# No part of what a causal language model computes.
+# Fields of the model's configuration without effect on the logits.
 _CONFIG_IGNORED = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "quantization_config"),
     *("pad_token_id", "bos_token_id", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
     *("_attn_implementation", "_attn_implementation_internal", "problem_type", "initializer_range"),
 }
-# Only decides an adapter's start, where it came from, or which modules `target_modules` is resolved to.
+# Fields of the adapter's configuration that only affect its initialization, name its origin, or resolve `target_modules`.
 _ADAPTER_IGNORED = {
     *("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"),
     *("init_lora_weights", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -37,17 +37,19 @@ _ADAPTER_IGNORED = {
 
 
 def plain(value: Any, without: Collection[str] = ()) -> Any:
-    """Make a value plain, as JSON and a safe checkpoint hold it: sets in order, objects by their settings or class.
+    """Convert nested settings to plain values that JSON and a safe checkpoint can hold.
+
+    Sets become sorted lists. Other objects become the result of their ``to_dict``, or the name of their class.
 
     Args:
         value: Any nested settings.
-        without: Keys to leave out, at every depth.
+        without: Keys to omit, at every depth.
     """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Enum):
         return plain(value.value)
-    for kind in (int, float, str):  # subclasses, such as restricted numbers, become plain
+    for kind in (int, float, str):  # converts subclasses, such as restricted numbers
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):
@@ -66,21 +68,21 @@ def plain(value: Any, without: Collection[str] = ()) -> Any:
 
 
 def described(part: Any, without: Collection[str] = (), depth: int = 4) -> Any:
-    """Describe an object by its class and by the arguments of its constructor that it keeps under their names.
+    """Describe an object by its class and by those arguments of its constructor that it stores as attributes.
 
-    State that it gathers, and attributes that others set, are left out. Values other than such objects become plain.
+    Other attributes are omitted. Values that `plain` can convert are returned as plain values.
 
     Args:
-        part: An object of this package's or a user's.
-        without: Arguments to leave out, at every depth.
-        depth: Of parts within parts; deeper ones become plain.
+        part: An object of a class of this package or of a user.
+        without: Arguments to omit, at every depth.
+        depth: Levels of nested objects to describe. Deeper objects are represented by `plain`.
     """
     found = plain(part)
     name = f"{type(part).__module__}.{type(part).__qualname__}"
     if found != name or not depth or isinstance(part, str) or inspect.isroutine(part) or inspect.isclass(part):
         return found
     values = {}
-    for kind in type(part).__mro__[:-1]:  # what a parent class takes is a setting too
+    for kind in type(part).__mro__[:-1]:  # includes the arguments of parent classes
         for argument in _arguments(kind):
             for attribute in (argument, f"_{argument}"):
                 if argument not in without and argument not in values and hasattr(part, attribute):
@@ -97,7 +99,7 @@ def _arguments(kind: type) -> list[str]:
 
 
 def _public_name(kind: type) -> str:
-    """Return the name of a class, of the package's own helpers that of the class that they stand for."""
+    """Return the name of a class, or of its first public parent if the class is a private one of this package."""
     own = __name__.partition(".")[0]
     public = (
         each.__name__
@@ -108,7 +110,7 @@ def _public_name(kind: type) -> str:
 
 
 def digest(parts: Iterable[str | bytes | memoryview], size: int = 16) -> str:
-    """Hash texts and bytes in their order; returns ``size`` bytes in hexadecimal digits."""
+    """Return a BLAKE2b digest of ``size`` bytes, in hexadecimal digits, of texts and bytes in their order."""
     found = hashlib.blake2b(digest_size=size)
     for part in parts:
         found.update(part.encode() if isinstance(part, str) else part)
@@ -116,12 +118,12 @@ def digest(parts: Iterable[str | bytes | memoryview], size: int = 16) -> str:
 
 
 def adapter_settings(config: PeftConfig) -> dict[str, Any]:
-    """List an adapter's settings, without those that only decide its start or say where it came from."""
+    """Return the settings of an adapter as plain values, without those of its initialization and origin."""
     return plain(config.to_dict(), _ADAPTER_IGNORED)
 
 
 def adapter_record(model: Any) -> dict[str, Any] | None:
-    """Record the adapter's settings and the modules that it was put on. None in full fine-tuning."""
+    """Return the settings and the adapted modules of the student's adapter, or None in full fine-tuning."""
     if not isinstance(model, PeftModel):
         return None
     modules = [
@@ -135,19 +137,19 @@ def adapter_record(model: Any) -> dict[str, Any] | None:
     return found | {"target_modules": sorted(modules)}
 
 
-def base_record(policy: Policy, model: Any) -> dict[str, Any]:
-    """Record the base model below an adapter. Call it on a freshly built model, before it is sharded.
+def base_record(policy: ModelSettings, model: Any) -> dict[str, Any]:
+    """Return a record of the base model: class, configuration, dtype, quantization and a digest of the weights.
 
-    Where the weights were rounded while they were loaded (4 or 8 bits, float16), their digest is of the files: it is the
-    same for every type, device and strategy.
+    If loading rounds the weights (4 or 8 bits, float16), the digest is computed from the checkpoint's files. It is then the
+    same for every dtype, device and strategy.
 
     Args:
         policy: The settings that the model was built with.
-        model: The model.
+        model: The newly built policy, before it is sharded.
     """
     base = base_of(model)
     rounded = policy.quantization is not None or base.dtype == torch.float16
-    weights = (_stored(policy) if rounded else None) or _loaded(base)
+    weights = (_file_samples(policy) if rounded else None) or _parameter_samples(base)
     return {
         "model": str(policy.model),
         "class": type(base).__name__,
@@ -159,18 +161,19 @@ def base_record(policy: Policy, model: Any) -> dict[str, Any]:
     }
 
 
-def _loaded(base: Any) -> dict[str, bytes]:
+def _parameter_samples(base: Any) -> dict[str, bytes]:
+    """Sample the parameters of the base model, by their names in the checkpoint."""
     found = {}
     for name, value in base.named_parameters():
-        # Below an adapter's layer the name has a part more; weights that train instead of it are copies.
+        # Wrappers of adapters add a part to the name.
         parts = [part for part in name.split(".") if part not in ("base_layer", "original_module", "token_adapter")]
         if not is_adapter_key(name):
             found[".".join(parts)] = _sample(value.detach())
     return found
 
 
-def _stored(policy: Policy) -> dict[str, bytes]:
-    """Samples of the checkpoint's own tensors; nothing where it is not in safetensors files."""
+def _file_samples(policy: ModelSettings) -> dict[str, bytes]:
+    """Sample the tensors in the checkpoint's safetensors files. Return an empty dictionary if it has no such files."""
 
     def find(name: str) -> str | None:
         return cached_file(
@@ -185,10 +188,10 @@ def _stored(policy: Policy) -> dict[str, bytes]:
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
         files = [find(name) for name in sorted(set(names))]
-    return dict(_of_files(files))
+    return dict(_samples_of_files(files))
 
 
-def _of_files(files: Iterable[str | None]) -> Iterator[tuple[str, bytes]]:
+def _samples_of_files(files: Iterable[str | None]) -> Iterator[tuple[str, bytes]]:
     for path in files:
         if path is not None:
             with safe_open(path, framework="pt") as file:
@@ -197,7 +200,7 @@ def _of_files(files: Iterable[str | None]) -> Iterator[tuple[str, bytes]]:
 
 
 def _sample(value: Tensor) -> bytes:
-    """Shape and values of a tensor, some where it is large. Floats are rounded to bfloat16: their type is no part."""
+    """Return the shape and (some) values of a tensor as bytes. Floats are rounded to bfloat16, whatever their dtype."""
     rows = value.reshape(value.shape[0] if value.dim() else 1, -1)
     if rows.numel() > _ROWS * _COLUMNS:
         count = min(_ROWS, len(rows)) if rows.shape[1] > 1 else min(_ROWS * _COLUMNS, len(rows))

@@ -1,8 +1,8 @@
-"""Pure index work: ragged token ids to padded tensors, and rows to micro-batches. No model, no tokenizer.
+"""Padding and packing of token ids, and grouping of rows into micro-batches.
 
-Scoring rows are padded on the right and need no attention mask: in a causal model nothing that follows a token can
-reach it, so pads after the last completion token change nothing. Prompt and completion are contiguous and positions
-count from 0, which is why a row's score does not depend on its neighbours, for rotary and for learned positions alike.
+Rows for scoring are padded on the right and need no attention mask: in a causal model a token does not attend to later
+tokens, so padding after the last completion token has no effect. Prompt and completion are contiguous and positions start at
+0, so the scores of a row do not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Rows of prompt and completion, ready to be scored. The last completion token predicts nothing and is left out.
+    """Rows of prompt and completion, ready for scoring. The last completion token is omitted: it predicts no other token.
 
     Args:
-        input_ids: Prompt, completion and right padding, shape [B, L]; or all rows one after the other, [1, sum of L].
-        position_ids: 0, 1, 2, ... in every row. Same shape.
-        predictors: Indices into the flattened positions whose hidden state predicts a completion token: the token
-            before it. Row by row, T in all.
-        targets: The completion tokens that they predict. Shape [T].
-        row_lengths: Tokens of each row where they were packed into one, else None.
+        input_ids: Prompt, completion and right padding. Shape [B, L], or [1, sum of row lengths] if packed.
+        position_ids: Positions 0, 1, 2, ... in every row. Same shape.
+        predictors: Indices, into the flattened positions, of the tokens before each completion token: their hidden states
+            predict the completion tokens. Shape [T].
+        targets: The completion tokens. Shape [T].
+        row_lengths: Tokens of each row if the rows are packed, else None.
     """
 
     input_ids: Tensor
@@ -37,13 +37,13 @@ class Rows(NamedTuple):
 def join(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device, packed: bool = False
 ) -> Rows:
-    """Append each completion to its prompt, and pad on the right or pack.
+    """Append each completion to its prompt, and pad the rows on the right or pack them.
 
     Args:
         prompts: B prompts of at least one token each.
         completions: B completions, possibly empty.
-        device: Where the tensors go.
-        packed: One row after the other instead of padding, for attention that takes the rows' lengths.
+        device: Device of the tensors.
+        packed: If True, concatenate the rows without padding, for attention kernels that take the rows' lengths.
     """
     rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
     lengths = [len(row) for row in rows]
@@ -59,7 +59,7 @@ def join(
         input_ids = torch.tensor([[token for row in rows for token in row]], dtype=torch.long, device=device)
         position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
     else:
-        # The value of a pad is never read: any id of the vocabulary will do.
+        # No result depends on the padding token: any id of the vocabulary works.
         padded = [row + [0] * (width - len(row)) for row in rows]
         input_ids = torch.tensor(padded, dtype=torch.long, device=device).reshape(len(rows), width)
         position_ids = torch.arange(width, device=device).expand(len(rows), width)
@@ -73,9 +73,11 @@ def join(
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts padded on the left for generation: ids, attention mask and explicit positions, each [B, P].
+    """Pad prompts on the left for generation.
 
-    Pads get position 0; they are masked, and the first real token of every row has position 0 as well.
+    Returns:
+        Token ids, attention mask and positions, each of shape [B, P]. The padding and the first token of every row have
+        position 0.
     """
     width = max(map(len, prompts))
     pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
@@ -86,7 +88,7 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 
 def cut_at_eos(row: Sequence[int], eos_ids: frozenset[int]) -> tuple[list[int], bool]:
-    """A sampled row up to and with its first EOS, and whether there was one."""
+    """Return a sampled row up to and including its first EOS token, and True if it has one."""
     for n, token in enumerate(row):
         if token in eos_ids:
             return list(row[: n + 1]), True
@@ -94,22 +96,22 @@ def cut_at_eos(row: Sequence[int], eos_ids: frozenset[int]) -> tuple[list[int], 
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int, pass_tokens: int, packed: bool = False) -> list[list[int]]:
-    """Split rows into micro-batches within a budget, for the least work on padding and on passes together.
+    """Split rows into micro-batches within a token budget, at the lowest total cost of tokens, padding and passes.
 
-    Rows of like length go together. Where they are split is decided exactly, by dynamic programming over the rows in
-    order of length. A single row over the budget still makes a micro-batch of its own.
+    Rows are sorted by length, and dynamic programming finds the optimal split. A row longer than the budget forms a
+    micro-batch by itself.
 
     Args:
         lengths: Tokens of each row.
-        token_budget: The most tokens, padding included, that one micro-batch may hold.
-        pass_tokens: What one more pass costs (reading the weights, launching kernels), in tokens.
-        packed: Rows are packed, without padding.
+        token_budget: Maximum number of tokens of a micro-batch, including padding.
+        pass_tokens: Fixed cost of a forward pass (reading the weights, launching kernels), in tokens.
+        packed: If True, rows are packed without padding.
 
     Returns:
-        Lists of row indices that together hold every row once, the longest rows first.
+        Lists of row indices, the longest rows first. Every row occurs once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    best: list[tuple[float, int]] = [(0, 0)]  # of the first rows: their cost, and where their last micro-batch starts
+    best: list[tuple[float, int]] = [(0, 0)]  # for the first k rows: cost, and start of the last micro-batch
     for end in range(1, len(order) + 1):
         choices, total = [], 0
         for start in range(end - 1, -1, -1):
@@ -129,7 +131,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int, pass_tokens: int, p
 
 
 def repeated(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows of each prompt that occurs more than once, by the order of its first row."""
+    """Return the row indices of each prompt that occurs more than once, in the order of first occurrence."""
     rows: dict[tuple[int, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
         rows.setdefault(tuple(prompt), []).append(index)

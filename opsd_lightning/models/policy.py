@@ -1,19 +1,20 @@
-"""The single LoRA-adapted causal language model that plays both roles: how it is loaded.
+"""The policy: a causal language model with a LoRA adapter, which is student and teacher.
 
-`Policy` is the recipe (plain settings, so that it travels through YAML and checkpoints); `Policy.build` makes the model.
-Base weights are frozen; the trainable adapter is called ``default``, as peft calls it, and a teacher may add a second,
-frozen one called ``teacher``.
+`Policy` holds plain settings, which YAML files and checkpoints store, and `Policy.build` loads the model. The base weights
+are frozen. The trainable adapter is named ``default``, as in peft. A teacher may add a second, frozen adapter named
+``teacher``.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
@@ -40,7 +41,7 @@ from opsd_lightning.models.base_checks import (
     check_folder,
     check_tensors,
     check_vocabulary,
-    not_adapted,
+    excluded_modules,
 )
 from opsd_lightning.models.gguf_header import check_gguf
 from opsd_lightning.models.rope import constant_length, fix_frequencies, row_limit
@@ -52,17 +53,25 @@ TEACHER = "teacher"
 Probability = restricted_number_type("Probability", float, [(">=", 0), ("<", 1)], docstring="from 0 to below 1")
 
 
+@final
 @dataclass(frozen=True)
 class LoRA:
-    """The trainable low-rank adapter (peft's ``LoraConfig``).
+    """Settings of the trainable low-rank adapter (peft's ``LoraConfig``).
 
     Args:
-        r: Rank, at least 1. The paper's is 64.
-        alpha: Scale: the update is alpha / r times B A. The paper's is 128.
-        dropout: Probability of dropping an input of A while training, from 0 to below 1.
-        target_modules: ``all-linear``, or names of linear layers such as ``[q_proj, v_proj]``. ``all-linear`` leaves out the
-            head, routers that are no plain linear layers, and modules that never see text, such as a vision tower.
-        options: Any further fields of peft's ``LoraConfig``, by name, such as ``{use_rslora: true}``.
+        r: Rank, at least 1. The paper uses 64.
+        alpha: Scale. The weight update is alpha / r times B A. The paper uses 128.
+        dropout: Probability of dropping an input of A in training, from 0 to below 1.
+        target_modules: ``all-linear``, or names of linear layers such as ``[q_proj, v_proj]``. ``all-linear`` excludes the
+            head, routers that are not plain linear layers, and modules that do not run on text, such as a vision tower.
+        options: Further fields of peft's ``LoraConfig``, by name, such as ``{use_rslora: true}``.
+
+    Example::
+
+        >>> from opsd_lightning import LoRA
+        >>> config = LoRA(r=16, alpha=32, target_modules=["q_proj", "v_proj"]).config()
+        >>> config.lora_alpha / config.r
+        2.0
     """
 
     r: PositiveInt = 64
@@ -72,11 +81,17 @@ class LoRA:
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> LoraConfig:
-        start = self.options.get("init_lora_weights", True)
-        if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
-            raise UserError(
-                f"model.policy.lora.options.init_lora_weights: {start!r} changes the base weights, so that the exported "
-                "adapter would not fit the model it is loaded on; leave it out, or use gaussian or orthogonal"
+        """Return the settings as peft's ``LoraConfig``.
+
+        Raises:
+            ConfigError: peft does not accept an option, or the adapter's initialization would change the base weights.
+        """
+        init = self.options.get("init_lora_weights", True)
+        if isinstance(init, str) and init not in ("gaussian", "orthogonal"):
+            raise ConfigError(
+                f"{init!r} changes the base weights, so an exported adapter would not fit the original base model",
+                "model.policy.lora.options.init_lora_weights",
+                "Remove it, or use gaussian or orthogonal",
             )
         try:
             return LoraConfig(
@@ -88,32 +103,14 @@ class LoRA:
                 **self.options,
             )
         except (TypeError, ValueError) as error:
-            raise UserError(f"model.policy.lora does not make a peft LoraConfig: {error}") from None
+            raise ConfigError(
+                f"peft rejects the settings ({_first_line(error)})", "model.policy.lora", "Correct them"
+            ) from None
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The LoRA-adapted causal language model: what to load and how.
-
-    Args:
-        model: A Hugging Face id, a local folder, or a ``.gguf`` file (dequantized on loading).
-        lora: The trainable adapter's settings. Left alone where ``adapter`` is given: that adapter has its own. Null for
-            full fine-tuning: all weights train, and checkpoints hold them all.
-        adapter: A trained LoRA adapter to start from, a peft folder or Hugging Face id. The fixed teacher is then the
-            model with this adapter, not the base below it.
-        dtype: Type of the base weights. ``auto`` takes the checkpoint's own. The adapter stays in float32.
-        quantization: How base weights are quantized as they are loaded, by transformers: 4-bit NF4 with ``load_in_4bit:
-            true, bnb_4bit_quant_type: nf4``, or 8-bit with ``load_in_8bit: true``. Not quantized unless given.
-        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; transformers' choice unless given.
-        max_length: Length limit of a row (prompt and completion) in tokens; longer rows are left out of the data. Defaults
-            to the model's context, and for RoPE that changes with the length (``longrope``, ``dynamic``) to the length from
-            which it does. With a larger value all rows are computed with the frequencies of rows of that length.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        pad_token: Token to pad with, for a tokenizer that has none, such as its EOS token. Pads never reach the loss.
-        chat_template: A Jinja file, for a tokenizer that has no chat template or to replace the one it has.
-        revision: Branch, tag or commit of a Hugging Face id.
-        trust_remote_code: Run code that the model's repository brings. Off unless you have read it.
-    """
+class ModelSettings(ABC):
+    """Abstract base class of the settings of a causal language model, which load it. `Policy` documents the fields."""
 
     model: str
     lora: LoRA | None = field(default_factory=LoRA)
@@ -130,30 +127,37 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.trains_all:
-            raise UserError(
-                "model.policy.lora is null (full fine-tuning), but model.policy.quantization is set, and quantized weights "
-                "cannot train: leave one of them out"
+            raise ConfigError(
+                "quantized weights cannot train, and model.policy.lora is null (full fine-tuning)",
+                "model.policy.quantization",
+                "Remove it, or set model.policy.lora",
             )
         if self.quantization is not None and self.model.endswith(".gguf"):
-            raise UserError(f"{self.setting}.quantization does not go with a .gguf file: convert it to a folder first")
+            raise ConfigError(
+                "a .gguf file cannot be quantized when it is loaded",
+                f"{self.setting}.quantization",
+                "Remove it, or convert the file to a model folder first",
+            )
 
     @property
+    @abstractmethod
     def setting(self) -> str:
-        """What messages name in front of a field."""
-        return "model.policy"
+        """Prefix of the setting names in errors."""
 
     @property
     def trains_all(self) -> bool:
-        """Whether all weights train, instead of an adapter on them."""
+        """True if all weights train (full fine-tuning), False if an adapter trains."""
         return self.lora is None and self.adapter is None
 
     def _where(self) -> dict[str, Any]:
-        """The arguments of ``from_pretrained`` that say what to load."""
+        """Return the arguments of ``from_pretrained`` that identify the model."""
         path = Path(self.model).expanduser()
         gguf = path.suffix == ".gguf"
         local = gguf or path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
         if local and not path.exists():
-            raise UserError(f"{self.setting}.model: {self.model} does not exist; give a Hugging Face id, folder or .gguf")
+            raise ConfigError(
+                f"{self.model} does not exist", f"{self.setting}.model", "Give a Hugging Face id, a folder or a .gguf file"
+            )
         if path.is_dir():
             check_folder(path, f"{self.setting}.model")
         common = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
@@ -168,80 +172,62 @@ class Policy:
             return loader(**where, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # each format and class of configuration fails in its own way
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"{self.setting}.model: cannot load {self.model!r} ({reason[0] if reason else type(error).__name__}); give "
-                "a causal language model's Hugging Face id, local folder or .gguf file"
+        except Exception as error:  # each file format and model class raises its own errors
+            raise ConfigError(
+                f"cannot load {self.model!r} ({_first_line(error)})",
+                f"{self.setting}.model",
+                "Give the Hugging Face id, local folder or .gguf file of a causal language model",
             ) from error
 
     def load_config(self) -> PretrainedConfig:
-        """The model's configuration, without its weights."""
+        """Load the model's configuration without its weights."""
         config: PretrainedConfig = self._load(AutoConfig.from_pretrained)
         check_config(config, f"{self.setting}.model")
         return config
 
     def context_length(self) -> int | None:
-        """The most tokens (prompt and completion) that the model takes, or None where its configuration is silent."""
+        """Return the length limit of a row (prompt and completion) in tokens, or None if the model has no limit."""
         return row_limit(self.load_config(), self.max_length, f"{self.setting}.max_length")
 
     def limit_hint(self) -> str:
-        """Return what a message on rows that are too long adds: the setting that allows longer ones, if one does."""
+        """Return the setting that allows longer rows, in parentheses for messages, or an empty string if there is none."""
         if self.max_length is None and constant_length(self.load_config()) is None:
             return ""
         return f" ({self.setting}.max_length)"
 
+    @abstractmethod
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a chat template and a pad token."""
-        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer.from_pretrained)
-        if self.chat_template is not None:
-            try:
-                tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-                raise UserError(f"model.policy.chat_template: cannot read {self.chat_template} ({reason})") from None
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer of {self.model} has no chat template: choose an instruction-tuned model, or give a Jinja "
-                "file as model.policy.chat_template"
-            )
-        if self.pad_token is not None:
-            if tokenizer.convert_tokens_to_ids(self.pad_token) in (None, tokenizer.unk_token_id):
-                raise UserError(f"model.policy.pad_token: {self.pad_token!r} is not a token of {self.model}")
-            tokenizer.pad_token = self.pad_token
-        if tokenizer.pad_token_id is None:
-            raise UserError(
-                f"the tokenizer of {self.model} has no pad token: set model.policy.pad_token, for example to its EOS token "
-                f"{tokenizer.eos_token!r}"
-            )
-        return tokenizer
+        """Load the tokenizer."""
 
     def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Every token that ends a completion, read without the weights; the tokenizer's EOS first.
+        """Return the ids of all tokens that end a completion, the tokenizer's EOS token first.
+
+        The weights are not loaded.
 
         Raises:
-            UserError: There is none.
+            ConfigError: Neither the tokenizer nor the configuration names an EOS token.
         """
         config = self.load_config()
         sources: list[Any] = [tokenizer, config, config.get_text_config()]
-        with suppress(OSError, ValueError):  # it may have none
+        with suppress(OSError, ValueError):  # the file is optional
             sources.append(GenerationConfig.from_pretrained(self.model, revision=self.revision or "main"))
         found = [token for source in sources for token in _as_list(getattr(source, "eos_token_id", None))]
         if not found:
-            raise UserError(
-                f"neither the tokenizer nor the configuration of {self.model} names an EOS token, which must end every "
-                "trace that is trained on: set eos_token in its tokenizer_config.json, or take another model.policy.model"
+            raise ConfigError(
+                f"neither the tokenizer nor the configuration of {self.model} names an EOS token, which ends every trace",
+                f"{self.setting}.model",
+                "Set eos_token in its tokenizer_config.json, or choose another model",
             )
         return list(dict.fromkeys(found))
 
     def build(self, device: torch.device | None = None) -> PeftModel:
-        """Load the base model, quantize it where asked, freeze it and put the trainable adapter on it.
+        """Load the base model, quantize it if set, freeze it and add the trainable adapter.
 
         Args:
-            device: Where quantized weights go, which are quantized there. Others load on the CPU.
+            device: Device on which weights are quantized. Defaults to the CPU. Other weights are loaded on the CPU.
 
         Raises:
-            UserError: The model or the adapter cannot be loaded, or do not fit each other.
+            ConfigError: The model or the adapter cannot be loaded, or they do not fit each other.
         """
         kwargs: dict[str, Any] = {"dtype": self.dtype}
         if self.attn_implementation is not None:
@@ -251,26 +237,29 @@ class Policy:
         config, tokenizer = self.load_config(), self.load_tokenizer()
         limit = row_limit(config, self.max_length, f"{self.setting}.max_length")
         base: PreTrainedModel
-        # Tensors of another shape are refused below, by name.
+        # `check_tensors` refuses tensors of another shape below, with their names.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         base, info = self._load(AutoModelForCausalLM.from_pretrained, **kwargs)
-        if getattr(base, "_hf_peft_config_loaded", False):  # of a base model that the repository's adapter names
-            raise ConfigError(f"{self.model} is an adapter", f"{self.setting}.model", "Give it as model.policy.adapter")
+        if getattr(
+            base, "_hf_peft_config_loaded", False
+        ):  # the repository is an adapter, and transformers loaded its base model
+            fix = "Give the adapter's base model here, and the adapter as model.policy.adapter"
+            raise ConfigError(f"{self.model} is an adapter", f"{self.setting}.model", fix)
         check_tensors(base, info, f"{self.setting}.model")
         check_vocabulary(base, tokenizer, f"{self.setting}.model")
         fix_frequencies(base, limit)
         if self.model.endswith(".gguf"):
-            # The weights are plain floats now; left in place, this mark makes transformers refuse to save them.
+            # The weights are dequantized. With this mark transformers would refuse to save them.
             del base.config.quantization_config
             base.hf_quantizer = None  # type: ignore[assignment]
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                # On CPUs with that, bitsandbytes' layers repack their weights in the first pass without gradient, such as a
-                # rollout's, and stay so: their scales are rounded, and no gradient comes through them any more.
+                # On CPUs with AVX512-BF16, bitsandbytes repacks the weights in the first pass without gradients, such as a
+                # rollout. Afterwards the scales are rounded, and gradients cannot pass through the layers.
                 setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (untyped)
         self._check_generation_config()
-        # The checkpoint's own sampling defaults (a top_k, a repetition penalty) would leak into every rollout that
-        # leaves them unset. Only its EOS ids are wanted, all of them: a chat model may have more than its tokenizer's.
+        # The checkpoint's sampling defaults (such as top_k or a repetition penalty) would apply to every rollout that does
+        # not set them. Only the EOS tokens are kept, from all sources: a chat model may have more than its tokenizer.
         base.generation_config = GenerationConfig(
             eos_token_id=sorted(
                 {
@@ -282,94 +271,103 @@ class Policy:
             pad_token_id=tokenizer.pad_token_id,
         )
         if self.trains_all and self.dtype == "auto" and base.dtype != torch.float32:
-            raise UserError(
-                f"model.policy.lora is null (full fine-tuning), and the checkpoint's weights are {base.dtype}, which rounds "
-                "away what small learning rates change: set model.policy.dtype to float32 and trainer.precision to "
-                "bf16-mixed, or the dtype by its name to have it all the same"
+            raise ConfigError(
+                f"full fine-tuning would train the checkpoint's {base.dtype} weights, in which updates of small learning "
+                "rates are lost to rounding",
+                "model.policy.dtype",
+                "Set it to float32 and trainer.precision to bf16-mixed, or name the dtype to train in it anyway",
             )
         model = self.adapt(base)
         if not self.trains_all and (bias := getattr(model.peft_config[STUDENT], "bias", "none")) != "none":
-            raise UserError(
-                f"the LoRA adapter trains biases of the base model (bias: {bias}), which a fixed teacher cannot switch "
-                "off and a checkpoint does not hold: leave bias out of model.policy.lora.options"
+            raise ConfigError(
+                f"{bias!r} trains biases of the base model, which stay on in the fixed teacher and are not in checkpoints",
+                "model.policy.lora.options.bias",
+                "Remove it",
             )
         rounded = [n for n, w in model.named_parameters() if w.requires_grad and w.dtype in (torch.bfloat16, torch.float16)]
         if rounded and not self.trains_all:
             raise ConfigError(
-                f"{rounded[0]} trains in the base weights' {base.dtype}, which rounds away what small learning rates change",
+                f"{rounded[0]} trains in {base.dtype}, in which updates of small learning rates are lost to rounding",
                 f"{self.setting}.dtype",
-                "Set it to float32, or leave modules_to_save out of model.policy.lora.options",
+                "Set it to float32, or remove modules_to_save from model.policy.lora.options",
             )
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        # `from_pretrained` leaves evaluation mode, in which gradient checkpointing stays off.
+        # `from_pretrained` returns the model in evaluation mode, in which gradient checkpointing has no effect.
         model.train()
         return model
 
     def _check_generation_config(self) -> None:
-        """Refuse a file that cannot be read: transformers would go on without the EOS ids in it."""
+        """Refuse an unreadable generation configuration, whose EOS tokens transformers would silently ignore."""
         path = Path(self.model).expanduser() / "generation_config.json"
         if path.is_file():
             try:
                 json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ConfigError(f"{path} is no JSON ({error})", f"{self.setting}.model", "Correct or remove it") from error
+                problem = f"{path} is not valid JSON ({error})"
+                raise ConfigError(problem, f"{self.setting}.model", "Correct or remove the file") from error
 
     def adapt(self, base: PreTrainedModel) -> PeftModel:
-        """Put the trainable adapter on a base model; where all weights train, the base as it is.
+        """Add the trainable adapter to a base model. In full fine-tuning, return the base model as it is.
 
         Raises:
-            UserError: The adapter does not fit it.
+            ConfigError: The adapter does not fit the base model.
         """
         if self.trains_all:
             return base  # type: ignore[return-value]  # see `base_of`
         if self.adapter is None:
             assert self.lora is not None
             config = self.lora.config()
-            if config.target_modules == "all-linear" and (left_out := not_adapted(base)) is not None:
-                config.exclude_modules = _patterns(config.exclude_modules, left_out)
+            if config.target_modules == "all-linear" and (excluded := excluded_modules(base)) is not None:
+                config.exclude_modules = _combine_patterns(config.exclude_modules, excluded)
             try:
                 model = _as_peft(get_peft_model(base, config))
             except (ValueError, TypeError) as error:
                 if self.lora.dropout and "lora_dropout" in str(error):
                     raise ConfigError(
-                        f"{type(base).__name__} holds the weights of its experts in one tensor, and LoRA on that takes no "
-                        f"dropout, which is set to {self.lora.dropout}",
+                        f"{type(base).__name__} stores the weights of its experts in one tensor, for which LoRA does not "
+                        f"support dropout, and dropout is {self.lora.dropout}",
                         "model.policy.lora.dropout",
                         "Set dropout to 0",
                     ) from None
                 if "Mamba" in str(error) and config.exclude_modules is None:
                     raise ConfigError(
-                        f"peft puts no adapter on out_proj of {type(base).__name__}, whose weight goes round the layer",
+                        f"peft cannot adapt out_proj of {type(base).__name__}, which uses the weight outside the layer",
                         "model.policy.lora.options.exclude_modules",
                         "Set it to [out_proj]",
                     ) from None
-                raise UserError(f"model.policy.lora does not fit {self.model}: {error}") from None
+                raise ConfigError(
+                    f"the settings do not fit {self.model} ({_first_line(error)})", "model.policy.lora", "Correct them"
+                ) from None
             check_adapted(model, "model.policy")
             return model
         try:
             config = LoraConfig.from_pretrained(self.adapter)
             if not isinstance(config, LoraConfig):
-                raise TypeError(f"it is of kind {config.peft_type}")
+                raise TypeError(f"its type is {config.peft_type}")
             weights = load_peft_weights(self.adapter, device="cpu")
             if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
                 raise ValueError("its weights are not finite")
-        except Exception as error:  # of the hub, of JSON, of either format of weights
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            problem = f"{self.adapter} is not a LoRA adapter's folder or id ({reason})"
-            raise UserError(f"model.policy.adapter: {problem}") from None
-        own = LoRA()
-        if self.lora is not None and self.lora != own and (self.lora.r, self.lora.alpha) != (config.r, config.lora_alpha):
-            raise UserError(
-                f"model.policy.adapter brings r = {config.r} and alpha = {config.lora_alpha}; model.policy.lora says "
-                f"{self.lora.r} and {self.lora.alpha}: leave model.policy.lora out"
+        except Exception as error:  # the hub, JSON and both formats of weights raise different errors
+            raise ConfigError(
+                f"cannot load {self.adapter} as a LoRA adapter ({_first_line(error)})",
+                "model.policy.adapter",
+                "Give the folder or Hugging Face id of a LoRA adapter in peft's format",
+            ) from None
+        default = LoRA()
+        if self.lora not in (None, default) and (self.lora.r, self.lora.alpha) != (config.r, config.lora_alpha):
+            raise ConfigError(
+                f"r = {self.lora.r} and alpha = {self.lora.alpha} contradict model.policy.adapter, which has r = {config.r} "
+                f"and alpha = {config.lora_alpha}",
+                "model.policy.lora",
+                "Remove it",
             )
         config.inference_mode = False
         try:
             check_adapter_config(config, weights, base)
             model = _as_peft(get_peft_model(base, config))
             result: Any = set_peft_model_state_dict(model, weights)
-            # A parameter that tied layers share is in the file once, and missing under its other names.
+            # A parameter that tied layers share is in the file under one of its names only.
             parameters = dict(model.named_parameters(remove_duplicate=False))
             found = {id(value) for name, value in parameters.items() if name not in set(result.missing_keys)}
             missing = [k for k in result.missing_keys if f".{STUDENT}" in k and id(parameters.get(k)) not in found]
@@ -378,18 +376,98 @@ class Policy:
                 raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
         except (torch.OutOfMemoryError, UserError):
             raise
-        except Exception as error:  # settings of any type
-            raise UserError(
-                f"model.policy.adapter: {self.adapter} was made for another model than {self.model} "
-                f"({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+        except Exception as error:  # the adapter's settings may have any type
+            raise ConfigError(
+                f"{self.adapter} does not fit {self.model} ({_first_line(error)})",
+                "model.policy.adapter",
+                "Give an adapter that was trained on this base model",
             ) from None
         return model
 
 
-class OtherModel(Policy):
-    """A model beside the policy, which sees no chat: messages name it by where its role stands in the configuration."""
+@final
+@dataclass(frozen=True)
+class Policy(ModelSettings):
+    """Settings of the policy: a causal language model with a trainable LoRA adapter.
 
-    role: Any = None  # has a `setting`
+    Args:
+        model: Hugging Face id, local folder, or ``.gguf`` file (dequantized when it is loaded).
+        lora: Settings of the trainable adapter. Ignored if ``adapter`` is given, which has its own settings. Null for full
+            fine-tuning: all weights train, and checkpoints contain all of them.
+        adapter: Trained LoRA adapter to start from, as a peft folder or Hugging Face id. The fixed teacher is then the model
+            with this adapter. Defaults to a new adapter.
+        dtype: Dtype of the base weights. ``auto`` uses the checkpoint's dtype. The adapter is float32.
+        quantization: Quantization of the base weights by transformers and bitsandbytes: 4-bit NF4 with ``load_in_4bit: true,
+            bnb_4bit_quant_type: nf4``, or 8-bit with ``load_in_8bit: true``. Defaults to none.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ... Defaults to the choice of transformers.
+        max_length: Length limit of a row (prompt and completion) in tokens. Longer rows are dropped from the data. Defaults
+            to the model's context length, or to the original length of RoPE whose frequencies depend on the length
+            (``longrope``, ``dynamic``). With a larger value all rows use the frequencies for rows of that length.
+        gradient_checkpointing: If True, recompute activations in the backward pass, which saves memory and takes about a
+            third more time.
+        pad_token: Padding token for a tokenizer without one, for example its EOS token. Padding does not affect the loss.
+        chat_template: Jinja file with a chat template, which replaces the tokenizer's own.
+        revision: Branch, tag or commit of a Hugging Face id. Defaults to ``main``.
+        trust_remote_code: If True, run code from the model's repository. Read the code first.
+
+    Example::
+
+        >>> from opsd_lightning import LoRA, Policy
+        >>> policy = Policy("Qwen/Qwen3-0.6B", lora=LoRA(r=16, alpha=32), dtype="bfloat16", max_length=4096)
+        >>> policy.trains_all
+        False
+        >>> model = policy.build()  # doctest: +SKIP
+    """
+
+    @property
+    def setting(self) -> str:
+        return "model.policy"
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer, and set its chat template and padding token."""
+        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer.from_pretrained)
+        if self.chat_template is not None:
+            try:
+                tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+                raise ConfigError(
+                    f"cannot read {self.chat_template} ({reason})",
+                    "model.policy.chat_template",
+                    "Name a Jinja file in UTF-8 that this process can read",
+                ) from None
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"the tokenizer of {self.model} has no chat template",
+                "model.policy.chat_template",
+                "Name a Jinja file, or choose an instruction-tuned model",
+            )
+        if self.pad_token is not None:
+            if tokenizer.convert_tokens_to_ids(self.pad_token) in (None, tokenizer.unk_token_id):
+                raise ConfigError(
+                    f"{self.pad_token!r} is not a token of {self.model}",
+                    "model.policy.pad_token",
+                    f"Use one of its tokens, such as its EOS token {tokenizer.eos_token!r}",
+                )
+            tokenizer.pad_token = self.pad_token
+        if tokenizer.pad_token_id is None:
+            raise ConfigError(
+                f"the tokenizer of {self.model} has no padding token",
+                "model.policy.pad_token",
+                f"Set it, for example to the EOS token {tokenizer.eos_token!r}",
+            )
+        return tokenizer
+
+
+@final
+class OtherModel(ModelSettings):
+    """Settings of another model than the policy, such as a separate teacher. It needs no chat template.
+
+    Attributes:
+        role: The object that the model belongs to. Its ``setting`` is the prefix of the setting names in errors.
+    """
+
+    role: Any = None
 
     @property
     def setting(self) -> str:
@@ -403,13 +481,18 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
-def _patterns(ours: str | list[str] | None, more: str) -> str:
-    """A user's ``exclude_modules`` and another pattern as one."""
-    if not ours:
-        return more
-    # peft takes a name in a list for a module of that name at any depth.
-    own = ours if isinstance(ours, str) else "|".join(rf"(.*\.)?{re.escape(name)}" for name in ours)
-    return f"{own}|{more}"
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _combine_patterns(exclude_modules: str | list[str] | None, pattern: str) -> str:
+    """Return one regular expression for a user's ``exclude_modules`` and a further pattern."""
+    if not exclude_modules:
+        return pattern
+    if isinstance(exclude_modules, str):
+        return f"{exclude_modules}|{pattern}"
+    # peft matches a name in a list with modules of that name at any depth.
+    return "|".join([*(rf"(.*\.)?{re.escape(name)}" for name in exclude_modules), pattern])
 
 
 def _as_peft(model: Any) -> PeftModel:
@@ -418,28 +501,24 @@ def _as_peft(model: Any) -> PeftModel:
 
 
 def base_of(model: PeftModel) -> Any:
-    """The causal language model below the adapter; its attributes are transformers' to know.
-
-    In full fine-tuning there is no adapter, and the policy is that model itself: only `teachers`, `models.export` and the
-    engines that send an adapter elsewhere need to know the difference.
-    """
+    """Return the causal language model inside a ``PeftModel``. In full fine-tuning, return the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def below_head(base: Any) -> Any:
-    """The network of a causal language model that gives the hidden states for its head."""
+    """Return the decoder of a causal language model, which computes the hidden states for the head."""
     inner = base.base_model
-    return base.model if inner is base else inner  # transformers names another attribute than Llama 4 has
+    return base.model if inner is base else inner  # the attribute that transformers looks up does not exist in Llama 4
 
 
 def eos_ids(model: PeftModel) -> frozenset[int]:
-    """Every token that ends a completion."""
+    """Return the ids of all tokens that end a completion."""
     config = base_of(model).generation_config
     return frozenset(_as_list(config.eos_token_id))
 
 
 def device_of(model: PeftModel) -> torch.device:
-    """Where the model computes, which is not where its weights lie if they are offloaded to the host."""
+    """Return the device of the computation, which differs from the device of weights that are offloaded to the host."""
     parameter = next(model.parameters())
     if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
@@ -447,31 +526,32 @@ def device_of(model: PeftModel) -> torch.device:
 
 
 def active_adapter(model: PeftModel) -> str | None:
-    """The adapter that the model computes with, or None where it is switched off; for samplers that are sent it.
+    """Return the name of the active adapter, or None if adapters are disabled.
 
     Raises:
-        UserError: The model has none.
+        ConfigError: The model has no adapter (full fine-tuning), and only an adapter can be sent to vLLM.
     """
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     layer = next(layers, None)
     if layer is None:
-        raise UserError(
-            "model.policy.lora is null (full fine-tuning), and vLLM is sent the adapter alone: take TransformersEngine as "
-            "model.rollouts, or set model.policy.lora"
+        raise ConfigError(
+            "vLLM engines send adapters only, and model.policy.lora is null (full fine-tuning)",
+            "model.rollouts",
+            "Use TransformersEngine, or set model.policy.lora",
         )
     return None if layer.disable_adapters else str(layer.active_adapters[0])
 
 
 def is_adapter_key(key: str) -> bool:
-    """Whether a parameter's name belongs to an adapter rather than to the frozen base model."""
+    """Return True if a parameter's name is that of an adapter's parameter."""
     return not {STUDENT, TEACHER}.isdisjoint(key.split("."))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and gradient checkpointing off inside; every module's own mode restored after.
+    """Put a model in evaluation mode, without dropout and gradient checkpointing, and restore each module's mode on exit.
 
-    ``generate`` in training mode with gradient checkpointing on silently returns other tokens.
+    With gradient checkpointing in training mode, ``generate`` silently returns wrong tokens.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

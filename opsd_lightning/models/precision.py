@@ -1,4 +1,4 @@
-"""The precisions that training is right in: of the trainer, and of base weights that gradients pass through."""
+"""Checks of the trainer's precision and of the base weights' dtype."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from opsd_lightning.types import ConfigError
 
 
 def precision_problem(name: str | int | None) -> ConfigError | None:
-    """Return what is wrong with a value of ``trainer.precision``; None where it is supported."""
+    """Return an error if a value of ``trainer.precision`` is not supported, else None."""
     name = {"16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))
     reasons = {
-        "16-mixed": "scales the loss, and a step here clips and logs gradients that are not scaled",
+        "16-mixed": "scales the loss, but a training step clips and logs unscaled gradients",
         "16-true": "computes in float16, in which gradients underflow",
-        "bf16-true": "makes the trained weights bfloat16, which rounds away what small learning rates change",
+        "bf16-true": "trains weights in bfloat16, in which updates of small learning rates are lost to rounding",
     }
     reason = "computes in float8" if name.startswith("transformer-engine") else reasons.get(name)
     if reason is None:
         return None
-    fix = "Set it to bf16-mixed, or to 32-true where bfloat16 is slow. The base weights have their own model.policy.dtype"
+    fix = "Set it to bf16-mixed, or to 32-true if bfloat16 is slow. The dtype of the base weights is model.policy.dtype"
     return ConfigError(f"{name} {reason}", "trainer.precision", fix)
 
 
 def check_dtypes(policy: Policy, precision: str, model: torch.nn.Module | None = None) -> None:
-    """Refuse float16 where gradients pass through it: they underflow, since losses are not scaled.
+    """Refuse float16 computations in the backward pass: gradients underflow in float16 because the loss is not scaled.
 
     Args:
-        policy: The recipe of the model.
-        precision: The trainer's.
-        model: The loaded model, whose weights are looked at. Without it the settings and the checkpoint's configuration are.
+        policy: The settings of the model.
+        precision: The trainer's precision.
+        model: The loaded model. Defaults to None: the settings and the checkpoint's configuration are checked instead.
 
     Raises:
-        ConfigError: With the dtype to take instead.
+        ConfigError: Gradients would be computed in float16.
     """
     quantization: Any = policy.quantization
     if getattr(quantization, "load_in_4bit", False) and quantization.bnb_4bit_compute_dtype == torch.float16:
@@ -51,14 +51,14 @@ def check_dtypes(policy: Policy, precision: str, model: torch.nn.Module | None =
         return
     if policy.trains_all:
         raise ConfigError(
-            "full fine-tuning would train float16 weights, which lose small updates and overflow",
+            "full fine-tuning would train float16 weights, which overflow and lose small updates to rounding",
             f"{policy.setting}.dtype",
             "Set it to float32",
         )
     if precision == "32-true":
         raise ConfigError(
-            f"the base weights are float16{' (the checkpoint is)' if policy.dtype == 'auto' else ''}, and under "
-            "trainer.precision 32-true they compute in float16, in which gradients underflow",
+            f"the base weights are float16{' in the checkpoint' if policy.dtype == 'auto' else ''}, in which gradients "
+            "underflow under trainer.precision 32-true",
             f"{policy.setting}.dtype",
             "Set it to float32 or bfloat16, or trainer.precision to bf16-mixed",
         )

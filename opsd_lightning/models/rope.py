@@ -1,9 +1,9 @@
-"""Rotary embeddings whose frequencies depend on a row's length, computed for one length that holds for a whole run.
+"""Constant frequencies for rotary embeddings (RoPE) that depend on the row length.
 
-transformers chooses the frequencies of ``longrope`` and ``dynamic`` RoPE from the longest row of a batch, at every pass. A
-row's scores then depend on its neighbours, and a rollout changes its frequencies at the limit while cached keys keep the
-old ones. Here they are chosen once, when the model is built: those for the longest row that the policy takes, as vLLM does
-for its ``max_model_len``.
+transformers chooses the frequencies of ``longrope`` and ``dynamic`` RoPE in every pass from the longest row of the batch.
+The scores of a row then depend on the other rows, and a rollout that crosses the limit mixes new frequencies with cached
+keys of the old ones. This module chooses the frequencies once, when the model is built, for the longest row that the policy
+accepts. vLLM does the same for its ``max_model_len``.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from opsd_lightning.types import ConfigError
 
-#: Name that a rotary embedding's ``rope_type`` takes here: transformers leaves its frequencies alone.
+#: A ``rope_type`` for which transformers does not update the frequencies.
 _CONSTANT = "constant"
 
 
 def row_limit(config: PretrainedConfig, max_length: int | None, setting: str) -> int | None:
-    """Return the length limit of a row (prompt and completion) in tokens, or None where the model has none.
+    """Return the length limit of a row (prompt and completion) in tokens, or None if the model has no limit.
 
     Args:
         config: The model's configuration.
-        max_length: The user's limit. Defaults to the model's ``max_position_embeddings``, and for RoPE that depends on the
-            length to the length from which it does.
-        setting: Name of ``max_length`` in messages.
+        max_length: The user's limit. Defaults to the model's ``max_position_embeddings``, or to the result of
+            `constant_length` if that is smaller.
+        setting: Name of the setting ``max_length``, for errors.
 
     Raises:
-        ConfigError: The limit is beyond the model's positions.
+        ConfigError: The limit is larger than the number of the model's positions.
     """
     text = config.get_text_config()
     positions: int | None = getattr(text, "max_position_embeddings", None)
@@ -44,13 +44,13 @@ def row_limit(config: PretrainedConfig, max_length: int | None, setting: str) ->
     extends = any("dynamic" in str(each.get("rope_type")) for each in _rope_parameters(text))
     if positions is not None and max_length > positions and not extends:
         raise ConfigError(
-            f"{max_length} tokens are more than the model's {positions} positions", setting, f"Set it to {positions} or less"
+            f"{max_length} tokens exceed the model's {positions} positions", setting, f"Set it to {positions} or less"
         )
     return max_length
 
 
 def constant_length(config: PretrainedConfig) -> int | None:
-    """Return the length up to which RoPE has its original frequencies, or None where they never change."""
+    """Return the row length up to which RoPE keeps its original frequencies, or None if they never change."""
     text: Any = config.get_text_config()
     found = []
     for parameters in _rope_parameters(text):
@@ -62,39 +62,42 @@ def constant_length(config: PretrainedConfig) -> int | None:
 
 
 def fix_frequencies(base: nn.Module, limit: int | None) -> None:
-    """Compute the frequencies of a model's rotary embeddings for rows of up to ``limit`` tokens, and keep them.
+    """Fix the frequencies of a model's rotary embeddings to those for rows of ``limit`` tokens, in place.
 
-    Without effect on RoPE that does not depend on the length.
+    RoPE that does not depend on the length is not changed.
     """
     base.row_limit = limit  # type: ignore[assignment]
     if limit is None:
         return
     for module in base.modules():
         kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str) and _depends(kinds):
+        if isinstance(kinds, str) and _depends_on_length(kinds):
             _fix(module, kinds, limit)
             module.rope_type = _CONSTANT  # type: ignore[assignment]
-        elif isinstance(kinds, dict) and any(map(_depends, kinds.values())):
+        elif isinstance(kinds, dict) and any(map(_depends_on_length, kinds.values())):
             for layer_type, kind in kinds.items():
-                if _depends(kind):
+                if _depends_on_length(kind):
                     _fix(module, kind, limit, layer_type)
             module.rope_type = {  # type: ignore[assignment]
-                layer_type: _CONSTANT if _depends(kind) else kind for layer_type, kind in kinds.items()
+                layer_type: _CONSTANT if _depends_on_length(kind) else kind for layer_type, kind in kinds.items()
             }
     own = getattr(type(base), "prepare_inputs_for_generation", None)
     if hasattr(base.config, "original_max_position_embeddings") and own is not None:
-        # Phi-3 and its kin throw the cache away where the frequencies would change.
+        # Phi-3 and similar models discard the cache where transformers would change the frequencies.
         base.prepare_inputs_for_generation = MethodType(  # type: ignore[assignment]
             GenerationMixin.prepare_inputs_for_generation, base
         )
 
 
 def frequencies_in_use(base: Any) -> str | int | None:
-    """Return what tells the fixed frequencies of a model from those of another ``max_length``: ``long`` or ``short``, or the
-    length itself for ``dynamic``. None where they do not depend on the length.
+    """Return an identifier of a model's fixed frequencies.
 
     Args:
-        base: The causal language model below the adapter, as `fix_frequencies` left it.
+        base: The base model after `fix_frequencies`.
+
+    Returns:
+        ``long`` or ``short`` for ``longrope``, the length for ``dynamic`` RoPE, and None if the frequencies do not depend on
+        the length.
     """
     limit, constant = getattr(base, "row_limit", None), constant_length(base.config)
     if limit is None or constant is None:
@@ -105,24 +108,24 @@ def frequencies_in_use(base: Any) -> str | int | None:
 
 
 def sampler_length(base: Any, max_model_len: int | None, setting: str) -> int | None:
-    """Return the context length for a sampler that chooses the frequencies from it, as vLLM does.
+    """Return the context length for a sampler that derives the RoPE frequencies from it, such as vLLM.
 
     Args:
-        base: The causal language model below the adapter.
-        max_model_len: The sampler's context length as it was set; None for the default.
-        setting: Name of ``max_model_len`` in messages.
+        base: The base model after `fix_frequencies`.
+        max_model_len: Context length of the sampler, or None for its default.
+        setting: Name of the setting ``max_model_len``, for errors.
 
     Raises:
-        ConfigError: The sampler would compute with other frequencies.
+        ConfigError: The sampler would use other frequencies than the base model.
     """
     limit, constant = getattr(base, "row_limit", None), constant_length(base.config)
     if limit is None or constant is None:
         return max_model_len
     if max_model_len is not None and (max_model_len > constant) != (limit > constant):
         raise ConfigError(
-            f"with a context of {max_model_len} tokens vLLM takes the RoPE frequencies of "
-            f"{'long' if max_model_len > constant else 'short'} rows, and the trainer, with model.policy.max_length "
-            f"{limit}, those of {'long' if limit > constant else 'short'} ones (the limit is {constant})",
+            f"with a context of {max_model_len} tokens vLLM uses the RoPE frequencies for "
+            f"{'long' if max_model_len > constant else 'short'} rows, and with model.policy.max_length {limit} the trainer "
+            f"uses those for {'long' if limit > constant else 'short'} rows (the limit is {constant} tokens)",
             setting,
             f"Set it to {limit}, or model.policy.max_length to {max_model_len}",
         )
@@ -130,13 +133,13 @@ def sampler_length(base: Any, max_model_len: int | None, setting: str) -> int | 
 
 
 def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
-    """Each set of RoPE parameters: one for a model, or one for each type of layer."""
+    """Yield the RoPE parameters of a model, or of each of its layer types."""
     found = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in found.values() if isinstance(value, dict)]
     yield from nested if nested and "rope_type" not in found else [found]
 
 
-def _depends(kind: str) -> bool:
+def _depends_on_length(kind: str) -> bool:
     return kind == "longrope" or "dynamic" in kind
 
 
@@ -148,7 +151,7 @@ def _fix(module: Any, kind: str, limit: int, layer_type: str | None = None) -> N
     setattr(module, f"{prefix}attention_scaling", scale)
     parameters = module.config.rope_parameters
     if layer_type is None and "long_mscale" in parameters and hasattr(module, "rope_init_fn"):
-        # PhiMoE takes frequencies and scale anew at each pass, and the scale by the batch's longest row.
+        # PhiMoE recomputes the frequencies and the scale in each pass, the scale from the longest row of the batch.
         name = "long_mscale" if limit > parameters["original_max_position_embeddings"] else "short_mscale"
         module.config = copy.deepcopy(module.config)
         module.config.rope_parameters |= dict.fromkeys(("long_mscale", "short_mscale"), parameters[name])

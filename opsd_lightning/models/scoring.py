@@ -1,15 +1,16 @@
-"""States that predict completion tokens: with gradient for the student, and without for a teacher.
+"""Scoring: hidden states that predict completion tokens, with gradient for the student and without for a teacher.
 
-No pass spends much on padding: rows are packed where attention takes their lengths (flash attention), and grouped by
-length otherwise; only the hidden states at completion tokens go on to the head. Without gradient, a prompt that
-several completions follow is run once, and its cache serves them all.
+Rows are packed where attention takes their lengths (flash attention) and grouped by length otherwise, so that little of a
+pass is padding. Only the hidden states at completion tokens reach the head. Without gradient, a prompt with several
+completions is run once, and its key-value cache serves them all.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -26,15 +27,15 @@ from opsd_lightning.types import TokenStates, UserError
 
 
 def packs_rows(model: PeftModel) -> bool:
-    """Whether the model's attention takes the lengths of rows packed into one (flash attention)."""
-    # Not where a state runs on from row to row, as in linear attention and convolutions.
+    """Return True if attention takes the lengths of rows packed into one sequence (flash attention)."""
+    # Linear attention and convolutions would carry state from one row to the next.
     return str(base_of(model).config._attn_implementation).startswith("flash_attention") and selectable_cache(model)
 
 
 def split_rows(model: PeftModel, lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Rows of these lengths as micro-batches for `score` (see `packing.micro_batches`)."""
-    # What a further pass costs: about 40 tokens for SmolLM2-135M on two CPU cores (benchmarks/scaling.py). A GPU spends
-    # some ten milliseconds on launching a pass's kernels, in which it would score about a thousand tokens.
+    """Split rows of these lengths into micro-batches for `score` (see `packing.micro_batches`)."""
+    # The cost of a further pass in tokens: about 40 for SmolLM2-135M on two CPU cores (benchmarks/scaling.py). A GPU needs
+    # some ten milliseconds to launch a pass's kernels, in which it would score about a thousand tokens.
     pass_tokens = 32 if device_of(model).type == "cpu" else 1024
     return micro_batches(lengths, token_budget, pass_tokens, packs_rows(model))
 
@@ -42,15 +43,16 @@ def split_rows(model: PeftModel, lengths: Sequence[int], token_budget: int) -> l
 def score(
     model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> tuple[TokenStates, Tensor]:
-    """States that predict each completion token under whatever adapter is active, in one pass, and those tokens.
+    """Score completions in one pass under the active adapter, with gradient where the caller records it.
 
     Args:
-        model: The policy, in whatever mode it is in.
+        model: The policy. Its mode (training or evaluation) stays as it is.
         prompts: B prompts.
-        completions: B completions; all their tokens, T, are scored.
+        completions: B completions, T tokens in total.
 
     Returns:
-        Hidden states of shape [T, D] with the head that makes logits of them, and the targets, of shape [T].
+        Hidden states of shape [T, D] that predict each completion token, with the language-model head; and the target
+        tokens, of shape [T].
     """
     rows = join(prompts, completions, device_of(model), packs_rows(model))
     # No attention mask: rows are padded on the right only, or packed (see packing.py).
@@ -59,51 +61,105 @@ def score(
     return states_of(model, hidden.flatten(0, 1)[rows.predictors]), rows.targets
 
 
-@torch.no_grad()
-def score_all(
-    model: PeftModel,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    token_budget: int,
-    agree: Callable[[int], int] = lambda passes: passes,
-) -> TokenStates:
-    """States that predict all completion tokens, without gradient, in as many passes as the budget asks for.
+class Ranks(Protocol):
+    """Sums and maxima over ranks. See `distributed.collectives.TrainerRanks`."""
+
+    def sum(self, values: Sequence[float]) -> list[float]: ...
+
+    def max(self, values: Sequence[float]) -> list[float]: ...
+
+
+class SingleRank:
+    """The collectives of a process that runs alone."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in values]
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in values]
+
+
+_SINGLE = SingleRank()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Score completions without gradient, in passes of bounded size.
 
     Args:
-        model: The policy; dropout and gradient checkpointing are off for the time.
-        prompts: B prompts. One that occurs several times is run once.
-        completions: B completions, with T tokens in all.
-        token_budget: The most tokens, padding and cached ones included, that one pass works on.
-        agree: From this rank's number of passes, the number that every rank makes: under sharding all must make as many.
+        model: The policy, or another causal LM. The adapter that is active when a method is called is the one that scores.
+        token_budget: Limit on the tokens of one pass, padding and cached tokens included. At least 1.
+        ranks: Ranks that must make the same number of passes, as sharding requires.
 
-    Returns:
-        Hidden states of shape [T, D], row by row, with the head that makes logits of them.
+    Example::
+
+        states = Scorer(model, token_budget=4096).score(prompts, completions)  # all tokens of all completions
+        logits = states.head(states.hidden[:8])  # [8, V]
     """
-    groups = repeated(prompts) if selectable_cache(model) else []
-    shared = {row for group in groups for row in group}
-    single = [row for row in range(len(prompts)) if row not in shared]
-    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    alone = [[single[i] for i in batch] for batch in split_rows(model, [lengths[i] for i in single], token_budget)]
-    together = []
-    for batch in split_rows(model, [len(prompts[group[0]]) for group in groups], token_budget):
-        picked = [groups[i] for i in batch]
-        # The first token of a completion is predicted by its prompt, the last predicts nothing: the rest need a pass.
-        rows = [row for group in picked for row in group if len(completions[row]) > 1]
-        width = max(len(prompts[group[0]]) for group in picked)
-        parts = split_rows(model, [width + len(completions[row]) for row in rows], token_budget)
-        together.append((picked, [[rows[i] for i in part] for part in parts]))
-    found: dict[int, Tensor] = {}
-    passes = len(alone) + sum(1 + len(parts) for _, parts in together)
-    missing = agree(passes) - passes
-    with evaluating(model):
-        for rows in alone:
-            states, _ = score(model, [prompts[row] for row in rows], [completions[row] for row in rows])
-            found |= zip(rows, states.hidden.split([len(completions[row]) for row in rows]), strict=True)
-        for picked, parts in together:
-            found |= _score_shared(model, prompts, completions, picked, parts)
-        for _ in range(missing):
-            score(model, [prompts[0][:1]], [[]])
-    return states_of(model, torch.cat([found[row] for row in range(len(prompts))]))
+
+    model: PeftModel
+    token_budget: int = 8192
+    ranks: Ranks = _SINGLE
+
+    def of(self, model: PeftModel) -> Scorer:
+        """Return a scorer of another model with the same budget and ranks."""
+        return replace(self, model=model)
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenStates:
+        """Return the hidden states that predict each completion token. Every rank must call.
+
+        Dropout and gradient checkpointing are off during the passes.
+
+        Args:
+            prompts: B prompts. A prompt that several rows share is run once.
+            completions: B completions, T tokens in total.
+
+        Returns:
+            Hidden states of shape [T, D], row by row, and the language-model head.
+        """
+        model = self.model
+        groups = repeated(prompts) if selectable_cache(model) else []
+        shared = {row for group in groups for row in group}
+        single = [row for row in range(len(prompts)) if row not in shared]
+        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        alone = [[single[i] for i in batch] for batch in split_rows(model, [lengths[i] for i in single], self.token_budget)]
+        together = []
+        for batch in split_rows(model, [len(prompts[group[0]]) for group in groups], self.token_budget):
+            picked = [groups[i] for i in batch]
+            # The prompt predicts the first token of a completion, and the last token predicts nothing: the rest need a pass.
+            rows = [row for group in picked for row in group if len(completions[row]) > 1]
+            width = max(len(prompts[group[0]]) for group in picked)
+            parts = split_rows(model, [width + len(completions[row]) for row in rows], self.token_budget)
+            together.append((picked, [[rows[i] for i in part] for part in parts]))
+        found: dict[int, Tensor] = {}
+        passes = len(alone) + sum(1 + len(parts) for _, parts in together)
+        missing = self.most_passes(passes) - passes  # before the passes, which under sharding wait for other ranks, too
+        with evaluating(model):
+            for rows in alone:
+                states, _ = score(model, [prompts[row] for row in rows], [completions[row] for row in rows])
+                found |= zip(rows, states.hidden.split([len(completions[row]) for row in rows]), strict=True)
+            for picked, parts in together:
+                found |= _score_shared(model, prompts, completions, picked, parts)
+            for _ in range(missing):
+                score(model, [prompts[0][:1]], [[]])
+        return states_of(model, torch.cat([found[row] for row in range(len(prompts))]))
+
+    def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Split rows into the micro-batches of a training pass. Every rank must call.
+
+        Args:
+            lengths: Tokens of each row, prompt and completion.
+
+        Returns:
+            Row indices of each pass. A rank with fewer passes than another gets empty ones at the end.
+        """
+        plan = split_rows(self.model, lengths, self.token_budget)
+        return plan + [[] for _ in range(self.most_passes(len(plan)) - len(plan))]
+
+    def most_passes(self, passes: int) -> int:
+        """All-reduce (max) the number of passes."""
+        return int(self.ranks.max([passes])[0])
 
 
 def _score_shared(
@@ -113,9 +169,9 @@ def _score_shared(
     groups: list[list[int]],
     parts: list[list[int]],
 ) -> dict[int, Tensor]:
-    """States of the rows of some prompts: a pass over the prompts, then one over each part of the completions."""
+    """Score rows that share prompts: one pass over the prompts, then one over each part of the completions."""
     device = device_of(model)
-    # On the left, so that completions follow their prompts at once: a gap would count in sliding windows.
+    # Padded on the left, so that no gap separates a completion from its prompt: sliding windows would count it.
     input_ids, mask, position_ids = pad_left([prompts[group[0]] for group in groups], device)
     cache = DynamicCache(config=base_of(model).config)
     hidden = hidden_states(
@@ -141,13 +197,13 @@ def _score_shared(
 
 
 def selectable_cache(model: PeftModel) -> bool:
-    """Whether the cache is one of keys and values, whose rows can be selected (not the state of a linear attention)."""
+    """Return True if the cache holds keys and values only, whose rows can be selected (no linear-attention state)."""
     layers = DynamicCache(config=base_of(model).config).layers
     return all(isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) for layer in layers)
 
 
 def _select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache of some rows of another, which stays as it is."""
+    """Return a cache with some rows of another, which does not change."""
     selected = copy.copy(cache)
     selected.layers = [copy.copy(layer) for layer in cache.layers]
     selected.batch_select_indices(rows)
@@ -155,30 +211,30 @@ def _select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
 
 
 def hidden_states(model: PeftModel, **inputs: Any) -> Tensor:
-    """The last hidden states, before the head, of a pass that goes round the model's own forward."""
+    """Run the decoder without the head and return the last hidden states."""
     base = base_of(model)
-    if hasattr(base, "hidden_states"):  # sharded: only by this method are the weights gathered (see distributed.fsdp2)
+    if hasattr(base, "hidden_states"):  # sharded: only this method gathers the weights (see distributed.fsdp2)
         return base.hidden_states(**inputs)
     return below_head(base)(**inputs).last_hidden_state
 
 
 def _row_lengths(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What flash attention's variable-length kernels ask for."""
+    """Return the arguments of flash attention's variable-length kernels."""
     ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
 def states_of(model: PeftModel, hidden: Tensor) -> TokenStates:
-    """Hidden states with the head that makes logits of them."""
+    """Return hidden states together with the language-model head."""
     return TokenStates(hidden, head_of(model), tuple(base_of(model).get_output_embeddings().parameters()))
 
 
 def head_of(model: PeftModel, kept: Mapping[str, Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """The map from hidden states [rows, D] to logits [rows, V], with the model's own scale and soft cap.
+    """Return the map from hidden states [rows, D] to logits [rows, V], with the model's scale and soft cap.
 
     Args:
         model: The policy.
-        kept: Weights that stand in the place of the head's own, as `moving_weights` gave them.
+        kept: Weights that replace the head's own, as `moving_weights` returned them.
     """
     base = base_of(model)
     config = base.config.get_text_config()
@@ -195,9 +251,9 @@ def head_of(model: PeftModel, kept: Mapping[str, Tensor] | None = None) -> Calla
 
 
 def moving_weights(model: PeftModel) -> dict[str, Tensor]:
-    """Copies of those of the head's weights that optimizer steps change: its adapters', or all in full fine-tuning.
+    """Copy the weights of the head that optimizer steps change: its adapter's, or all in full fine-tuning.
 
-    Every rank must call: sharded weights are gathered.
+    Every rank must call, because sharded weights are gathered.
     """
     named = base_of(model).get_output_embeddings().named_parameters()
     moving = {name: p.detach() for name, p in named if p.requires_grad or is_adapter_key(name)}
@@ -205,18 +261,18 @@ def moving_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 def has_adapted_head(model: PeftModel) -> bool:
-    """Whether an adapter sits on the language-model head, so that each role has a head of its own."""
+    """Return True if the language-model head has an adapter, so that student and teacher have different heads."""
     head = base_of(model).get_output_embeddings()
     return isinstance(head, BaseTunerLayer) or any(is_adapter_key(name) for name, _ in head.named_parameters())
 
 
 @torch.no_grad()
 def check_head(model: PeftModel) -> None:
-    """Compare our logits with the model's own on a few tokens.
+    """Compare logits from `head_of` with the model's own on a few tokens.
 
     Raises:
-        UserError: They differ, because this architecture does something between its hidden states and its logits that
-            `head_of` does not know; or they are not finite.
+        UserError: They differ, because the architecture computes something between hidden states and logits that `head_of`
+            does not know, or they are not finite.
     """
     prompt = [list(range(4, 10))]
     with evaluating(model):

@@ -1,4 +1,4 @@
-"""Comparison of an export on disk with the policy that it was written from."""
+"""Checks that an export on disk, when read back, equals the policy."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from opsd_lightning.models.fingerprint import adapter_settings
 from opsd_lightning.models.policy import STUDENT, base_of, evaluating
 from opsd_lightning.types import ConfigError
 
-#: Root mean square of the logits' difference over that of the logits themselves: merging rounds every weight once, and a
-#: pass rounds every activation.
+#: Largest accepted difference of logits: the root mean square of the difference, divided by that of the logits. Differences
+#: come from rounding of the merged weights and of the activations.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 _TOKENS = 32
 
 
 def probe_tokens(model: Any) -> Tensor:
-    """One row of token ids, spread over the vocabulary, with the tokens that the adapter trains. Shape [1, L]."""
+    """Return token ids spread over the vocabulary, and the tokens that the adapter trains. Shape [1, L]."""
     base = base_of(model)
     vocabulary = int(base.get_input_embeddings().weight.shape[0])
     trained: Any = getattr(getattr(model, "peft_config", {}).get(STUDENT), "trainable_token_indices", None) or []
@@ -38,12 +38,15 @@ def probe_tokens(model: Any) -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: Any, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Logits of `probe_tokens` without dropout, in float32 on the CPU. Shape [L, V].
+    """Compute the logits of one row of tokens without dropout.
 
     Args:
         model: A policy or a plain causal language model.
-        tokens: Shape [1, L].
-        weights: Values in place of the model's own, by their names in it.
+        tokens: Token ids. Shape [1, L].
+        weights: Weights to use instead of the model's own, by their names in the model. Defaults to none.
+
+    Returns:
+        Logits in float32 on the CPU. Shape [L, V].
     """
     device = base_of(model).get_input_embeddings().weight.device
     inputs = {"input_ids": tokens.to(device), "use_cache": False}
@@ -56,45 +59,46 @@ def logits_of(model: Any, tokens: Tensor, weights: Mapping[str, Tensor] | None =
 
 
 def check_logits(expected: Tensor, found: Tensor, dtype: torch.dtype, setting: str, fix: str) -> None:
-    """Compare logits of the policy with those of its export.
+    """Compare the logits of the policy with those of its export.
 
     Raises:
-        ConfigError: They differ by more than rounding to ``dtype`` explains.
+        ConfigError: The difference is larger than the tolerance for ``dtype``.
     """
     tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
     if expected.shape != found.shape:
         raise ConfigError(
-            f"the export gives logits of shape {tuple(found.shape)}, the policy {tuple(expected.shape)}", setting, fix
+            f"the logits of the export have shape {tuple(found.shape)}, those of the policy {tuple(expected.shape)}",
+            setting,
+            fix,
         )
     gap = expected - found
     relative = float(gap.square().mean().sqrt() / expected.square().mean().sqrt().clamp(min=1e-12))
     if not relative <= tolerance:
         raise ConfigError(
-            f"the export is another model: its logits differ from the policy's by up to {float(gap.abs().max()):.3g} "
-            f"({relative:.2g} of their size; rounding to {dtype} explains {tolerance:g})",
+            f"the logits of the export differ from the policy's by up to {float(gap.abs().max()):.3g} (relative difference "
+            f"{relative:.2g}, where rounding to {dtype} gives at most {tolerance:g})",
             setting,
             fix,
         )
 
 
 def check_adapter(model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Read an adapter's folder back as peft does, and compare it with the policy: settings, every weight, and logits where
-    the policy is not sharded.
+    """Load an adapter's folder and compare its settings, its weights and, without sharding, its logits with the policy.
 
     Args:
         model: The policy.
         folder: The peft folder.
-        state_dict: The weights that were written, by their names in ``model``. Defaults to its present ones.
+        state_dict: The weights that were written, by their names in ``model``. Defaults to the current weights.
 
     Raises:
-        ConfigError: The folder holds another adapter.
+        ConfigError: The folder contains another adapter.
     """
-    setting, fix = f"export to {folder.parent}", "Keep the checkpoint, which is not affected, and report the LoRA options"
+    setting, fix = f"export to {folder.parent}", "Use the checkpoint, which is not affected, and report the LoRA options"
     config = LoraConfig.from_pretrained(str(folder))
     theirs, ours = adapter_settings(config), adapter_settings(model.peft_config[STUDENT])
     if differ := [name for name in ours if theirs.get(name) != ours[name]]:
-        told = ", ".join(f"{name} {ours[name]} -> {theirs.get(name)}" for name in differ)
-        raise ConfigError(f"the adapter's settings on disk are not the policy's ({told})", setting, fix)
+        differences = ", ".join(f"{name} {ours[name]} -> {theirs.get(name)}" for name in differ)
+        raise ConfigError(f"the adapter's settings on disk are not the policy's ({differences})", setting, fix)
     read = _read_back(model, config, folder)
     written = model.state_dict() if state_dict is None else state_dict
     wrong = [name for name, value in read.items() if name not in written or not _equal(value, written[name])]
@@ -117,32 +121,32 @@ def check_model(
     fix: str,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Load a model's folder and compare its logits with the policy's.
+    """Load a model folder and compare its logits with the policy's.
 
     Args:
-        folder: A plain model's folder.
+        folder: Folder of a model without adapters.
         expected: Logits of the policy. Shape [L, V].
-        tokens: Shape [1, L].
-        like: A model of the dtype to load, whose code the folder may need.
-        setting: Names the export in a message.
-        fix: Remedy for a message.
-        weights: Values that the folder must hold to the last bit, by their names in the model. Defaults to none.
+        tokens: Token ids. Shape [1, L].
+        like: A model of the same class and dtype.
+        setting: Name of the export, for errors.
+        fix: What to do, for errors.
+        weights: Weights that must be bit-identical in the folder, by their names in the model. Defaults to none.
 
     Raises:
-        ConfigError: It is another model.
+        ConfigError: The folder contains another model.
     """
-    remote = type(like).__module__.startswith("transformers_modules.")  # code that the policy was allowed to run
+    remote = type(like).__module__.startswith("transformers_modules.")  # the policy was allowed to run this code
     loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=like.dtype, trust_remote_code=remote)
     own = loaded.state_dict()
     if wrong := [name for name, value in (weights or {}).items() if name not in own or not _equal(own[name], value)]:
         raise ConfigError(f"{len(wrong)} weights on disk are not the policy's, such as {wrong[0]}", setting, fix)
-    # Devices round differently, where weights that are the same leave no doubt.
+    # Weights that were compared bit by bit leave only differences between devices.
     dtype = like.dtype if weights is None else torch.bfloat16
     check_logits(expected, logits_of(loaded, tokens), dtype, setting, fix)
 
 
 def _read_back(model: PeftModel, config: LoraConfig, folder: Path) -> dict[str, Tensor]:
-    """A folder's weights by their names in the policy, placed by peft into a copy of it whose base has no memory."""
+    """Return a folder's weights by their names in the policy, loaded by peft into a copy of the policy without memory."""
     base = base_of(model)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
@@ -154,7 +158,7 @@ def _read_back(model: PeftModel, config: LoraConfig, folder: Path) -> dict[str, 
         owner = skeleton.get_submodule(path)
         old = owner._parameters[leaf]
         assert old is not None
-        if id(old) not in made:  # a parameter that two modules share stays shared
+        if id(old) not in made:  # keep parameters shared that two modules share
             made[id(old)] = nn.Parameter(torch.full(old.shape, torch.nan, dtype=old.dtype, device="cpu"), False)
         owner._parameters[leaf] = made[id(old)]
     with warnings.catch_warnings():

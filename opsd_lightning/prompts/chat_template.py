@@ -1,10 +1,10 @@
-"""Render messages through a tokenizer's chat template, with everything that they hold and the same on every day.
+"""Render messages with a tokenizer's chat template.
 
-Templates for vision models take the content of a message as a list of parts, and templates such as Llama 3's write today's
-date: the first is found out for each template, and the second is given a fixed day.
+Templates of vision models take the content of a message as a list of parts; `takes_parts` tests for that. Templates such as
+Llama 3's write today's date; they get a fixed date, so that prompts are the same on every day.
 
-A template is a program, which may come with a downloaded model. transformers keeps it from files and from objects of Python,
-but not from running for ever: each is first rendered in a child process with a time limit.
+A template is a program, which may come with a downloaded model. transformers denies it access to files and Python objects,
+but does not limit its run time. So each template is first rendered in a child process with a time and a memory limit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.limited_process import overruns
+from opsd_lightning.utils.limited_process import exceeded_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SETTING = "model.policy.chat_template"
 
-# Shadows the function of the same name, which reads the clock. A format that was not worked out yet comes back as an error.
-# Jinja leaves out the line break behind a block.
+# Replaces transformers' function of the same name, which reads the clock. For a date format that is not in `days`, it raises
+# an error with the format, which `_apply` reads. Jinja removes the line break behind a block.
 _DAY = (
     "{%- macro strftime_now(format) -%}{{ days[format] if format in days else raise_exception(asks ~ format) }}"
     "{%- endmacro %}\n"
@@ -32,9 +32,9 @@ _ASKS = "opsd: format of a date: "
 _FORMATS: set[str] = set()
 _PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 _WORD = "Pangolin"
-_SECONDS, _MEMORY = 10.0, 1 << 29  # of a first rendering
-_LONGEST = 1 << 24  # characters of it, far more than any model reads
-_ENDING: set[tuple[str, str, bool]] = set()  # templates and their arguments that stayed within
+_SECONDS, _MEMORY = 10.0, 1 << 29  # limits of the first rendering
+_LONGEST = 1 << 24  # longest rendered text in characters, far more than any model reads
+_ENDING: set[tuple[str, str, bool]] = set()  # templates, with their arguments, that stayed within the limits
 
 
 def render(
@@ -47,11 +47,11 @@ def render(
     """Render messages as the text that the model reads.
 
     Args:
-        tokenizer: Has the chat template.
-        messages: Turns with ``role`` and ``content``.
+        tokenizer: Tokenizer with the chat template.
+        messages: Messages with ``role`` and ``content``.
         kwargs: Further arguments of the template.
-        day: The day that the template gets as today's.
-        generation: Open the assistant's turn at the end.
+        day: Date that the template writes as today's.
+        generation: If True, open the assistant's turn at the end.
 
     Raises:
         ConfigError: The template fails.
@@ -61,12 +61,12 @@ def render(
         if takes_parts(tokenizer):
             return _apply(tokenizer, _as_parts(messages), kwargs, day, generation)
         return _apply(tokenizer, messages, kwargs, day, generation)
-    except Exception as error:  # templates are programs: anything may come out of one
+    except Exception as error:  # templates are programs, which can raise anything
         reason = " ".join(str(error).split()) or "no message"
         raise ConfigError(
             f"the chat template fails with {type(error).__name__}: {reason}",
             SETTING,
-            "Check data.prompts.system and the chat_template_kwargs, or give another template",
+            "Check data.prompts.system and the chat_template_kwargs, or use another template",
         ) from None
 
 
@@ -77,7 +77,7 @@ def _check_ends(
     day: date,
     generation: bool,
 ) -> None:
-    """Raise unless the template ends with these arguments, within a time and a memory limit."""
+    """Raise `ConfigError` if rendering with these arguments exceeds a time or memory limit."""
     key = (str(tokenizer.chat_template), repr(sorted(kwargs.items())), generation)
     if key in _ENDING:
         return
@@ -89,19 +89,19 @@ def _check_ends(
                     raise MemoryError
             except MemoryError:
                 raise
-            except Exception:  # a template may take one of them only
+            except Exception:  # a template may accept only one of the two
                 continue
 
-    taken = overruns(both, _SECONDS, _MEMORY)
+    taken = exceeded_limit(both, _SECONDS, _MEMORY)
     if taken:
         limit = f"{_SECONDS:g} seconds" if taken == "time" else f"{_MEMORY >> 20} MiB"
         problem = f"rendering one prompt through the chat template takes more than {limit} of {taken}"
-        raise ConfigError(problem, SETTING, "Give another template, and look at where this one comes from")
+        raise ConfigError(problem, SETTING, "Use another template, and check the origin of this one")
     _ENDING.add(key)
 
 
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the template drops a content that is a text, and shows one that is a list of parts."""
+    """Return True if the template writes content that is a list of parts, but drops content that is a text."""
     template = str(tokenizer.chat_template)
     known = _PARTS.get(tokenizer)
     if known is None or known[0] != template:

@@ -1,32 +1,27 @@
-"""Privileged contexts: the text that only the teacher reads, made from an example alone."""
+"""Privileged contexts: texts that only the teacher reads, made from the data."""
 
 from __future__ import annotations
 
 import math
 import random
 import re
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import regex
 from jsonargparse.typing import OpenUnitInterval
 
 from opsd_lightning.grading.math_grader import MathGrader
-from opsd_lightning.types import ConfigError, Example, UserError
-from opsd_lightning.utils.texts import NotTextError, text_of
-
-if TYPE_CHECKING:
-    pass
-from opsd_lightning.prompts.templates import _UNIT
+from opsd_lightning.prompts.templates import UNIT
+from opsd_lightning.types import ConfigError, Example
+from opsd_lightning.utils.texts import NotTextError, normalize_text, text_of
 
 
 class PrivilegedContext(ABC):
-    """What the teacher gets to read beside the question.
+    """Base class of texts that the teacher reads beside the question.
 
     Attributes:
-        needs_traces: Whether it is made of traces: if not, training questions need none.
+        needs_traces: If True, the context is made of traces, and training questions without one are dropped.
         grader: Compares answers. The data module sets it to ``data.grader``.
     """
 
@@ -35,16 +30,25 @@ class PrivilegedContext(ABC):
 
     @abstractmethod
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
-        """The context of ``examples[index]``; None for none at all, where the teacher sees the student's wording. An
-        empty or blank text leaves the row out.
+        """Return the context of ``examples[index]``.
+
+        Returns:
+            The text. A blank text drops the row. None gives the teacher the student's prompt template.
 
         Raises:
-            UserError: The examples do not hold what this context needs.
+            ConfigError: The examples lack the data that this context is made of.
         """
 
 
 class TraceContext(PrivilegedContext):
-    """The verified reasoning trace (default)."""
+    """The verified reasoning trace (default).
+
+    Example::
+
+        >>> from opsd_lightning import Example, TraceContext
+        >>> TraceContext().text(0, [Example("1 + 1?", "1 + 1 = 2. The answer is 2.", "2")])
+        '1 + 1 = 2. The answer is 2.'
+    """
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         return examples[index].trace
@@ -63,11 +67,17 @@ class AnswerContext(PrivilegedContext):
 class HintContext(PrivilegedContext):
     """The beginning of the trace, never all of it.
 
-    Words are counted, and characters where a script puts no spaces between words, such as Chinese and Thai. The answer is in
-    the hint where the trace states it that early.
+    The share counts words, or characters in scripts without spaces between words, such as Chinese and Thai. The hint may
+    hold the answer, if the trace states it early.
 
     Args:
-        share: Share of the trace that the teacher sees, above 0 and below 1.
+        share: Share of the trace that the teacher reads, above 0 and below 1.
+
+    Example::
+
+        >>> from opsd_lightning import Example, HintContext
+        >>> HintContext(share=0.5).text(0, [Example("1 + 1?", "Add one to one. It is 2.", "2")])
+        'Add one to one.'
     """
 
     def __init__(self, share: OpenUnitInterval = 0.5) -> None:
@@ -75,16 +85,16 @@ class HintContext(PrivilegedContext):
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         trace = examples[index].trace.strip()
-        units = _UNIT.findall(trace)
+        units = UNIT.findall(trace)
         if len(units) < 2:  # one word
             units = regex.findall(r"\X", trace)
         return "".join(units[: min(math.ceil(len(units) * self.share), len(units) - 1)]).strip() if units else ""
 
 
 class OtherProblemContext(PrivilegedContext):
-    """The trace of a different question: shows the style without the solution.
+    """The trace of a different question, which shows the style without the solution.
 
-    A question that differs in white space alone is the same one, and so is one with the same trace.
+    The other question and its trace differ from the own ones in more than white space.
 
     Args:
         seed: Seed for choosing the other question.
@@ -95,22 +105,22 @@ class OtherProblemContext(PrivilegedContext):
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         own = examples[index]
-        question, trace = _folded(own.question), _folded(own.trace)
+        question, trace = normalize_text(own.question), normalize_text(own.trace)
         if not trace and not any(example.trace for example in examples):
             return ""
 
         def differs(other: Example) -> bool:
-            return bool(other.trace) and _folded(other.question) != question and _folded(other.trace) != trace
+            return bool(other.trace) and normalize_text(other.question) != question and normalize_text(other.trace) != trace
 
         return _another(index, examples, self.seed, differs, "question and trace").trace
 
 
 class NoContext(PrivilegedContext):
-    """Nothing: the teacher reads the student's wording.
+    """No context: the teacher's prompt is made with the student's template.
 
-    The null control, in which a fixed teacher teaches nothing, only where both roles' prompts are then equal: the chat
-    template's arguments and ``data.prompts.teacher_response_prefix`` may still make them differ, and such a teacher trains
-    the student. A warning says so before training.
+    This is the null control, in which a fixed teacher teaches nothing, if the prompts of both roles are equal. They still
+    differ with other chat template arguments for the teacher, or with ``data.prompts.teacher_response_prefix``. Then the
+    teacher trains the student, and a warning says so before training.
     """
 
     needs_traces = False
@@ -120,10 +130,10 @@ class NoContext(PrivilegedContext):
 
 
 class WrongContext(PrivilegedContext):
-    """The trace with its answer replaced, wherever it stands, by that of a question with another answer.
+    """The trace with every occurrence of its answer replaced by the answer of another question.
 
-    ``data.grader`` calls the result wrong: the other answer is not equal to the reference in any notation, and where the
-    trace stays right because it writes its answer in several ways, the wrong answer alone takes its place.
+    ``data.grader`` grades the result as wrong: the other answer differs from the reference in any notation. If the trace
+    would still be right, because it writes its answer in several ways, the context is the wrong answer alone.
 
     Args:
         seed: Seed for choosing the other question.
@@ -147,9 +157,9 @@ class WrongContext(PrivilegedContext):
         except ConfigError:
             if {other.answer.strip() for other in examples} <= {reference, ""}:
                 raise
-            # All are equal, only written in several ways.
+            # All answers are equal, in several notations.
             answer = next(number for number in ("0", "1") if not self.grader.equal(number, reference))
-        # Alone: not a part of a word, nor of a longer number or fraction.
+        # Not inside a word, a longer number or a fraction.
         alone = rf"(?<!\w)(?<!\d[.,/]){re.escape(reference)}(?!\w)(?![.,/]\d)"
         trace, replaced = re.subn(alone, lambda _: answer, example.trace)
         final = self.grader.find_answer(trace) if replaced else None
@@ -159,10 +169,10 @@ class WrongContext(PrivilegedContext):
 
 
 class ColumnContext(PrivilegedContext):
-    """Another column of the data. A row where it is null or blank is left out.
+    """A text of another column of the data. Rows with null or blank text are dropped.
 
     Args:
-        column: Its name in the source's rows.
+        column: Name of the column in the source's rows.
     """
 
     needs_traces = False
@@ -173,9 +183,8 @@ class ColumnContext(PrivilegedContext):
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         columns = examples[index].columns
         if self.column not in columns:
-            raise UserError(
-                f"data.context.column: the data have no column {self.column!r}; they have {', '.join(map(str, columns))}"
-            )
+            problem = f"the data have no column {self.column!r}; they have {', '.join(map(str, columns))}"
+            raise ConfigError(problem, "data.context.column", "Set it to one of them")
         try:
             return (text_of(columns[self.column]) or "").strip()
         except NotTextError as error:
@@ -186,19 +195,14 @@ class ColumnContext(PrivilegedContext):
 def _another(
     index: int, examples: Sequence[Example], seed: int, differs: Callable[[Example], bool], field_name: str
 ) -> Example:
-    """An example that differs from ``examples[index]``, the same one for the same seed."""
+    """Return an example that differs from ``examples[index]``, always the same one for a seed."""
     start = random.Random(f"{seed} {examples[index].question}").randrange(len(examples))
     for offset in range(len(examples)):
         other = examples[(start + offset) % len(examples)]
         if differs(other):
             return other
     raise ConfigError(
-        f"needs examples that differ in their {field_name}; all {len(examples)} have the same",
+        f"it needs examples with different {field_name}, and all {len(examples)} have the same",
         "data.context",
-        "Give more data, or another context",
+        "Give more data, or choose another context",
     )
-
-
-def _folded(text: str) -> str:
-    """A text with characters in one form and white space folded, to tell whether two are the same."""
-    return " ".join(unicodedata.normalize("NFC", text).split())

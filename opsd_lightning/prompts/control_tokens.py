@@ -1,8 +1,8 @@
-"""Encode text that spells a control token, such as a literal ``<|im_end|>`` in a trace, as ordinary text.
+"""Encode control tokens in data, such as a literal ``<|im_end|>`` in a trace, as ordinary text.
 
-A tokenizer turns every ``<|im_end|>`` of a text into the token that ends a turn, whoever wrote it. Text of the data or of
-the model must not do that inside a prompt. Such places are hidden from the chat template and encoded without added tokens; a
-text without any is encoded as the tokenizer always does.
+A tokenizer turns every ``<|im_end|>`` in a text into the token that ends a turn. Text from the data or the model must not
+end a turn inside a prompt. Such strings are replaced by marks before the chat template is rendered, and then encoded
+without added tokens. A text without control tokens is encoded as usual.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class _Control(NamedTuple):
     """Control tokens of a tokenizer.
 
     Args:
-        key: Size of the vocabulary and the chat template that they were read from.
-        patterns: Matches a control token, in a value that is put into a prompt and in a completion.
-        ids: Ids of all of them.
+        key: Size of the vocabulary, and the chat template, when they were read.
+        patterns: Regular expressions that match a control token in a ``prompt`` and in a ``completion``.
+        ids: Ids of all control tokens.
     """
 
     key: tuple[int, str]
@@ -47,15 +47,15 @@ def _control(tokenizer: PreTrainedTokenizerBase) -> _Control:
         return known
     added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if len(token.content.strip()) > 1}
     special = {token.content for token in added.values() if token.special}
-    # Tags that are not special open and close blocks where the template writes one of a pair, and where they name thinking.
-    # Others, such as Gemma's <table>, are text.
+    # Tags that are not special count as control tokens if the template writes one of the pair, or if they name thinking.
+    # Other tags, such as Gemma's <table>, are text.
     shaped = {token.content for token in added.values() if _TAG.fullmatch(token.content)}
     opening = {token: token.replace("/", "", 1) for token in shaped}
     written = {opening[token] for token in shaped if token in template}
     tags = {token for token in shaped if opening[token] in written or _THINKING.search(token)}
     patterns = {
         "prompt": _any_of(special | tags),
-        # A completion may think, and decoding it keeps what is not special.
+        # A completion may think, and decoding keeps tokens that are not special.
         "completion": _any_of({token for token in special if not _THINKING.search(token)}),
     }
     ids = frozenset(index for index, token in added.items() if token.content in special | tags)
@@ -69,7 +69,7 @@ def _any_of(tokens: set[str]) -> re.Pattern[str]:
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, text: str, where: Literal["prompt", "completion"] = "prompt") -> list[str]:
-    """List the control tokens that a text spells."""
+    """Return the control tokens in a text."""
     return _control(tokenizer).patterns[where].findall(text)
 
 
@@ -79,23 +79,23 @@ def hide(
     inserted: Sequence[Span],
     where: Literal["prompt", "completion"] = "prompt",
 ) -> tuple[str, dict[str, str]]:
-    """Replace control tokens that values put into a text spell, alone or together with the text around them, by marks.
+    """Replace control tokens that overlap inserted values by marks.
 
     Args:
         tokenizer: The tokenizer.
         text: The text.
-        inserted: Places of the values in it. Control tokens elsewhere stay.
-        where: Place in which the text is encoded.
+        inserted: Start and end of the values in it. Control tokens elsewhere stay.
+        where: Use of the text, which decides the tokens that count as control tokens.
 
     Returns:
-        The text, and the spelled token of each mark.
+        The text, and the control token behind each mark.
     """
     hidden: dict[str, str] = {}
     pieces, end = [], 0
     fence = ""
     for match in _control(tokenizer).patterns[where].finditer(text):
         if any(match.start() < stop and start < match.end() for start, stop in inserted):
-            # Of a character for private use, which no template treats in a special way and this text does not hold.
+            # A character for private use that this text does not contain: no template treats it in a special way.
             fence = fence or next((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text), "\ue000")
             mark = f"{fence}{len(hidden)}{fence}"
             hidden[mark] = match[0]
@@ -105,7 +105,7 @@ def hide(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: Mapping[str, str]) -> list[int]:
-    """Encode a text without special tokens of its own, and what each mark of `hide` stands for as ordinary text."""
+    """Encode a text without adding special tokens. Encode the control tokens behind the marks of `hide` as ordinary text."""
     if not hidden:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     pieces = re.split("(" + "|".join(map(re.escape, hidden)) + ")", text)
@@ -130,26 +130,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: Mapping[str, s
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, where: Literal["prompt", "completion"] = "prompt"
 ) -> list[int]:
-    """Encode a text of the data or of the model; control tokens that it spells become ordinary text."""
+    """Encode a text from the data or the model. Its control tokens become ordinary text."""
     marked, hidden = hide(tokenizer, text, [(0, len(text))], where)
     return encode(tokenizer, marked, hidden)
 
 
 def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode a text as if no token had been added to the vocabulary."""
+    """Encode a text without the tokens that were added to the vocabulary."""
     own = {tokenizer.convert_tokens_to_ids(token) for token in spelled(tokenizer, text)}
     backend = _without_added_tokens(tokenizer)
     if backend is not None:
         ids = _behind_a_break(lambda piece: list(backend.encode(piece).ids), text)
         if own.isdisjoint(ids):
             return ids
-    # The model's own vocabulary holds the token, too: no single character is one.
+    # The base vocabulary has the token too. Single characters are never control tokens.
     encode_piece = lambda piece: list(tokenizer.encode(piece, add_special_tokens=False))  # noqa: E731
     return [token for character in text for token in _behind_a_break(encode_piece, character)]
 
 
 def _behind_a_break(encode_piece: Callable[[str], list[int]], text: str) -> list[int]:
-    """Encode a text behind a line break, because some tokenizers put a space in front of a text that begins."""
+    """Encode a text behind a line break, because some tokenizers add a space at the beginning of a text."""
     start, ids = encode_piece("\n"), encode_piece("\n" + text)
     return ids[len(start) :] if ids[: len(start)] == start else encode_piece(text)
 
@@ -169,7 +169,7 @@ _BACKENDS: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A copy of a fast tokenizer that knows no added tokens; None where it cannot be copied."""
+    """Return a copy of a fast tokenizer without added tokens, or None if it cannot be copied."""
     if not tokenizer.is_fast:
         return None
     size, backend = _BACKENDS.get(tokenizer, (-1, None))
@@ -180,7 +180,7 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
             state = json.loads(tokenizer.backend_tokenizer.to_str())
             state |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
             backend = Tokenizer.from_str(json.dumps(state))
-        except Exception:  # a part written in Python cannot be copied; the library has no error of its own
+        except Exception:  # parts written in Python cannot be copied, and tokenizers has no error class
             backend = None
         _BACKENDS[tokenizer] = (len(tokenizer), backend)
     return backend

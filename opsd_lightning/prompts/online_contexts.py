@@ -1,7 +1,8 @@
-"""What the teacher reads, where that is made anew at each step: from the student's own completions, or by the teacher.
+"""Privileged contexts that are made at each step, from the student's completions or by the teacher.
 
-Contexts of a question alone are in contexts.py. Sources: majority vote, U-OPSD (arXiv 2608.06296); shortest correct, SSOPD
-(arXiv 2605.17497); `ReasonFirst` is the paper's variant in which the teacher first writes about the trace.
+Contexts that are made once from the data are in contexts.py. Sources: majority vote, U-OPSD (arXiv 2608.06296); shortest
+correct completion, SSOPD (arXiv 2605.17497); `ReasonFirst` is the variant of arXiv 2601.18734 in which the teacher first
+writes about the trace.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from jsonargparse.typing import OpenUnitInterval
 
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.prompts.templates import fill
-from opsd_lightning.types import Example, PromptBatch, Rollouts, Sampling, UserError
+from opsd_lightning.types import ConfigError, Example, PromptBatch, Rollouts, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class Attempts(NamedTuple):
-    """A step's completions, read and graded; completion ``i`` belongs to question ``i // n``.
+    """The decoded and graded completions of a step. Completion ``i`` belongs to question ``i // n``.
 
     Args:
-        examples: One a question.
-        texts: Of each completion, without special tokens.
-        answers: Its final answer, or None.
-        correct: Whether that is right.
-        finished: Whether it ended by itself.
-        n: Completions of each question.
-        grader: Which graded them.
-        problems: Why grading of each gave no verdict, see `Grade`.
+        examples: The questions.
+        texts: Text of each completion, without special tokens.
+        answers: Final answer of each completion. None if it has none.
+        correct: True for each completion with a right answer.
+        finished: True for each completion that ended with an EOS token.
+        n: Number of completions of each question.
+        grader: The grader of the answers.
+        problems: Reason why a completion could not be graded, for each completion. See `Grade`.
     """
 
     examples: Sequence[Example]
@@ -48,7 +49,7 @@ class Attempts(NamedTuple):
 def read_attempts(
     tokenizer: PreTrainedTokenizerBase, grader: MathGrader, batch: PromptBatch, rollouts: Rollouts
 ) -> Attempts:
-    """Completions as text, with their answers and grades."""
+    """Decode and grade completions."""
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rollouts.completions]
     grades = grader.grades(texts, [batch.examples[i // rollouts.n].answer for i in range(len(texts))])
     answers, correct = [grade.answer for grade in grades], [grade.correct for grade in grades]
@@ -56,38 +57,44 @@ def read_attempts(
     return Attempts(batch.examples, texts, answers, correct, rollouts.terminated, rollouts.n, grader, problems)
 
 
-#: Has the teacher's weights answer one user message each: message texts, and what to sample, to texts; None where message
-#: and answer do not fit the model's context.
+#: Samples the teacher's answers to user messages. None for a message that does not fit the context with its answer.
 Write = Callable[[Sequence[str], Sampling], list[str | None]]
 
 
 class OnlineContext(ABC):
-    """What the teacher reads beside the question, made at each step.
+    """Base class of texts that the teacher reads beside the question, made at each step.
 
     Attributes:
-        needs_traces: Whether it is made of the data's traces: if not, training questions need none.
-        needs_answers: Whether it looks at grades: if not, training questions need no reference answer either.
+        needs_traces: If True, the context is made of traces, and training questions without one are dropped.
+        needs_answers: If True, the context depends on grades, and training questions without answer and trace are dropped.
     """
 
     needs_traces: bool = False
     needs_answers: bool = True
 
     def check(self, sampling: Sampling) -> None:
-        """Raise `UserError` where it cannot work with what is sampled in training."""
+        """Raise `ConfigError` if the context cannot be made with these settings of ``model.sampling``."""
 
     @abstractmethod
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
-        """The context of every completion, for ``data.prompts.teacher_template``. None: there is none, and nothing is
-        learned from the completion. The examples' traces are already cut to ``data.prompts.max_trace_tokens``."""
+        """Return the context of every completion, for ``data.prompts.teacher_template``.
+
+        Args:
+            attempts: The completions. The traces of its examples are cut to ``data.prompts.max_trace_tokens``.
+            write: Samples answers of the teacher.
+
+        Returns:
+            One text per completion. The loss ignores a completion whose context is None.
+        """
 
 
 class ReasonFirst(OnlineContext):
-    """The teacher's weights first write an analysis of the trace, which then stands in its context below the trace.
+    """The trace and an analysis of it, which the teacher writes first.
 
     Args:
-        template: The user message that asks for the analysis, with ``{question}`` and ``{trace}``.
-        joined: What the teacher then reads, with ``{trace}`` and ``{analysis}``.
-        sampling: How the analysis is sampled: greedy, at most 256 tokens, unless given. Its ``n`` is 1.
+        template: User message that asks for the analysis, with ``{question}`` and ``{trace}``.
+        joined: Context of the teacher, with ``{trace}`` and ``{analysis}``.
+        sampling: Sampling of the analysis. Its ``n`` must be 1. Defaults to greedy decoding of at most 256 tokens.
     """
 
     needs_traces = True
@@ -101,9 +108,10 @@ class ReasonFirst(OnlineContext):
     ) -> None:
         for name, text, needed in (("template", template, "trace"), ("joined", joined, "analysis")):
             if f"{{{needed}}}" not in text:
-                raise ValueError(f"model.context.init_args.{name} lacks the placeholder {{{needed}}}")
+                raise ConfigError(f"it lacks {{{needed}}}", f"model.context.init_args.{name}", "Add the placeholder")
         if sampling.n != 1:
-            raise ValueError("model.context.init_args.sampling.n must be 1: one analysis a question")
+            problem = f"it is {sampling.n}, and each question gets one analysis"
+            raise ConfigError(problem, "model.context.init_args.sampling.n", "Set it to 1")
         self.template, self.joined, self.sampling = template, joined, sampling
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
@@ -117,18 +125,19 @@ class ReasonFirst(OnlineContext):
 
 
 class _OwnCompletionContext(OnlineContext):
-    """The shortest of a question's completions that are good enough, another one than that which is scored."""
+    """The shortest accepted completion of the same question, other than the scored one."""
 
     def check(self, sampling: Sampling) -> None:
         if sampling.n < 2:
-            raise UserError(
-                f"model.context is {type(self).__name__}, which shows the teacher another completion of the same question, "
-                f"but model.sampling.n is {sampling.n}: set it to 4, say, and divide data.batch_size by as much"
+            raise ConfigError(
+                f"it is {sampling.n}, and {type(self).__name__} shows the teacher another completion of the same question",
+                "model.sampling.n",
+                "Set it to 4, for example, and divide data.batch_size by 4",
             )
 
     @abstractmethod
     def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
-        """Which of one question's completions may be shown."""
+        """Return True for each completion of a question that the teacher may read."""
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         found: list[str | None] = []
@@ -145,19 +154,19 @@ class _OwnCompletionContext(OnlineContext):
 
 
 class ShortestCorrectContext(_OwnCompletionContext):
-    """The shortest correct completion of the same question: needs the reference answer, but no trace."""
+    """The shortest correct completion of the same question. Needs the reference answer, but no trace."""
 
     def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
         return list(correct)
 
 
 class MajorityContext(_OwnCompletionContext):
-    """The shortest completion with the answer that most of a question's completions give: needs no reference at all.
+    """The shortest completion with the most frequent answer to the question. Needs neither answer nor trace.
 
-    Answers that are mathematically equal ("0.5" and "1/2") are one, as in maj@k.
+    Mathematically equal answers ("0.5" and "1/2") count as one, as in maj@k.
 
     Args:
-        min_share: The share of a question's completions that must agree, above 0 and below 1.
+        min_share: Share of a question's completions that must agree, above 0 and below 1.
     """
 
     needs_answers = False
@@ -166,7 +175,7 @@ class MajorityContext(_OwnCompletionContext):
         self.min_share = OpenUnitInterval(min_share)
 
     def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
-        cast = grader.votes(answers, [False] * len(answers))  # none is known to be right
+        cast = grader.votes(answers, [False] * len(answers))  # the context may not use the reference
         most = Counter(vote for vote in cast if vote is not None).most_common(2)
         if not most or most[0][1] < self.min_share * len(answers) or (len(most) > 1 and most[1][1] == most[0][1]):
             return [False] * len(answers)
@@ -174,11 +183,11 @@ class MajorityContext(_OwnCompletionContext):
 
 
 class FeedbackContext(OnlineContext):
-    """The completion itself with the grader's verdict on it, and the reference answer if it is wrong: needs no trace.
+    """The completion itself with its grade, and the reference answer if it is wrong. Needs no trace.
 
     Args:
-        right: What the teacher reads of a right one, with ``{attempt}``, ``{answer}`` and ``{reference}`` as it likes.
-        wrong: Of a wrong one.
+        right: Context for a right completion. Placeholders are ``{attempt}``, ``{answer}`` and ``{reference}``.
+        wrong: Context for a wrong completion, with the same placeholders.
     """
 
     def __init__(

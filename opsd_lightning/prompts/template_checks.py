@@ -1,7 +1,7 @@
-"""Checks that what is set reaches the prompts: question, context, system message and arguments of the chat template.
+"""Checks that settings reach the prompts: question, context, system message and arguments of the chat template.
 
-Both roles' prompts are rendered with texts that no template holds, and again without each argument. Needs the tokenizer
-alone.
+The prompts of both roles are rendered with texts that no template contains, and again without each argument. The checks need
+only the tokenizer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from opsd_lightning.types import ConfigError, Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Cases, digits, white space of every kind, TeX, quotes, markup and other scripts: whatever a template may change. Long, for
-# one that cuts.
+# Both cases, digits, white space, TeX, quotes, markup and other scripts: text that a template may change. Long texts detect
+# templates that cut.
 _HARD = "aB 12  $\\frac{1}{2}$\n\n\t<x> & \"y\" 'z' {v} \N{LATIN SMALL LETTER E WITH ACUTE}\N{CJK UNIFIED IDEOGRAPH-4E2D} "
 _QUESTION = "Pangolin " + _HARD * 400 + "aardvark"
 _CONTEXT = "Quokka " + _HARD * 1600 + "wombat"
@@ -30,7 +30,7 @@ _SYSTEM = "Okapi " + _HARD * 100 + "numbat"
 _SHORT = Example("Pangolin 1+1?", "", "")
 _FAILED = "\0"
 
-# Words for a truth value, each with its opposite.
+# Words for truth values, with their opposites.
 _OPPOSITE = {"true": "false", "yes": "no", "on": "off", "1": "0"}
 _OPPOSITE |= {other: word for word, other in _OPPOSITE.items()}
 
@@ -46,12 +46,12 @@ class _Role(NamedTuple):
 
 
 def rendering_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, teacher: bool = True) -> list[ConfigError]:
-    """Find what is set and does not reach the prompts.
+    """Return the settings that do not reach the prompts.
 
     Args:
-        tokenizer: The policy's.
-        prompts: The wording.
-        teacher: Look at the teacher's prompts, too.
+        tokenizer: The policy's tokenizer.
+        prompts: Templates of the prompts.
+        teacher: If True, check the teacher's prompts too.
     """
     roles = [_Role("student", prompts.student_template, prompts.student_chat_template_kwargs)]
     if teacher:
@@ -68,15 +68,15 @@ def _role_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _
     reserved |= {"messages", "strftime_now", "raise_exception"}
     taken = [name for name in role.kwargs if name in reserved]
     for name in taken:
-        problem = f"{name} is an argument of the rendering itself, which would cut or change the prompts"
-        yield ConfigError(problem, role.setting, f"Leave {name} out: variables of the chat template belong here")
+        problem = f"{name} is an argument of apply_chat_template, and would cut or change the prompts"
+        yield ConfigError(problem, role.setting, f"Leave {name} out, and give only variables of the chat template")
     role = role._replace(kwargs={name: value for name, value in role.kwargs.items() if name not in taken})
 
     def rendered(content: str, system: str | None = prompts.system, kwargs: dict[str, Any] = role.kwargs) -> str:
         wording = replace(prompts, system=system)
         return wording.rendered(tokenizer, wording.messages(content), kwargs)
 
-    content = fill(role.template, question=_QUESTION, context=_CONTEXT).strip()  # templates may strip it, too
+    content = fill(role.template, question=_QUESTION, context=_CONTEXT).strip()  # templates may strip it too
     try:
         text = rendered(content)
     except ConfigError as error:
@@ -88,10 +88,10 @@ def _role_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _
     if prompts.system is not None:
         try:
             times = rendered(content, _SYSTEM).count(_SYSTEM)
-        except ConfigError:  # it only takes some system messages
+        except ConfigError:  # the template accepts only some system messages
             times = 1
         if times != 1:
-            does = "writes it several times" if times else "leaves it out or changes it"
+            does = "repeats it" if times else "drops or changes it"
             yield ConfigError(
                 f"the chat template {does}",
                 "data.prompts.system",
@@ -102,7 +102,7 @@ def _role_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _
 
 
 def _failure(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, error: ConfigError) -> ConfigError:
-    """Name the setting without which the template does not fail."""
+    """Return the error of a template that fails, with the setting that makes it fail."""
 
     def works(system: str | None, kwargs: dict[str, Any]) -> bool:
         wording = replace(prompts, system=system)
@@ -122,7 +122,7 @@ def _failure(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, 
 
 
 def _lost(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, content: str, text: str) -> ConfigError:
-    """Say which part of a role's turn does not come through, and which setting keeps it out."""
+    """Return the error of a template that drops or changes a role's message, with the setting that makes it do so."""
     parts = {"question": _QUESTION, "context": _CONTEXT} if role.name == "teacher" else {"question": _QUESTION}
     ends = {part: (value.split()[0], value.split()[-1]) for part, value in parts.items()}
     lower = text.lower()
@@ -130,9 +130,9 @@ def _lost(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, con
     if gone:
         problem = f"the chat template drops the {' and the '.join(gone)} of the {role.name}'s prompt"
     elif text.count(content) > 1:
-        problem = f"the chat template writes the {role.name}'s turn {text.count(content)} times"
+        problem = f"the chat template writes the {role.name}'s message {text.count(content)} times"
     else:
-        problem = f"the chat template cuts or changes the text of the {role.name}'s turn"
+        problem = f"the chat template cuts or changes the {role.name}'s message"
     for name in role.kwargs:
         rest = {key: value for key, value in role.kwargs.items() if key != name}
         try:
@@ -144,7 +144,7 @@ def _lost(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, con
 
 
 def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role) -> Iterator[ConfigError]:
-    """Arguments that change nothing, and values that the template does not know or takes for another type."""
+    """Yield arguments that change nothing, and values that the template does not know or reads as another type."""
     content = fill(role.template, question=_SHORT.question, context="Quokka")
     template = str(tokenizer.get_chat_template(tools=role.kwargs.get("tools")))
     literals = _literals(template)
@@ -158,7 +158,7 @@ def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Ro
     now = rendered(role.kwargs)
     for name, value in role.kwargs.items():
         opposite = _OPPOSITE.get(value.strip().lower()) if isinstance(value, str) else None
-        if opposite is not None:  # the template may want it as it is written: "True" for "False"
+        if opposite is not None:  # the template may compare with a word: "True" for "False"
             as_words = [opposite, opposite.capitalize(), opposite.upper()]
             told_apart = any(rendered(role.kwargs | {name: word}) != now for word in as_words)
         else:
@@ -187,7 +187,7 @@ def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Ro
 
 
 def _literals(template: str) -> list[str]:
-    """Texts and numbers that a template holds in its code, each once: the values that it can compare or give by default."""
+    """Return the string and number literals of a template: values that it compares with or sets by default."""
     from jinja2 import Environment
 
     tokens = Environment().lexer.tokenize(template)
@@ -195,7 +195,7 @@ def _literals(template: str) -> list[str]:
 
 
 def _others(value: Any, literals: list[str]) -> list[Any]:
-    """Other values of the same type, to find out whether the template reads an argument that has its default value."""
+    """Return other values of the same type. They show if the template reads an argument that has its default value."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):
@@ -205,22 +205,22 @@ def _others(value: Any, literals: list[str]) -> list[Any]:
     return [True, False, "x"] if value is None else []
 
 
-# -- what is said, not refused -----------------------------------------------------------------------------------------
+# -- warnings ----------------------------------------------------------------------------------------------------------
 
 
 def reads_date(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
-    """Return whether the template asks for today's date."""
+    """Return True if the template writes today's date."""
     other = replace(prompts, date=str(prompts.day - timedelta(days=400)))
     return other.student(tokenizer, _SHORT) != prompts.student(tokenizer, _SHORT)
 
 
 def is_null_control(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
-    """Return whether both roles read the same where the teacher gets no context."""
+    """Return True if the prompts of both roles are equal without a context."""
     return prompts.student(tokenizer, _SHORT) == prompts.teacher(tokenizer, _SHORT, None)
 
 
 def opens_answer(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, kwargs: dict[str, Any]) -> bool:
-    """Return whether a prompt ends where an answer begins: the template has a generation prompt, or needs none."""
+    """Return True if an answer can follow a prompt: the template has a generation prompt, or needs none."""
     messages = prompts.messages(_SHORT.question)
     bare = prompts.rendered(tokenizer, messages, kwargs, generation=False)
     opened = prompts.rendered(tokenizer, messages, kwargs)

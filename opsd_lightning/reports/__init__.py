@@ -1,1 +1,1 @@
-"""Reports of runs as HTML pages."""
+"""HTML reports of runs and of single tokens."""

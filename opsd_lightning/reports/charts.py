@@ -1,4 +1,4 @@
-"""The charts of a run's report, and what is drawn in them."""
+"""Charts of a run's report and their data."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 from opsd_lightning.runs.reader import Point, Run
 
-_OTHER = "All else that was logged"
-_MOST_POINTS = 1200  # of a curve; of more, neighbours are averaged
+_OTHER = "Other metrics"
+_MAX_POINTS = 1200  # points of a curve; longer curves show means of neighboring points
 
-# Each chart: title, what its axis is in, whether in percent, and its series: name and label; names from "+" on are left out
-# where several runs share the chart.
+# Each chart has a title, a unit, a flag for percent, and series of a metric's name and a label. Series whose name starts
+# with "+" are left out of reports of several runs.
 _CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "", False, (("train/loss", "loss"),)),
-    ("Reward", "mean of a step's completions", False, (("train/reward", "reward"),)),
+    ("Reward", "mean over the completions of a step", False, (("train/reward", "reward"),)),
     (
         "Divergence",
-        "nats a token, before any clip",
+        "nats per token, before any clip",
         False,
         (("train/forward_kl", "forward KL"), ("train/reverse_kl", "reverse KL")),
     ),
     ("Divergence of the first token", "nats, forward KL", False, (("train/first_token_forward_kl", "forward KL"),)),
-    ("Entropy", "nats a token", False, (("train/student_entropy", "student"), ("train/teacher_entropy", "teacher"))),
+    ("Entropy", "nats per token", False, (("train/student_entropy", "student"), ("train/teacher_entropy", "teacher"))),
     (
         "Completion length",
         "tokens",
@@ -55,7 +55,7 @@ _SHOWN_ELSEWHERE = {"train/tokens_generated", "train/eos_rate", "val/questions",
 
 
 def curves_of(run: Run, name: str) -> dict[str, Any]:
-    """A run's metrics as columns, for the page's script."""
+    """Return a run's metrics as columns, for the page's script."""
     found: dict[str, Any] = {"name": name}
     for kind, points in (("train", run.train), ("val", run.validations)):
         points = _thinned(points)
@@ -66,7 +66,7 @@ def curves_of(run: Run, name: str) -> dict[str, Any]:
             "seconds": [point.seconds for point in points],
             "values": {name: [_number(point.values.get(name)) for point in points] for name in names},
         }
-    if run.accuracy:  # under names that do not hold the number of completions, in which runs may differ
+    if run.accuracy:  # names without the number of completions, which can differ between runs
         values, k = found["val"]["values"], run.accuracy.rpartition("@")[2]
         for role in ("", "teacher_"):
             for metric in ("avg", "pass", "maj"):
@@ -79,7 +79,8 @@ def curves_of(run: Run, name: str) -> dict[str, Any]:
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    size = math.ceil(len(points) / _MOST_POINTS)
+    """Average neighboring points, so that at most `_MAX_POINTS` are left."""
+    size = math.ceil(len(points) / _MAX_POINTS)
     if size <= 1:
         return points
     found = []
@@ -92,7 +93,7 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 
 def charts_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What is drawn, in order; only charts that at least one run has something for."""
+    """Return the charts that at least one run has data for, in the order of the page."""
     logged = dict.fromkeys(name for run in runs for point in (*run.train, *run.validations) for name in point.values)
     charts: list[dict[str, Any]] = []
 
@@ -109,11 +110,11 @@ def charts_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
         k = ks.pop() if len(ks) == 1 else "k"
         roles = [("avg", "student")]
         if any("/teacher_avg@" in name for name in logged):
-            roles.append(("teacher_avg", "teacher, who reads the solution"))
+            roles.append(("teacher_avg", "teacher (reads the solution)"))
         add("Accuracy", f"Validation accuracy, avg@{k}", "band: ± one standard error", True, roles, main=True)
         if k != "1":
-            add("Accuracy", f"pass@{k}: at least one of {k} completions right", "", True, [("pass", f"pass@{k}")])
-            add("Accuracy", f"maj@{k}: the majority's answer right", "", True, [("maj", f"maj@{k}")])
+            add("Accuracy", f"pass@{k}: at least one of {k} completions is correct", "", True, [("pass", f"pass@{k}")])
+            add("Accuracy", f"maj@{k}: the majority answer is correct", "", True, [("maj", f"maj@{k}")])
     used: set[str] = set(_SHOWN_ELSEWHERE)
     for title, unit, percent, series in _CHARTS:
         used |= {name.removeprefix("+") for name, _ in series}

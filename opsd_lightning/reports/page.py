@@ -1,15 +1,12 @@
-"""``opsd report RUN ...``: one self-contained HTML page of one run, or of several side by side."""
+"""Report of one or more runs as a self-contained HTML page, and the command ``opsd report``."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,55 +14,60 @@ from urllib.parse import quote
 
 from opsd_lightning import __version__
 from opsd_lightning.reports.charts import charts_of, curves_of
-from opsd_lightning.runs.reader import RECORD, Point, Run, differences, read_run
-from opsd_lightning.types import UserError
-from opsd_lightning.utils.files import replace, script_json
+from opsd_lightning.reports.html import count, render_template
+from opsd_lightning.runs.reader import RECORD_FOLDER, Point, Run, differing_settings, read_run
+from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.statistics import mean_and_interval, wilson, wilson_interval
-from opsd_lightning.utils.terminal import Arguments, say
-
-_NOTHING = "\N{EN DASH}"
+from opsd_lightning.utils.terminal import SafeArgumentParser, say
 
 
 def write_report(runs: Sequence[str | Path | Run], output: str | Path = "report.html") -> Path:
-    """Write one HTML page that shows runs side by side. It needs no network and no other file.
+    """Write a report of runs side by side as one HTML page, which needs no network and no other file.
 
     Args:
-        runs: Folders of runs, or runs already read (`runs.reader.read_run`).
-        output: The page. Replaced if it exists.
+        runs: Folders of runs, or runs from `runs.reader.read_run`.
+        output: Path of the page. An earlier page there is replaced.
 
     Returns:
-        Where it is.
+        Path of the page.
 
     Raises:
-        UserError: A folder holds no run, or the page cannot be written there.
+        UserError: A folder holds no run, or its files are damaged.
+        ConfigError: There is no run, or the page cannot be written.
     """
     found = [run if isinstance(run, Run) else read_run(run) for run in runs]
     if not found:
-        raise UserError("a report needs a run: give the folder of one")
+        raise ConfigError("there is no run to report", "runs", "Give the folder of at least one run")
     output = Path(output)
     if output.is_dir():
-        raise UserError(f"{output} is a folder: give the page's own name, such as {output / 'report.html'}")
+        fix = f"Give the path of a file, such as {output / 'report.html'}"
+        raise ConfigError(f"{output} is a folder", "output", fix)
     check_page(output, "output")
     try:
         html = render(found, output)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no page can be made of these runs, whose files hold what no run writes ({reason})") from error
+        raise UserError(f"cannot make a report of these runs, since a file of them is damaged ({reason})") from error
     try:
-        replace(output, html)
+        atomic_write(output, html)
     except OSError as error:
-        raise UserError(f"the page cannot be written to {output}: {error}") from None
+        fix = "Choose a file that can be written"
+        raise ConfigError(f"cannot write to {output} ({error})", "output", fix) from None
     return output
 
 
 def main(argv: list[str] | None = None) -> None:
-    """``opsd report``."""
-    parser = Arguments(prog="opsd report", description="One HTML page of one run, or of several side by side.")
+    """Run ``opsd report``."""
+    parser = SafeArgumentParser(prog="opsd report", description="Write a report of one or more runs as one HTML page.")
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run's folder: its trainer.default_root_dir, or a CSV log's version folder"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run (its trainer.default_root_dir) or version folder of a CSV log",
     )
-    parser.add_argument("--output", default="report.html", help="the page (default: %(default)s)")
+    parser.add_argument("--output", default="report.html", help="path of the page (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
         say(f"The report is in {write_report(options.runs, options.output)}")
@@ -75,46 +77,35 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def render(runs: Sequence[Run], output: Path) -> str:
-    """The page's HTML.
+    """Render the report as HTML.
 
     Args:
-        runs: What it shows.
-        output: Where it will lie: links to files beside a run are relative to it.
+        runs: Runs to show.
+        output: Path of the page. Links to files of a run are relative to it.
     """
-    from markupsafe import Markup
-
     names = _names(runs)
-    pages = [_of_run(run, name, output) for run, name in zip(runs, names, strict=True)]
+    pages = [_run_values(run, name, output) for run, name in zip(runs, names, strict=True)]
     data = {"runs": [curves_of(run, name) for run, name in zip(runs, names, strict=True)], "charts": charts_of(runs)}
     versions = [page["start"].get("versions", {}) for page in pages]
-    return _template().render(
+    return render_template(
+        "report.html",
+        script_json(data),
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
         runs=pages,
         sections=list(dict.fromkeys(chart["section"] for chart in data["charts"])),
         charts=data["charts"],
-        differing=list(differences(runs).items()) if len(runs) > 1 else [],
+        differing=list(differing_settings(runs).items()) if len(runs) > 1 else [],
         versions={name: [found.get(name) for found in versions] for name in dict.fromkeys(n for v in versions for n in v)},
-        data=Markup(script_json(data)),
         made=datetime.now().astimezone().isoformat(timespec="minutes"),
         version=__version__,
-    )
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "count": _count, "duration": duration, "shown": _shown, "when": _when}
-    return environment.from_string(
-        (files("opsd_lightning.reports") / "templates" / "report.html").read_text(encoding="utf-8")
     )
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
+def _run_values(run: Run, name: str, output: Path) -> dict[str, Any]:
+    """Return the values that the template shows of a run."""
     blank = dict.fromkeys(("command", "time", "step", "seed", "folder", "devices", "git"))
     starts = [blank | start for start in run.info.get("starts", [])]
     start: dict[str, Any] = starts[-1] if starts else {}
@@ -125,11 +116,13 @@ def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
         top, _, rest = setting.partition(".")
         groups.setdefault(top if rest else "run", []).append((setting, value))
     command = starts[0].get("command") if starts else None
-    config = run.root / RECORD / "config.yaml"
-    # What a log of every step says: Lightning's loggers may have been asked for every tenth only.
+    config = run.root / RECORD_FOLDER / "config.yaml"
+    # Times of steps add up to the time of the run only if every step was logged. A CSV log may have every tenth only.
     steps = [point.step for point in run.train]
-    whole = len(steps) > 1 and all(b - a == steps[0] for a, b in pairwise(steps))
-    spent = [value for point in run.train for key, value in point.values.items() if re.fullmatch(r"time/\w+_seconds", key)]
+    is_complete = len(steps) > 1 and all(b - a == steps[0] for a, b in pairwise(steps))
+    step_seconds = [
+        value for point in run.train for key, value in point.values.items() if re.fullmatch(r"time/\w+_seconds", key)
+    ]
     seconds = max((p.seconds for p in (*run.train, *run.validations) if p.seconds is not None), default=None)
     return {
         "name": name,
@@ -140,7 +133,7 @@ def _of_run(run: Run, name: str, output: Path) -> dict[str, Any]:
         "steps": last.step,
         "max_steps": settings.get("trainer.max_steps"),
         "tokens": last.tokens,
-        "seconds": seconds if seconds is not None else (sum(spent) if whole and spent else None),
+        "seconds": seconds if seconds is not None else (sum(step_seconds) if is_complete and step_seconds else None),
         "clock": "since the start" if seconds is not None else "of rollouts and scoring",
         "about": _about(settings, start),
         "start": start,
@@ -164,16 +157,16 @@ def _status(run: Run, step: int) -> dict[str, str]:
         return {"kind": "", "text": "read from a CSV log"}
     status, reason = run.info.get("status"), run.info.get("reason", "")
     if status == "finished":
-        return {"kind": "good", "text": f"finished after {_count(step)} steps"}
+        return {"kind": "good", "text": f"finished after {count(step)} steps"}
     if status == "stopped":
-        return {"kind": "warn", "text": f"stopped by CollapseGuard after {_count(step)} steps"}
+        return {"kind": "warn", "text": f"stopped by CollapseGuard after {count(step)} steps"}
     if status == "idle":
-        return {"kind": "bad", "text": f"made {_count(step)} steps, but {reason}"}
+        return {"kind": "bad", "text": f"made {count(step)} steps, but {reason}"}
     if status == "failed":
-        return {"kind": "bad", "text": f"ended by an error after step {step}: {reason}"}
+        return {"kind": "bad", "text": f"failed after step {step}: {reason}"}
     if status == "interrupted":
-        how = "by hand (Ctrl-C)" if reason in ("", "SIGINT") else f"by {reason}"
-        return {"kind": "warn", "text": f"interrupted {how} after step {step}"}
+        cause = "Ctrl-C" if reason in ("", "SIGINT") else reason
+        return {"kind": "warn", "text": f"interrupted by {cause} after step {step}"}
     return {"kind": "warn", "text": f"at step {step} when this page was made: still running, or killed since"}
 
 
@@ -203,14 +196,21 @@ def _accuracy(run: Run) -> dict[str, Any] | None:
 
 
 def _interval(share: float, error: float | None, questions: float | None) -> tuple[float, float] | None:
-    """95 % interval of an accuracy: Wilson's, as if of so many questions as its standard error over questions tells of."""
+    """Return Wilson's 95 % interval of an accuracy.
+
+    Args:
+        share: The accuracy.
+        error: Its standard error over questions. The interval is then that of as many independent answers as have this
+            standard error.
+        questions: Number of questions, used without a standard error.
+    """
     if error:
         return wilson_interval(share, max(share * (1 - share) / error**2, 1.0))
     return wilson_interval(share, questions) if questions else None
 
 
 def _first_last(run: Run) -> list[dict[str, Any]]:
-    """For a run without validation: what stands in the place of accuracy."""
+    """Return the first and last values of up to two training metrics, shown for a run without validation."""
     found = []
     for name in ("reward", "reverse_kl", "forward_kl", "loss"):
         label, name = name.replace("_kl", " KL"), f"train/{name}"
@@ -221,7 +221,7 @@ def _first_last(run: Run) -> list[dict[str, Any]]:
 
 
 def _about(settings: Mapping[str, Any], start: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The few facts that tell one run from another at a glance."""
+    """Return the main settings of a run with their labels."""
 
     def part(name: str, *inner: str) -> str:
         found = [str(settings[name])] + [f"{i.rpartition('.')[2]} {settings[i]}" for i in inner if i in settings]
@@ -234,7 +234,7 @@ def _about(settings: Mapping[str, Any], start: Mapping[str, Any]) -> list[tuple[
         ("Divergence", "model.objective.divergence"),
         ("Clip", "model.objective.clip"),
         ("Context", "model.context"),
-        ("Reads", "data.context"),
+        ("Teacher reads", "data.context"),
         ("Data", "data.train"),
         ("Optimizer", "model.optimizer"),
     ]
@@ -247,7 +247,7 @@ def _about(settings: Mapping[str, Any], start: Mapping[str, Any]) -> list[tuple[
 
 
 def _samples(run: Run) -> dict[str, Any] | None:
-    """The first and the last completions of the same questions, those whose grade changed first."""
+    """Return the first and the last completions of the same questions. Questions whose grade changed come first."""
     kind = "val" if any(line["kind"] == "val" for line in run.samples) else "train"
     kept = {line["step"]: line for line in run.samples if line["kind"] == kind}
     if not kept:
@@ -258,7 +258,7 @@ def _samples(run: Run) -> dict[str, Any] | None:
     elif kind == "val":
         after = {(record["index"], record["question"]): record for record in last["records"]}
         pairs = [(record, after.get((record["index"], record["question"]))) for record in first["records"]]
-    else:  # other questions at every step
+    else:  # training steps have different questions
         pairs = [(record, None) for record in first["records"]] + [(None, record) for record in last["records"]]
     changed = {(False, True): 0, (True, False): 1}
     if kind == "val":
@@ -267,7 +267,7 @@ def _samples(run: Run) -> dict[str, Any] | None:
 
 
 def _held_out(run: Run) -> dict[str, Any] | None:
-    """Accuracy on the held-out questions of the quick start's tests, and its change on the same questions."""
+    """Return the accuracy on held-out questions before and after training (quick start), and its change."""
     if not run.held_out:
         return None
     rows = []
@@ -293,17 +293,17 @@ def _held_out(run: Run) -> dict[str, Any] | None:
 
 
 def _links(run: Run, output: Path) -> list[tuple[str, str]]:
-    def of(setting: str, default: str) -> str:
+    def path(setting: str, default: str) -> str:
         return str(run.settings.get(f"trainer.callbacks.{setting}") or default)
 
     beside = [
-        ("Token report", of("TokenReport.path", "tokens.html")),
-        ("Adapter", of("AdapterExport.folder", "adapter")),
-        ("Merged model", of("AdapterExport.merged_folder", "merged")),
-        ("Rollouts (CSV)", of("RolloutTable.path", "rollouts.csv")),
-        ("Record", RECORD),
-        ("Held-out completions before", "before/test.jsonl"),
-        ("and after", "after/test.jsonl"),
+        ("Token report", path("TokenReport.path", "tokens.html")),
+        ("Adapter", path("AdapterExport.folder", "adapter")),
+        ("Merged model", path("AdapterExport.merged_folder", "merged")),
+        ("Rollouts (CSV)", path("RolloutTable.path", "rollouts.csv")),
+        ("Record", RECORD_FOLDER),
+        ("Held-out completions before training", "before/test.jsonl"),
+        ("Held-out completions after training", "after/test.jsonl"),
     ]
     return [
         (label, quote(_relative(run.root / name, output.resolve().parent)))
@@ -320,38 +320,9 @@ def _relative(path: Path, start: Path) -> str:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Short names that differ: the folder's, with as much of the path before it as is needed."""
+    """Return the folder names of runs, with as many parent folders as make them unique."""
     for depth in range(1, 6):
         names = ["/".join((*run.root.parts[-depth:][:-1], run.name)) for run in runs]
         if len(set(names)) == len(names):
             return names
     return [f"{run.name} ({number})" for number, run in enumerate(runs, 1)]
-
-
-# -- how values are written --------------------------------------------------------------------------------------------
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return _NOTHING if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _count(value: float | None) -> str:
-    return _NOTHING if value is None else f"{int(value):,}".replace(",", "\u202f")
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in words."""
-    if seconds is None:
-        return _NOTHING
-    if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _shown(value: Any) -> str:
-    return _NOTHING if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _when(text: str | None) -> str:
-    return _NOTHING if not text else text[:16].replace("T", " ")

@@ -1,4 +1,7 @@
-"""The callback that keeps a run's record and makes a page of it: `RunReport`. Reading: `runs.reader`. The page: `page`."""
+"""Callback `RunReport`, which keeps the record of a run and writes its report as an HTML page.
+
+`runs.reader` reads the record, and `reports.page` renders the page.
+"""
 
 from __future__ import annotations
 
@@ -17,75 +20,84 @@ from torch import Tensor
 
 from opsd_lightning.callbacks.collapse_guard import CollapseGuard
 from opsd_lightning.callbacks.schedule import newly_logged
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.evaluation.evaluator import Records
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.prompts.online_contexts import read_attempts
 from opsd_lightning.reports.page import write_report
-from opsd_lightning.runs.reader import RECORD, read_lines
+from opsd_lightning.runs.reader import RECORD_FOLDER, read_complete_lines
 from opsd_lightning.runs.record import (
     CHECKPOINT_ID,
     Record,
     check_record,
-    commit,
-    described,
-    devices,
-    is_open,
-    launcher,
-    now,
-    path_of,
-    versions,
+    class_path_of,
+    describe_object,
+    device_summary,
+    git_commit,
+    is_unfinished,
+    launch_command,
+    library_versions,
+    timestamp,
 )
-from opsd_lightning.runs.resuming import validates_first
+from opsd_lightning.runs.resuming import starts_with_validation
 from opsd_lightning.runs.signals import Stopped
-from opsd_lightning.types import PromptBatch, Rollouts, UserError
-from opsd_lightning.utils.disk_errors import clear, note, unwritten
+from opsd_lightning.types import ConfigError, PromptBatch, Rollouts
+from opsd_lightning.utils.disk_errors import record_failure, record_success, write_failures
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.loggers import log_page
 from opsd_lightning.utils.redaction import redact, redact_arguments
-from opsd_lightning.utils.terminal import message, say
+from opsd_lightning.utils.terminal import safe_text, say
 
-_LONGEST_TEXT = 20_000  # characters of a completion that are kept
+_MAX_CHARACTERS = 20_000  # of a completion in the record
 
 
 class RunReport(Callback):
-    """Keeps a record of the run and makes one HTML page of it: curves, accuracy against generated tokens, completions before
-    and after, settings, versions and the command to repeat it.
+    """Callback that keeps a record of the run and writes its report as one HTML page.
 
-    The record is the folder ``record`` in the trainer's ``default_root_dir``: ``run.json``, ``config.yaml``,
-    ``metrics.jsonl`` (every step and validation, whatever loggers there are) and ``samples.jsonl``. A resumed run goes on in
-    it; the record of another run that is there already is moved to ``record-1`` and so on, and a run that goes on from an
-    earlier checkpoint than the newest leaves a copy of the record there. Where the disk is full, training goes on, and
-    ``run.json`` names at the end the files that could not be written. The page is made at
-    the end, also of a run that failed or was interrupted, and at validations, for a hundredth of the run's time at most.
-    ``opsd report`` makes one of several runs. With ``fast_dev_run`` nothing is written. Secrets of
-    settings and messages are left out (`redaction`).
+    The report shows curves, accuracy against generated tokens, completions before and after training, settings, versions and
+    the command that repeats the run. It is written at validations, which takes at most 1 % of the run's time, and at the
+    end, also of a run that failed or was interrupted. ``opsd report`` writes a report of several runs.
+
+    The record is the folder ``record`` in the trainer's ``default_root_dir``. It holds ``run.json``, ``config.yaml``,
+    ``metrics.jsonl`` (all steps and validations, independent of loggers) and ``samples.jsonl``, without the secrets of
+    settings and messages (see `redaction`). A resumed run continues its record. A record of another run is renamed to
+    ``record-1``, ``record-2``, ... first. A run that resumes from an earlier checkpoint than the newest leaves a copy of the
+    record under such a name. If the disk is full, training continues, and ``run.json`` lists the files that could not be
+    written. With ``fast_dev_run`` nothing is written.
 
     Args:
-        path: The page, relative to the trainer's ``default_root_dir``; W&B and MLflow get it as well at the end.
-        questions: How many validation questions' completions are kept at every validation, at least 1: the first of the
-            validation set. Without validation, completions of the first and of the last training step.
+        path: Path of the page, relative to the trainer's ``default_root_dir``. W&B and MLflow also get the page at the end.
+        questions: Number of validation questions whose completions are kept at each validation, at least 1. They are the
+            first ones of the validation set. Without validation, completions of the first and the last training step are
+            kept.
+
+    Example::
+
+        >>> from opsd_lightning import CollapseGuard, RunReport, write_report
+        >>> callbacks = [CollapseGuard(), RunReport(path="report.html", questions=4)]  # RunReport last
+
+        After two runs, compare them with ``write_report(["runs/a", "runs/b"], "both.html")``.
     """
 
-    #: Whether it writes to ``default_root_dir`` in a fit, of which `runs.lock` lets one write there at a time.
+    #: True for callbacks that write to ``default_root_dir`` in ``fit``. `runs.lock` allows one such run at a time.
     writes_to_root = True
 
-    #: Whether it has no use without logged metrics.
+    #: True for callbacks that need logged metrics.
     reads_metrics = True
 
     def __init__(self, path: str = "report.html", questions: PositiveInt = 8) -> None:
         if not path.endswith((".html", ".htm")):
-            raise UserError(f"RunReport: path is {path!r}, which is no page: let it end in .html")
+            problem = f"RunReport writes an HTML page, and {path!r} has another extension"
+            raise ConfigError(problem, "trainer.callbacks.path", "Choose a path that ends in .html")
         self.path, self.questions = path, PositiveInt(questions)
-        #: The command line of the run, set by `cli.command.OPSDCLI`; None for a run that Python started.
+        #: Command line of the run, set by `cli.command.OPSDCLI`. None for a run that was started from Python.
         self.arguments: list[str] | None = None
         self._record: Record | None = None
-        self._loaded: str | None = None  # the record's identifier in the checkpoint that the run goes on from
-        self._start: int | None = None  # optimizer steps made before this start
+        self._loaded: str | None = None  # identifier of the record in the checkpoint that the run resumes from
+        self._start: int | None = None  # optimizer steps before this start
         self._ended: tuple[str, str, list[str]] | None = None
-        self._pending: tuple[int, float, int, dict[str, Tensor]] | None = (
-            None  # the last step: until later hooks have logged
-        )
+        # The last step, which is written once all hooks have logged their metrics.
+        self._pending: tuple[int, float, int, dict[str, Tensor]] | None = None
         self._seen: dict[str, Tensor] = {}
         self._samples: list[dict[str, Any]] = []
         self._graded = 0
@@ -93,16 +105,16 @@ class RunReport(Callback):
         self._first: tuple[int, PromptBatch, Rollouts] | None = None
         self._last: tuple[int, PromptBatch, Rollouts] | None = None
 
-    # -- hooks: metrics are read on every rank, since reading may reduce them; only global zero writes ------------------
+    # -- hooks. All ranks read metrics, since reading can reduce them over ranks. Only the first rank writes. ------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded = None
         if stage == "fit":
-            together(lambda: self._check(trainer) if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: self._check(trainer) if trainer.is_global_zero else None)
 
     def _check(self, trainer: Trainer) -> None:
         root = Path(trainer.default_root_dir)
-        check_record(root / RECORD)
+        check_record(root / RECORD_FOLDER)
         check_page(root / self.path, "trainer.callbacks.path")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -120,7 +132,7 @@ class RunReport(Callback):
         self._begin(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._begin(trainer, pl_module)  # again, where the disk was full
+        self._begin(trainer, pl_module)  # try again if the disk was full
         self._flush(trainer.callback_metrics)
 
     def on_train_batch_end(
@@ -146,7 +158,7 @@ class RunReport(Callback):
     ) -> None:
         if self._record is None or trainer.state.fn != "fit" or not isinstance(outputs, Mapping):
             return
-        found = _of_questions(outputs)
+        found = _first_completions(outputs)
         self._graded += len(found)
         self._samples += found[: self.questions - len(self._samples)]
 
@@ -155,13 +167,13 @@ class RunReport(Callback):
             self._validated(trainer, pl_module, dict(trainer.callback_metrics))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Of some batches only, its metrics would not compare with later ones; its completions do.
-        whole = trainer.num_sanity_val_steps == float("inf")
+        # Metrics of some batches are not comparable with later validations, but completions are.
+        is_complete = trainer.num_sanity_val_steps == float("inf")
         metrics = dict(trainer.callback_metrics)
-        self._validated(trainer, pl_module, metrics if whole else {})
+        self._validated(trainer, pl_module, metrics if is_complete else {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # The record never knows less than a checkpoint, from which the run may go on.
+        # The record must contain all steps of the checkpoint, from which the run can resume.
         self._flush(trainer.callback_metrics)
         if self._record is not None:
             checkpoint[CHECKPOINT_ID] = self._record.checkpoint(trainer.global_step)
@@ -170,18 +182,18 @@ class RunReport(Callback):
         self._flush(trainer.callback_metrics)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # After every on_fit_end: what other callbacks leave there can be linked.
+        # After all on_fit_end hooks, so that the page can link the files of other callbacks.
         if stage == "fit" and self._record is not None:
             stopped = any(isinstance(callback, CollapseGuard) and callback.stopped for callback in _callbacks(trainer))
             idle = pl_module.idle.verdict if isinstance(pl_module, PolicyModule) else None
             self._end(trainer, pl_module, "stopped" if stopped else "idle" if idle else "finished", idle or "")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that ended after its last checkpoint, before its record did: there was nothing left to train.
+        # The earlier run ended after its last checkpoint but before it closed its record. Close it now: no step is left.
         if (
             self._record is None
             and trainer.global_step
-            and is_open(Path(trainer.default_root_dir) / RECORD, trainer.global_step)
+            and is_unfinished(Path(trainer.default_root_dir) / RECORD_FOLDER, trainer.global_step)
         ):
             self._begin(trainer, pl_module)
 
@@ -190,7 +202,7 @@ class RunReport(Callback):
             return
         self._flush(None)
         interrupted = isinstance(exception, (KeyboardInterrupt, Stopped))
-        reason = message(f"{type(exception).__name__}: {exception}")[:600]
+        reason = safe_text(f"{type(exception).__name__}: {exception}")[:600]
         if interrupted:
             reason = exception.signal_name if isinstance(exception, Stopped) else "SIGINT"
         self._end(trainer, pl_module, "interrupted" if interrupted else "failed", reason)
@@ -202,35 +214,39 @@ class RunReport(Callback):
             return
         if self._start is None:
             self._start = trainer.global_step
-        folder = Path(trainer.default_root_dir) / RECORD
+        folder = Path(trainer.default_root_dir) / RECORD_FOLDER
         try:
             self._record = Record(
                 folder,
                 self._start,
-                validates_first(trainer),
+                starts_with_validation(trainer),
                 self._loaded,
-                lambda name, error: note(trainer, str(folder / name), error),
+                lambda name, error: record_failure(trainer, str(folder / name), error),
             )
         except OSError as error:
-            note(trainer, str(folder), error)
+            record_failure(trainer, str(folder), error)
             return
         saved = next((c for c in _callbacks(trainer) if isinstance(c, SaveConfigCallback)), None)
         start = {
-            "command": None if self.arguments is None else launcher() + redact_arguments(self.arguments),
-            "time": now(),
+            "command": None if self.arguments is None else launch_command() + redact_arguments(self.arguments),
+            "time": timestamp(),
             "step": trainer.global_step,
             "seed": getattr(module, "seed", None),
             "folder": _current_folder(),
-            "devices": devices(trainer.strategy.root_device, trainer.world_size),
+            "devices": device_summary(trainer.strategy.root_device, trainer.world_size),
             "processes": trainer.world_size,
-            "versions": versions(),
-            "git": commit(),
+            "versions": library_versions(),
+            "git": git_commit(),
         }
         logs = [str(Path(log.log_dir).resolve()) for log in trainer.loggers if log.log_dir]
         self._record.start(start, logs, _settings(trainer, module, saved))
 
     def _flush(self, metrics: Mapping[str, Tensor] | None) -> None:
-        """Write the last step, with what was logged of it until now; with what was known at its end where None."""
+        """Write the last step.
+
+        Args:
+            metrics: Metrics logged until now. None for those that were logged when the step ended.
+        """
         if self._record is None or self._pending is None:
             return
         (step, seconds, tokens, known), self._pending = self._pending, None
@@ -239,11 +255,11 @@ class RunReport(Callback):
         self._record.metrics("train", step, seconds, tokens, values)
 
     def _fresh(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
-        """What was logged since the last time."""
+        """Return the values that were logged since the previous call."""
         new = newly_logged(metrics, self._seen)
         if not new:
             return {}
-        # One wait for the device, not one a metric.
+        # One synchronization with the device instead of one per metric.
         numbers = torch.stack([value.detach().double().reshape(()).cpu() for value in new.values()]).tolist()
         return dict(zip(new, numbers, strict=True))
 
@@ -251,7 +267,7 @@ class RunReport(Callback):
         if self._record is None:
             return
         if values := self._fresh(metrics):
-            if self._graded and trainer.world_size == 1:  # of several processes, each knows its own questions alone
+            if self._graded and trainer.world_size == 1:  # with several processes, each counts only its own questions
                 values["val/questions"] = self._graded
             tokens = int(getattr(module, "tokens_generated", 0))
             self._record.metrics("val", trainer.global_step, self._record.seconds(), tokens, values)
@@ -262,33 +278,33 @@ class RunReport(Callback):
 
     def _end(self, trainer: Trainer, module: Any, status: str, reason: str) -> None:
         assert self._record is not None
-        told: dict[str, str] = {}
+        unwritten_files: dict[str, str] = {}
         try:
-            kinds = {line["kind"] for line in read_lines(self._record.folder / "samples.jsonl")}
+            kinds = {line["kind"] for line in read_complete_lines(self._record.folder / "samples.jsonl")}
             if "val" not in kinds:
                 self._keep_training_samples(module, "train" not in kinds)
-            elif "train" in kinds:  # of a run that was stopped before its first validation
+            elif "train" in kinds:  # from an earlier start that ended before its first validation
                 self._record.drop_training_samples()
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
-            self._ended = status, reason, [message(text) for guard in guards for text in guard.said]
-            told = self._unwritten(trainer)
-            self._record.end(*self._ended, told)
-        except Exception as error:  # what ended the run is more important
-            warnings.warn(f"RunReport: the end of the run could not be recorded ({message(repr(error))})", stacklevel=2)
+            self._ended = status, reason, [safe_text(text) for guard in guards for text in guard.messages]
+            unwritten_files = self._unwritten(trainer)
+            self._record.end(*self._ended, unwritten_files)
+        except Exception as error:  # must not hide the error that ended the run
+            warnings.warn(f"RunReport could not record the end of the run: {safe_text(repr(error))}", stacklevel=2)
         page = self._page(trainer)
-        if self._ended is not None and told != self._unwritten(trainer):  # the page came late, or did not
+        if self._ended is not None and unwritten_files != self._unwritten(trainer):  # the page was or was not written
             self._record.end(*self._ended, self._unwritten(trainer))
         if page is not None:
             say(f"The report of the run is in {page}")
             try:
                 log_page(trainer.loggers, "run_report", page, trainer.global_step)
             except Exception as error:
-                warnings.warn(f"RunReport: a logger did not take {page} ({message(repr(error))})", stacklevel=2)
+                warnings.warn(f"RunReport could not log {page} to a logger: {safe_text(repr(error))}", stacklevel=2)
         self._record = None
 
     def _unwritten(self, trainer: Trainer) -> dict[str, str]:
         assert self._record is not None
-        found = unwritten([trainer, *trainer.loggers])  # of the record's own files it knows better itself
+        found = write_failures([trainer, *trainer.loggers])  # the record itself keeps track of its own files
         return {name: reason for name, reason in found.items() if Path(name).parent != self._record.folder}
 
     def _keep_training_samples(self, module: Any, with_first: bool) -> None:
@@ -315,18 +331,18 @@ class RunReport(Callback):
                 }
                 for row, completion in enumerate(shown.completions)
             ]
-            self._record.samples("train", step, _of_questions({"student": records}))
+            self._record.samples("train", step, _first_completions({"student": records}))
 
     def _page(self, trainer: Trainer) -> Path | None:
         assert self._record is not None
         start = time.monotonic()
         try:
             page = write_report([self._record.folder], Path(trainer.default_root_dir) / self.path)
-            self._next_page = start + 100 * (time.monotonic() - start)  # a hundredth of the run's time at most
-            clear(trainer, self.path)
+            self._next_page = start + 100 * (time.monotonic() - start)  # at most 1 % of the run's time
+            record_success(trainer, self.path)
             return page
         except Exception as error:  # a full disk must not end a run
-            note(trainer, self.path, error)
+            record_failure(trainer, self.path, error)
             self._next_page = start + 100 * (time.monotonic() - start)
             return None
 
@@ -334,7 +350,7 @@ class RunReport(Callback):
 def _current_folder() -> str | None:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # it was removed
+    except FileNotFoundError:  # the folder was removed
         return None
 
 
@@ -342,13 +358,13 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
-def _of_questions(records: Records | Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The student's first completion of each question, and how many of the question's are right."""
+def _first_completions(records: Records | Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the student's first completion of each question, with the number of correct completions."""
     questions: list[dict[str, Any]] = []
     for record in records.get("student", []):
         if record["sample"] == 0:
             kept = {key: value for key, value in record.items() if key not in ("sample", "vote")}
-            kept["completion"] = kept["completion"][:_LONGEST_TEXT]
+            kept["completion"] = kept["completion"][:_MAX_CHARACTERS]
             questions.append(kept | {"samples": 0, "right": 0})
         questions[-1]["samples"] += 1
         questions[-1]["right"] += bool(record["correct"])
@@ -356,7 +372,14 @@ def _of_questions(records: Records | Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -> str:
-    """The settings as YAML, without secrets: what the command line was parsed to; else what the parts say of themselves."""
+    """Return the settings as YAML, without secrets.
+
+    Args:
+        trainer: Trainer of the run.
+        module: Module of the run.
+        saved: Lightning's callback with the parsed command line. None for a run that was started from Python, whose settings
+            are read from the attributes of its parts.
+    """
     import yaml
 
     if saved is not None:
@@ -368,9 +391,9 @@ def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -
         model |= {"eval_sampling": getattr(evaluator, "sampling", None), "grader": getattr(evaluator, "grader", None)}
         names = ("max_steps", "max_epochs", "precision", "num_nodes", "num_devices", "default_root_dir")
         found = {
-            "model": {"class_path": path_of(module), "init_args": described(model)},
-            "data": described(getattr(trainer, "datamodule", None)),
-            "trainer": described({name: getattr(trainer, name, None) for name in names})
+            "model": {"class_path": class_path_of(module), "init_args": describe_object(model)},
+            "data": describe_object(getattr(trainer, "datamodule", None)),
+            "trainer": describe_object({name: getattr(trainer, name, None) for name in names})
             | {"strategy": type(trainer.strategy).__name__, "callbacks": [type(c).__name__ for c in _callbacks(trainer)]},
         }
     return str(yaml.safe_dump(redact(found, whole=True), sort_keys=False, allow_unicode=True))

@@ -1,7 +1,7 @@
-"""The page on which teacher and student can be read side by side: some rollouts of a step, token by token.
+"""Callback `TokenReport`: an HTML page that compares teacher and student token by token on some rollouts.
 
-One HTML file that needs nothing else, no network and no server. Its data stand in it as JSON (see `read_tokens`), which is
-also how a resumed run finds the steps before it.
+The page is one file that needs no network and no server. It holds its data as JSON (see `read_tokens`), from which a resumed
+run also reads the earlier steps.
 """
 
 from __future__ import annotations
@@ -10,58 +10,66 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 import opsd_lightning
-from opsd_lightning.callbacks.schedule import due
-from opsd_lightning.distributed.collectives import together
-from opsd_lightning.losses.objectives import Update
+from opsd_lightning.callbacks.schedule import is_due
+from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.methods.step import StepCallback, StepRecord
+from opsd_lightning.reports.html import render_template
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
-from opsd_lightning.runs.reader import RECORD
-from opsd_lightning.runs.record import CHECKPOINT_ID, is_of_another_run
-from opsd_lightning.types import PromptBatch, UserError
-from opsd_lightning.utils.disk_errors import survived
-from opsd_lightning.utils.files import replace, script_json
+from opsd_lightning.runs.reader import RECORD_FOLDER
+from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run
+from opsd_lightning.types import ConfigError, PromptBatch, UserError
+from opsd_lightning.utils.disk_errors import warn_on_write_error
+from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
-from opsd_lightning.utils.loggers import log_figure, log_page, takes_pictures
+from opsd_lightning.utils.loggers import accepts_figures, log_figure, log_page
 from opsd_lightning.utils.redaction import redact_text
 from opsd_lightning.utils.token_text import Pieces
 
-TOP = 5  # tokens of each role's distribution that are kept
-#: What the objective measures of each token, under the names it has there.
+TOP = 5  # most probable tokens of each role to keep
+#: Measurements of the objective that the page shows.
 MEASURED = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "clipped", "clipped_mass")
 _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
-class TokenReport(Callback):
-    """Writes a page that shows where student and teacher disagree, token by token, on some rollouts of some steps.
+class TokenReport(StepCallback):
+    """Callback that writes an HTML page with the disagreement of student and teacher at each token of some rollouts.
 
-    Every token is shaded by the divergence, and tells both roles' probability of it, what else each would have written, the
-    entropies and the clip; beside it stand the question, the trace, what the teacher read and the grade. The first step is
-    always shown. Weights are those before the step's update. Loggers that take pictures get one of the newest rollouts, and
-    those that take pages the page at the end of ``fit``. With ``fast_dev_run`` nothing is written.
+    Each token is shaded by its divergence. The page shows the probability that each role gives the token, the most probable
+    tokens of each role, entropies and clip, and for each rollout its question, trace, prompts and grade. The first step is
+    always shown. All values are from before the step's update. Loggers that accept images get a figure of each shown step,
+    and loggers that accept HTML pages get the page at the end of ``fit``. With ``fast_dev_run`` nothing is written.
 
     Args:
-        every_n_steps: Optimizer steps from one shown step to the next, at least 1. With ``updates_per_batch`` a batch is
-            shown that ends at a multiple or passes one, by its first update.
-        rows: Completions of a shown step, at least 1: of as many different questions as there are, of the first rank. They
-            cost one more scoring pass of the student, in those steps only.
-        keep: The page holds this many of the latest shown steps, at least 1.
-        max_tokens: Of a longer completion the first so many tokens are shown, at least 1.
-        path: The page, relative to the trainer's ``default_root_dir``. A new run replaces it; a resumed one goes on with it.
-        pictures: Whether loggers get pictures (needs matplotlib, the extra ``plots``).
+        every_n_steps: Number of optimizer steps between shown steps, at least 1. With ``updates_per_batch`` above 1, a batch
+            is shown at its first update if its updates reach or pass a multiple of this number.
+        rows: Number of completions to show of a step, at least 1. They are of the first rank and of as many questions as
+            possible. They need one more scoring pass of the student in the steps that are shown.
+        keep: Number of latest shown steps to keep on the page, at least 1.
+        max_tokens: Number of first tokens to show of a completion, at least 1.
+        path: Path of the page, relative to the trainer's ``default_root_dir``. A new run replaces the page. A resumed run
+            adds to it.
+        pictures: If True, loggers get figures. Needs matplotlib (extra ``plots``).
+
+    Example::
+
+        >>> from opsd_lightning import TokenReport
+        >>> report = TokenReport(every_n_steps=10, rows=2, path="tokens.html", pictures=False)
+
+        After a run, read the data of the page with ``read_tokens("tokens.html")``.
     """
 
-    #: Whether it writes to ``default_root_dir`` in a fit, of which `runs.lock` lets one write there at a time.
+    #: True for callbacks that write to ``default_root_dir`` in ``fit``. `runs.lock` allows one such run at a time.
     writes_to_root = True
 
     def __init__(
@@ -76,12 +84,13 @@ class TokenReport(Callback):
         self.every_n_steps, self.rows, self.keep = PositiveInt(every_n_steps), PositiveInt(rows), PositiveInt(keep)
         self.max_tokens, self.path, self.pictures = PositiveInt(max_tokens), path, pictures
         if not str(path).endswith((".html", ".htm")):
-            raise UserError(f"TokenReport.path is {path}, and the report is a web page: end it in .html")
-        self._steps: list[tuple[int, str]] = []  # the optimizer step, and what is shown of it as JSON
-        self._shown: list[dict[str, Any]] | None = None  # rollouts of the step that runs
+            problem = f"TokenReport writes an HTML page, and {path} has another extension"
+            raise ConfigError(problem, "trainer.callbacks.path", "Choose a path that ends in .html")
+        self._steps: list[tuple[int, str]] = []  # the optimizer step, and its data as JSON
+        self._shown: list[dict[str, Any]] | None = None  # rollouts of the current step
         self._pieces: Pieces | None = None
-        self._begins = False  # whether the run goes on from a checkpoint of another
-        self._unwritten = False  # whether the page on disk is older than `_steps`
+        self._is_new = False  # True if the run starts from a checkpoint of another run
+        self._unwritten = False  # True if the page on disk is older than `_steps`
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -89,10 +98,10 @@ class TokenReport(Callback):
         self._begins = False
         if stage == "fit":
             page = self._page(trainer)
-            together(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
+            run_on_all_ranks(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._begins = is_of_another_run(Path(trainer.default_root_dir) / RECORD, checkpoint.get(CHECKPOINT_ID))
+        self._is_new = belongs_to_another_run(Path(trainer.default_root_dir) / RECORD_FOLDER, checkpoint.get(CHECKPOINT_ID))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -101,24 +110,23 @@ class TokenReport(Callback):
             return
         self._pieces = Pieces(pl_module.tokenizer)
         page = self._page(trainer)
-        if trainer.global_step and page.exists() and not self._begins:
+        if trainer.global_step and page.exists() and not self._is_new:
             try:
                 earlier = read_tokens(page)["steps"]
                 kept = [step for step in earlier if step["step"] <= trainer.global_step][-self.keep :]
                 self._steps = [(step["step"], script_json(step)) for step in kept]
             except (UserError, KeyError, TypeError):
-                rank_zero_warn(f"{page} holds no token report that could go on: it is begun anew")
-        if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is None:
+                rank_zero_warn(f"{page} has no data of a token report, and is replaced instead of extended")
+        if self.pictures and accepts_figures(trainer.loggers) and find_spec("matplotlib") is None:
             rank_zero_warn(
-                "TokenReport draws no pictures for the loggers, because matplotlib is missing: install the extra with "
-                "pip install 'opsd-lightning[plots]', or set pictures to false. The page is written all the same"
+                "TokenReport writes the page but draws no figures for the loggers, because matplotlib is not installed: run "
+                "pip install 'opsd-lightning[plots]', or set trainer.callbacks.pictures to false"
             )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        # By the step alone: every rank must come to the same, because under sharding the pass needs them all.
-        if pl_module.current is not None and due(trainer, pl_module, self.every_n_steps):
-            self._shown = self._look(trainer, pl_module, pl_module.current)
+    def on_step_scored(self, trainer: Trainer, pl_module: PolicyModule, record: StepRecord) -> None:
+        # The condition is the same on every rank, since a pass of a sharded model needs all ranks.
+        if is_due(trainer, pl_module, self.every_n_steps):
+            self._shown = self._rollout_data(trainer, pl_module, record)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -135,7 +143,7 @@ class TokenReport(Callback):
         }
         self._steps = [*self._steps, (trainer.global_step, script_json(step))][-self.keep :]
         self._write(trainer, pl_module)
-        if self.pictures and takes_pictures(trainer.loggers) and find_spec("matplotlib") is not None:
+        if self.pictures and accepts_figures(trainer.loggers) and find_spec("matplotlib") is not None:
             from opsd_lightning.reports.token_figure import draw
 
             log_figure(trainer.loggers, "tokens", draw(step), trainer.global_step)
@@ -147,30 +155,30 @@ class TokenReport(Callback):
                 self._write(trainer, pl_module)
             log_page(trainer.loggers, "tokens", self._page(trainer), trainer.global_step)
 
-    # -- what is shown -----------------------------------------------------------------------------------------------
+    # -- data of a step ----------------------------------------------------------------------------------------------
 
-    def _look(self, trainer: Trainer, module: PolicyModule, update: Update) -> list[dict[str, Any]]:
-        """The rollouts of this step that are shown; nothing on ranks that only take part in the pass."""
-        rollouts = update.rollouts
-        # The first completion of every question before the second of any.
+    def _rollout_data(self, trainer: Trainer, module: PolicyModule, record: StepRecord) -> list[dict[str, Any]]:
+        """Return the data of the rollouts to show. Other ranks than the first only take part in the scoring pass."""
+        rollouts = record.rollouts
+        # The first completions of all questions come before the second ones.
         order = sorted(range(len(rollouts.completions)), key=lambda row: (row % rollouts.n, row // rollouts.n))
         rows = sorted(order[: self.rows])
-        scores = score_tokens(module, update, rows, self.max_tokens, TOP)
+        scores = score_tokens(module, record, rows, self.max_tokens, TOP)
         if not trainer.is_global_zero:
             return []
         found = []
         for row, (student, teacher) in zip(rows, scores, strict=True):
-            completion, example = rollouts.completions[row], update.batch.examples[row // rollouts.n]
-            shown, term = completion[: self.max_tokens], update.terms[0]
+            completion, example = rollouts.completions[row], record.batch.examples[row // rollouts.n]
+            shown, term = completion[: self.max_tokens], record.terms[0]
             read = None if term.teacher_prompts is None else module.tokenizer.decode(term.teacher_prompts[row])
-            measured = {name: update.measured[name][row][: len(shown)] for name in MEASURED if name in update.measured}
+            measured = {name: record.measured[name][row][: len(shown)] for name in MEASURED if name in record.measured}
             found.append(
                 {
                     "row": row,
                     "question": example.question,
                     "trace": example.trace,
                     "reference": example.answer,
-                    "student_prompt": redact_text(str(module.tokenizer.decode(update.students[row]))),
+                    "student_prompt": redact_text(str(module.tokenizer.decode(record.student_prompts[row]))),
                     "teacher_prompt": None if read is None else redact_text(str(read)),
                     **self._grade(module, completion, example.answer),
                     "truncated": not rollouts.terminated[row],
@@ -198,7 +206,7 @@ class TokenReport(Callback):
         return {"answer": answer, "grade": grade}
 
     def _pieces_of(self, rollouts: list[dict[str, Any]]) -> dict[int, Any]:
-        """How every token that occurs is shown: its text, or text and kind where it is none."""
+        """Return the text of each token that occurs, or text and kind for tokens of other kinds than text."""
         assert self._pieces is not None
         seen = {token for rollout in rollouts for token in rollout["tokens"]}
         for rollout in rollouts:
@@ -225,40 +233,34 @@ class TokenReport(Callback):
             run[part] = type(getattr(module.objective, part)).__name__ if hasattr(module.objective, part) else None
         data = f'{{"run":{script_json(run)},"steps":[{",".join(text for _, text in self._steps)}]}}'
         self._unwritten = True
-        with survived(trainer, self.path):
-            replace(self._page(trainer), render(data))
+        with warn_on_write_error(trainer, self.path):
+            atomic_write(self._page(trainer), render_template("token_report.html", data))
             self._unwritten = False
 
 
-def render(data: str) -> str:
-    """The page with its data, which is JSON as of `script_json`."""
-    template = (files("opsd_lightning.reports") / "templates" / "token_report.html").read_text(encoding="utf-8")
-    before, after = template.split("{{data}}")
-    return before + data + after
-
-
 def read_tokens(path: str | Path) -> dict[str, Any]:
-    """The data of a page of `TokenReport`, for reading in Python.
+    """Read the data of a page of `TokenReport`.
 
     Args:
-        path: The page.
+        path: Path of the page.
 
     Returns:
-        ``run`` (model, method, objective) and ``steps``; a step has ``rollouts``, and a rollout the question, prompts, grade
-        and, one a token, what was measured, by the objective's names in nats, and each role's ``logprob`` (nats), ``rank``,
-        ``top`` (token ids) and ``top_millinats`` (their log-probabilities, in thousandths of a nat). ``pieces`` of a step is
-        by token id, a string, its text, or a list of text and kind for one that is no text (see `token_text.Piece`).
+        ``run`` (model, method, objective) and ``steps``. A step has ``rollouts`` and ``pieces``. A rollout has its question,
+        prompts and grade, the objective's measurements of each token (in nats), and for each role the ``logprob`` (nats) and
+        ``rank`` of each token, the ids ``top`` of the most probable tokens, and their log-probabilities ``top_millinats``
+        (thousandths of a nat). ``pieces`` has the text of each token id, or a list of text and kind for tokens of other
+        kinds than text (see `token_text.Piece`).
 
     Raises:
-        UserError: The file is no such page.
+        UserError: The file is not a page of `TokenReport`.
     """
     try:
         found = _DATA.search(Path(path).read_text(encoding="utf-8"))
         if found is not None:
             return json.loads(found[1])
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no page of TokenReport: {error}") from None
-    raise UserError(f"{path} is no page of TokenReport")
+        raise UserError(f"{path} is not a page of TokenReport: {error}") from None
+    raise UserError(f"{path} is not a page of TokenReport")
 
 
 def _predictions(found: Predictions) -> dict[str, Any]:
@@ -271,5 +273,5 @@ def _predictions(found: Predictions) -> dict[str, Any]:
 
 
 def _numbers(values: torch.Tensor) -> list[float | None]:
-    """Four significant digits of each, which is what a page needs; None for what is no number."""
+    """Round values to four significant digits. Values that are not finite become None."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]

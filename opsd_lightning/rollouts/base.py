@@ -1,4 +1,4 @@
-"""The interface of rollout engines, and their seeds."""
+"""Interfaces of rollout engines, and their seeds."""
 
 from __future__ import annotations
 
@@ -13,49 +13,55 @@ from opsd_lightning.types import Rollouts, Sampling
 
 
 class RolloutEngine(ABC):
-    """Samples completions from the policy's active weights.
+    """Abstract base class of engines that sample completions from the policy's active weights.
 
     Attributes:
-        logprob_tolerance: How far, in nats and on average over a step's tokens, the log-probabilities that come with
-            rollouts may be from the trainer's own; training stops beyond. None: not checked.
-        max_importance_ratio: Tokens' losses are weighted by the probability under the student over that under the
-            sampler, at most this. None: not weighted. Needs rollouts with log-probabilities.
-        splits_layers: Whether ranks that split the layers among them (tensor parallelism) all get the same completions, by
-            making every pass together.
-        without_effect: Settings that leave the completions as they are: where they are sampled, and what is done after.
+        logprob_tolerance: Largest accepted difference, in nats and averaged over the tokens of a step, between the
+            log-probabilities that come with the rollouts and the trainer's own. Training stops beyond it. None disables the
+            check.
+        max_importance_ratio: If set, the loss of each token is weighted by the ratio of its probability under the student to
+            that under the sampler, truncated at this value. Requires rollouts with log-probabilities. None disables the
+            weighting.
+        neutral_settings: Names of settings that do not change the completions. An interrupted evaluation may be continued
+            with other values of them.
     """
 
     logprob_tolerance: float | None = None
     max_importance_ratio: float | None = None
-    splits_layers: bool = False
-    without_effect: ClassVar[frozenset[str]] = frozenset(
-        {"urls", "adapter_folder", "adapter_name", "timeout_seconds", "retries", "max_concurrency", "overlap", "api_key_env"}
-        | {"logprob_tolerance", "max_importance_ratio", "gpu_memory_utilization", "max_memory_percent", "sleep"}
-    )
+    neutral_settings: ClassVar[frozenset[str]] = frozenset({"logprob_tolerance", "max_importance_ratio"})
 
     @abstractmethod
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         """Sample ``sampling.n`` completions of every prompt.
 
         Args:
-            model: The policy. Its mode, weights and settings are the same after as before.
+            model: The policy. Its weights, settings and training mode are unchanged afterwards.
             prompts: Token ids of at least one prompt.
-            sampling: What to sample.
-            seed: Of the random numbers. Same seed, prompts and weights: same completions.
+            sampling: Sampling settings.
+            seed: Seed for the sampling. Calls with the same seed, prompts and weights return the same completions.
 
         Returns:
-            ``len(prompts) * n`` completions, those of one prompt next to each other.
+            ``len(prompts) * sampling.n`` completions. Those of the same prompt are adjacent.
         """
 
     def prefetch(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> None:
-        """Told, before a training step, what the next one will ask of `generate`. An engine that samples elsewhere may
-        begin, with the weights as they are now. Every rank must call. Nothing unless overridden."""
+        """Announce the arguments of the next call of `generate`, before the current training step. Every rank must call.
+
+        An engine that samples elsewhere may start to sample, with the current weights. Does nothing by default.
+        """
 
     def close(self) -> None:
-        """Let go of what was taken for sampling. Called when a run ends; the next `generate` starts anew."""
+        """Release the resources of sampling at the end of a run. A later call of `generate` acquires them again."""
+
+
+class LocalEngine(RolloutEngine):
+    """Abstract base class of engines that run the policy's own modules in this process.
+
+    Their rollouts are checked against scoring at the start of a run.
+    """
 
 
 def seed_for(*parts: int | str) -> int:
-    """A seed that depends on all its parts, such as (seed, step, rank), and on nothing else."""
+    """Return a seed that is a function of all parts, such as (seed, step, rank)."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:7], "little")

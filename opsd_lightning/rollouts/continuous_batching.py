@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, final
 
 import torch
 from jsonargparse.typing import OpenUnitInterval
@@ -13,24 +13,27 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from opsd_lightning.models.packing import cut_at_eos
 from opsd_lightning.models.policy import base_of, device_of, eos_ids, evaluating
-from opsd_lightning.models.sharding import gathered
-from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.models.sharding import unsharded
+from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter
-from opsd_lightning.rollouts.transformers_engine import _generation_config
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.rollouts.transformers_engine import generation_config_for
+from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
 
-class ContinuousBatchingEngine(RolloutEngine):
-    """transformers' ``generate_batch``: continuous batching over a paged cache, for GPUs.
+@final
+class ContinuousBatchingEngine(LocalEngine):
+    """Rollouts by transformers' ``generate_batch``, with continuous batching over a paged cache. For GPUs.
 
     On two CPU cores it is less than half as fast as `TransformersEngine` (benchmarks/rollout.py --continuous).
 
     Args:
-        max_memory_percent: Share of the free GPU memory that the cache may take, above 0 to 1. Scoring needs the rest.
-        merge_adapter: As in `TransformersEngine`.
+        max_memory_percent: Fraction of the free GPU memory for the cache, above 0 and below 1. Scoring needs the rest.
+        merge_adapter: If True, sample with the adapter merged into the base weights, as in `TransformersEngine`.
         options: Further fields of transformers' ``ContinuousBatchingConfig``, by name, such as
             ``{use_cuda_graph: true}``.
     """
+
+    neutral_settings = LocalEngine.neutral_settings | {"max_memory_percent"}
 
     def __init__(
         self,
@@ -41,14 +44,20 @@ class ContinuousBatchingEngine(RolloutEngine):
         self.max_memory_percent = OpenUnitInterval(max_memory_percent)
         self.merge_adapter = merge_adapter
         self.options = options or {}
-        if own := {"max_memory_percent", "seed"} & set(self.options):
-            raise UserError(
-                f"model.rollouts.init_args.options: {sorted(own)} is decided elsewhere (max_memory_percent; seeds)"
+        if reserved := {"max_memory_percent", "seed"} & set(self.options):
+            raise ConfigError(
+                f"{sorted(reserved)} cannot be set here",
+                "model.rollouts.init_args.options",
+                "Set max_memory_percent and model.seed instead",
             )
         try:
             ContinuousBatchingConfig(**self.options)
         except TypeError as error:
-            raise UserError(f"model.rollouts.init_args.options: not a ContinuousBatchingConfig ({error})") from None
+            raise ConfigError(
+                f"not a ContinuousBatchingConfig ({error})",
+                "model.rollouts.init_args.options",
+                "Use fields of transformers' ContinuousBatchingConfig",
+            ) from None
 
     @torch.no_grad()
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
@@ -58,21 +67,21 @@ class ContinuousBatchingEngine(RolloutEngine):
         merging = merged_adapter(model) if self.merge_adapter else nullcontext()
         with (
             evaluating(model),
-            gathered(model),
+            unsharded(model),
             merging,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         ):
             outputs = base_of(model).generate_batch(
                 inputs=rows,
-                generation_config=_generation_config(sampling, model, sampling.max_new_tokens),
+                generation_config=generation_config_for(sampling, model, sampling.max_new_tokens),
                 continuous_batching_config=ContinuousBatchingConfig(**settings),
             )
         failed = [output.error for output in outputs.values() if output.error is not None]
         if failed or len(outputs) != len(rows):
             raise RuntimeError(
                 f"{len(rows) - len(outputs) + len(failed)} of {len(rows)} rollouts failed in continuous batching "
-                f"({failed[0] if failed else 'see the messages above'}): lower model.rollouts.init_args.max_memory_percent, "
+                f"({failed[0] if failed else 'see the messages above'}). Lower model.rollouts.init_args.max_memory_percent, "
                 "or use TransformersEngine"
             )
-        cut = [cut_at_eos(output.generated_tokens, eos_ids(model)) for output in outputs.values()]
-        return Rollouts([row for row, _ in cut], [ended for _, ended in cut], sampling.n)
+        rows_and_ends = [cut_at_eos(output.generated_tokens, eos_ids(model)) for output in outputs.values()]
+        return Rollouts([row for row, _ in rows_and_ends], [ended for _, ended in rows_and_ends], sampling.n)

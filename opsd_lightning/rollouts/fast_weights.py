@@ -1,6 +1,6 @@
-"""How the policy computes for the time of a rollout: the adapter merged, products of few rows on packed weights.
+"""Faster computation during a rollout: merged adapters, and packed weights for small matrix products on CPUs.
 
-Both leave every weight as it was, bit by bit, and change results by float32 rounding alone.
+Both restore every weight bit by bit and change results only by float32 rounding.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from transformers.pytorch_utils import Conv1D
 
 from opsd_lightning.models.policy import base_of
 
-# Products of at most so many rows are decoding's, and are taken to the packed weights; smaller layers gain nothing.
-_THIN_ROWS, _WORTH_PACKING = 64, 2**16
+# Largest number of rows for packed weights (decoding has few rows), and smallest number of weights worth packing.
+_MAX_ROWS, _MIN_WEIGHTS = 64, 2**16
 
 
 @contextmanager
 def merged_adapter(model: PeftModel) -> Iterator[None]:
-    """The active adapter merged into the base weights inside, where that is exact; the very same weights after.
+    """Merge the active adapter into the base weights inside the context, and restore the same weights on exit.
 
-    Exact are float32 linear layers that nothing else uses, neither quantized nor sharded. Otherwise nothing happens.
+    The adapter is merged only if that is exact: all adapted layers are linear layers in float32, not quantized, not sharded,
+    and not the head. Otherwise the context has no effect.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     head = base_of(model).get_output_embeddings()
@@ -37,12 +38,12 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
         and isinstance(base, (nn.Linear, Conv1D))
         and type(base.weight.data) is torch.Tensor
         and base.weight.dtype == torch.float32
-        and not any(getattr(layer, "lora_bias", {}).values())  # peft would merge it into the base's own bias
+        and not any(getattr(layer, "lora_bias", {}).values())  # peft would merge it into the base layer's bias in place
         for layer, base in zip(layers, bases, strict=True)
     ):
         yield
         return
-    # peft's safe merge puts a new tensor in the place of the old one, which `unmerge` would only restore up to rounding.
+    # peft's safe merge replaces the weight tensors. Its `unmerge` would restore them only up to rounding.
     saved = [base.weight.data for base in bases]
     try:
         model.merge_adapter(safe_merge=True)
@@ -55,11 +56,11 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
-    """On a CPU: products of few rows with float32 linear layers by oneDNN, on copies of the weights packed for it.
+    """Compute products of few rows with oneDNN on packed copies of the weights, inside the context, on a CPU.
 
-    Decoding is bound by them, and up to half again as fast this way (benchmarks/attempts.py). For inference alone: weights
-    that change inside are not seen. Takes a copy of the weights for the time. Layers on other devices, quantized or sharded
-    ones are left as they are.
+    Decoding is up to 1.5 times as fast (benchmarks/attempts.py). The context is for inference only: changes of the weights
+    inside have no effect. It needs memory for a copy of the weights. Only float32 linear layers on a CPU that are neither
+    quantized nor sharded are packed.
     """
     layers = [
         layer
@@ -69,7 +70,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
         and type(layer.weight.data) is torch.Tensor
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
-        and layer.weight.numel() >= _WORTH_PACKING
+        and layer.weight.numel() >= _MIN_WEIGHTS
         and "forward" not in vars(layer)
     ]
     for layer in layers:
@@ -83,6 +84,6 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 
 
 def _packed_forward(layer: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
-    if x.numel() > _THIN_ROWS * x.shape[-1] or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if x.numel() > _MAX_ROWS * x.shape[-1] or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, layer.weight, layer.bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")

@@ -1,98 +1,90 @@
-"""How far the sampler of some rollouts is from the student that trains on them, by the log-probabilities of both.
+"""Importance ratios between the student and the sampler of its rollouts.
 
-    ratio_n = p_student(y_n) / p_sampler(y_n)        both at temperature 1, or, between updates on one batch, the loss's
+    ratio_n = p_student(y_n) / p_sampler(y_n)
 
-Away from 1 it tells of a sampler with other weights: another model, a stale adapter, another precision, or, where rollouts
-are sampled a step ahead, of that step. There a token's loss is weighted by it, cut off above (truncated importance
-sampling), which bounds the variance. It corrects a token given those before it, not how likely those were; and where
-rollouts are sampled at another temperature or with top-k, top-p or min-p, it is not the ratio of what was sampled from.
+Both probabilities are at temperature 1, or, between several updates on one batch, at the temperature of the loss. A ratio
+away from 1 shows a sampler with other weights: another model, a stale adapter, another precision, or rollouts sampled one
+step ahead. Truncated importance sampling then weights each token's loss by its ratio, limited above, which bounds the
+variance. The ratio corrects a token given its prefix, not the prefix itself. Where rollouts are sampled at another
+temperature or with top-k, top-p or min-p, it is not the ratio to the sampling distribution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from opsd_lightning.losses.objectives import Objective, token_logprobs
-from opsd_lightning.models.scoring import score_all
-from opsd_lightning.types import Rollouts, UserError
+from opsd_lightning.models.scoring import Scorer
+from opsd_lightning.types import ConfigError, Rollouts
 
 
 def log_ratios(
-    model: PeftModel,
+    scorer: Scorer,
     prompts: Sequence[Sequence[int]],
     rollouts: Rollouts,
-    token_budget: int,
     objective: Objective,
-    agree: Callable[[int], int] = lambda passes: passes,
     temperature: float = 1.0,
 ) -> list[Tensor]:
-    """log p_student - log p_sampler of every completion token, in nats: a tensor of shape [C] on the CPU for each row.
+    """Return log p_student - log p_sampler of every completion token, in nats.
+
+    Every rank must call.
 
     Args:
-        model: The policy, with the student's adapter active; dropout is off for the time.
+        scorer: Scores with the student's adapter.
         prompts: The prompt of each row.
-        rollouts: With log-probabilities.
-        token_budget, agree: As of `scoring.score_all`.
-        objective: For how much memory logits may take at one time.
-        temperature: That the rollouts' log-probabilities are at.
+        rollouts: Completions with the sampler's log-probabilities.
+        objective: The objective, whose ``logits_memory_mib`` bounds memory.
+        temperature: Temperature of the rollouts' log-probabilities.
+
+    Returns:
+        For each row a tensor of shape [C] on the CPU.
     """
     assert rollouts.logprobs is not None
-    ours = _logprobs(model, prompts, rollouts, token_budget, objective, agree, temperature)
+    ours = _logprobs(scorer, prompts, rollouts, objective, temperature)
     theirs = torch.tensor([value for row in rollouts.logprobs for value in row], dtype=torch.float64)
     return list((ours - theirs).float().split([len(completion) for completion in rollouts.completions]))
 
 
-def with_logprobs(
-    model: PeftModel,
-    prompts: Sequence[Sequence[int]],
-    rollouts: Rollouts,
-    token_budget: int,
-    objective: Objective,
-    agree: Callable[[int], int] = lambda passes: passes,
-) -> Rollouts:
-    """The same completions with the student's own log-probabilities at the objective's temperature, for the updates that
-    follow. Arguments as of `log_ratios`."""
-    flat = _logprobs(model, prompts, rollouts, token_budget, objective, agree, objective.temperature)
+def with_logprobs(scorer: Scorer, prompts: Sequence[Sequence[int]], rollouts: Rollouts, objective: Objective) -> Rollouts:
+    """Return the rollouts with the student's log-probabilities at the objective's temperature.
+
+    Takes the arguments of `log_ratios`. Every rank must call.
+    """
+    flat = _logprobs(scorer, prompts, rollouts, objective, objective.temperature)
     rows = flat.split([len(completion) for completion in rollouts.completions])
     return rollouts._replace(logprobs=[row.tolist() for row in rows])
 
 
 @torch.no_grad()
 def _logprobs(
-    model: PeftModel,
-    prompts: Sequence[Sequence[int]],
-    rollouts: Rollouts,
-    token_budget: int,
-    objective: Objective,
-    agree: Callable[[int], int],
-    temperature: float,
+    scorer: Scorer, prompts: Sequence[Sequence[int]], rollouts: Rollouts, objective: Objective, temperature: float
 ) -> Tensor:
-    """Of all completion tokens, in double precision on the CPU. Shape [T]."""
-    states = score_all(model, prompts, rollouts.completions, token_budget, agree)
+    """Return the log-probability of every completion token, float64 on the CPU. Shape [T]."""
+    states = scorer.score(prompts, rollouts.completions)
     flat = [token for completion in rollouts.completions for token in completion]
     targets = torch.tensor(flat, dtype=torch.long, device=states.hidden.device)
     return token_logprobs(states, targets, objective.logits_memory_mib, temperature).double().cpu()
 
 
 def check_difference(mean: float, tolerance: float | None) -> None:
-    """Raise where the sampler is not the student.
+    """Refuse rollouts whose sampler does not have the student's weights.
 
     Args:
         mean: Mean absolute difference of log-probabilities, in nats.
-        tolerance: The engine's ``logprob_tolerance``.
+        tolerance: The engine's ``logprob_tolerance``. None allows any difference.
 
     Raises:
-        UserError: The mean is above it.
+        ConfigError: The mean is above the tolerance.
     """
     if tolerance is not None and not mean <= tolerance:
-        raise UserError(
-            f"the rollouts' log-probabilities differ from the trainer's own by {mean:.3g} nats a token on average, more "
-            f"than model.rollouts.init_args.logprob_tolerance = {tolerance:g}: the sampler has other weights. "
-            "Likely it serves another base model than model.policy.model, an adapter of an earlier step, or computes in "
-            "another precision (model.policy.dtype or quantization against the server's --dtype or --quantization). Only if "
-            "that is meant, raise the tolerance"
+        raise ConfigError(
+            f"the sampler's log-probabilities differ from the trainer's by {mean:.3g} nats a token on average, more than "
+            f"{tolerance:g}: the sampler has other weights. Likely causes are another base model than model.policy.model, "
+            "an adapter of an earlier step, or another precision (model.policy.dtype or quantization against the server's "
+            "--dtype or --quantization)",
+            "model.rollouts.init_args.logprob_tolerance",
+            "Make the sampler's weights those of the policy, or raise the tolerance if the difference is intended",
         )

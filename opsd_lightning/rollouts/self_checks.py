@@ -1,7 +1,7 @@
-"""Checks of the built policy at the start of a run: rows do not depend on their batch, and rollouts are what is scored.
+"""Checks of the built policy at the start of a run: batch invariance, and agreement of rollouts with scoring.
 
-A model may be right alone and wrong in a batch (its cache, its positions, its mask), or sample another distribution than it
-is scored with. Such a run trains on something else in silence. A few passes over two short rows tell.
+A model may compute wrong results in a batch (by its cache, positions or mask), or sample from another distribution than
+the scored one. A run would then silently train on something else. A few passes over two short rows detect this.
 """
 
 from __future__ import annotations
@@ -19,32 +19,31 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from opsd_lightning.models.policy import base_of, device_of, evaluating, is_adapter_key
-from opsd_lightning.models.scoring import check_head, score, score_all
-from opsd_lightning.models.sharding import without_backward
-from opsd_lightning.rollouts.base import RolloutEngine
-from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine
+from opsd_lightning.models.scoring import Scorer, check_head, score
+from opsd_lightning.models.sharding import reshard_on_exit
+from opsd_lightning.rollouts.base import LocalEngine, RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.types import ConfigError, Sampling, UserError
 
-#: How far logits may be apart, by the precision that is computed in: root of the mean square over the vocabulary, divided
-#: by the logits' standard deviation. See `docs/troubleshooting.md` for what is measured.
+#: Largest accepted difference of logits by the precision of the computation: the root mean square over the vocabulary,
+#: divided by the standard deviation of the logits. Measured values are in `docs/troubleshooting.md`.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
-# LLM.int8() chooses the columns that it does not round from the whole batch.
+# LLM.int8() selects the columns that it does not round from the whole batch.
 _QUANTIZED = 0.5
 
 _NEW_TOKENS = 6
 
 
 class Agreement(NamedTuple):
-    """Differences that were found, as multiples of the logits' standard deviation.
+    """Results of `check_policy`. Differences are in standard deviations of the logits.
 
     Args:
-        batch: Difference between rows scored together and rows scored alone.
-        shared: Difference between rows whose prompt is run once and rows scored alone.
-        rollout: Of logits in the rollout from logits in scoring; None where the engine does not show them.
-        agreed: Greedily sampled tokens that are the likeliest when scored, too.
-        tokens: Greedily sampled tokens.
-        tolerance: The most that is accepted.
+        batch: Difference between the logits of rows scored together and alone.
+        shared: Difference between the logits of rows scored with a shared prompt and alone.
+        rollout: Difference between the logits of the rollout and of scoring, or None if the engine does not expose them.
+        agreed: Number of greedily sampled tokens that are also the most likely ones in scoring.
+        tokens: Number of greedily sampled tokens.
+        tolerance: Largest accepted difference.
     """
 
     batch: float
@@ -55,26 +54,22 @@ class Agreement(NamedTuple):
     tolerance: float
 
 
-def samples_here(engine: RolloutEngine) -> bool:
-    """Return whether an engine samples in this process, and not in a server that would have to be started."""
-    return isinstance(engine, (TransformersEngine, ContinuousBatchingEngine))
-
-
 def check_policy(
     model: PeftModel, engine: RolloutEngine | None = None, setting: str = "model.policy", every_adapter: bool = False
 ) -> Agreement:
-    """Compare rows scored together, with a shared prompt and alone, and greedy rollouts with their scores.
+    """Compare rows scored together, with a shared prompt and alone, and compare greedy rollouts with their scores.
 
-    Weights, modes and random numbers are the same after as before. Every rank must call: all make the same passes.
+    Weights, training modes and the state of random number generators are unchanged afterwards. Every rank must call and
+    makes the same passes.
 
     Args:
-        model: The policy, or a teacher's network.
-        engine: What samples. Only scoring is checked where None, or where it samples in another process.
-        setting: Where the model stands in the configuration, for messages.
-        every_adapter: Refuse an adapter on a layer that these passes never reach, which ddp cannot train.
+        model: The policy, or the network of a teacher.
+        engine: Rollout engine to check. If None, or not a `LocalEngine`, only scoring is checked.
+        setting: Prefix of the model's settings, for errors.
+        every_adapter: If True, refuse adapters on layers that these passes do not run, which ddp cannot train.
 
     Raises:
-        ConfigError: A pass fails, or its logits differ by more than the precision explains.
+        ConfigError: A pass fails, or logits differ by more than the tolerance of the precision.
     """
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
@@ -83,19 +78,25 @@ def check_policy(
         torch.random.fork_rng(devices=devices),
         torch.no_grad(),
         evaluating(model),
-        without_backward(model),
-        _refusing(name, setting),
+        reshard_on_exit(model),
+        _explained(name, setting),
         _reached(model) as reached,
     ):
         check_head(model)
-        found = _scoring(model)
-        if engine is not None and samples_here(engine):
-            rollout, agreed, tokens = _sampling(model, engine, found.tolerance)
+        found = _compare_scores(model)
+        if isinstance(engine, LocalEngine):
+            rollout, agreed, tokens = _compare_rollouts(model, engine, found.tolerance)
             found = found._replace(rollout=rollout, agreed=agreed, tokens=tokens)
-    _refuse(f"{name}: the logits of a row change with the other rows of its batch", found.batch, found.tolerance, setting)
-    _refuse(f"{name}: logits behind a prompt that several rows share are others", found.shared, found.tolerance, setting)
+    _check_tolerance(
+        f"{name}: the logits of a row depend on the other rows of its batch", found.batch, found.tolerance, setting
+    )
+    _check_tolerance(
+        f"{name}: logits after a prompt that several rows share are wrong", found.shared, found.tolerance, setting
+    )
     if found.rollout is not None:
-        _refuse(f"{name}: the logits of a rollout are not those of scoring", found.rollout, found.tolerance, setting)
+        _check_tolerance(
+            f"{name}: the logits of a rollout differ from those of scoring", found.rollout, found.tolerance, setting
+        )
     if found.agreed < 0.95 * found.tokens:
         raise ConfigError(
             f"{name}: {found.tokens - found.agreed} of {found.tokens} greedily sampled tokens are not the likeliest scored",
@@ -104,22 +105,22 @@ def check_policy(
         )
     if getattr(base_of(model), "is_loaded_in_8bit", False):
         rank_zero_warn(
-            f"{setting}.quantization: 8-bit layers round activations, and choose what they do not round from the whole "
-            f"batch. Logits of a row differ by {found.batch:.2g} standard deviations from those of the row alone. Use "
-            "load_in_4bit with bnb_4bit_quant_type nf4, which does not depend on the batch"
+            f"{setting}.quantization: logits of 8-bit layers depend on the other rows of the batch, and differ here by "
+            f"{found.batch:.2g} standard deviations from those of the row alone. Use load_in_4bit with bnb_4bit_quant_type "
+            "nf4, which does not depend on the batch"
         )
     unreached = [layer for layer, ran in reached.items() if not ran]
     if every_adapter and unreached:
         raise ConfigError(
-            f"{len(unreached)} layers of {name} have an adapter and do not run on every text, such as {unreached[0]}, and "
+            f"{len(unreached)} layers of {name} have an adapter but do not run on every text, such as {unreached[0]}, and "
             "ddp waits for their gradients",
             "trainer.strategy",
-            "Set it to ddp_find_unused_parameters_true, or leave them out by model.policy.lora.options.exclude_modules",
+            "Set it to ddp_find_unused_parameters_true, or exclude them in model.policy.lora.options.exclude_modules",
         )
     if unreached:
         rank_zero_warn(
-            f"{setting}.lora: {len(unreached)} layers of {name} have an adapter and did not run on two short texts, such as "
-            f"{unreached[0]}: if they never run, their adapters stay as they are. Leave them out by "
+            f"{setting}.lora: {len(unreached)} layers of {name} have an adapter but did not run on two short texts, such as "
+            f"{unreached[0]}. Adapters of layers that never run do not train. Exclude them in "
             "model.policy.lora.options.exclude_modules"
         )
     return found
@@ -127,57 +128,61 @@ def check_policy(
 
 @torch.no_grad()
 def agreement(model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Count how many greedily sampled tokens are also the likeliest when scored, and how many there are."""
+    """Return how many greedily sampled tokens are also the most likely in scoring, and the number of all tokens."""
     if not any(completions):
         return 0, 0
-    states = score_all(model, prompts, completions, 8192)
+    states = Scorer(model).score(prompts, completions)
     targets = torch.tensor([token for row in completions for token in row], device=device_of(model))
-    return _likeliest(model, _logits(states), targets), len(targets)
+    return _count_most_likely(model, _logits(states), targets), len(targets)
 
 
-def _likeliest(model: PeftModel, logits: Tensor, targets: Tensor) -> int:
-    """Count how many of the targets have the largest logit. A tie, or two that rounding tells apart, is no disagreement."""
+def _count_most_likely(model: PeftModel, logits: Tensor, targets: Tensor) -> int:
+    """Count the targets with the largest logit, up to differences within the tolerance of rounding."""
     picked = logits.gather(-1, targets[:, None])[:, 0]
     near = 4 * _tolerance(model, base_of(model).dtype) * logits.std(-1)
     return int((picked >= logits.max(-1).values - near).sum())
 
 
-def _scoring(model: PeftModel) -> Agreement:
+def _compare_scores(model: PeftModel) -> Agreement:
     prompts, completions = _rows(model)
     states, _ = score(model, prompts, completions)
     together = _logits(states).split([len(completion) for completion in completions])
     alone = [_logits(score(model, [p], [c])[0]) for p, c in zip(prompts, completions, strict=True)]
     tolerance = _tolerance(model, states.hidden.dtype)
-    batch = _distance(together, alone, tolerance)
+    batch = _difference(together, alone, tolerance)
     # Each prompt once for two rows of different lengths.
     prompts, completions = prompts * 2, [*completions, completions[1][:2], completions[0][:3]]
-    shared = _logits(score_all(model, prompts, completions, 8192)).split([len(completion) for completion in completions])
-    return Agreement(batch, _distance(shared[:2], alone, tolerance), None, 0, 0, tolerance)
+    shared = _logits(Scorer(model).score(prompts, completions)).split([len(completion) for completion in completions])
+    return Agreement(batch, _difference(shared[:2], alone, tolerance), None, 0, 0, tolerance)
 
 
-def _sampling(model: PeftModel, engine: RolloutEngine, tolerance: float) -> tuple[float | None, int, int]:
-    """Sample greedily from a short and a long prompt; also return how many tokens agree with scoring, of how many."""
+def _compare_rollouts(model: PeftModel, engine: RolloutEngine, tolerance: float) -> tuple[float | None, int, int]:
+    """Sample greedily from a short and a long prompt, and compare with scoring.
+
+    Returns:
+        Difference of the logits (see `Agreement`), number of tokens that are the most likely in scoring, number of tokens.
+    """
     prompts, _ = _rows(model)
-    if getattr(engine, "compile", False):  # takes long, and changes rounding alone
+    if isinstance(engine, TransformersEngine) and engine.compile:  # takes long, and changes only rounding
         engine = copy.copy(engine)
-        engine.compile = False  # type: ignore[attr-defined]
+        engine.compile = False
     seen: list[Tensor] = []
     with _logits_of_passes(model, seen):
         sampled = engine.generate(model, prompts, Sampling(max_new_tokens=_NEW_TOKENS, temperature=0.0), 0).completions
     states, targets = score(model, prompts, sampled)
     logits = _logits(states)
-    agreed = _likeliest(model, logits, targets)
-    # Rows of ascending length keep their places until the first one ends.
+    agreed = _count_most_likely(model, logits, targets)
+    # Rows in order of length keep their order until the first one ends.
     steps = min(len(seen), *map(len, sampled))
     if not steps or any(len(rows) != len(prompts) for rows in seen[:steps]):
         return None, agreed, len(targets)
     scored = [row[:steps] for row in logits.split([len(completion) for completion in sampled])]
     ours = list(torch.stack(seen[:steps], dim=1))
-    return _distance(ours, scored, tolerance), agreed, len(targets)
+    return _difference(ours, scored, tolerance), agreed, len(targets)
 
 
 def _rows(model: PeftModel) -> tuple[list[list[int]], list[list[int]]]:
-    """A short and a long prompt and completion, of ordinary tokens; the long ones pass a window that is not too wide."""
+    """Return a short and a long prompt with completions. The long one exceeds the attention window if that is small."""
     config: Any = base_of(model).config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")]
     widest = max((window for window in windows if isinstance(window, int) and window <= 48), default=0)
@@ -186,7 +191,7 @@ def _rows(model: PeftModel) -> tuple[list[list[int]], list[list[int]]]:
     vocabulary = int(config.vocab_size)
 
     def tokens(count: int, start: int) -> list[int]:
-        # A fixed stride over the middle of the vocabulary: its ends hold control tokens and unused ones.
+        # Tokens from the middle of the vocabulary: its ends often hold control tokens and unused ones.
         return [vocabulary // 4 + (start + 7919 * i) % max(vocabulary // 2, 1) for i in range(count)]
 
     short = min(5, long)
@@ -205,11 +210,12 @@ def _logits(states: Any) -> Tensor:
     return states.head(states.hidden).float()
 
 
-def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> float:
-    """Largest distance of two rows' logits [C, V]: root mean square over the vocabulary, in their standard deviations.
+def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> float:
+    """Return the largest difference between the logits of rows, each of shape [C, V].
 
-    Of a row's tokens the farthest counts in float32, and the median in low precision, where a mixture of experts may route
-    single tokens to other experts.
+    The difference of a token is the root mean square over the vocabulary, in standard deviations of the logits. The
+    difference of a row is the maximum over its tokens in float32. In lower precision it is the median, since a mixture of
+    experts may route single tokens to other experts.
     """
     found = []
     for row, other in zip(ours, theirs, strict=True):
@@ -221,7 +227,7 @@ def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float
 
 @contextmanager
 def _logits_of_passes(model: PeftModel, seen: list[Tensor]) -> Iterator[None]:
-    """The last logits of every row of each pass of the whole model, head included."""
+    """Append the last logits of every row to ``seen`` in each pass of the model inside the context."""
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(logits := getattr(output, "logits", None), Tensor) and logits.dim() == 3:
@@ -236,7 +242,7 @@ def _logits_of_passes(model: PeftModel, seen: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _reached(model: PeftModel) -> Iterator[dict[str, bool]]:
-    """The layers with an adapter that trains, and whether they ran inside."""
+    """Yield a dictionary from the names of layers with a trainable adapter to True if they ran inside the context."""
 
     def trains(module: nn.Module) -> bool:
         own = (key for key, parameter in module.named_parameters() if parameter.requires_grad)
@@ -260,8 +266,8 @@ def _reached(model: PeftModel) -> Iterator[dict[str, bool]]:
 
 
 @contextmanager
-def _refusing(name: str, setting: str) -> Iterator[None]:
-    """Errors of a model's own code as one message."""
+def _explained(name: str, setting: str) -> Iterator[None]:
+    """Turn errors in a model's code into a ConfigError."""
     try:
         yield
     except UserError:
@@ -277,10 +283,10 @@ def _refusing(name: str, setting: str) -> Iterator[None]:
         ) from error
 
 
-def _refuse(problem: str, found: float, tolerance: float, setting: str) -> None:
+def _check_tolerance(problem: str, found: float, tolerance: float, setting: str) -> None:
     if not found <= tolerance:
         raise ConfigError(
-            f"{problem} (by {found:.3g} standard deviations, where {tolerance:g} is rounding)",
+            f"{problem} (by {found:.3g} standard deviations, where rounding gives at most {tolerance:g})",
             f"{setting}.model",
             f"Set {setting}.attn_implementation to eager or sdpa, or choose another model",
         )

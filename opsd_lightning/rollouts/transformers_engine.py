@@ -1,7 +1,7 @@
-"""Sampling completions from the policy: token ids in, token ids out, never text in between.
+"""Rollouts with transformers' ``generate``.
 
-`Sampling` says what to sample, a `RolloutEngine` how. An engine takes the weights as they are when it is called, so the
-same one serves the student, the privileged teacher (inside ``teacher.weights``) and validation.
+The engine uses the weights that are active when it is called: the student's, or the teacher's inside ``teacher.weights``.
+Inputs and outputs are token ids.
 """
 
 from __future__ import annotations
@@ -23,31 +23,37 @@ from transformers.cache_utils import DynamicLayer
 from opsd_lightning.models.packing import cut_at_eos, pad_left
 from opsd_lightning.models.policy import base_of, device_of, eos_ids, evaluating
 from opsd_lightning.models.scoring import hidden_states, selectable_cache
-from opsd_lightning.models.sharding import gathered
-from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.models.sharding import unsharded
+from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
 
-class TransformersEngine(RolloutEngine):
-    """transformers' ``generate``, in segments: rows that have ended leave the batch, and waiting ones take their place.
+class TransformersEngine(LocalEngine):
+    """Rollouts by transformers' ``generate``, in segments: finished rows leave the batch, and waiting rows join it.
 
-    A prompt that several completions follow is run once. For models whose cache is no keys and values (linear
-    attention), and with a static cache, rows stay until the last of their batch has ended.
+    A prompt with several completions is computed once. Rows stay in their batch until its last row ends if the cache is
+    static, or if the model's cache does not consist of keys and values (linear attention).
 
     Args:
-        max_rows: The most completions that are worked on at one time, at least 1; more wait. All at once unless given.
-            Decoding is bound by memory bandwidth, so the more fit, the better.
-        merge_adapter: Sample with the adapter merged into the base weights, which are put back bit by bit after. Only
-            done where that is exact (unquantized float32 weights); takes a second copy of them for the time, and a
-            third on a CPU, where products of few rows are faster on packed weights.
-        static_cache: Allocate keys and values once, for the longest completion.
-        compile: Compile the decoding step (transformers does so on CUDA). Needs ``static_cache``.
-        gather_weights: Under FSDP2, hold all weights on every device for the time of a rollout. Without it they are
-            gathered layer by layer for every single token: slow, for models that do not fit one device.
-    """
+        max_rows: Maximum number of completions in a batch, at least 1. Defaults to all. Decoding is limited by memory
+            bandwidth, so larger batches are more efficient.
+        merge_adapter: If True, sample with the adapter merged into the base weights, which are restored bit by bit. Applies
+            only where merging is exact (unquantized float32 weights). Needs memory for a second copy of the weights, and on
+            a CPU for a third one, which is packed for faster products.
+        static_cache: If True, allocate keys and values once, for the longest completion.
+        compile: If True, compile the decoding step (by transformers, on CUDA). Requires ``static_cache``.
+        gather_weights: If True, hold all weights on every device during a rollout under FSDP2. If False, each layer is
+            gathered for each token, which is slow but works for models that do not fit one device.
 
-    splits_layers = True
+    Example::
+
+        >>> from opsd_lightning import Sampling, TransformersEngine
+        >>> engine = TransformersEngine(max_rows=64)
+        >>> rollouts = engine.generate(
+        ...     model, prompts=[[1, 2, 3]], sampling=Sampling(max_new_tokens=32, n=4), seed=0
+        ... )  # doctest: +SKIP
+    """
 
     def __init__(
         self,
@@ -58,7 +64,11 @@ class TransformersEngine(RolloutEngine):
         gather_weights: bool = True,
     ) -> None:
         if compile and not static_cache:
-            raise UserError("model.rollouts.init_args.compile needs static_cache: true, a cache whose shape does not change")
+            raise ConfigError(
+                "compilation needs a cache of constant shape",
+                "model.rollouts.init_args.compile",
+                "Set static_cache to true, or compile to false",
+            )
         self.max_rows = None if max_rows is None else PositiveInt(max_rows)
         self.merge_adapter = merge_adapter
         self.static_cache = static_cache
@@ -73,13 +83,13 @@ class TransformersEngine(RolloutEngine):
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             if self.gather_weights:
-                stack.enter_context(gathered(model))
+                stack.enter_context(unsharded(model))
             if self.merge_adapter:
                 stack.enter_context(merged_adapter(model))
             stack.enter_context(packed_linears(model))
             stack.enter_context(torch.random.fork_rng(devices=devices))
             torch.manual_seed(seed)
-            # Segments end when rows do, which ranks that share their weights could not do at the same time.
+            # Segments end at different times on different ranks, but ranks that gather layers must make the same passes.
             segments = selectable_cache(model) and not self.static_cache and not _sharded(model)
             found = (self._in_segments if segments else self._in_batches)(model, rows, sampling)
         return Rollouts([found[i][0] for i in range(len(rows))], [found[i][1] for i in range(len(rows))], sampling.n)
@@ -87,8 +97,8 @@ class TransformersEngine(RolloutEngine):
     def _in_batches(
         self, model: PeftModel, rows: Sequence[Sequence[int]], sampling: Sampling
     ) -> dict[int, tuple[list[int], bool]]:
-        """One call of ``generate`` for each ``max_rows`` rows."""
-        config = _generation_config(sampling, model, sampling.max_new_tokens)
+        """Call ``generate`` once for each ``max_rows`` rows."""
+        config = generation_config_for(sampling, model, sampling.max_new_tokens)
         if self.static_cache:
             config.cache_implementation = "static"
         config.disable_compile = not self.compile
@@ -101,7 +111,7 @@ class TransformersEngine(RolloutEngine):
                 attention_mask=mask,
                 position_ids=position_ids,
                 generation_config=config,
-                synced_gpus=_sharded(model),  # ranks that have ended go on with empty steps until all have
+                synced_gpus=_sharded(model),  # finished ranks make empty passes until all ranks have finished
             )
             for index, row in zip(part, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 found[index] = cut_at_eos(row, eos_ids(model))
@@ -110,7 +120,7 @@ class TransformersEngine(RolloutEngine):
     def _in_segments(
         self, model: PeftModel, rows: Sequence[Sequence[int]], sampling: Sampling
     ) -> dict[int, tuple[list[int], bool]]:
-        """``generate`` until some rows have ended; then the batch goes on without them."""
+        """Call ``generate`` until some rows end, replace them by waiting rows, and repeat."""
         stop = eos_ids(model)
         waiting = _by_length(rows)
         size = self.max_rows or len(rows)
@@ -128,25 +138,25 @@ class TransformersEngine(RolloutEngine):
                 input_ids=batch.input_ids,
                 attention_mask=batch.mask,
                 past_key_values=batch.cache,
-                generation_config=_generation_config(sampling, model, left),
+                generation_config=generation_config_for(sampling, model, left),
                 synced_gpus=False,
                 stopping_criteria=StoppingCriteriaList([_SomeEnded(stop, max(len(batch.rows) // 8, 1))]),
             )
-            going_on = []
+            unfinished = []
             for place, (index, row) in enumerate(
                 zip(batch.rows, output[:, batch.input_ids.shape[1] :].tolist(), strict=True)
             ):
                 more, ended = cut_at_eos(row, stop)
                 found[index] = (found[index][0] + more, ended)
                 if not ended and len(found[index][0]) < sampling.max_new_tokens:
-                    going_on.append(place)
-            batch = batch.selected(output, going_on) if going_on else None
+                    unfinished.append(place)
+            batch = batch.selected(output, unfinished) if unfinished else None
         return found
 
 
 @dataclass
 class _Batch:
-    """Rows that are being sampled. The cache holds all columns but the last, which ``generate`` feeds first."""
+    """Batch of unfinished rows. The cache holds all columns except the last, with which ``generate`` continues."""
 
     rows: list[int]
     input_ids: Tensor  # [B, P + C], padded on the left
@@ -155,11 +165,11 @@ class _Batch:
 
     @classmethod
     def start(cls, model: PeftModel, prompts: Mapping[int, Sequence[int]]) -> _Batch:
-        """Run the prompts but for their last token, each different one once."""
-        different = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts.values())))}
-        which = [different[tuple(prompt)] for prompt in prompts.values()]
-        input_ids, mask, position_ids = pad_left(list(different), device_of(model))
-        if input_ids.shape[1] == 1:  # at least one column for the cache, if only of padding
+        """Fill the cache with the prompts except for their last tokens. Equal prompts are computed once."""
+        distinct = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts.values())))}
+        which = [distinct[tuple(prompt)] for prompt in prompts.values()]
+        input_ids, mask, position_ids = pad_left(list(distinct), device_of(model))
+        if input_ids.shape[1] == 1:  # the cache needs at least one column, here of padding
             input_ids, mask, position_ids = (functional.pad(x, (1, 0)) for x in (input_ids, mask, position_ids))
         cache = DynamicCache(config=base_of(model).config)
         hidden_states(
@@ -175,11 +185,11 @@ class _Batch:
         return batch
 
     def can_grow(self) -> bool:
-        """Whether rows of another length can join: a sliding window's cache has no columns to pad."""
+        """Return True if rows of another length can join. The cache of a sliding window cannot be padded."""
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def joined(self, other: _Batch) -> _Batch:
-        """Both batches as one, the shorter padded on the left."""
+        """Concatenate two batches, with the shorter one padded on the left."""
         width = max(self.input_ids.shape[1], other.input_ids.shape[1])
         for batch in (self, other):
             batch._shift(width - batch.input_ids.shape[1])
@@ -194,7 +204,12 @@ class _Batch:
         )
 
     def selected(self, output: Tensor, places: list[int]) -> _Batch:
-        """What goes on after a segment, ``output`` being its rows of [B, P + C] tokens."""
+        """Return the batch of the rows that continue after a segment.
+
+        Args:
+            output: Token ids after the segment. Shape [B, P + C].
+            places: Indices of the rows that continue.
+        """
         grown = output.shape[1] - self.input_ids.shape[1]
         mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), grown)], dim=1)
         batch = _Batch(self.rows, output, mask, self.cache)
@@ -211,7 +226,7 @@ class _Batch:
         self.cache.batch_select_indices(index)
 
     def _shift(self, columns: int) -> None:
-        """Add columns of padding on the left, or take some away."""
+        """Add columns of padding on the left, or remove them if ``columns`` is negative."""
         if columns:
             self.input_ids, self.mask = (functional.pad(x, (columns, 0)) for x in (self.input_ids, self.mask))
             layers: list[Any] = self.cache.layers
@@ -221,7 +236,7 @@ class _Batch:
 
 
 class _SomeEnded(StoppingCriteria):
-    """Stops the whole batch once that many of its rows have ended."""
+    """Criterion that stops the batch when at least ``enough`` of its rows have ended."""
 
     def __init__(self, eos_ids: frozenset[int], enough: int) -> None:
         self.eos_ids, self.enough = torch.tensor(sorted(eos_ids)), enough
@@ -239,11 +254,12 @@ def _sharded(model: PeftModel) -> bool:
 
 
 def _by_length(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Rows of like length next to each other: less padding."""
+    """Return the row indices in order of length, so that batches need little padding."""
     return sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
 
 
-def _generation_config(sampling: Sampling, model: PeftModel, max_new_tokens: int) -> GenerationConfig:
+def generation_config_for(sampling: Sampling, model: PeftModel, max_new_tokens: int) -> GenerationConfig:
+    """Return transformers' generation settings for some sampling settings and the model's EOS and padding tokens."""
     own = base_of(model).generation_config
     common = {
         "max_new_tokens": max_new_tokens,

@@ -1,7 +1,7 @@
-"""Signals to one of several ranks before they are connected: it joins the others first, and all end together.
+"""Delay the effect of signals on a rank until all ranks have joined their process group, so that all end together.
 
-A rank that ended at once would leave the others waiting for it until their process group times out. Where the others do not
-come, or a second signal does, it ends as it would without this module. Imports nothing that takes long.
+A rank that exits before it joins would leave the others waiting until their process group times out. If the others do not
+join in time, or a second signal arrives, the rank exits. This module imports only the standard library, to start early.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import threading
 import time
 from typing import Any
 
-#: Seconds that a rank with a signal waits for the others.
+#: Seconds that a signalled rank waits for the other ranks to join.
 WAIT_SECONDS = 10.0
-#: From this many seconds after a signal on, another one ends the process: launchers may send one twice.
+#: A second signal ends the process only after this many seconds, because launchers may send the same signal twice.
 SECOND_SIGNAL_SECONDS = 2.0
 
 
-class _Early:
+class _EarlySignals:
+    """State of the handlers: former handlers, received signal, wakeup pipe and timeouts."""
+
     def __init__(self) -> None:
         self.before: dict[int, Any] = {}
         self.asked, self.at, self.joins_at = 0, 0.0, 0.0
@@ -29,7 +31,7 @@ class _Early:
         self.wakeup = -1
 
     def look(self) -> None:
-        """See signals at once, also while the main thread waits for other ranks."""
+        """Read signals in a thread, so that they are seen while the main thread waits for other ranks."""
         while not self.over.is_set():
             for number in os.read(self.reader, 4096):
                 if number in self.before:
@@ -39,7 +41,7 @@ class _Early:
         now = time.monotonic()
         if self.asked:
             if now - self.at >= SECOND_SIGNAL_SECONDS:
-                _end(number)
+                _exit(number)
             return
         self.asked, self.at = number, now
         threading.Thread(target=self.wait, name="opsd-early-wait", daemon=True).start()
@@ -47,35 +49,35 @@ class _Early:
     def wait(self) -> None:
         while not self.over.wait(0.2):
             if self.joins_at and time.monotonic() - max(self.joins_at, self.at) > WAIT_SECONDS:
-                _end(self.asked)
+                _exit(self.asked)
 
 
-_early: _Early | None = None
+_early: _EarlySignals | None = None
 
 
-def begin() -> None:
-    """Note signals from now on, if this is one of several ranks. To be called early, in the main thread."""
+def install() -> None:
+    """Install the handlers if this process is one of several ranks. Call it early, in the main thread."""
     global _early
-    if _early is not None or threading.current_thread() is not threading.main_thread() or not _is_one_of_several():
+    if _early is not None or threading.current_thread() is not threading.main_thread() or not _has_other_ranks():
         return
-    early = _Early()
+    early = _EarlySignals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
             early.before[number] = before
-            signal.signal(number, _nothing)
+            signal.signal(number, _ignore_in_main_thread)
     early.wakeup = signal.set_wakeup_fd(early.writer, warn_on_full_buffer=False)
     threading.Thread(target=early.look, name="opsd-early-signals", daemon=True).start()
     _early = early
 
 
-def joins() -> None:
-    """Note that this rank waits for the others from now on."""
+def start_join_timeout() -> None:
+    """Start the timeout of a signalled rank: from now on this rank waits for the others."""
     if _early is not None:
         _early.joins_at = time.monotonic()
 
 
-def end() -> int:
-    """Put the former handlers back, and return the number of the signal that came; 0 for none."""
+def uninstall() -> int:
+    """Restore the former handlers and return the number of the received signal, or 0."""
     global _early
     early, _early = _early, None
     if early is None:
@@ -84,14 +86,14 @@ def end() -> int:
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(early.wakeup)
         for number, before in early.before.items():
-            if signal.getsignal(number) is _nothing:
+            if signal.getsignal(number) is _ignore_in_main_thread:
                 signal.signal(number, before)
     os.write(early.writer, b"\0")
     return early.asked
 
 
-def _forget() -> None:
-    """In a process forked from this one: its signals are its own."""
+def _uninstall_in_child() -> None:
+    """Restore the former handlers in a forked child."""
     global _early
     early, _early = _early, None
     if early is not None:
@@ -100,18 +102,18 @@ def _forget() -> None:
             signal.signal(number, before)
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_uninstall_in_child)
 
 
-def _is_one_of_several() -> bool:
+def _has_other_ranks() -> bool:
     sizes = [os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
     return any(size.isdigit() and int(size) > 1 for size in sizes)
 
 
-def _nothing(number: int, frame: Any) -> None:
-    """The thread has seen it."""
+def _ignore_in_main_thread(number: int, frame: Any) -> None:
+    """Do nothing: the thread reads the signal from the wakeup descriptor."""
 
 
-def _end(number: int) -> None:
-    """End the process. The main thread, which could set the signal's own effect, waits for other ranks."""
+def _exit(number: int) -> None:
+    """End the process with the exit status of a signal, from a thread: the main thread may be blocked."""
     os._exit(128 + number)

@@ -1,13 +1,14 @@
-"""One run at a time in a folder: locks of the operating system, which end with the process that holds them.
+"""File locks that prevent two runs from writing to the same folder. The system releases them when the process ends.
 
-A fit locks its own folder if it writes there, the folders of its checkpoints and those of its loggers; an evaluation locks
-the folder of its results and those of its loggers. A logger's version that is not to be had is no reason to end where the
-version was chosen by Lightning, or in an evaluation: it logs to the next free one. The first rank holds the locks. The file
-of a lock names the host, the process, the time and the command, to inform only. It is removed when the run ends; after a
-kill it stays, and means nothing.
+A fit locks its own folder if it writes there, and the folders of its checkpoints and loggers. An evaluation locks the
+folders of its results and loggers. If the version folder of a logger is in use, an evaluation logs to the next free
+version. A fit does the same if Lightning chose the version, and fails if the user did. The first rank holds the locks.
 
-``flock`` belongs to the open file, which children that are forked (data loader workers, math-verify's process) share: they
-close it at once, so that a child that outlives a killed run holds nothing.
+A lock file contains the host, process, time and command of its run, for information only. It is removed when the run ends.
+A lock file of a killed run remains, but is not locked.
+
+An ``flock`` lock belongs to the open file, which forked children (data loader workers, the math-verify process) share. They
+close it at once, so that a child that outlives a killed run holds no lock.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opsd_lightning.runs.record import now
-from opsd_lightning.utils.redaction import redact_arguments
-from opsd_lightning.distributed.collectives import together
+from opsd_lightning.distributed.collectives import run_on_all_ranks
+from opsd_lightning.runs.record import timestamp
 from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.files import is_remote
+from opsd_lightning.utils.redaction import redact_arguments
 
-#: How long a run waits for one that is ending, in seconds: a killed process may take a while to give its memory back.
+#: Seconds to wait for another run to end: a killed process needs time to free its memory.
 WAIT_SECONDS = 5.0
-#: As long after a SLURM requeue, whose first start may be ending still.
+#: Seconds to wait after a SLURM requeue, when the previous start may still be ending.
 REQUEUE_WAIT_SECONDS = 60.0
-#: The lock of a run's own folder.
-NAME = ".opsd-fit.lock"
+#: File name of the lock of a run's own folder.
+LOCK_NAME = ".opsd-fit.lock"
 
-# File systems without locks, and those that cannot be written, on which a run fails elsewhere.
+# Errors of file systems without locks, and of those that cannot be written, on which a run fails later.
 _NO_LOCKS = {
     *(errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL),
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT),
@@ -63,77 +65,77 @@ class _Held:
 
 
 _held: dict[Path, _Held] = {}
-_automatic: weakref.WeakSet[Any] = weakref.WeakSet()  # loggers whose version Lightning has chosen
+_automatic: weakref.WeakSet[Any] = weakref.WeakSet()  # loggers whose version Lightning chose
 _START = b'{"host": '
 
 
-def _in_child() -> None:
+def _close_in_child() -> None:
     for held in _held.values():
-        os.close(held.descriptor)  # not unlocked: that would unlock the parent's
+        os.close(held.descriptor)  # unlocking would release the parent's lock
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
-def hold(trainer: Trainer) -> None:
-    """Lock the folders of a fit. For the first rank alone. Again for the same trainer, it does nothing.
+def lock_fit(trainer: Trainer) -> None:
+    """Lock the folders of a fit. Call it on the first rank only. Repeated calls for a trainer have no effect.
 
     Raises:
-        ConfigError: Another run writes there.
+        ConfigError: Another run uses one of the folders.
     """
     try:
-        for path, folder, setting in _places(trainer):
-            hold_file(path, folder, setting, trainer)
-        hold_logs(trainer, moves=False)
+        for path, folder, setting in _locks_of_fit(trainer):
+            lock_file(path, folder, setting, trainer)
+        lock_loggers(trainer, change_versions=False)
     except BaseException:
         release(trainer)
         raise
 
 
-def hold_logs(trainer: Trainer, moves: bool = True) -> None:
-    """Lock the folders of the loggers, and move a logger to its next free version if another run writes to its own.
+def lock_loggers(trainer: Trainer, change_versions: bool = True) -> None:
+    """Lock the folders of the loggers. A logger whose version is in use moves to the next free version.
 
     Args:
         trainer: Owner of the loggers.
-        moves: Also move a logger whose version was given, as for an evaluation. Defaults to true.
+        change_versions: If False, only versions that Lightning chose may change.
 
     Raises:
-        ConfigError: Another run writes to a version that was given, and ``moves`` is false.
+        ConfigError: Another run uses a version that must not change.
     """
     owners = {held.owner() for held in _held.values()} - {trainer, None}
     others = [owner for owner in owners if owner is not None and owner.state.status == TrainerStatus.RUNNING]
     for logger in trainer.loggers:
-        if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # others have runs of their own on a server
+        if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # other loggers create a new run on a server
             continue
         if any(logger in other.loggers for other in others):
-            continue  # shared with a trainer of this process that runs
+            continue  # shared with another running trainer of this process
         new = logger._version is None
         if new:
             _automatic.add(logger)
-        while _is_local(logger.log_dir):
+        while not is_remote(logger.log_dir):
             place = Path(logger.log_dir).resolve()
-            lock, free = _lock_beside(place), moves or logger in _automatic
+            lock, may_change = _lock_beside(place), change_versions or logger in _automatic
             try:
-                hold_file(lock, place, "trainer.logger", trainer, waits=not free)
+                lock_file(lock, place, "trainer.logger", trainer, wait=not may_change)
             except ConfigError as error:
-                if not free:
+                if not may_change:
                     raise
                 reason = error.problem
             else:
                 if not (new and place.is_dir() and any(place.iterdir())):
-                    _sweep(place.parent)
+                    _remove_stale_locks(place.parent)
                     break
                 release(trainer, lock)
-                reason = f"{place} is of another run"
+                reason = f"{place} belongs to another run"
             following: int = logger._get_next_version()
             logger._version = max(following, logger.version + 1) if isinstance(logger.version, int) else following
             logger._experiment = None
-            rank_zero_warn(f"{reason}: {type(logger).__name__} logs to {logger.log_dir} instead")
+            rank_zero_warn(f"{reason}. {type(logger).__name__} logs to {logger.log_dir} instead")
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the locks of killed runs, which had other versions of a logger's folder."""
+def _remove_stale_locks(folder: Path) -> None:
+    """Remove the lock files that killed runs left in the folder of a logger."""
     for path in folder.glob(".*.lock"):
         if path.resolve() in _held or path.is_symlink():
             continue
@@ -141,123 +143,119 @@ def _sweep(folder: Path) -> None:
             descriptor = _open(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if {"host", "pid", "command"} <= _read(descriptor).keys():
+                if {"host", "pid", "command"} <= _read_holder(descriptor).keys():
                     path.unlink()
             finally:
                 os.close(descriptor)
 
 
-def hold_file(path: Path, folder: Path, setting: str, trainer: Trainer, waits: bool = True) -> None:
-    """Lock a file that stands for a folder.
+def lock_file(path: Path, folder: Path, setting: str, trainer: Trainer, wait: bool = True) -> None:
+    """Lock a folder by its lock file.
 
     Args:
-        path: The file. It is made.
-        folder: Folder that it stands for, for errors.
-        setting: Setting of the folder, for errors.
+        path: The lock file, created if missing.
+        folder: The folder, for errors.
+        setting: Setting that names the folder, for errors.
         trainer: Owner of the lock.
-        waits: Wait for a run that is ending. Defaults to true.
+        wait: If True, wait some seconds for another run to end.
 
     Raises:
-        ConfigError: Another run holds it, or what has its name is no lock.
+        ConfigError: Another run holds the lock, or the file is not a lock file.
     """
     path = path.parent.resolve() / path.name
     if (known := _held.get(path)) is not None:
         other = known.owner()
         if other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING:
-            raise ConfigError(f"another trainer of this process writes to {folder}", setting, "Choose another folder")
+            raise ConfigError(f"another trainer of this process uses {folder}", setting, "Choose another folder")
         known.owner = weakref.ref(trainer)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path, folder, setting, waits)
+        descriptor = _lock(path, folder, setting, wait)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise _foreign(path, setting) from error
+            raise _not_a_lock(path, setting) from error
         if error.errno not in _NO_LOCKS:
             raise
-        rank_zero_warn(f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
+        rank_zero_warn(f"{folder} cannot be locked ({error.strerror}). Make sure that no other run writes there")
         return
     _held[path] = _Held(descriptor, weakref.ref(trainer))
 
 
 def release(trainer: Trainer, only: Path | None = None) -> None:
-    """Unlock all that a trainer holds, or a single file."""
+    """Release all locks of a trainer, or the lock of a single file."""
     for path, held in list(_held.items()):
         if held.owner() in (trainer, None) and (only is None or path == only.parent.resolve() / only.name):
             del _held[path]
             with suppress(OSError):
-                if _is_at(held.descriptor, path):
-                    path.unlink()  # while it is locked
+                if _is_current(held.descriptor, path):
+                    path.unlink()  # remove the file before the lock is released
             os.close(held.descriptor)
 
 
-def _places(trainer: Trainer) -> Iterator[tuple[Path, Path, str]]:
-    """The file of each lock of a fit, the folder that it stands for, and the folder's setting."""
+def _locks_of_fit(trainer: Trainer) -> Iterator[tuple[Path, Path, str]]:
+    """Yield the lock file, the folder and the setting of each lock of a fit."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     root = Path(trainer.default_root_dir)
     folders: list[Any] = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    places = [Path(folder).resolve() for folder in folders if folder is not None and _is_local(folder)]
-    if _is_local(root) and (root.resolve() in places or _writes_to_root(trainer)):
-        yield root / NAME, root, "trainer.default_root_dir"
+    places = [Path(folder).resolve() for folder in folders if folder is not None and not is_remote(folder)]
+    if not is_remote(root) and (root.resolve() in places or _writes_to_root(trainer)):
+        yield root / LOCK_NAME, root, "trainer.default_root_dir"
     for place in places:
         if place != root.resolve():
             yield _lock_beside(place), place, "trainer.callbacks.dirpath"
 
 
 def _writes_to_root(trainer: Trainer) -> bool:
-    """Return whether a fit writes to ``default_root_dir`` itself, beside the folders of its loggers and checkpoints."""
+    """Return True if a fit writes directly to ``default_root_dir``, apart from its loggers and checkpoints."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if getattr(callback, "writes_to_root", False):
             return True
         if isinstance(callback, Checkpoint) and not isinstance(callback, ModelCheckpoint):
             return True
-        # Without a logger they have no other place.
-        unplaced = isinstance(callback, ModelCheckpoint) and callback.dirpath is None
-        beside = unplaced or isinstance(callback, SaveConfigCallback)
-        if beside and not trainer.loggers:
+        # These callbacks write to the logger's folder, or to default_root_dir without a logger.
+        no_dirpath = isinstance(callback, ModelCheckpoint) and callback.dirpath is None
+        if (no_dirpath or isinstance(callback, SaveConfigCallback)) and not trainer.loggers:
             return True
     return isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment)
 
 
 def _lock_beside(place: Path) -> Path:
-    """Return the file of a folder's lock, beside it: Lightning warns of folders that are not empty."""
+    """Return the lock file next to a folder. A file inside it would make Lightning warn about a non-empty folder."""
     return place.with_name(f".{place.name}.lock")
 
 
-def _is_local(folder: Any) -> bool:
-    return "://" not in str(folder) and not str(folder).startswith(("s3:", "gs:"))
-
-
-def _lock(path: Path, folder: Path, setting: str, waits: bool) -> int:
+def _lock(path: Path, folder: Path, setting: str, wait: bool) -> int:
+    """Open and lock a file, and return its descriptor."""
     end: float | None = None
     while True:
         descriptor = _open(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = _read(descriptor)
+            holder = _read_holder(descriptor)
             os.close(descriptor)
             if not isinstance(error, BlockingIOError) and error.errno != errno.EACCES:
                 raise
-            end = end or time.monotonic() + (_patience(holder) if waits else 0.0)
+            end = end or time.monotonic() + (_wait_seconds(holder) if wait else 0.0)
             if time.monotonic() >= end:
-                raise _refusal(holder, folder, setting) from None
+                raise _in_use(holder, folder, setting) from None
             time.sleep(0.1)
             continue
-        if not _is_at(descriptor, path):
+        if not _is_current(descriptor, path):
             os.close(descriptor)
             continue
         if not _is_lock(descriptor):
             os.close(descriptor)
-            raise _foreign(path, setting)
-        _inform(descriptor)
+            raise _not_a_lock(path, setting)
+        _write_holder(descriptor)
         return descriptor
 
 
 def _is_lock(descriptor: int) -> bool:
-    """Return whether a file is empty or begins as `_inform` writes it: a full disk may have cut it off."""
+    """Return True if a file is empty or begins like a lock file. A full disk may have truncated it."""
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return False
     try:
@@ -267,8 +265,8 @@ def _is_lock(descriptor: int) -> bool:
     return _START.startswith(start)
 
 
-def _foreign(path: Path, setting: str) -> ConfigError:
-    return ConfigError(f"{path} is no lock of a run, which would have this name", setting, "Move it away")
+def _not_a_lock(path: Path, setting: str) -> ConfigError:
+    return ConfigError(f"{path} has the name of a run's lock file but is not one", setting, "Move it away")
 
 
 def _open(path: Path) -> int:
@@ -276,22 +274,22 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except PermissionError:
-        return os.open(path, os.O_RDONLY | flags)  # another user's
+        return os.open(path, os.O_RDONLY | flags)  # the file of another user
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Return False for the file of a lock that its holder removed in the meantime."""
+def _is_current(descriptor: int, path: Path) -> bool:
+    """Return False if the holder of a lock has removed its file in the meantime."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _inform(descriptor: int) -> None:
+def _write_holder(descriptor: int) -> None:
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "time": now(),
+        "time": timestamp(),
         "command": shlex.join(redact_arguments(sys.argv)),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
@@ -299,10 +297,10 @@ def _inform(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     except OSError:
-        pass  # the lock holds without it: a full disk, another user's file
+        pass  # a full disk or the file of another user: the lock works without the information
 
 
-def _read(descriptor: int) -> dict[str, Any]:
+def _read_holder(descriptor: int) -> dict[str, Any]:
     try:
         found = json.loads(os.pread(descriptor, 100_000, 0))
     except (OSError, ValueError, RecursionError):
@@ -310,45 +308,45 @@ def _read(descriptor: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _patience(holder: dict[str, Any]) -> float:
+def _wait_seconds(holder: dict[str, Any]) -> float:
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     if requeued and holder.get("slurm_job") in (os.environ.get("SLURM_JOB_ID"), None):
         return REQUEUE_WAIT_SECONDS
     return WAIT_SECONDS
 
 
-def _refusal(holder: dict[str, Any], folder: Path, setting: str) -> ConfigError:
-    words = "another run writes there"
+def _in_use(holder: dict[str, Any], folder: Path, setting: str) -> ConfigError:
+    words = "another run uses it"
     if holder.get("pid") is not None:
         words += f", process {holder['pid']!s:.20} on {holder.get('host')!s:.100} since {holder.get('time')!s:.40}"
         words += f" ({holder.get('command')!s:.300})"
     words = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
-    return ConfigError(f"{folder} is in use: {words}", setting, "Choose another folder, or end that run first")
+    return ConfigError(f"{folder} is in use: {words}", setting, "Choose another folder or end that run first")
 
 
 def launches_processes(trainer: Trainer) -> bool:
-    """Return whether ranks are processes that this one forks or spawns, of which the first then holds the locks."""
+    """Return True if this process forks or spawns the ranks. The first of them then holds the locks."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
-def is_first(trainer: Trainer) -> bool:
-    """Return whether this is the first rank, also before the strategy has set it up."""
+def is_first_rank(trainer: Trainer) -> bool:
+    """Return True on the first rank, even before the strategy is set up."""
     strategy: Any = trainer.strategy
     if launches_processes(trainer):
         return bool(strategy.local_rank == 0 and strategy.node_rank == 0)
     return trainer.is_global_zero
 
 
-def started_together(trainer: Trainer) -> bool:
-    """Return whether several ranks were started from outside, and must learn together that the run is refused."""
+def ranks_started_externally(trainer: Trainer) -> bool:
+    """Return True if an external launcher started several ranks, which must then fail together."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return trainer.world_size > 1 and environment is not None and environment.creates_processes_externally
 
 
 class RunLock(Callback):
-    """Holds the locks of a fit, and refuses one whose folders another run holds. Put first by `attach`.
+    """Callback that locks the folders of a fit, and fails on all ranks if another run uses them. `attach` puts it first.
 
-    Puts `RunUnlock` last, once Lightning has ordered the callbacks: behind a `ModelCheckpoint`, which may save when the run
+    It moves `RunUnlock` to the end after Lightning has sorted the callbacks: a `ModelCheckpoint` may save when the run
     fails.
     """
 
@@ -359,18 +357,18 @@ class RunLock(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: isinstance(callback, RunUnlock))
         if stage == "fit":
-            together(lambda: self._hold(trainer))
+            run_on_all_ranks(lambda: self._hold(trainer))
 
     def _hold(self, trainer: Trainer) -> None:
         refusal, self.refusal = self.refusal, None
         if refusal is not None:
             raise refusal
         if trainer.is_global_zero:
-            hold(trainer)
+            lock_fit(trainer)
 
 
 class RunUnlock(Callback):
-    """Releases the locks of a run, after all other callbacks (see `RunLock`)."""
+    """Callback that releases the locks of a run after all other callbacks (see `RunLock`)."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         release(trainer)
@@ -380,10 +378,12 @@ class RunUnlock(Callback):
 
 
 def attach(trainer: Trainer) -> None:
-    """Lock a fit, or an evaluation's logs, before anything is read or written, and see to it that the locks are released.
+    """Lock the folders of a fit, or the loggers of an evaluation, and add the callbacks that release the locks.
+
+    Call it before the run reads or writes anything.
 
     Raises:
-        ConfigError: Another run holds them, and there is one rank. With several ranks all are refused, by `RunLock`.
+        ConfigError: Another run uses a folder and there is a single rank. With several ranks, `RunLock` raises the error.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     lock = next((callback for callback in callbacks if isinstance(callback, RunLock)), None)
@@ -391,16 +391,16 @@ def attach(trainer: Trainer) -> None:
         lock = RunLock()
         callbacks.insert(0, lock)
         callbacks.append(RunUnlock())
-    if not is_first(trainer):
+    if not is_first_rank(trainer):
         return
     if trainer.state.fn != "fit":
         if trainer.state.fn is not None:  # an evaluation
-            hold_logs(trainer)
+            lock_loggers(trainer)
         return
     try:
-        hold(trainer)
+        lock_fit(trainer)
     except ConfigError as error:
         if trainer.world_size == 1:
             raise
         lock.refusal = error
-        trainer.loggers = []  # Lightning opens them, which writes, before any callback is asked
+        trainer.loggers = []  # Lightning opens the loggers, which write, before it calls any callback

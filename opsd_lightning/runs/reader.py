@@ -1,19 +1,18 @@
-"""A run on disk, and reading it back: its metrics by step, its settings, what it answered before and after.
+"""Read the files of a run: metrics by step, settings, and graded completions.
 
-    ROOT/record/run.json        each start of the run: command, versions, devices; how it ended   (of the RunReport callback)
-    ROOT/record/config.yaml     every setting
-    ROOT/record/metrics.jsonl   one line a training step and a validation
-    ROOT/record/samples.jsonl   completions of the same few questions at every validation, graded
-    ROOT/before, ROOT/after     held-out questions in test.jsonl, as the quick start leaves them
+    ROOT/record/run.json        command, versions and devices of each start; status at the end (RunReport callback)
+    ROOT/record/config.yaml     all settings
+    ROOT/record/metrics.jsonl   one line for each training step and each validation
+    ROOT/record/samples.jsonl   graded completions of the same few questions at every validation
+    ROOT/before, ROOT/after     held-out questions in test.jsonl, written by the quick start
 
-A run without a record is read from ``metrics.csv`` (CSVLogger) and the ``config.yaml`` beside it.
+A run without a record is read from ``metrics.csv`` (CSVLogger) and the ``config.yaml`` next to it.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,25 +21,25 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
-from opsd_lightning.utils.redaction import redact
 from opsd_lightning.types import UserError
+from opsd_lightning.utils.redaction import redact
 from opsd_lightning.utils.yaml_limits import check_yaml
 
-RECORD = "record"
-# What the report reads of a graded completion.
+RECORD_FOLDER = "record"
+# Entries of a graded completion that the report reads.
 _GRADED: dict[str, type] = {"question": str, "correct": int, "answer": object, "completion_tokens": int, "truncated": int}
 _SAMPLE: dict[str, type] = _GRADED | {"completion": str, "samples": int, "right": int}
 _FILES = ("run.json", "metrics.jsonl", "metrics.csv", "config.yaml", "samples.jsonl")
 
 
 class Point(NamedTuple):
-    """What was measured at one time of a run.
+    """Metrics at one step of a run.
 
     Args:
         step: Optimizer steps made.
-        tokens: Completion tokens generated in training until then, where known.
-        seconds: Since the first start, without the pauses between a stop and a resumption, where known.
-        values: Metrics by the name they were logged under.
+        tokens: Completion tokens generated in training so far, or None if unknown.
+        seconds: Seconds since the first start, without pauses before resumptions, or None if unknown.
+        values: Metrics by their logged names.
     """
 
     step: int
@@ -51,17 +50,17 @@ class Point(NamedTuple):
 
 @dataclass
 class Run:
-    """A run as `read_run` found it.
+    """Contents of a run's folder, as `read_run` returns them.
 
     Args:
-        root: The folder of its outputs.
-        name: Of its folder.
+        root: Output folder of the run.
+        name: Name of the folder.
         train: Training steps, in order.
-        validations: Validations, in order; that before training at step 0.
-        info: What ``run.json`` says; empty without a record.
-        config: Its settings as nested mappings, without secrets; empty where none were kept.
+        validations: Validations, in order. The validation before training has step 0.
+        info: Contents of ``run.json``. Empty without a record.
+        config: Settings as nested mappings, without secrets. Empty if the run saved none.
         samples: Graded completions of a few questions, as ``{"kind": "val" or "train", "step": ..., "records": [...]}``.
-        held_out: Records of held-out questions by when and role, such as ``before: student``.
+        held_out: Records of held-out questions, by time and role, such as ``before: student``.
     """
 
     root: Path
@@ -75,90 +74,90 @@ class Run:
 
     @property
     def accuracy(self) -> str | None:
-        """The validation metric that a reader looks at first: avg@k."""
+        """Name of the avg@k validation metric, if there is one."""
         names = {name for point in self.validations for name in point.values}
         return next((name for name in sorted(names) if re.fullmatch(r"val/avg@\d+", name)), None)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings by their dotted names (`flatten`)."""
+        """All settings by dotted name (see `flatten`)."""
         return flatten(self.config)
 
 
 def read_run(path: str | Path) -> Run:
-    """Read what a run left behind.
+    """Read the files of a run.
 
     Args:
-        path: The run's folder (``trainer.default_root_dir``), its record's, or that of a version of CSVLogger.
+        path: The run's folder (``trainer.default_root_dir``), the folder of its record, or a version folder of CSVLogger.
 
     Raises:
-        UserError: Nothing of a run is there, or a file of it is damaged.
+        UserError: The folder contains no run, or a file is damaged.
     """
     given = Path(path)
     if not given.exists():
-        raise UserError(f"{given} does not exist: give a run's folder (trainer.default_root_dir, or a CSV log's version)")
+        raise UserError(f"{given} does not exist. Give a run's folder (trainer.default_root_dir or a CSVLogger version)")
     folder = given.resolve()
     if folder.is_file():
         if folder.name not in _FILES:
-            raise UserError(f"{given} is a file: give the folder of the run that it is of")
+            raise UserError(f"{given} is a file. Give the folder of the run")
         folder = folder.parent
-    record = _record(folder)
+    record = _find_record(folder)
     if record is not None:
         run = _from_record(record)
     else:
-        log = _log(folder)
+        log = _find_csv_log(folder)
         if log is None:
             raise UserError(
-                f"{given} holds no run: there is neither {RECORD}/run.json, which the RunReport callback writes, nor a "
-                "metrics.csv of training, which CSVLogger writes"
+                f"{given} contains no run: it has neither {RECORD_FOLDER}/run.json (written by the RunReport callback) nor "
+                "a metrics.csv of training (written by CSVLogger)"
             )
         run = _from_log(log, folder)
     if not run.train and not run.validations and not run.info:
-        raise UserError(f"{given} holds neither a training step nor a validation yet")
+        raise UserError(f"{given} contains no training step or validation yet")
     run.held_out = _held_out(run.root)
     return run
 
 
-def _present(path: Path) -> bool:
-    """Return whether a file of a run is there.
+def _exists(path: Path) -> bool:
+    """Return True if a file of a run exists.
 
     Raises:
-        UserError: A link leads to it, so that the page of a run from elsewhere would show a file of this machine.
+        UserError: The path contains a symbolic link. The report of a downloaded run could show any file of this machine.
     """
     if not path.is_file():
         return False
     if path.resolve() != path:
-        raise UserError(f"{path} is a symbolic link, or lies behind one, which is not followed: give the folder it leads to")
+        raise UserError(f"{path} is or is inside a symbolic link, which is not followed. Give the folder that it points to")
     return True
 
 
-def _record(folder: Path) -> Path | None:
-    for candidate in (folder, folder / RECORD):
-        if _present(candidate / "run.json") and "starts" in _json(candidate / "run.json"):
+def _find_record(folder: Path) -> Path | None:
+    for candidate in (folder, folder / RECORD_FOLDER):
+        if _exists(candidate / "run.json") and "starts" in _json(candidate / "run.json"):
             return candidate
-    for parent in list(folder.parents)[:3]:  # a logger's folder of a run that has a record
-        path = parent / RECORD / "run.json"
-        if _present(path) and str(folder) in _json(path).get("logs", []):
+    for parent in list(folder.parents)[:3]:  # the folder of a logger whose run has a record
+        path = parent / RECORD_FOLDER / "run.json"
+        if _exists(path) and str(folder) in _json(path).get("logs", []):
             return path.parent
     return None
 
 
 def _from_record(record: Path) -> Run:
     for name in ("metrics.jsonl", "samples.jsonl"):
-        _present(record / name)
+        _exists(record / name)
     info = _json(record / "run.json")
-    run = Run(record.parent if record.name == RECORD else record, "", info=info)
-    run.name = run.root.name if record.name == RECORD else f"{run.root.name}/{record.name}"
+    run = Run(record.parent if record.name == RECORD_FOLDER else record, "", info=info)
+    run.name = run.root.name if record.name == RECORD_FOLDER else f"{run.root.name}/{record.name}"
     points: dict[tuple[str, int], Point] = {}
-    for line in read_lines(record / "metrics.jsonl"):
-        with _reading(record / "metrics.jsonl"):
-            # A validation that a resumed run made again stands in the place of the first.
+    for line in read_complete_lines(record / "metrics.jsonl"):
+        with _damage_as_error(record / "metrics.jsonl"):
+            # A validation that a resumed run repeats replaces the first one.
             points[line["kind"], line["step"]] = _point(line)
     run.train = sorted((p for (kind, _), p in points.items() if kind == "train"), key=lambda point: point.step)
     run.validations = sorted((p for (kind, _), p in points.items() if kind == "val"), key=lambda point: point.step)
     run.config = _config(record / "config.yaml")
-    run.samples = read_lines(record / "samples.jsonl")
-    with _reading(record / "samples.jsonl"):
+    run.samples = read_complete_lines(record / "samples.jsonl")
+    with _damage_as_error(record / "samples.jsonl"):
         for line in run.samples:
             _check(line, {"kind": str, "step": int, "records": list})
             for sample in line["records"]:
@@ -167,8 +166,8 @@ def _from_record(record: Path) -> Run:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Say that a file is damaged where its content is not what a run writes."""
+def _damage_as_error(path: Path) -> Iterator[None]:
+    """Convert errors while a file is read and parsed into a `UserError` that the file is damaged."""
     try:
         yield
     except UserError:
@@ -179,9 +178,9 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check(value: Any, kinds: Mapping[str, type | UnionType]) -> None:
-    """Raise unless a value is an object with values of some types."""
+    """Raise unless a value is a JSON object whose entries have the given types."""
     if not isinstance(value, dict):
-        raise TypeError(f"{value!r:.60} is no object")
+        raise TypeError(f"{value!r:.60} is not an object")
     for name, kind in kinds.items():
         if not isinstance(value[name], kind):
             raise TypeError(f"{name} is {value[name]!r:.60}")
@@ -195,12 +194,12 @@ def _point(line: Mapping[str, Any]) -> Point:
     return Point(line["step"], line["tokens"], line["seconds"], line["metrics"])
 
 
-def _log(folder: Path) -> Path | None:
-    """The newest metrics.csv of training in or below a folder; tests have one as well."""
+def _find_csv_log(folder: Path) -> Path | None:
+    """Return the newest metrics.csv of training in or below a folder. Test runs write one as well, which is skipped."""
     found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}metrics.csv")]
-    found = [path for path in found if _present(path)]
+    found = [path for path in found if _exists(path)]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        with _reading(path), path.open(encoding="utf-8") as file:
+        with _damage_as_error(path), path.open(encoding="utf-8") as file:
             if any(name.startswith(("train/", "val/")) for name in next(csv.reader(file), [])):
                 return path
     return None
@@ -208,13 +207,13 @@ def _log(folder: Path) -> Path | None:
 
 def _from_log(path: Path, folder: Path) -> Run:
     run = Run(folder, folder.name, config=_config(path.parent / "config.yaml"))
-    with _reading(path.parent / "config.yaml"):
-        updates = int(run.settings.get("model.updates_per_batch") or 1)  # the log counts batches
+    with _damage_as_error(path.parent / "config.yaml"):
+        updates = int(run.settings.get("model.updates_per_batch") or 1)  # the log counts batches, not optimizer steps
         last = int(run.settings.get("trainer.max_steps") or -1)
     baseline = not run.config or "BaselineEvaluation" in str(run.config)
     tokens = 0.0
     for row in _rows(path):
-        with _reading(path):
+        with _damage_as_error(path):
             step = (int(row["step"]) + 1) * updates
         step = min(step, last) if last > 0 else step
         if any(name.startswith("train/") for name in row):
@@ -222,7 +221,7 @@ def _from_log(path: Path, folder: Path) -> Run:
             run.train.append(Point(step, tokens, None, _metrics(row)))
         elif any(name.startswith("val/") for name in row):
             if baseline and not row["step"] and not run.train and not run.validations:
-                step = 0  # the callback's, from before the first step
+                step = 0  # the evaluation of BaselineEvaluation before the first step
             run.validations.append(Point(step, tokens, None, _metrics(row)))
     return run
 
@@ -235,19 +234,19 @@ def _held_out(root: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for when in ("before", "after"):
         path = root / when / "test.jsonl"
-        with _reading(path):
-            for record in read_records(path) if _present(path) else []:
+        with _damage_as_error(path):
+            for record in read_records(path) if _exists(path) else []:
                 _check(record, _GRADED)
                 found.setdefault(f"{when}: {record.get('role', 'student')}", []).append(record)
     return found
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not _present(path):
+    if not _exists(path):
         return {}
     import yaml
 
-    with _reading(path):
+    with _damage_as_error(path):
         try:
             text = path.read_text(encoding="utf-8")
             check_yaml(text)
@@ -258,7 +257,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with _reading(path):
+    with _damage_as_error(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             _check({"starts": [], "logs": [], "warnings": []} | found, {"starts": list, "logs": list, "warnings": list})
@@ -268,7 +267,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted names. The class of a part stands under the part's own name; unset settings are left out."""
+    """Flatten nested settings to dotted names. A class path gets the name of its part. Unset settings are omitted."""
     found: dict[str, Any] = {}
 
     def walk(value: Any, name: str) -> None:
@@ -294,12 +293,12 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def short_class(path: str) -> str:
-    """The name of one of this package's classes alone; of others with their modules."""
+    """Return the class name for classes of this package and Lightning, and the full path for others."""
     return path.rpartition(".")[2] if path.startswith(("opsd_lightning.", "lightning.pytorch.")) else path
 
 
-def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
-    """The settings in which runs differ: the value of each run by the setting's name, None where it is not set."""
+def differing_settings(runs: Iterable[Run]) -> dict[str, list[Any]]:
+    """Return the settings in which runs differ: by name, the value of each run, or None if it is not set."""
     all_settings = [run.settings for run in runs]
     order = ("model", "data", "trainer")
     names = {name for settings in all_settings for name in settings}
@@ -309,15 +308,15 @@ def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
     return {name: row for name, row in values.items() if any(value != row[0] for value in row[1:])}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of JSON Lines, each an object; an interrupted run may have left half of one at the end.
+def read_complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a JSON Lines file. An incomplete last line, left by an interrupted run, is skipped.
 
     Raises:
-        UserError: A line is something else.
+        UserError: A line is not a JSON object.
     """
     if not path.is_file():
         return []
-    with _reading(path):
+    with _damage_as_error(path):
         lines = path.read_bytes().splitlines(keepends=True)
         found = [json.loads(line) for line in lines if line.endswith(b"\n") and line.strip()]
         for value in found:
@@ -326,19 +325,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """JSON Lines. Only newlines end a line: a completion may hold other separators, such as U+2028, as they are."""
+    """Read a JSON Lines file. Only newlines end a line: completions may contain separators such as U+2028."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
-    with _reading(path):
+    with _damage_as_error(path):
         lines = path.read_bytes().splitlines(keepends=True)
-        whole = [line.decode() for line in lines if line.endswith(b"\n")]  # an interrupted run may have left half of one
+        whole = [line.decode() for line in lines if line.endswith(b"\n")]  # skip a line that was not completed
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:
-    """The training steps of a CSV log, one a row, and its validations as (optimizer steps made, accuracy)."""
+    """Read a CSV log: its rows of training steps, and its validations as (optimizer steps made, accuracy)."""
     steps: list[dict[str, float]] = []
     validations: list[tuple[int, float]] = []
     for row in _rows(path):

@@ -1,8 +1,8 @@
-"""Checkpoints within an epoch, resumed where they were saved: the validation and the epoch's end that were still due.
+"""Run the validation and the epoch end that were still pending when a checkpoint within an epoch was saved.
 
-`ModelCheckpoint` saves by steps before the validation of its step. Lightning takes that validation, and the hooks of the
-epoch's end, for done when such a checkpoint is resumed, and does nothing at all after the last step of a run. Here a
-checkpoint says what was due, and the loops of the run that resumes it begin with that.
+A `ModelCheckpoint` that saves every N steps does so before the validation of its step. When Lightning resumes such a
+checkpoint, it skips that validation and the hooks of the epoch end, and does nothing after the last step of a run. This
+module stores the pending work in the checkpoint, and the loops of the resumed run begin with it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 _KEY = "opsd_within_epoch"
 
 
-class _EpochLoop(_TrainingEpochLoop):
-    """Begins with the validation of the last step, or with the end of the epoch."""
+class _ResumedEpochLoop(_TrainingEpochLoop):
+    """Epoch loop that begins with the pending validation or the pending end of the epoch."""
 
     pending: Literal["validation", "end"] | None = None
 
@@ -32,7 +32,7 @@ class _EpochLoop(_TrainingEpochLoop):
         if self.pending is None:
             super().advance(data_fetcher)
         else:
-            self.val_loop.restarting = False  # it begins with its first batch
+            self.val_loop.restarting = False  # validate from the first batch
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
         super().on_advance_end(data_fetcher)
@@ -42,11 +42,11 @@ class _EpochLoop(_TrainingEpochLoop):
         return self.pending == "validation" or super()._should_check_val_fx(data_fetcher)
 
 
-class _Loop(_FitLoop):
-    """Resumes a checkpoint that was saved within an epoch, after a step.
+class _ResumedFitLoop(_FitLoop):
+    """Fit loop that resumes a checkpoint saved after a step within an epoch.
 
     Attributes:
-        saved: Entry of the checkpoint, until `run`.
+        saved: Pending work from the checkpoint. None after `run` has begun.
     """
 
     saved: dict[str, bool] | None = None
@@ -59,15 +59,15 @@ class _Loop(_FitLoop):
         super().run()
 
     def _begin(self, saved: dict[str, bool]) -> None:
-        """Decide what comes first: by the limits of this run, which need not be those of the run that was stopped."""
+        """Choose the pending work to begin with. The limits of this run apply, which may differ from the saved run's."""
         loop, trainer = self.epoch_loop, self.trainer
-        assert isinstance(loop, _EpochLoop)
+        assert isinstance(loop, _ResumedEpochLoop)
         due = saved["validation_due"] and trainer.enable_validation and trainer.limit_val_batches != 0
         if (due and saved["should_stop"]) or any(_has_stopped(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.should_stop = True
             rank_zero_info(
-                "A callback had stopped the run at the step of this checkpoint, and the run ends there. To train on, leave "
-                "the callback out (CollapseGuard: set action to warn)"
+                "A callback stopped the run at the step of this checkpoint, so the resumed run ends there. To continue "
+                "training, remove the callback (for CollapseGuard, set action to warn)"
             )
         stopped = trainer.should_stop and self._can_stop_early
         if due:
@@ -76,8 +76,8 @@ class _Loop(_FitLoop):
             loop.pending = "end"
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.last_model_path == str(trainer.ckpt_path):
-                callback._last_checkpoint_saved = callback.last_model_path  # else it is saved once more, after the epoch
-        if loop.pending is not None:  # its step is finished: Lightning would skip what comes after it
+                callback._last_checkpoint_saved = callback.last_model_path  # do not save it again at the end of the epoch
+        if loop.pending is not None:  # mark the step as finished, or Lightning skips the pending work
             for progress in (loop.batch_progress.total, loop.batch_progress.current):
                 progress.completed = progress.processed  # type: ignore[attr-defined]
 
@@ -87,20 +87,20 @@ class _Loop(_FitLoop):
 
     def on_advance_end(self) -> None:
         loop = self.epoch_loop
-        assert isinstance(loop, _EpochLoop)
+        assert isinstance(loop, _ResumedEpochLoop)
         if loop.pending == "end":
             loop._batches_that_stepped += 1
             loop.restarting, loop.pending = False, None
         super().on_advance_end()
 
 
-def say_what_is_due(trainer: Trainer, checkpoint: dict[str, Any], validated: int) -> None:
-    """Note in a checkpoint of a fit what its step and epoch still have before them.
+def record_pending_work(trainer: Trainer, checkpoint: dict[str, Any], validated: int) -> None:
+    """Store in a checkpoint whether a validation is pending and whether the run is about to stop.
 
     Args:
-        trainer: That of the fit.
+        trainer: Trainer of the fit.
         checkpoint: The checkpoint that is about to be saved.
-        validated: Batches that were trained on when the last validation ended, over all epochs.
+        validated: Training batches processed when the last validation ended, over all epochs.
     """
     fit = trainer.fit_loop
     loop, epochs = fit.epoch_loop, fit.epoch_progress.total
@@ -112,23 +112,27 @@ def say_what_is_due(trainer: Trainer, checkpoint: dict[str, Any], validated: int
 
 
 def batches_trained(trainer: Trainer) -> int:
-    """Batches that a fit has trained on, over all epochs."""
+    """Return the number of training batches of a fit so far, over all epochs."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
-def do_what_is_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Let a fit begin with what a checkpoint says is due. Older checkpoints say nothing."""
+def restore_pending_work(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Make a fit begin with the pending work of a checkpoint. Checkpoints of older versions contain none."""
     saved = checkpoint.pop(_KEY, None)
     fit: Any = trainer.fit_loop
-    if saved is None or type(fit) not in (_FitLoop, _Loop) or type(fit.epoch_loop) not in (_TrainingEpochLoop, _EpochLoop):
+    if (
+        saved is None
+        or type(fit) not in (_FitLoop, _ResumedFitLoop)
+        or type(fit.epoch_loop) not in (_TrainingEpochLoop, _ResumedEpochLoop)
+    ):
         return
-    # The trainer and its connectors hold on to these objects, which are the same but for a few methods.
-    fit.__class__, fit.epoch_loop.__class__ = _Loop, _EpochLoop
+    # The trainer and its connectors hold references to the loops, so their classes change in place.
+    fit.__class__, fit.epoch_loop.__class__ = _ResumedFitLoop, _ResumedEpochLoop
     fit.saved, fit.epoch_loop.pending = dict(saved), None
 
 
-def validates_first(trainer: Trainer) -> bool:
-    """Return whether a resumed fit begins with a validation: asked in ``on_train_start``."""
+def starts_with_validation(trainer: Trainer) -> bool:
+    """Return True if a resumed fit begins with a validation. Valid in ``on_train_start``."""
     return getattr(trainer.fit_loop.epoch_loop, "pending", None) == "validation"
 
 

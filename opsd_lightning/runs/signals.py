@@ -1,9 +1,9 @@
-"""Runs that are told to stop, and ranks that are gone: every rank ends within seconds, at the same step.
+"""Stop all ranks together when a signal arrives or a rank dies.
 
-A signal is noted, and all ranks leave at the end of a step together, with one checkpoint (`stop_if_asked`). A second signal
-ends the process at once. A thread sees signals that come while the main thread waits for other ranks, and holds a
-connection to rank 0, or on rank 0 to all: the system closes it where a process dies, and the others end too, instead of
-waiting for it in a collective until that times out.
+After a signal, all ranks stop at the end of the same step, with one checkpoint (`stop_if_signalled`). A second signal ends
+the process at once. On each rank, a thread receives signals while the main thread is blocked in a collective. It also holds
+a connection to rank 0, or on rank 0 to all ranks. The system closes the connection of a process that dies, so that the
+other ranks end as well, instead of waiting in a collective until it times out.
 """
 
 from __future__ import annotations
@@ -36,35 +36,36 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from opsd_lightning.runs import early_signals
 from opsd_lightning.runs.early_signals import SECOND_SIGNAL_SECONDS
-from opsd_lightning.runs.requeue import ask_to_requeue, save_for_requeue
+from opsd_lightning.runs.requeue import requeue_job, save_for_requeue
 
-#: Seconds after a signal until the process ends though it has not come to the end of a step.
+#: Seconds after a signal until the process ends even if its step is not finished.
 DEADLINE_SECONDS = 900.0
-# Seconds after a rank is gone: until collectives are aborted, until the process ends, and until it ends though it is
-# writing its report.
+# Seconds after the loss of a rank until collectives are aborted, until the process ends, and until it ends even while it
+# writes its report.
 _ABORT_SECONDS, _END_SECONDS, _LAST_SECONDS = 2.0, 6.0, 40.0
-# Seconds from a second signal until the process ends though the main thread waits for other ranks.
+# Seconds after a second signal until the process ends even if its main thread is blocked.
 _STUCK_SECONDS = 4.0
-_OWN_ERROR_SECONDS = 1.0  # until the failure of another rank ends this one
+_OWN_ERROR_SECONDS = 1.0  # delay before the failure of another rank ends this one
 _CONNECT_SECONDS = 60.0
-_BYE = "bye"
+_GOODBYE = "bye"
 
 
 class Stopped(SIGTERMException):
-    """Ends a run that a signal asked to stop. A `SystemExit` with the status 128 plus the signal's number.
+    """Exit of a run that was stopped by a signal. The exit status is 128 plus the signal number.
 
     Args:
         number: Number of the signal.
-        launched: The process was started by the first rank, which ends the run with the status. Defaults to false.
+        launched: If True, the process was started by the first rank and exits with status 0.
     """
 
     def __init__(self, number: int, launched: bool = False) -> None:
-        # Lightning kills the first rank where a rank that it started ends with another status than 0.
+        # Lightning kills the first rank if a rank that it started exits with another status than 0.
         super().__init__(0 if launched else 128 + number)
         self.number = number
 
     @property
     def signal_name(self) -> str:
+        """Name of the signal, such as ``SIGTERM``."""
         return signal.Signals(self.number).name
 
 
@@ -73,33 +74,37 @@ class RankLost(RuntimeError):
 
 
 class Signals(_SignalConnector):
-    """The trainer's signal handlers. Takes the place of Lightning's, whose handlers wait for other ranks.
+    """Signal connector of the trainer. Replaces Lightning's, whose handlers wait for other ranks.
 
     Attributes:
-        asked: Number of the signal that asked the run to stop; 0 for none.
-        agreed: All ranks are leaving.
-        requeued: SLURM will start the job again, and ends this one.
+        asked: Number of the signal that stops the run, or 0.
+        agreed: True if all ranks have agreed to stop.
+        requeued: True if SLURM has accepted to requeue the job, and so will end this one.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self.asked, self.agreed, self._asked_at = 0, False, 0.0
         self.requeued = False
-        self._watch: _Watch | None = None
+        self._watch: _RankMonitor | None = None
         self._previous: dict[int, Any] = {}
 
     @property
     def requeue_signal(self) -> int | None:
-        """The signal on which SLURM is asked to start the job again."""
+        """Number of the signal after which SLURM is asked to requeue the job, or None."""
         environment = self.trainer._accelerator_connector.cluster_environment
         if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return None
         return environment.requeue_signal
 
     def connect(self) -> bool:
-        """Connect the ranks, once their process group is there; return whether that is now. Every rank must call."""
+        """Connect the ranks once their process group exists. All ranks must call this method.
+
+        Returns:
+            True if this call connected them.
+        """
         if self._watch is None and self.trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            self._watch = _Watch(self)
+            self._watch = _RankMonitor(self)
             self._watch.connect(self.trainer)
             return True
         return False
@@ -113,14 +118,14 @@ class Signals(_SignalConnector):
             numbers.append(signal.Signals(own))
             if shutil.which("scontrol") is None:
                 rank_zero_warn(
-                    f"scontrol is not on PATH: after {numbers[-1].name} a checkpoint is saved and the run ends, but SLURM "
-                    "is not asked to start the job again"
+                    f"scontrol is not on PATH. After {numbers[-1].name}, a checkpoint is saved and the run ends, but SLURM "
+                    "is not asked to requeue the job"
                 )
         for number in numbers:
-            if (before := signal.getsignal(number)) is not signal.SIG_IGN:  # nohup
+            if (before := signal.getsignal(number)) is not signal.SIG_IGN:  # ignored under nohup
                 self._previous[number] = before
                 signal.signal(number, self._note)
-        self._watch = self._watch or _Watch(self)
+        self._watch = self._watch or _RankMonitor(self)
         self._watch.start(set(self._previous))
 
     def _note(self, number: int, frame: Any) -> None:
@@ -139,7 +144,7 @@ class Signals(_SignalConnector):
             before(number, frame)
 
     def teardown(self) -> None:
-        """Put the former handlers back. Called at the end of a run and where it fails."""
+        """Restore the former handlers, at the end of a run or after a failure."""
         if threading.current_thread() is threading.main_thread():
             for number, before in self._previous.items():
                 signal.signal(number, signal.SIG_DFL if before is None else before)
@@ -148,88 +153,92 @@ class Signals(_SignalConnector):
             self.release()
 
     def release(self) -> None:
-        """Take leave of the other ranks."""
+        """Close the connections to the other ranks."""
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.close(failed=self.trainer.state.status == TrainerStatus.INTERRUPTED and not self.agreed)
 
 
-def watch(trainer: Trainer) -> None:
-    """Take the trainer's signals over, and connect its ranks. To be called on every rank in ``setup``, before long work."""
+def watch_signals(trainer: Trainer) -> None:
+    """Install `Signals` in a trainer and connect its ranks. Call it on all ranks in ``setup``, before any long work.
+
+    Raises:
+        Stopped: A signal arrived before the ranks were connected.
+    """
     if not isinstance(trainer._signal_connector, Signals):
         trainer._signal_connector = Signals(trainer)
-    connected, number = trainer._signal_connector.connect(), early_signals.end()
+    connected, number = trainer._signal_connector.connect(), early_signals.uninstall()
     if connected:
-        number = _most(trainer, number)
+        number = _max_over_ranks(trainer, number)
     if number:
         if trainer.is_global_zero:
-            _say(f"Stopped by {signal.Signals(number).name} before the run began")
+            _write_stderr(f"Stopped by {signal.Signals(number).name} before the run began")
         trainer._signal_connector.agreed = True
-        raise _stopped(trainer, number)
+        raise _stop_error(trainer, number)
 
 
-def release(trainer: Trainer) -> None:
-    """Let the other ranks know that this one has nothing left to do. To be called in ``teardown``."""
+def disconnect(trainer: Trainer) -> None:
+    """Tell the other ranks that this rank has finished. Call it in ``teardown``."""
     if isinstance(trainer._signal_connector, Signals):
         trainer._signal_connector.release()
 
 
-def stop_if_asked(trainer: Trainer, command: str | None = None) -> None:
-    """Leave at the end of a step, or of an evaluation's batch, if any rank was asked to. Every rank must call.
+def stop_if_signalled(trainer: Trainer, command: str | None = None) -> None:
+    """Stop after a step or an evaluation batch if any rank has received a signal. All ranks must call this function.
 
-    Within a fit one checkpoint is saved, or the one that was just saved is taken.
+    In a fit, a checkpoint of the step is saved unless there is one already.
 
     Args:
-        trainer: That of the run.
-        command: Command line of the run. None for a run that Python started.
+        trainer: Trainer of the run.
+        command: Command line of the run, or None for a run started from Python.
 
     Raises:
-        Stopped: On all ranks, where one was asked.
+        Stopped: A rank has received a signal. Raised on all ranks.
     """
     connector = trainer._signal_connector
     asked = connector.asked if isinstance(connector, Signals) else 0
     if trainer.world_size > 1:
-        asked = _most(trainer, asked)
+        asked = _max_over_ranks(trainer, asked)
     if not asked or not isinstance(connector, Signals):
         return
     connector.asked = asked
     how = f"Stopped by {signal.Signals(asked).name}"
     if trainer.state.fn == "fit" and not trainer.sanity_checking:
-        how += f" after step {trainer.global_step}. {_checkpoint(trainer, connector, command)}"
+        how += f" after step {trainer.global_step}. {_save_and_advise(trainer, connector, command)}"
     if trainer.is_global_zero:
-        _say(how)
+        _write_stderr(how)
     connector.agreed = True
-    raise _stopped(trainer, asked)
+    raise _stop_error(trainer, asked)
 
 
-def _most(trainer: Trainer, number: int) -> int:
-    """The largest of all ranks' numbers. Every rank must call."""
+def _max_over_ranks(trainer: Trainer, number: int) -> int:
+    """All-reduce a number with max."""
     return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), None, "max"))
 
 
-def _stopped(trainer: Trainer, number: int) -> Stopped:
+def _stop_error(trainer: Trainer, number: int) -> Stopped:
     environment = trainer._accelerator_connector.cluster_environment
     return Stopped(number, launched=isinstance(environment, LightningEnvironment) and trainer.global_rank > 0)
 
 
-def _checkpoint(trainer: Trainer, connector: Signals, command: str | None) -> str:
-    """Have one checkpoint of this step; returns how to go on from it. Every rank must call."""
+def _save_and_advise(trainer: Trainer, connector: Signals, command: str | None) -> str:
+    """Make sure that there is a checkpoint of this step, and return a text on how to resume. All ranks must call it."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return "fast_dev_run saves nothing"
+        return "fast_dev_run saves no checkpoint"
     if connector.asked == connector.requeue_signal:
         path = save_for_requeue(trainer)
-        connector.requeued = trainer.is_global_zero and ask_to_requeue(path)
+        connector.requeued = trainer.is_global_zero and requeue_job(path)
         return f"The checkpoint is {path}"
     if not trainer.checkpoint_callbacks:
-        return "Nothing was saved: the trainer has no ModelCheckpoint"
-    path = _saved(trainer) or _save(trainer)
+        return "No checkpoint was saved, because the trainer has no ModelCheckpoint"
+    path = _checkpoint_of_step(trainer) or _save_last(trainer)
     if command is None:
-        return f"Go on with trainer.fit(..., ckpt_path={path!r})"
-    return f"Go on with: {command} --ckpt_path {shlex.quote(path)}"
+        return f"Resume with trainer.fit(..., ckpt_path={path!r})"
+    return f"Resume with: {command} --ckpt_path {shlex.quote(path)}"
 
 
-def _saved(trainer: Trainer) -> str | None:
-    """The whole checkpoint of this very step, if there is one."""
+def _checkpoint_of_step(trainer: Trainer) -> str | None:
+    """Return the full checkpoint of the current step, if there is one."""
     callbacks: list[Any] = trainer.checkpoint_callbacks
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only:
@@ -239,8 +248,8 @@ def _saved(trainer: Trainer) -> str | None:
     return None
 
 
-def _save(trainer: Trainer) -> str:
-    """Save what ``--ckpt_path last`` finds: in the place of this run's last checkpoint, and of no other's."""
+def _save_last(trainer: Trainer) -> str:
+    """Save the checkpoint that ``--ckpt_path last`` finds, without overwriting the last checkpoint of another run."""
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     callback = next((callback for callback in callbacks if callback.save_last), callbacks[0] if callbacks else None)
     path = ""
@@ -255,25 +264,25 @@ def _save(trainer: Trainer) -> str:
         path = path or str(next(p for p in found if not p.exists() or str(p) in own))
     path = str(trainer.strategy.broadcast(path))
     if callback is not None:
-        callback.last_model_path = path  # part of what is saved
+        callback.last_model_path = path  # set before saving, since the checkpoint contains it
     trainer.save_checkpoint(path)
     return path
 
 
-class _Watch:
-    """A thread that sees signals at once, and a connection that ends where another rank ends."""
+class _RankMonitor:
+    """Thread that receives signals, and detects lost ranks by their closed connections."""
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
         self.rank = signals.trainer.global_rank
-        #: What became of another rank.
+        #: Message about a lost rank.
         self.lost: str | None = None
-        #: The main thread was told of it.
+        #: True once the main thread has raised `RankLost`.
         self.raised = False
         self._numbers: set[int] = set()
         self._first = self._again_at = self._lost_at = 0.0
         self._again = 0
-        self._failed = False  # others know that this rank fails
+        self._failed = False  # the other ranks have been told that this rank fails
         self._aborted = False
         self._others: dict[socket.socket, int] = {}
         self._reader, self._writer = os.pipe()
@@ -282,7 +291,7 @@ class _Watch:
         self._wakeup: int | None = None
         self._ended, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
-        _watches.append(self)
+        _monitors.append(self)
 
     @property
     def asked(self) -> int:
@@ -291,21 +300,21 @@ class _Watch:
     # -- connections -------------------------------------------------------------------------------------------------------
 
     def connect(self, trainer: Trainer) -> None:
-        """Connect every rank with rank 0. A network that does not allow it costs the watch, not the run."""
-        listener, told = None, None
+        """Connect every rank with rank 0. If the network does not allow it, the run continues without the connections."""
+        listener, address = None, None
         if self.rank == 0:
             with contextlib.suppress(OSError):
                 listener = _listen(trainer.world_size)
-                told = (listener.getsockname()[1], secrets.token_hex(16))
-        told = trainer.strategy.broadcast(told)
+                address = (listener.getsockname()[1], secrets.token_hex(16))
+        address = trainer.strategy.broadcast(address)
         connected = False
-        if told is not None:
+        if address is not None:
             with contextlib.suppress(OSError, ValueError):
-                port, token = told
+                port, token = address
                 if listener is not None:
                     self._others = _accept(listener, token, trainer.world_size)
                 else:
-                    self._others = {_join(port, token, self.rank): 0}
+                    self._others = {_connect(port, token, self.rank): 0}
                 connected = True
         if listener is not None:
             listener.close()
@@ -314,13 +323,13 @@ class _Watch:
                 other.close()
             self._others = {}
             rank_zero_warn(
-                "the ranks could not connect to each other beside their process group (a firewall?): where one is killed, "
-                "the others notice it when a collective fails or times out"
+                "the ranks could not open connections in addition to their process group (a firewall?). If a rank is "
+                "killed, the others notice it only when a collective fails or times out"
             )
         self._run()
 
     def start(self, numbers: set[int]) -> None:
-        """Look out for signals. Called in the main thread."""
+        """Start to receive signals. Call it in the main thread."""
         self._numbers = numbers
         with contextlib.suppress(ValueError):
             before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -333,28 +342,28 @@ class _Watch:
             self._thread.start()
 
     def close(self, failed: bool) -> None:
-        """End the thread. The other ranks are told whether this one goes in peace."""
+        """End the thread and tell the other ranks whether this rank has failed."""
         if failed:
             self._tell_failure()
         with self._lock:
             for other in self._others:
                 with contextlib.suppress(OSError):
-                    other.sendall(f"{_BYE}\n".encode())
+                    other.sendall(f"{_GOODBYE}\n".encode())
         self._ended.set()
         self._wake()
         if self._wakeup is not None and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._wakeup)
         if self._thread is not None:
             self._thread.join(5)
-        self._shut()
+        self._close_all()
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
             os.write(self._writer, b"\0")
 
-    def _shut(self) -> None:
-        if self in _watches:
-            _watches.remove(self)
+    def _close_all(self) -> None:
+        if self in _monitors:
+            _monitors.remove(self)
         for other in self._others:
             other.close()
         self._others = {}
@@ -362,7 +371,7 @@ class _Watch:
         os.close(self._writer)
 
     def forget(self) -> None:
-        """In a process forked from this one: its signals and its end are its own."""
+        """Restore the former handlers and close the connections in a forked child."""
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
         for number in self._numbers:
@@ -370,7 +379,7 @@ class _Watch:
                 if signal.getsignal(number) == self._signals._note:
                     before = self._signals._previous.get(number)
                     signal.signal(number, signal.SIG_DFL if before is None else before)
-        self._shut()
+        self._close_all()
 
     # -- the thread --------------------------------------------------------------------------------------------------------
 
@@ -383,13 +392,13 @@ class _Watch:
                 for key, _ in found.select(0.5):
                     if key.fileobj == self._reader:
                         with contextlib.suppress(OSError):
-                            self._signalled([n for n in os.read(self._reader, 4096) if n in self._numbers])
-                    elif not self._heard(key.fileobj):  # type: ignore[arg-type]
+                            self._handle_signals([n for n in os.read(self._reader, 4096) if n in self._numbers])
+                    elif not self._receive(key.fileobj):  # type: ignore[arg-type]
                         found.unregister(key.fileobj)
                 if not self._ended.is_set():
-                    self._look_at_the_time()
+                    self._check_deadlines()
 
-    def _signalled(self, numbers: list[int]) -> None:
+    def _handle_signals(self, numbers: list[int]) -> None:
         now = time.monotonic()
         for number in numbers:
             if self.lost is not None or self._signals.requeued:
@@ -397,15 +406,15 @@ class _Watch:
             name = signal.Signals(number).name
             if not self._first:
                 self._first = now
-                _say(
-                    f"rank {self.rank} received {name}: the run ends after this step (again after "
-                    f"{SECOND_SIGNAL_SECONDS:.0f} seconds: at once, without a checkpoint)"
+                _write_stderr(
+                    f"rank {self.rank} received {name}: the run stops after this step. A second signal after "
+                    f"{SECOND_SIGNAL_SECONDS:.0f} seconds ends it at once, without a checkpoint"
                 )
             elif now - self._first >= SECOND_SIGNAL_SECONDS:
                 self._again, self._again_at = number, self._again_at or now
 
-    def _heard(self, other: socket.socket) -> bool:
-        """Take what another rank says; return whether it may say more."""
+    def _receive(self, other: socket.socket) -> bool:
+        """Read a message of another rank, and return False once its connection is closed."""
         try:
             text = other.recv(4096)
         except OSError:
@@ -414,27 +423,27 @@ class _Watch:
         lines = text.decode("ascii", "replace").splitlines()
         for line in lines:
             if (found := re.fullmatch(r"failed (\d+)", line)) is not None:
-                # What failed there may fail here as well, in the same call: then this rank's own error is to be told.
+                # The same call may fail on this rank too. Wait, so that its own error is reported.
                 self._ended.wait(_OWN_ERROR_SECONDS)
-                self._lose(int(found[1]), "has failed (see its own message)")
-        if _BYE in lines:
+                self._report_lost(int(found[1]), "has failed (see its own message)")
+        if _GOODBYE in lines:
             return False
         if not text:
-            self._lose(rank, "has ended without a word (killed, or its machine is gone)")
+            self._report_lost(rank, "has ended unexpectedly (it was killed, or its machine is down)")
         return bool(text)
 
-    def _lose(self, rank: int, how: str) -> None:
+    def _report_lost(self, rank: int, how: str) -> None:
         if self.lost is not None or self._ended.is_set() or self._failed:
             return
-        self.lost = f"rank {rank} {how}, and this rank cannot go on without it. The last checkpoint is still good"
+        self.lost = f"rank {rank} {how}, and this rank cannot continue without it. The last checkpoint is still valid"
         self._lost_at = time.monotonic()
         if self.rank == 0:
             self._send(f"failed {rank}")
         if self._signals.trainer.state.status != TrainerStatus.INTERRUPTED:
-            _say(f"error: rank {rank} {how}: rank {self.rank} ends as well")
+            _write_stderr(f"error: rank {rank} {how}: rank {self.rank} ends as well")
             if signal.getsignal(signal.SIGTERM) == self._signals._note:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # ends a sleep, too
-            else:  # the run has not begun or is over: it may be about to say why it ends
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # also interrupts a sleep
+            else:  # before or after the run: the main thread may be about to report its own error
                 _thread.interrupt_main(signal.SIGTERM)
 
     def _send(self, text: str) -> None:
@@ -448,51 +457,51 @@ class _Watch:
             self._failed = True
             self._send(f"failed {self.rank}")
 
-    def _look_at_the_time(self) -> None:
+    def _check_deadlines(self) -> None:
         now, trainer = time.monotonic(), self._signals.trainer
         interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
         if interrupted and not self._signals.agreed:
             self._tell_failure()
         if self._first and self.lost is None and now - self._first > DEADLINE_SECONDS:
-            _say(f"rank {self.rank} has not come to the end of a step in {DEADLINE_SECONDS:.0f} seconds, and ends at once")
+            _write_stderr(f"rank {self.rank} did not finish its step within {DEADLINE_SECONDS:.0f} seconds and ends at once")
             os._exit(128 + (self._signals.asked or signal.SIGTERM))
         if self._again and now - self._again_at > _STUCK_SECONDS:
-            _say(f"rank {self.rank} is stuck, and ends at once")
+            _write_stderr(f"rank {self.rank} is stuck and ends at once")
             os._exit(128 + self._again)
         if self.lost is None:
             return
         if now - self._lost_at > (_LAST_SECONDS if interrupted else _END_SECONDS):
-            _say(f"rank {self.rank} is stuck, and ends at once")
+            _write_stderr(f"rank {self.rank} is stuck and ends at once")
             os._exit(1)
         if now - self._lost_at > _ABORT_SECONDS and not interrupted and not self._aborted:
             self._aborted = True
-            threading.Thread(target=_abort, daemon=True).start()
+            threading.Thread(target=_abort_collectives, daemon=True).start()
 
 
-_watches: list[_Watch] = []
+_monitors: list[_RankMonitor] = []
 
 
 def _after_fork() -> None:
-    for watch in list(_watches):
+    for watch in list(_monitors):
         watch.forget()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def asked() -> int:
-    """Return the number of the signal that asked a run of this process to stop, 0 for none."""
-    return next((watch.asked for watch in list(_watches) if watch.asked), 0)
+def stop_signal() -> int:
+    """Return the number of the signal that stops a run of this process, or 0."""
+    return next((watch.asked for watch in list(_monitors) if watch.asked), 0)
 
 
-def _say(text: str) -> None:
-    """Write a line at once: this may be the process's last, and the main thread may hold the stream's lock."""
+def _write_stderr(text: str) -> None:
+    """Write a line without buffering: the process may end next, and the main thread may hold the stream's lock."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
-def _abort() -> None:
-    """Let waits for other ranks end: gloo's do by themselves, NCCL's do not."""
+def _abort_collectives() -> None:
+    """Abort pending collectives. NCCL does not end them when a rank dies, unlike gloo."""
     with contextlib.suppress(Exception):
         dist.distributed_c10d._abort_process_group()
 
@@ -503,7 +512,7 @@ def _listen(world: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.bind(found)
-    except OSError:  # the name of this node by which others reach it may be no address of its own
+    except OSError:  # MASTER_ADDR may not be an address of a local interface
         listener.bind(("", 0))
     listener.listen(world)
     return listener
@@ -517,11 +526,11 @@ def _accept(listener: socket.socket, token: str, world: int) -> dict[socket.sock
         other = listener.accept()[0]
         other.settimeout(5)
         try:
-            given, rank = _line(other).split()
+            given, rank = _read_line(other).split()
         except (OSError, ValueError):
             given, rank = "", ""
         if not secrets.compare_digest(given, token) or not rank.isdigit():
-            other.close()  # somebody else
+            other.close()  # not a rank of this run
             continue
         others[other] = int(rank)
     for other in others:
@@ -529,14 +538,14 @@ def _accept(listener: socket.socket, token: str, world: int) -> dict[socket.sock
     return others
 
 
-def _join(port: int, token: str, rank: int) -> socket.socket:
+def _connect(port: int, token: str, rank: int) -> socket.socket:
     found = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), timeout=_CONNECT_SECONDS)
     found.sendall(f"{token} {rank}\n".encode())
     found.settimeout(5)
     return found
 
 
-def _line(connection: socket.socket) -> str:
+def _read_line(connection: socket.socket) -> str:
     text = b""
     while not text.endswith(b"\n") and len(text) < 100:
         if not (more := connection.recv(1)):

@@ -1,1 +1,1 @@
-"""Helpers without knowledge of models or training: files, text, loggers, statistics."""
+"""Helpers that do not depend on models or training: files, text, redaction, loggers, statistics."""

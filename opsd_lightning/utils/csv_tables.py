@@ -1,8 +1,8 @@
-"""CSV files that grow row by row, also over kills, full disks and resumed runs, and that spreadsheets do not execute.
+"""Append-only CSV tables that survive kills, full disks and resumed runs, with cells escaped against formula injection.
 
-A text cell that begins with a character that a spreadsheet takes for the start of a formula (``= + - @``, tab, carriage
-return, line feed) gets an apostrophe in front, and so does one that begins with apostrophes before such a character. `text`
-takes it away again. Numbers and truth values are written as they are.
+A spreadsheet may execute a cell that begins with ``=``, ``+``, ``-``, ``@``, tab, carriage return or line feed. Such texts
+are written with a leading apostrophe, as are texts with apostrophes before one of these characters. `unescape_formula`
+removes the apostrophe. Numbers and booleans are written unchanged.
 """
 
 from __future__ import annotations
@@ -16,71 +16,76 @@ from pathlib import Path
 from typing import Any
 
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.files import append, atomic_write
 from opsd_lightning.utils.folders import free_name
 
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
-def cell(value: Any) -> Any:
-    """Return a value as it is written: a text that a spreadsheet would take for a formula with an apostrophe in front."""
+def escape_formula(value: Any) -> Any:
+    """Return a value for a CSV cell, with an apostrophe before a text that a spreadsheet would read as a formula."""
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
 
 
-def text(written: str) -> str:
-    """Return the text of a cell that was written with `cell` and read with `csv.reader`."""
+def unescape_formula(written: str) -> str:
+    """Undo `escape_formula` for a cell that was read with `csv.reader`."""
     return written[1:] if written.startswith("'") and _FORMULA.match(written) else written
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Append rows to a CSV file, all or none. A file that does not exist begins with the names of its columns.
+    """Append rows to a CSV file, all or none. A missing or empty file gets a header first.
 
     Raises:
-        OSError: They cannot be written. The file is as it was.
+        OSError: The rows cannot be written. The file is unchanged.
     """
-    lines = _lines([[cell(value) for value in row] for row in rows])
+    lines = _lines([[escape_formula(value) for value in row] for row in rows])
     if path.exists() and path.stat().st_size:
         append(path, lines)
     else:
-        replace(path, _lines([columns]) + lines)
+        atomic_write(path, _lines([columns]) + lines)
 
 
 def check_table(path: Path, columns: Sequence[str], setting: str) -> None:
-    """Refuse a file that exists and is no table with these columns.
+    """Check that a file does not exist or is a table with these columns.
+
+    Args:
+        path: The file.
+        columns: Expected column names.
+        setting: Setting that names the file, for the error.
 
     Raises:
-        ConfigError: With the setting that names the file.
+        ConfigError: The file is something else.
     """
     problem = None
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        problem = f"{path} is no ordinary file"
+        problem = f"{path} is not a regular file"
     elif path.exists():
         header = _lines([columns])
         with path.open("rb") as file:
             start = file.read(len(header))
         if not header.startswith(start):
-            problem = f"{path} is no table of rollouts, and rows would be added to it"
+            problem = f"{path} exists and does not have the columns of this table"
     if problem is not None:
-        raise ConfigError(problem, setting, "Choose another file, or move this one away")
+        raise ConfigError(problem, setting, "Choose another file or move this one away")
 
 
-def begin(path: Path, columns: Sequence[str], step: int, keep: bool) -> None:
-    """Prepare a table whose first column is the optimizer step for a run that begins or goes on.
+def prepare_table(path: Path, columns: Sequence[str], step: int, keep: bool) -> None:
+    """Prepare a table for a new or resumed run. Its first column is the optimizer step.
 
-    A new run's table is a new file: the earlier one is renamed to ``NAME-1.csv`` and so on. A run that goes on makes later
-    steps again, and their rows are taken away, as is a row that was not written to its end.
+    A new run starts a new file and renames an existing one to ``NAME-1.csv``, ``NAME-2.csv`` and so on. A resumed run
+    repeats the steps after its checkpoint, so their rows are removed. An incomplete last row is removed as well.
 
     Args:
         path: The file. It need not exist.
-        columns: Names of the columns.
-        step: Optimizer steps made, above 0 for a run that goes on.
-        keep: Keep a copy of the table, as ``NAME-1.csv`` and so on, where rows of later steps are taken away.
+        columns: Column names.
+        step: Optimizer steps already made, above 0 for a resumed run.
+        keep: If True, save a copy as ``NAME-1.csv`` and so on before rows of later steps are removed.
     """
     if not path.exists():
         return
     content = path.read_bytes()
-    if _lines([columns]).startswith(content):  # empty, or killed within its first line
-        replace(path, _lines([columns]))
+    if _lines([columns]).startswith(content):  # empty, or the process was killed while it wrote the header
+        atomic_write(path, _lines([columns]))
     elif not step:
         path.rename(free_name(path))
     else:
@@ -88,9 +93,9 @@ def begin(path: Path, columns: Sequence[str], step: int, keep: bool) -> None:
         whole = [row for row in rows if len(row) == len(columns) and row[0].isdecimal()]
         kept = [row for row in whole if int(row[0]) <= step]
         if keep and len(kept) < len(whole):
-            replace(free_name(path), content)
+            atomic_write(free_name(path), content)
         if (now := _lines([columns, *kept])) != content:
-            replace(path, now)
+            atomic_write(path, now)
 
 
 def _lines(rows: Iterable[Sequence[Any]]) -> bytes:
@@ -100,13 +105,13 @@ def _lines(rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def _rows(content: str) -> list[list[str]]:
-    """Return the rows that were written to their end."""
+    """Parse CSV text and drop an incomplete last row."""
     found: list[list[str]] = []
     limit = csv.field_size_limit(sys.maxsize)
     try:
         for row in csv.reader(io.StringIO(content, newline=""), strict=True):
             found.append(row)
-    except csv.Error:  # the file ends within quotes
+    except csv.Error:  # the file ends inside quotes
         return found
     finally:
         csv.field_size_limit(limit)

@@ -1,7 +1,7 @@
-"""Failures to write pages, tables and logs: a warning each, and training goes on.
+"""Turn failed writes of pages, tables and logs into warnings, so that training continues.
 
-A full disk must not end a run for the sake of a page. A file that could not be written is warned of once, tried again when
-it is next due, and named in ``run.json`` (`RunReport`). Checkpoints and exports do not use this module: they fail.
+Each file that cannot be written causes one warning. It is written again at its next regular time, and `RunReport` lists the
+failure in ``run.json``. Checkpoints and exports do not use this module: their failures end the run.
 """
 
 from __future__ import annotations
@@ -19,69 +19,69 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from opsd_lightning.utils.files import append, replace
+from opsd_lightning.utils.files import append, atomic_write, is_remote
 from opsd_lightning.utils.folders import free_name
 
-#: Numbers of the system's errors where there is no room.
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: ``errno`` values of a full disk, an exceeded quota and a file that is too large.
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _METHODS = ("log_metrics", "log_hyperparams", "save", "finalize")
 _problems: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 _warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
-def begin(owners: Iterable[Any]) -> None:
-    """Forget the problems of owners (trainers, loggers) whose run begins."""
+def reset(owners: Iterable[Any]) -> None:
+    """Clear the recorded failures of owners (trainers, loggers) at the start of a run."""
     for owner in owners:
         _problems.pop(owner, None)
         _warned.pop(owner, None)
 
 
-def note(owner: Any, name: str, error: Exception) -> None:
-    """Warn, once a run, of what could not be written, and keep it for `unwritten`."""
+def record_failure(owner: Any, name: str, error: Exception) -> None:
+    """Record a failed write for `write_failures`, and warn about the first one of each name in a run."""
     reason = " ".join(str(error).split()) or type(error).__name__
     _problems.setdefault(owner, {})[name] = reason[:300]
     if name not in _warned.setdefault(owner, set()):
         _warned[owner].add(name)
-        warnings.warn(f"{name} could not be written ({reason}): training goes on, and it is tried again later", stacklevel=3)
+        warnings.warn(f"{name} could not be written ({reason}). Training continues and will try again later", stacklevel=3)
 
 
-def clear(owner: Any, name: str) -> None:
-    """Note that something could be written after all."""
+def record_success(owner: Any, name: str) -> None:
+    """Clear the recorded failure of a name."""
     _problems.get(owner, {}).pop(name, None)
 
 
 @contextmanager
-def survived(owner: Any, name: str) -> Iterator[None]:
-    """Go on where writing fails inside.
+def warn_on_write_error(owner: Any, name: str) -> Iterator[None]:
+    """Turn an `OSError` inside the block into a warning (see `record_failure`).
 
     Args:
-        owner: The trainer or logger that it belongs to.
-        name: Name of the page, table or log that is written inside. Success clears an earlier failure.
+        owner: The trainer or logger that writes.
+        name: Name of the page, table or log that the block writes. Success clears an earlier failure of this name.
     """
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error  # TensorBoard's writer hides it
+        cause: BaseException | None = error  # TensorBoard's writer wraps the OSError
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
         if not isinstance(cause, OSError):
             raise
-        note(owner, name, cause)
+        record_failure(owner, name, cause)
     else:
-        clear(owner, name)
+        record_success(owner, name)
 
 
-def unwritten(owners: Iterable[Any]) -> dict[str, str]:
-    """Return what could not be written until now, and why."""
+def write_failures(owners: Iterable[Any]) -> dict[str, str]:
+    """Return the current failures of some owners, as the reason for each name."""
     return {name: reason for owner in owners for name, reason in _problems.get(owner, {}).items()}
 
 
 def guard_loggers(loggers: Iterable[Logger]) -> None:
-    """Let training go on where a logger cannot write, and keep the earlier log of a `CSVLogger` that is opened again."""
+    """Turn write errors of loggers into warnings, and keep the existing metrics of a `CSVLogger` that is opened again."""
     loggers = list(loggers)
-    keep_logs(loggers)
+    keep_earlier_metrics(loggers)
     for logger in loggers:
-        if "save" in vars(logger):  # guarded before
+        if "save" in vars(logger):  # already guarded
             continue
         for name in _METHODS:
             if (method := getattr(logger, name, None)) is not None:
@@ -95,27 +95,27 @@ def _guarded(logger: Logger, method: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*arguments: Any, **settings: Any) -> Any:
         if isinstance(logger, CSVLogger):
             experiment = getattr(logger, "_experiment", None)
-            if experiment is not None and "://" not in str(logger.save_dir):
+            if experiment is not None and not is_remote(logger.save_dir):
                 experiment.save = functools.partial(_save, experiment)
-        with survived(logger, name):
+        with warn_on_write_error(logger, name):
             return method(*arguments, **settings)
 
     return guarded
 
 
-def keep_logs(loggers: Iterable[Logger]) -> None:
-    """Rename the metrics of an earlier run, which Lightning deletes where a version of `CSVLogger` is opened again."""
+def keep_earlier_metrics(loggers: Iterable[Logger]) -> None:
+    """Rename an existing ``metrics.csv``, which Lightning deletes when it opens the same `CSVLogger` version again."""
     for logger in loggers:
-        if isinstance(logger, CSVLogger) and "://" not in str(logger.save_dir) and logger._experiment is None:
+        if isinstance(logger, CSVLogger) and not is_remote(logger.save_dir) and logger._experiment is None:
             path = Path(logger.log_dir) / "metrics.csv"
             if path.is_file():
                 path.rename(free_name(path))
 
 
 def _save(experiment: Any) -> None:
-    """`ExperimentWriter.save`, but whole or not at all: Lightning's own loses earlier rows where it fails within.
+    """Replace `ExperimentWriter.save` by an atomic version: Lightning's loses earlier rows if it fails midway.
 
-    Columns that the file has already are kept, also those of another writer.
+    Existing columns of the file are kept, including those of another writer.
     """
     if not experiment.metrics:
         return
@@ -136,7 +136,7 @@ def _save(experiment: Any) -> None:
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
-        (replace if fresh else append)(path, buffer.getvalue().encode())
+        (atomic_write if fresh else append)(path, buffer.getvalue().encode())
     except OSError:
         experiment.metrics_keys[:] = keys
         raise

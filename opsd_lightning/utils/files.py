@@ -1,43 +1,53 @@
-"""Files that are whole or not there, and data inside a page."""
+"""Atomic file writes, remote paths, and JSON for embedding in HTML pages."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+#: A URL scheme of at least two letters, unlike a Windows drive, or a chain such as ``simplecache::s3://``.
+SCHEME = re.compile(r"(?:registry:|[A-Za-z][A-Za-z0-9+.\-]+:/|[A-Za-z][A-Za-z0-9+.\-]*::)")
 
-def replace(path: Path, content: str | bytes, lasting: bool = False) -> None:
-    """Write a file under a temporary name, and rename it. Folders are made.
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Return True if a path is a URL of any scheme and there is no local file of that name."""
+    text = os.fspath(path)
+    return isinstance(text, str) and SCHEME.match(text) is not None and "\0" not in text and not os.path.lexists(text)
+
+
+def atomic_write(path: Path, content: str | bytes, durable: bool = False) -> None:
+    """Write a file under a temporary name, then rename it. Missing folders are created.
 
     Args:
         path: The file.
-        content: Text is written in UTF-8; halves of surrogate pairs as ``\\udc80``.
-        lasting: Wait until the disk has it, where it must outlive the machine's end.
+        content: Bytes, or text to be encoded as UTF-8. Lone surrogates are written as ``\\udc80``.
+        durable: If True, wait until the content is on disk, so that it survives a crash of the machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed process, or a link that somebody put there
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a link placed by someone else
         with temporary.open("xb") as file:
             file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
-            if lasting:
+            if durable:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-        if lasting:
-            sync(path.parent)
+        if durable:
+            fsync_path(path.parent)
     except OSError:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # on a full disk it would only take room
+            temporary.unlink(missing_ok=True)  # free its space on a full disk
         raise
 
 
-def sync(path: Path) -> None:
-    """Wait until the disk has a file's contents, or a folder's names, where the file system can."""
+def fsync_path(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk. File systems without fsync are ignored."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -49,16 +59,16 @@ def sync(path: Path) -> None:
             raise
 
 
-def append(path: Path, content: bytes, lasting: bool = False) -> None:
-    """Append to a file, all or nothing. A process that is killed within it may still leave a part.
+def append(path: Path, content: bytes, durable: bool = False) -> None:
+    """Append to a file, and restore its former length if that fails. A killed process may still leave a partial write.
 
     Args:
         path: The file.
         content: Bytes to append.
-        lasting: Wait until the disk has it.
+        durable: If True, wait until the content is on disk.
 
     Raises:
-        OSError: It cannot be written, or is a link. The file is as it was.
+        OSError: The file cannot be written or is a symbolic link. The file is unchanged.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
     with open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
@@ -66,7 +76,7 @@ def append(path: Path, content: bytes, lasting: bool = False) -> None:
         try:
             while rest:
                 rest = rest[file.write(rest) :]
-            if lasting:
+            if durable:
                 os.fsync(file.fileno())
         except OSError:
             os.ftruncate(file.fileno(), size)
@@ -74,6 +84,6 @@ def append(path: Path, content: bytes, lasting: bool = False) -> None:
 
 
 def script_json(value: Any) -> str:
-    """JSON in ASCII without anything that could end a script element or begin a comment in it."""
+    """Serialize a value as ASCII JSON that cannot close a script element or open a comment in it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,7 +1,7 @@
-"""The current folder on the import path of the ``opsd`` command: absent, or last, for the modules that settings name there.
+"""Control whether the ``opsd`` command can import modules from the current folder.
 
-A folder that was downloaded may hold a ``json.py`` or a ``wandb.py``. No command imports those: the interpreter's own entry
-for the current folder is taken away, and the folder joins the path, behind all others, where settings name a module in it.
+A downloaded folder may contain a ``json.py`` or a ``wandb.py``, which must not shadow the real modules. The current folder
+is therefore removed from ``sys.path``. If the settings name a module in it, it is appended as the last entry.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 @contextmanager
-def without_folder() -> Iterator[None]:
-    """Take the current folder off the import path, where ``python -m``, ``python -c`` or a script put it first.
+def without_current_folder() -> Iterator[None]:
+    """Remove the current folder from ``sys.path``, where ``python -m``, ``python -c`` or a script put it first.
 
-    A folder that ``PYTHONPATH`` names stays. At the end the path is as before. Processes that this one starts, such as
+    A folder that ``PYTHONPATH`` names stays. The former path is restored at the end of the block. Child processes, such as
     spawned ranks, run with ``PYTHONSAFEPATH``, unless this package itself is imported from the current folder.
     """
     before = list(sys.path)
@@ -30,7 +30,7 @@ def without_folder() -> Iterator[None]:
         parts = [] if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "").split(os.pathsep)
         explicit = any(part and os.path.realpath(part) == here for part in parts)
         leading = 0 if sys.flags.safe_path else 1  # the interpreter's own entry
-        if not explicit and not all(parts):  # an empty part of PYTHONPATH is the current folder, too
+        if not explicit and not all(parts):  # an empty part of PYTHONPATH also means the current folder
             leading += len(parts)
         sys.path[:] = [entry for n, entry in enumerate(sys.path) if n >= leading or os.path.realpath(entry) != here]
     except OSError:  # the current folder is gone
@@ -41,11 +41,11 @@ def without_folder() -> Iterator[None]:
         sys.path[:] = before
 
 
-def add_folder(arguments: Sequence[str]) -> None:
-    """Append the current folder to the import path if arguments, or files that they name, name a module in it.
+def add_current_folder(arguments: Sequence[str]) -> None:
+    """Append the current folder to ``sys.path`` if arguments or config files name a module in it.
 
     Args:
-        arguments: Arguments of a command that makes objects of the classes that its settings name.
+        arguments: Arguments of a command that instantiates classes named in its settings.
     """
     import re
     from importlib.util import find_spec
@@ -54,7 +54,7 @@ def add_folder(arguments: Sequence[str]) -> None:
         here = os.getcwd()
     except OSError:
         return
-    # A dotted path that stands alone, such as the value of class_path.
+    # A dotted path surrounded by separators, such as the value of class_path.
     path = re.compile(r"(?:^|(?<=[\s=:,\[({\"']))([^\W\d]\w*)(?:\.[^\W\d]\w*)*\.([^\W\d]\w*)(?=$|[\s,:\])}\"'])")
     for text in _texts(arguments):
         for found in path.finditer(re.sub(r"(?m)(?:^|\s)#.*$", "", text)):
@@ -75,7 +75,7 @@ _LARGEST_BYTES, _MOST_FILES = 2**20, 100
 
 
 def _texts(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments, and the text of each file of settings that they or those files name."""
+    """Yield the arguments, then the text of every config file that they or these files name."""
     yield from arguments
     waiting = [(".", part) for argument in arguments for part in (argument, argument.partition("=")[2]) if part]
     seen: set[str] = set()
@@ -96,7 +96,7 @@ def _texts(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _is_module(folder: str, name: str) -> bool:
-    """Return whether a folder holds a module of this name."""
+    """Return True if a folder contains a module or package of this name."""
     try:
         entries = os.listdir(folder)
         inner = os.listdir(os.path.join(folder, name)) if os.path.isdir(os.path.join(folder, name)) else []

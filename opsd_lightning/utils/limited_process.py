@@ -1,4 +1,4 @@
-"""Run code of others once in a child process, within a time and a memory limit, before this process runs it."""
+"""Try third-party code in a child process with time and memory limits before this process runs it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from contextlib import suppress
 _FAILED, _MEMORY = 1, 2
 
 
-def overruns(run: Callable[[], object], seconds: float, memory: int) -> str:
-    """Run a function in a forked child and return what it runs out of: ``time``, ``memory`` or nothing.
+def exceeded_limit(run: Callable[[], object], seconds: float, memory: int) -> str:
+    """Run a function in a forked child and return the limit that it exceeds: ``"time"``, ``"memory"`` or ``""``.
 
-    The system's alarm ends the child, also where no code of Python runs. Its exceptions are left to the caller, who runs the
-    function again. Where processes cannot be forked, nothing is run.
+    The child is ended by the system's alarm, even inside native code. Exceptions in the child are ignored: the caller runs
+    the function again and sees them. Platforms without fork run nothing.
 
     Args:
-        run: The function. It must start no thread, and use none.
-        seconds: Time limit.
-        memory: Bytes that it may take. macOS does not limit them.
+        run: The function. It must not start or use threads.
+        seconds: Time limit in seconds.
+        memory: Memory limit in bytes. Has no effect on macOS.
     """
     if not hasattr(os, "fork"):
         return ""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside other threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forking a process that has threads
         child = os.fork()
     if child == 0:
         status = _FAILED
@@ -35,7 +35,7 @@ def overruns(run: Callable[[], object], seconds: float, memory: int) -> str:
             os._exit(status)
     try:
         status = os.waitpid(child, 0)[1]
-    except ChildProcessError:  # a handler of SIGCHLD was faster
+    except ChildProcessError:  # a SIGCHLD handler already reaped the child
         return ""
     if os.WIFSIGNALED(status):
         return "time" if os.WTERMSIG(status) == signal.SIGALRM else "memory"
@@ -59,6 +59,6 @@ def _run(run: Callable[[], object], seconds: float, memory: int) -> int:
         run()
     except MemoryError:
         return _MEMORY
-    except BaseException:  # see `overruns`
+    except BaseException:  # the caller runs the function again and sees the error
         return _FAILED
     return 0

@@ -1,12 +1,12 @@
-"""Tables, pictures and pages in the way that each logger's users know them; scalars go through Lightning's ``log``.
+"""Log tables, figures and HTML pages in each logger's own format. Scalars go through Lightning's ``log``.
 
-                 table                              picture                          page (HTML)
-    CSV          NAME.csv beside ``metrics.csv``    NAME/step-N.png beside it        the file on disk is enough
-    TensorBoard  Markdown in the Text tab           the Images tab, with its steps   has no place for one
-    W&B          a ``wandb.Table``                  a ``wandb.Image``                a ``wandb.Html``
-    MLflow       the artifact NAME.json, appended   an image of the run, with steps  the artifact pages/FILE
+                 table                              figure                           page (HTML)
+    CSV          NAME.csv beside ``metrics.csv``    NAME/step-N.png beside it        not logged: already on disk
+    TensorBoard  Markdown in the Text tab           Images tab, by step              not supported
+    W&B          ``wandb.Table``                    ``wandb.Image``                  ``wandb.Html``
+    MLflow       artifact NAME.json, appended       image of the run, by step        artifact pages/FILE
 
-Only the global rank zero may call these. A logger of another kind is passed over. One that cannot write is warned of.
+Call these functions on global rank 0 only. Other loggers are skipped. A logger that cannot write causes a warning.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from opsd_lightning.utils.csv_tables import append_rows
-from opsd_lightning.utils.disk_errors import survived
-from opsd_lightning.utils.files import replace
+from opsd_lightning.utils.disk_errors import warn_on_write_error
+from opsd_lightning.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 def log_table(
     loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
 ) -> None:
-    """Give every logger a table.
+    """Log a table to every supported logger.
 
     Args:
-        loggers: The trainer's.
-        name: Of the table. Later tables of this name join it, or stand beside it under their own step.
-        columns: Their names.
-        rows: One value a column each: a string, number, truth value or None.
+        loggers: Loggers of the trainer.
+        name: Name of the table. Later tables of this name are appended, or logged under their own step.
+        columns: Column names.
+        rows: Rows with one string, number, boolean or None for each column.
         step: Optimizer steps made so far.
     """
     for logger in loggers:
-        with survived(logger, f"{name} of {type(logger).__name__}"):
+        with warn_on_write_error(logger, f"{name} of {type(logger).__name__}"):
             if isinstance(logger, CSVLogger):
                 append_rows(Path(logger.log_dir) / f"{name}.csv", columns, rows)
             elif isinstance(logger, TensorBoardLogger):
@@ -52,30 +52,30 @@ def log_table(
 
 
 def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) -> None:
-    """Give every logger a picture.
+    """Log a figure to every supported logger.
 
     Args:
-        loggers: The trainer's.
-        name: Of the picture. Later ones of this name stand beside it, under their own step.
-        figure: A figure of matplotlib's. The caller closes it.
+        loggers: Loggers of the trainer.
+        name: Name of the figure. Later figures of this name are logged under their own step.
+        figure: A matplotlib figure. The caller closes it.
         step: Optimizer steps made so far.
     """
     png: bytes | None = None
     for logger in loggers:
-        with survived(logger, f"{name} of {type(logger).__name__}"):
+        with warn_on_write_error(logger, f"{name} of {type(logger).__name__}"):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure(name, figure, step, close=False)
                 continue
             if not isinstance(logger, (CSVLogger, WandbLogger, MLFlowLogger)):
                 continue
-            if png is None:  # drawn once for all of them
+            if png is None:  # rendered once for all loggers
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format="png")
                 png = buffer.getvalue()
             if isinstance(logger, CSVLogger):
                 path = Path(logger.log_dir) / name / f"step-{step:06d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                replace(path, png)
+                atomic_write(path, png)
                 continue
             from PIL import Image
 
@@ -87,16 +87,16 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
 
 
 def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> None:
-    """Give a page on disk to the loggers that can show one.
+    """Log an HTML page to the loggers that can show one.
 
     Args:
-        loggers: The trainer's.
-        name: Of the page. A later page of this name takes its place, or stands beside it under its own step.
+        loggers: Loggers of the trainer.
+        name: Name of the page. A later page of this name replaces it, or is logged under its own step.
         path: A self-contained HTML file.
         step: Optimizer steps made so far.
     """
     for logger in loggers:
-        with survived(logger, f"{name} of {type(logger).__name__}"):
+        with warn_on_write_error(logger, f"{name} of {type(logger).__name__}"):
             if isinstance(logger, WandbLogger):
                 from wandb import Html
 
@@ -105,8 +105,8 @@ def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> Non
                 logger.experiment.log_artifact(logger.run_id, str(path), "pages")
 
 
-def takes_pictures(loggers: Iterable[Logger]) -> bool:
-    """Whether `log_figure` has a place for a picture."""
+def accepts_figures(loggers: Iterable[Logger]) -> bool:
+    """Return True if `log_figure` supports one of the loggers."""
     return any(isinstance(logger, (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger)) for logger in loggers)
 
 

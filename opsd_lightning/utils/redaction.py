@@ -1,8 +1,8 @@
-"""Secrets kept out of what a run leaves behind: keys, tokens and passwords in settings, commands and messages.
+"""Redact secrets in settings, command lines and messages: keys, tokens and passwords become ``***``.
 
-A secret is known by the name of its setting (``api_key``, ``dbPassword``), by its form (``hf_...``, a password in a URL), or
-because an environment variable with such a name holds it. In its place stands ``***``. What has neither a name nor a form,
-such as a password in the middle of a sentence, is not found.
+A value is a secret if its setting has a telling name (``api_key``, ``dbPassword``), if it has a known form (``hf_...``, a
+password in a URL), or if an environment variable with such a name holds it. Other secrets, such as a password in the middle
+of a sentence, are not found.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HIDDEN = "***"
 # -- names -------------------------------------------------------------------------------------------------------------
 
 _WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_A-Za-z]+")
-# A name's last word, also where words are written together (PGPASSWORD).
+# End of a secret's name, including words that are joined (PGPASSWORD).
 _LAST = re.compile(
     r"(?:passwords?|passwds?|passphrases?|passcodes?|passwort|kennwort|contraseña|senha|пароль|密码|密碼|パスワード"
     r"|secrets?|credentials?|authorization|(?:web)?hooks?(?<=webhooks)|webhook|jwt|dsn|sas|mnemonic|sess(?:ion)?id"
@@ -33,7 +33,7 @@ _LAST = re.compile(
 )
 _COOKIES = {"cookie", "cookies"}
 _WORDS_OF_SECRETS = {*_COOKIES, "auth", "pw", "otp", "totp", "bearer"}
-# What makes a secret of the last word together with the word before it.
+# For an ambiguous last word, the words before it that make the name a secret's.
 _PAIRS: dict[str, Set[str]] = {
     "key": set(
         "api access secret private signing encryption account storage shared master subscription license deploy ssh service "
@@ -56,7 +56,7 @@ _PAIRS: dict[str, Set[str]] = {
     "uri": {"webhook", "hook", "sas"},
     "phrase": {"seed"},
 }
-# Tokens of a vocabulary, which are no secrets, by the word before.
+# Words before "token" that mean a token of the vocabulary, which is not a secret.
 _VOCABULARY = set(
     "pad eos bos unk sep cls mask stop think thinking image audio video boi eoi eot eom end start begin open close special "
     "sampled first last next new prev previous extra additional tool response answer question turn prompt completion per "
@@ -64,8 +64,8 @@ _VOCABULARY = set(
     "draft bonus accepted target label ignore blank control chat im header call calls fim middle prefix suffix file repo "
     "text input output max min total mean likeliest student teacher".split()
 )
-# Words before "token" behind which any value is a secret.
-_KEEPERS = (
+# Words before "token" that always mean a secret.
+_SECRET_TOKEN_WORDS = (
     _PAIRS["key"]
     | _PAIRS["tokens"]
     | set(
@@ -78,40 +78,40 @@ _HEADERS = {"header", "headers", "env", "environment", "environ", "cookies"}
 
 @functools.lru_cache(maxsize=4096)
 def is_secret(name: str) -> bool:
-    """Whether a setting of this name holds a secret."""
+    """Return True if a setting of this name holds a secret."""
     words = [word.lower() for word in _WORDS.findall(name[-200:])]
     while words and words[-1].isdigit():
         words.pop()
     if not words:
         return False
     last, before = words[-1], words[-2] if len(words) > 1 else ""
-    if len(words) > 2 and last in ("id", "data") and before == "key":  # an access key's id, a client key's data
+    if len(words) > 2 and last in ("id", "data") and before == "key":  # access_key_id, client_key_data
         last, before = before, words[-3]
     if last == "token":
         return before not in _VOCABULARY
-    if last == "pwd":  # alone it is the current folder
+    if last == "pwd":  # without another word: the current folder
         return before not in ("", "old", "current", "cur")
     if last in _WORDS_OF_SECRETS or name in ("pass", "Pass", "PASS") or _LAST.search(last):
         return True
     return before in _PAIRS.get(last, ()) or before in _PAIRS.get(last.removesuffix("s"), ())
 
 
-def _of_vocabulary(name: str) -> bool:
-    """Return whether a name may be that of a token of a vocabulary."""
+def _may_be_vocabulary_token(name: str) -> bool:
+    """Return True if a name ends with the word "token", and so may mean a token of the vocabulary."""
     return _WORDS.findall(name)[-1:] in (["token"], ["Token"], ["TOKEN"])
 
 
-def _harmless(value: str, name: str = "") -> bool:
-    """Return whether a value below a secret's name is harmless: none, a type, a place to fill in, a control token."""
+def _is_harmless(value: str, name: str = "") -> bool:
+    """Return True for a harmless value under a secret's name: empty, a type, a placeholder or a control token."""
     if not value or value == HIDDEN or _PLACEHOLDER.fullmatch(value):
         return True
-    if not _of_vocabulary(name):
+    if not _may_be_vocabulary_token(name):
         return False
     if _CONTROL.fullmatch(value):
         return True
     own = name.rpartition(".")[2]
     words = _WORDS.findall(own)
-    if len(words) < 2 or own.isupper() or words[-2].lower() in _KEEPERS:
+    if len(words) < 2 or own.isupper() or words[-2].lower() in _SECRET_TOKEN_WORDS:
         return False
     return len(value) < 6 or bool(_WORD.fullmatch(value))
 
@@ -120,7 +120,7 @@ _PLACEHOLDER = re.compile(
     r"(?i:null|none|true|false|required|optional|missing|str|int|bool|bytes|secretstr|<class '\w+'>|<[a-z _\-.]+>|~)"
     r"|Optional\[\w+\]|\*+|\$\w+|\$\{[^}]*\}|\$\{\{[^}]*\}\}|%s|%\(\w+\)s|\{\w*\}|\.\.\.|\u2026"
 )
-# Lower-case words, as of an option's choice, a language or the id of a token.
+# Lower-case words, such as a choice of an option or a language, and token ids.
 _WORD = re.compile(
     r"(?!.{41})(?:[a-z]{1,14}(?:[_\- ][a-z]{1,14}){0,4}(?:[=:]\d{1,5})?[.!,]*|[a-z]{2,3}[_\-][A-Z][A-Za-z]{1,3}|\d{1,6})"
 )
@@ -128,7 +128,7 @@ _CONTROL = re.compile(r"[<\[|(].*[>\])|]", re.DOTALL)
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
-# Last words of names of prose and patterns, in which a name such as "Secret:" says nothing.
+# Last words of settings that hold prose or patterns. A text such as "Secret:" in them does not announce a secret.
 _PROSE = set("prompt prompts system template templates pattern patterns regex regexes instruction instructions".split())
 
 
@@ -137,15 +137,15 @@ def _is_prose(name: str) -> bool:
 
 
 def redact(value: Any, name: str = "", whole: bool = False) -> Any:
-    """Return settings, however nested, without secrets.
+    """Return a copy of nested settings without secrets.
 
-    Mappings, namespaces and dataclasses become dictionaries, other collections lists; everything below a secret's name is
-    hidden. Of prompts, templates and patterns only secrets of a known form and of the environment are hidden.
+    Mappings, namespaces and dataclasses become dictionaries, and other collections become lists. Every value below a
+    secret's name is hidden. In prompts, templates and patterns, only known forms and values from the environment are.
 
     Args:
         value: Collections and plain values.
         name: Name of the setting.
-        whole: Hide a text wholly if a part of it is hidden, so that no run starts from the rest.
+        whole: If True, hide the whole text if any part of it is hidden, so that no run starts from the remainder.
     """
     return _redact(value, name, bool(name) and is_secret(name), _is_prose(name), whole, 0)
 
@@ -173,8 +173,8 @@ def _redact(value: Any, name: str, hide: bool, prose: bool, whole: bool, depth: 
         return value if text == str(value) else text
     if hide and value is not None and not isinstance(value, bool):
         text = str(value)
-        number = isinstance(value, (int, float)) and _of_vocabulary(name) and len(text) < 6
-        return value if number or _harmless(text, name) else HIDDEN
+        number = isinstance(value, (int, float)) and _may_be_vocabulary_token(name) and len(text) < 6
+        return value if number or _is_harmless(text, name) else HIDDEN
     if not isinstance(value, str):
         return value
     text = _redact_forms(value) if prose else redact_text(value)
@@ -182,13 +182,13 @@ def _redact(value: Any, name: str, hide: bool, prose: bool, whole: bool, depth: 
 
 
 _USERS = {"user", "username", "user_name", "user id", "userid", "uid", "login", "account", "email"}
-# The value of `pwd`, where it is the current folder.
+# A value of `pwd` that is a folder.
 _FOLDER = re.compile(r"\\*[\"']?(?:[~./$`]|[A-Za-z]:[\\/]|-P\b|$)")
 
 
 def _redact_mapping(value: Mapping[Any, Any], name: str, hide: bool, prose: bool, whole: bool, depth: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
-    # [{name: API_KEY, value: x}], as for containers
+    # [{name: API_KEY, value: x}], as in container manifests
     named = value.get("name") or value.get("key")
     pair = isinstance(named, str) and is_secret(named)
     login = any(str(key).lower() in _USERS for key in value)
@@ -211,7 +211,7 @@ def _redact_list(values: list[Any], name: str, hide: bool, prose: bool, whole: b
     texts = bool(values) and all(isinstance(part, (str, bytes)) for part in values)
     if texts and not hide and not prose:
         plain = [part.decode("utf-8", "replace") if isinstance(part, bytes) else part for part in values]
-        if len(plain) == 2 and is_secret(plain[0]) and _heads(plain[0], name):
+        if len(plain) == 2 and is_secret(plain[0]) and _names_next_text(plain[0], name):
             return [values[0], _redact(values[1], plain[0], True, prose, whole, depth + 1)]
         if any(part.startswith("-") or _PROGRAM.fullmatch(part) for part in plain):
             found = redact_arguments(plain)
@@ -219,8 +219,8 @@ def _redact_list(values: list[Any], name: str, hide: bool, prose: bool, whole: b
     return [_redact(part, name, hide, prose, whole, depth + 1) for part in values]
 
 
-def _heads(first: str, name: str) -> bool:
-    """Return whether the first of two texts names the second, as in a header. Else it may be a column or a tag."""
+def _names_next_text(first: str, name: str) -> bool:
+    """Return True if the first of two texts names the second, as in a header, and not a column or a tag."""
     if re.search(r"\s", first):
         return False
     above = _WORDS.findall(name[-200:])[-1:]
@@ -229,7 +229,7 @@ def _heads(first: str, name: str) -> bool:
 
 
 def hidden_names(value: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of settings whose value or whose own name is hidden."""
+    """Yield the dotted names of settings with a hidden value or a hidden key."""
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
@@ -247,16 +247,16 @@ def hidden_names(value: Any, name: str = "") -> Iterator[str]:
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a command line without secrets: ``--api_key X`` as well as ``--api_key=X``."""
+    """Return command-line arguments without secrets, in the forms ``--api_key X`` and ``--api_key=X``."""
     found: list[str] = []
-    hides, prose = "", False  # the secret's name, whose value follows; prose follows
-    for argument in _redact_clients(arguments):
+    hides, prose = "", False  # name of the secret that the next argument holds; the next argument is prose
+    for argument in _redact_programs(arguments):
         name, _, value = argument.partition("=")
         option = name.startswith("-")
         if hides and not option:
-            found.append(argument if _harmless(argument, hides) else HIDDEN)
+            found.append(argument if _is_harmless(argument, hides) else HIDDEN)
         elif option and value and is_secret(name):
-            found.append(argument if _harmless(value, name) else f"{name}={HIDDEN}")
+            found.append(argument if _is_harmless(value, name) else f"{name}={HIDDEN}")
         elif option and value:
             found.append(f"{name}={_redact_forms(value) if _is_prose(name) else redact_text(value)}")
         elif prose and not option:
@@ -268,12 +268,12 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def _redact_clients(arguments: Sequence[str]) -> list[str]:
-    """Hide passwords among the options of known programs: ``["curl", "-u", "bob:X"]``."""
+def _redact_programs(arguments: Sequence[str]) -> list[str]:
+    """Hide passwords in the options of known programs: ``["curl", "-u", "bob:X"]``."""
     if not any(_PROGRAM.fullmatch(argument) for argument in arguments):
         return list(arguments)
     line = shlex.join([argument.rpartition("/")[2] if _PROGRAM.fullmatch(argument) else argument for argument in arguments])
-    parts = shlex.split(_WANDB.sub(rf"\1{HIDDEN}", _CLIENT.sub(_client, line)))
+    parts = shlex.split(_WANDB.sub(rf"\1{HIDDEN}", _CLIENT.sub(_redact_client_options, line)))
     if len(parts) != len(arguments):
         return list(arguments)
     return [
@@ -329,7 +329,7 @@ _ENCODED_URL = re.compile(r"(?i)(%3A(?:%2F){2})((?:(?!%40|%2F)[\w.~%\-]){1,200}+
 _ORACLE = re.compile(r"(?i)(jdbc:oracle:\w{1,20}:)[^\s/]{1,200}/[^\s@]{1,200}(?=@)")
 _USER_IN_LIST = re.compile(r"([\"']--?(?:u|user|proxy-user)[\"'],[ \t]*[\"'][^\"'\s:]{0,100}:)([^\"'\n]{1,200})")
 _USER_CLIENT = re.compile(r"(?<![\w.\-])(?:curl|wget|https?)[\"']")
-# Two texts, of which the first names the second: a header, or the arguments of a call.
+# A pair of strings, the first naming the second: a header, or the arguments of a call.
 _PAIR = re.compile(r"(\b\w{1,40})?([(\[][ \t]*)[bru]?([\"'])([\w.\-]{3,100})\3,[ \t]*(?=[bBrRuUf]?[\"'])")
 _SETS = re.compile(
     r"(?i)(?:set|put|get)_?(?:env|default|item|header|requestheader|secret|property)?|add_?header|header|append|add"
@@ -381,49 +381,49 @@ _BLOCK = re.compile(r"(?<![\w.\-])([\w.\-]++)[\"']?[ \t]*:[ \t]*([|>][+\-\d]*)?[
 
 
 def redact_text(text: str) -> str:
-    """Return a text without secrets that can be told by their form, by a name before them, or by the environment."""
+    """Return a text without secrets that have a known form, follow a secret's name, or are in the environment."""
     if not text:
         return text
     text = _redact_forms(text)
     if "%3A" in text or "%3a" in text:
         text = _ENCODED_URL.sub(rf"\1{HIDDEN}\3", text)
     text = _ORACLE.sub(rf"\1{HIDDEN}", text)
-    text = _QUERY.sub(_query, text)
+    text = _QUERY.sub(_redact_query, text)
     if "\n" in text and ":" in text:
-        text = _blocks(text)
-    text = _named(text)
-    text = _XML.sub(_xml, _ENTRY.sub(_entry, _pairs(text)))
-    text = _DIGEST.sub(rf"\1\2{HIDDEN}", _SCHEME.sub(_scheme, text))
-    text = _OPTION.sub(_option, text)
-    text = _WANDB.sub(rf"\1{HIDDEN}", _CLIENT.sub(_client, text))
-    text = _USER_IN_LIST.sub(_user_in_list, text)
-    return _NETRC.sub(lambda found: found[1] + (found[2] if _harmless(found[2]) else HIDDEN), text)
+        text = _redact_yaml_blocks(text)
+    text = _redact_named(text)
+    text = _XML.sub(_redact_xml, _ENTRY.sub(_redact_entry, _redact_pairs(text)))
+    text = _DIGEST.sub(rf"\1\2{HIDDEN}", _SCHEME.sub(_redact_scheme, text))
+    text = _OPTION.sub(_redact_option, text)
+    text = _WANDB.sub(rf"\1{HIDDEN}", _CLIENT.sub(_redact_client_options, text))
+    text = _USER_IN_LIST.sub(_redact_user_in_list, text)
+    return _NETRC.sub(lambda found: found[1] + (found[2] if _is_harmless(found[2]) else HIDDEN), text)
 
 
 def _redact_forms(text: str) -> str:
-    """Return a text without values of the environment, keys of a known form and passwords of URLs."""
-    for value, pattern in _of_environment():
+    """Return a text without secrets of the environment, keys of a known form and passwords in URLs."""
+    for value, pattern in _environment_secrets():
         if value in text:
             text = pattern.sub(HIDDEN, text)
     if "PRIVATE KEY" in text:
         text = _PEM.sub(rf"-----BEGIN \1-----{HIDDEN}", text)
     text = _FORMS.sub(HIDDEN, text)
-    return _URL.sub(_url, text) if "://" in text or ":\\/" in text else text
+    return _URL.sub(_redact_url, text) if "://" in text or ":\\/" in text else text
 
 
 _known: tuple[dict[str, str], list[tuple[str, re.Pattern[str]]]] = ({}, [])
 
 
-def _of_environment() -> list[tuple[str, re.Pattern[str]]]:
-    """Values of environment variables that hold secrets, in every way that they may be written, longest first."""
+def _environment_secrets() -> list[tuple[str, re.Pattern[str]]]:
+    """Return the secrets in environment variables with a pattern for each of their spellings, longest first."""
     global _known
-    held = {name: value for name, value in os.environ.items() if is_secret(name) and _telling(value)}
+    held = {name: value for name, value in os.environ.items() if is_secret(name) and _is_distinctive(value)}
     if held != _known[0]:
         forms: dict[str, re.Pattern[str]] = {}
         for value in held.values():
             quoted = {value, value.strip(), quote(value), quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]}
             for form in quoted:
-                # A short value may be part of a word that is no secret.
+                # A short value may also occur inside an ordinary word.
                 edge = len(value) < 16
                 around = (r"(?<![^\W_])", r"(?![^\W_])") if edge else ("", "")
                 forms[form] = re.compile(around[0] + re.escape(form) + around[1])
@@ -431,29 +431,29 @@ def _of_environment() -> list[tuple[str, re.Pattern[str]]]:
     return _known[1]
 
 
-def _telling(value: str) -> bool:
-    """Return whether to look for a value of the environment. Words, numbers and paths are in other texts too."""
+def _is_distinctive(value: str) -> bool:
+    """Return True for a value to search for. Common words, short numbers and paths also occur in harmless texts."""
     value = value.strip()
     kinds = sum(bool(re.search(kind, value)) for kind in (r"[a-z]", r"[A-Z]", r"\d", r"[^\w\s]|_", r"[^\W\d_a-zA-Z]"))
-    if len(value) < (6 if kinds > 1 else 8) or is_secret(value) or _harmless(value):
+    if len(value) < (6 if kinds > 1 else 8) or is_secret(value) or _is_harmless(value):
         return False
     if re.match(r"(?:~|\.{1,2})?/|[A-Za-z]:\\", value) and re.fullmatch(r"[\w./~\\: \-]+", value):
         return not (os.path.exists(os.path.expanduser(value)) or re.fullmatch(r"(?:[~.]{0,2}/[\w.\- ]*){2,}", value))
     return True
 
 
-def _url(found: re.Match[str]) -> str:
+def _redact_url(found: re.Match[str]) -> str:
     scheme, slashes, rest = found[1].lower(), found[2], found[3]
     end = min((place for sign in "/?#" if (place := rest.find(sign)) >= 0), default=len(rest))
     authority = rest[:end]
     name, colon, behind = authority.partition(":")
     at = -1
     web = re.search(r"(?:^|\+)(?:https?|wss?|ftp)$", scheme) is not None
-    if colon and not (re.fullmatch(r"\d+", behind) and (web or not name)):  # user:password, which may hold anything
+    if colon and not (re.fullmatch(r"\d+", behind) and (web or not name)):  # user:password, with any characters
         places = [place for place, sign in enumerate(rest[:2000]) if sign == "@"]
         ends = [place for place in places if _HOST.match(rest, place + 1)]
         within = [place for place in ends if place < end]
-        # Behind the last @ that a host follows; a path may hold one, too, behind a host that is whole.
+        # The password ends at the last @ that a host follows. The path after a complete host may contain @ as well.
         at = within[-1] if within and web else ends[-1] if ends else -1
         if within and web and (later := [place for place in ends if place > end]):
             host = rest[within[-1] + 1 : end]
@@ -462,14 +462,14 @@ def _url(found: re.Match[str]) -> str:
     elif "@" in authority:
         user = authority.rpartition("@")[0]
         if scheme.rpartition("+")[2] in ("ssh", "git", "sftp", "scp") and re.fullmatch(r"[a-z][a-z0-9_\-]{0,31}", user):
-            return _hook(found[0])
+            return _redact_web_hook(found[0])
         at = authority.rindex("@")
     if at >= 0:
         rest = HIDDEN + rest[at:]
-    return _hook(found[1] + slashes + rest)
+    return _redact_web_hook(found[1] + slashes + rest)
 
 
-def _hook(url: str) -> str:
+def _redact_web_hook(url: str) -> str:
     def hide(found: re.Match[str]) -> str:
         known = re.search(r"(?i)slack|discord|zapier|office|ifttt|feishu|telegram|pipedream", found[1])
         telling = re.search(r"[\w\-]{16,}", found[2]) or (
@@ -480,29 +480,29 @@ def _hook(url: str) -> str:
     return _WEB_HOOK.sub(hide, url)
 
 
-def _query(found: re.Match[str]) -> str:
-    return found[0] if _harmless(found[4]) else f"{found[1]}{found[2]}{found[3]}{HIDDEN}"
+def _redact_query(found: re.Match[str]) -> str:
+    return found[0] if _is_harmless(found[4]) else f"{found[1]}{found[2]}{found[3]}{HIDDEN}"
 
 
-def _scheme(found: re.Match[str]) -> str:
+def _redact_scheme(found: re.Match[str]) -> str:
     value = found[3].rstrip(".:")
-    # A word of a sentence about tokens has no digits, is short or is in one case.
+    # An ordinary word in a sentence about tokens has no digits, is short or has a single case.
     random = re.search(r"\d|[+/=~|]", value) or (value.lower() != value and not value.istitle()) or len(value) >= 24
     if found[1].lower() in ("token", "basic", "apikey", "api-key"):
         random = random and (len(value) >= 12 or "=" in value) and not re.fullmatch(r"[\w]+[=:].*", value)
-    return f"{found[1]}{found[2]}{HIDDEN}{found[3][len(value) :]}" if random and not _harmless(value) else found[0]
+    return f"{found[1]}{found[2]}{HIDDEN}{found[3][len(value) :]}" if random and not _is_harmless(value) else found[0]
 
 
-def _option(found: re.Match[str]) -> str:
+def _redact_option(found: re.Match[str]) -> str:
     name, between, value = found.groups()
     bare = value.strip("\\\"'$")
-    if not is_secret(name) or _harmless(bare, name) or bare in _AFTER_OPTION or value.startswith(HIDDEN):
+    if not is_secret(name) or _is_harmless(bare, name) or bare in _AFTER_OPTION or value.startswith(HIDDEN):
         return found[0]
-    return f"{name}{between}{_within_quotes(value)}"
+    return f"{name}{between}{_hidden_in_quotes(value)}"
 
 
-def _client(found: re.Match[str]) -> str:
-    """Hide the password among the options of a known program."""
+def _redact_client_options(found: re.Match[str]) -> str:
+    """Hide the password in the options of a known program."""
     program, rest = found.groups()
     alone = {"p": ("sshpass", "mysql", "mariadb", "mongo", "docker", "podman"), "a": ("redis",), "w": ("ldap",)}
 
@@ -513,61 +513,67 @@ def _client(found: re.Match[str]) -> str:
             other = (program.startswith(("docker", "podman")) and " login" not in rest) or (
                 program.startswith(("mysql", "maria")) and spaced
             )
-            return before + _within_quotes(value) if program.startswith(alone[name]) and not other else option[0]
+            return before + _hidden_in_quotes(value) if program.startswith(alone[name]) and not other else option[0]
         sign = "%" if program == "smbclient" else ":"
         user, colon, password = value.partition(sign)
         takes = program in ("curl", "wget", "http", "https", "smbclient")
         tail = value[-1] if value[-1] in "\"'" else ""
         return (
-            f"{before}{user}{sign}{HIDDEN}{tail}" if takes and colon and not _harmless(password.strip("\"'")) else option[0]
+            f"{before}{user}{sign}{HIDDEN}{tail}"
+            if takes and colon and not _is_harmless(password.strip("\"'"))
+            else option[0]
         )
 
     return program + _CLIENT_OPTION.sub(hide, rest)
 
 
-def _user_in_list(found: re.Match[str]) -> str:
+def _redact_user_in_list(found: re.Match[str]) -> str:
     near = found.string[max(found.start() - 300, 0) : found.start()]
-    return found[1] + HIDDEN if _USER_CLIENT.search(near) and not _harmless(found[2]) else found[0]
+    return found[1] + HIDDEN if _USER_CLIENT.search(near) and not _is_harmless(found[2]) else found[0]
 
 
-def _pairs(text: str) -> str:
-    """Hide the second of two texts in brackets: ``("X-Api-Key", "x")``, ``setenv("API_KEY", "x")``."""
+def _redact_pairs(text: str) -> str:
+    """Hide the second string of a pair in brackets: ``("X-Api-Key", "x")``, ``setenv("API_KEY", "x")``."""
     pieces: list[str] = []
     done = place = 0
     while (match := _PAIR.search(text, place)) is not None:
         place = match.end()
         call, bracket, name = match[1] or "", match[2], match[4]
         sets = bracket.startswith("(") and _SETS.fullmatch(call)
-        if not is_secret(name) or not (sets or _heads(name, "")):
+        if not is_secret(name) or not (sets or _names_next_text(name, "")):
             continue
         quoted = _QUOTED.match(text, place)
         value = quoted[0].strip("bBrRuUf\"'") if quoted else ""
-        # Two words may be two columns.
-        if quoted is None or _harmless(value, name) or (not name.isupper() and sets and "-" not in name and value.isalpha()):
+        # Two plain words may be two column names.
+        if (
+            quoted is None
+            or _is_harmless(value, name)
+            or (not name.isupper() and sets and "-" not in name and value.isalpha())
+        ):
             continue
-        pieces += [text[done:place], _within_quotes(quoted[0])]
+        pieces += [text[done:place], _hidden_in_quotes(quoted[0])]
         done = place = quoted.end()
     return "".join([*pieces, text[done:]])
 
 
-def _xml(found: re.Match[str]) -> str:
+def _redact_xml(found: re.Match[str]) -> str:
     name, value = found[1].rpartition(":")[2], found[2].strip()
-    words = re.fullmatch(r"[a-z]+(?:\s+\w+)*", value) and _of_vocabulary(name)
-    if not is_secret(name) or words or _harmless(value, name) or re.fullmatch(r"-?[\d.]{1,5}", value):
+    words = re.fullmatch(r"[a-z]+(?:\s+\w+)*", value) and _may_be_vocabulary_token(name)
+    if not is_secret(name) or words or _is_harmless(value, name) or re.fullmatch(r"-?[\d.]{1,5}", value):
         return found[0]
     start, end = found.start(2) - found.start(), found.end(2) - found.start()
     return f"{found[0][:start]}{HIDDEN}{found[0][end:]}"
 
 
-def _entry(found: re.Match[str]) -> str:
+def _redact_entry(found: re.Match[str]) -> str:
     bare = found[4].strip("\"'")
-    if not is_secret(found[3]) or _harmless(bare, found[3]):
+    if not is_secret(found[3]) or _is_harmless(bare, found[3]):
         return found[0]
-    return found[1] + _within_quotes(found[4])
+    return found[1] + _hidden_in_quotes(found[4])
 
 
-def _within_quotes(value: str) -> str:
-    """Return ``***`` in the quotes of a value."""
+def _hidden_in_quotes(value: str) -> str:
+    """Return ``***`` with the quotes of a value around it."""
     quotes = re.match(r"[bBrRuUfF$]{0,2}(\\*(?:\"\"\"|'''|[\"']))", value)
     if quotes is None:
         return HIDDEN
@@ -575,8 +581,8 @@ def _within_quotes(value: str) -> str:
     return f"{quotes[0]}{HIDDEN}{quotes[1] if closed else ''}"
 
 
-def _blocks(text: str) -> str:
-    """Hide what is indented below a secret's name, as in YAML."""
+def _redact_yaml_blocks(text: str) -> str:
+    """Hide the indented block below a secret's name, as in YAML."""
     found: list[str] = []
     below: int | None = None  # indentation of the secret's name
     listed = False
@@ -592,35 +598,35 @@ def _blocks(text: str) -> str:
         match = _BLOCK.search(line, max(len(line) - 300, 0))
         if match is not None and is_secret(match[1]):
             before = line[: match.start()].strip("\"' \t-")
-            if not before or match[2] or not _of_vocabulary(match[1]):  # else a sentence about a token
+            if not before or match[2] or not _may_be_vocabulary_token(match[1]):  # otherwise a sentence about a token
                 own = re.match(r"[ \t]*(?:-[ \t]+)*", line)
                 below, listed = len(own[0]) if own else 0, not match[2]
         found.append(line)
     return "\n".join(found)
 
 
-def _named(text: str) -> str:
-    """Hide values behind a secret's name: ``api_key=x``, ``{"api_key": "x"}``, ``Authorization: Bearer x``."""
+def _redact_named(text: str) -> str:
+    """Hide values after a secret's name: ``api_key=x``, ``{"api_key": "x"}``, ``Authorization: Bearer x``."""
     pieces: list[str] = []
     done = place = 0
     while (match := _NAMED.search(text, place)) is not None:
         place = match.end()
         name = match[1]
-        if not (_named_by_text(text, match) or is_secret(name)) or (
+        if not (_is_secret_in_context(text, match) or is_secret(name)) or (
             name.lower() in ("authorization", "auth") and "==" in match[2]
         ):
             continue
         if annotation := _ANNOTATION.match(text, place):
             place = annotation.end()
-        hidden, end = _value(text, place, match)
+        hidden, end = _redact_value(text, place, match)
         if end > place:
             pieces += [text[done:place], hidden]
             done = place = end
     return "".join([*pieces, text[done:]])
 
 
-def _named_by_text(text: str, match: re.Match[str]) -> bool:
-    """Return whether a name that is none of a secret's alone is one here: ``api key: x``, ``pwd=x``."""
+def _is_secret_in_context(text: str, match: re.Match[str]) -> bool:
+    """Return True if the surrounding text makes an ambiguous name a secret's: ``api key: x``, ``pwd=x``."""
     name, bare = match[1].lower(), match[2].strip() in (":", "=")
     if name == "pwd":
         return not _FOLDER.match(text, match.end())
@@ -629,36 +635,36 @@ def _named_by_text(text: str, match: re.Match[str]) -> bool:
     before = re.search(r"([A-Za-z]{2,20})[ \t]$", text[max(match.start() - 22, 0) : match.start()])
     if before is None or not is_secret(f"{before[1]}_{name}"):
         return False
-    # A sentence may speak of a key.
+    # A sentence may mention a key without giving one.
     return (
         not bare
         or re.compile(r"[\"']|(?=[^\s]{0,200}\d)(?=[^\s]{0,200}[A-Za-z])[^\s]{8}").match(text, match.end()) is not None
     )
 
 
-def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
-    """Return the replacement of the value at a place and the end of the value: the place itself if nothing changes."""
+def _redact_value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
+    """Return the replacement for the value at a place, and the index of its end. An unchanged value ends at the place."""
     name, sign = match[1], match[2]
     if text.startswith(HIDDEN, place):
         return "", place
     word = name in ("PASS", "Pass") or (name.lower() == "bearer" and not re.compile(r"\S{0,40}\d").match(text, place))
-    if word and sign.strip() == ":":  # of a report or of a sentence
+    if word and sign.strip() == ":":  # "PASS:" in a test report, or a word of a sentence
         return "", place
     for pattern in (_QUOTED, _ESCAPED):
         if quoted := pattern.match(text, place):
             inner = re.sub(r"^[bBrRuUfF$]{0,2}(\\*[\"'])+|(\\*[\"'])+$", "", quoted[0])
-            return (quoted[0] if _harmless(inner, name) else _within_quotes(quoted[0])), quoted.end()
+            return (quoted[0] if _is_harmless(inner, name) else _hidden_in_quotes(quoted[0])), quoted.end()
     if open_quote := _OPEN_QUOTE.match(text, place):  # cut off
-        return _within_quotes(open_quote[0]), open_quote.end()
+        return _hidden_in_quotes(open_quote[0]), open_quote.end()
     if text[place : place + 1] in ("{", "[", "("):
-        if _of_vocabulary(name) and re.compile(r"\[\w{1,40}\]").match(text, place):  # [MASK]
+        if _may_be_vocabulary_token(name) and re.compile(r"\[\w{1,40}\]").match(text, place):  # [MASK]
             return "", place
-        end = _closing(text, place)
+        end = _closing_bracket(text, place)
         if text[place] == "(" and re.fullmatch(r"\((?!.*\d{6})[\d\s+*/^.()\-]*\)", text[place : min(end, place + 100)]):
             return "", place
         return (HIDDEN if text[place + 1 : end - 1].strip() else text[place:end]), end
     if (call := _CALL.match(text, place)) is not None:
-        end = call.end() + _closing(text[call.end() : call.end() + 500], 0)
+        end = call.end() + _closing_bracket(text[call.end() : call.end() + 500], 0)
         if re.search(r"[\"']", text[call.end() : end]) and not call[0].endswith(("environ", "getenv")):
             return f"{call[0]}{text[call.end()]}{HIDDEN}{text[end - 1]}", end
         return "", place
@@ -666,16 +672,16 @@ def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
     enclosing = before if before in ("'", '"', "`") and sign[0] not in "\"'`\\" else ""
     kind = _WORDS.findall(name)[-1].lower()
     if kind in _COOKIES:
-        return _until(_COOKIE, text, place, enclosing)
+        return _redact_match(_COOKIE, text, place, enclosing)
     if kind == "authorization" or (enclosing and kind not in ("token",)):
-        return _header(text, place, enclosing)
+        return _redact_header(text, place, enclosing)
     plain = _PLAIN.match(text, place)
     if plain is None or _VARIABLE.match(text, place):
         return "", place
     value, end = plain[0], plain.end()
-    # A sentence's full stop is none of the value's.
+    # Punctuation at the end belongs to the sentence.
     shown = value.rstrip(".,;:!?") if re.search(r"[.,;:!?]$", value) and ":" in sign else value
-    if _harmless(shown, name) or _harmless(shown.rstrip(")]}"), name):
+    if _is_harmless(shown, name) or _is_harmless(shown.rstrip(")]}"), name):
         return "", place
     structured = bool(enclosing) or sign[0] in "\"'`\\"
     if not structured and (re.fullmatch(r"-?\d{1,5}(?:\.\d{1,4})?%?", shown) or _SUM.match(text, place)):
@@ -684,9 +690,9 @@ def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
     line = text[end : end + 1000].partition("\n")[0]
     start = text.rfind("\n", max(match.start() - 100, 0), match.start()) + 1 or max(match.start() - 100, 0)
     if ":" in sign and re.fullmatch(r"[ \t]*(?:error: |-[ \t]+)*[\"']?", text[start : match.start()]):
-        # A YAML line: a plain value may have spaces.
+        # A line of YAML, where an unquoted value may contain spaces.
         sentence = re.fullmatch(r"[a-z]+", shown) and re.match(r" [a-z(]", line)
-        if sentence and ("." in name or kind in ("token", "tokens")):  # as of `ConfigError`
+        if sentence and ("." in name or kind in ("token", "tokens")):  # "setting: problem", a `ConfigError`
             return "", place
         if "." not in name and line.startswith((" ", ",")) and not re.search(r"[:=]", line):
             comment = re.search(r"[ \t]+#", line)
@@ -698,12 +704,12 @@ def _value(text: str, place: int, match: re.Match[str]) -> tuple[str, int]:
     return HIDDEN, end
 
 
-def _until(pattern: re.Pattern[str], text: str, place: int, enclosing: str) -> tuple[str, int]:
+def _redact_match(pattern: re.Pattern[str], text: str, place: int, enclosing: str) -> tuple[str, int]:
     found = pattern.match(text, place)
-    if found is None or _harmless(found[0]):
+    if found is None or _is_harmless(found[0]):
         return "", place
     if pattern is _COOKIE and not re.match(r"[\w\-.$%]*[A-Za-z_][\w\-.]*=|(?=\S*\d)(?=\S*[A-Za-z])\S{8}", found[0][:200]):
-        return "", place  # baked ones
+        return "", place  # prose about cookies
     end = found.end()
     if enclosing and (stop := text.find(enclosing, place)) >= 0:
         end = stop
@@ -716,15 +722,15 @@ _AUTHORIZATION = re.compile(
 )
 
 
-def _header(text: str, place: int, enclosing: str) -> tuple[str, int]:
+def _redact_header(text: str, place: int, enclosing: str) -> tuple[str, int]:
     if enclosing:
         stop = next((n for n in range(place, min(len(text), place + 10_000)) if text[n] in (enclosing, "\n")), len(text))
-        return (text[place:stop] if _harmless(text[place:stop].strip()) else HIDDEN), stop
-    return _until(_AUTHORIZATION, text, place, "")
+        return (text[place:stop] if _is_harmless(text[place:stop].strip()) else HIDDEN), stop
+    return _redact_match(_AUTHORIZATION, text, place, "")
 
 
-def _closing(text: str, place: int) -> int:
-    """Return the place of the bracket that closes the one at a place, or the end of the text."""
+def _closing_bracket(text: str, place: int) -> int:
+    """Return the index after the bracket that closes the one at a place, or the length of the text."""
     depth, quoted = 0, ""
     for n in range(place, len(text)):
         sign = text[n]

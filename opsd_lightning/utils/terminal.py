@@ -1,7 +1,7 @@
-"""Text on the terminal: control characters shown instead of sent, and no secrets.
+"""Safe terminal output: control characters are escaped and secrets are redacted.
 
-Texts of servers, models, data and settings may hold escape sequences, which move the cursor, set the window's title or the
-clipboard; characters that hide or reorder text; markup of rich; halves of surrogate pairs, which cannot be printed.
+Texts from servers, models, data and settings may contain escape sequences that move the cursor or set the clipboard,
+characters that hide or reorder text, rich markup, and lone surrogates, which cannot be printed.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from typing import Any, NoReturn
 
 from opsd_lightning.utils.redaction import redact_text
 
-# C0 and C1 but for newline and tab, characters without width, bidirectional controls, line and paragraph separators,
-# invisible fillers, tags, halves of surrogate pairs, and code points that are no characters.
+# C0 and C1 controls except newline and tab, zero-width characters, bidirectional controls, line and paragraph separators,
+# invisible fillers, tags, lone surrogates, and noncharacters.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5"
     "\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff"
     "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-# Scripts whose letters take another shape beside a joiner: Arabic to N'Ko, Mandaic, of India, Myanmar, Khmer, Mongolian.
+# Scripts in which a joiner changes the shape of letters: Arabic to N'Ko, Mandaic, Indic, Myanmar, Khmer, Mongolian.
 _JOINING = re.compile("[\u0600-\u07ff\u0840-\u0dff\u1000-\u109f\u1780-\u18af\ua840-\ua8ff]")
 _EMOJI = "\u2190-\u21ff\u2300-\u23ff\u25a0-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff"
 _BEFORE, _AFTER = re.compile(f"[{_EMOJI}]\ufe0f?$"), re.compile(f"[{_EMOJI}]")
 _NON_JOINER, _JOINER = "\u200c", "\u200d"
 
 
-def shown(text: str) -> str:
-    r"""Return a text with its control characters written out, such as ``\x1b``.
+def escape_controls(text: str) -> str:
+    r"""Return a text with its control characters escaped, such as ``\x1b``.
 
-    Newlines and tabs stay, and joiners where they have an effect: between letters of a script that joins them, or emoji.
+    Newlines and tabs are kept. Zero-width joiners are kept between emoji and between letters of scripts that use them.
     """
     return _UNSEEN.sub(_written, text.replace("\r\n", "\n"))
 
@@ -53,7 +53,7 @@ def _written(found: re.Match[str]) -> str:
 
 
 def _joins(text: str, place: int) -> bool:
-    """Return whether the joiner at a place has letters or emoji to join."""
+    """Return True if the joiner at a place stands between letters or emoji that it joins."""
     before, after = text[place - 1 : place], text[place + 1 : place + 2]
     if not before:
         return False
@@ -63,59 +63,59 @@ def _joins(text: str, place: int) -> bool:
 
 
 def _letter(sign: str) -> bool:
-    """Return whether a character is a letter or a mark of a joining script."""
+    """Return True for a letter or mark of a joining script."""
     return bool(_JOINING.match(sign)) and unicodedata.category(sign)[0] in "LM"
 
 
-def message(text: object) -> str:
-    """Return a text, or an exception's, for the terminal and for records: `shown`, and without secrets."""
-    return shown(redact_text(str(text)))
+def safe_text(text: object) -> str:
+    """Return a text, or the text of an exception, with secrets redacted and control characters escaped."""
+    return escape_controls(redact_text(str(text)))
 
 
-def marked(text: object) -> str:
-    """Return a `message` in which rich finds no markup."""
+def safe_markup(text: object) -> str:
+    """Return a `safe_text` with rich markup escaped."""
     from rich.markup import escape
 
-    return escape(message(text))
+    return escape(safe_text(text))
 
 
 def say(text: object, error: bool = False) -> None:
-    """Print a `message`. Characters that the terminal's encoding lacks are written out.
+    """Print a `safe_text`. Characters that the terminal's encoding lacks are escaped.
 
     Args:
         text: Text to print.
-        error: Print to the standard error instead of the standard output.
+        error: If True, print to standard error instead of standard output.
     """
     stream = sys.stderr if error else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(message(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(safe_text(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
-class Arguments(argparse.ArgumentParser):
-    """A parser of arguments whose errors are messages."""
+class SafeArgumentParser(argparse.ArgumentParser):
+    """An argument parser that prints its errors as `safe_text`."""
 
     def error(self, text: str) -> NoReturn:
-        super().error(message(text))
+        super().error(safe_text(text))
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Make messages of what is logged and warned of by anyone, in this process and until the end of the block."""
+def safe_messages() -> Iterator[None]:
+    """Apply `safe_text` to all log records and warnings of this process inside the block."""
     factory, form = logging.getLogRecordFactory(), warnings.formatwarning
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         found = factory(*args, **kwargs)
         try:
             text = found.getMessage()
-        except Exception:  # a log call's own mistake, which logging reports
+        except Exception:  # wrong arguments of the log call, which logging itself reports
             return found
-        found.msg, found.args = message(text), ()
+        found.msg, found.args = safe_text(text), ()
         if found.exc_info:
-            found.exc_text = message("".join(traceback.format_exception(*found.exc_info)).rstrip("\n"))
+            found.exc_text = safe_text("".join(traceback.format_exception(*found.exc_info)).rstrip("\n"))
         return found
 
     def warning(*args: Any, **kwargs: Any) -> str:
-        return message(form(*args, **kwargs))
+        return safe_text(form(*args, **kwargs))
 
     logging.setLogRecordFactory(record)
     warnings.formatwarning = warning
@@ -126,14 +126,14 @@ def guarded() -> Iterator[None]:
         warnings.formatwarning = form
 
 
-def guard_tracebacks() -> None:
-    """Print the traceback of an exception that nothing catches as a message, until the process ends."""
+def safe_tracebacks() -> None:
+    """Print the tracebacks of uncaught exceptions as `safe_text` for the rest of the process."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
 
-    def of_thread(found: threading.ExceptHookArgs) -> None:
+    def show_in_thread(found: threading.ExceptHookArgs) -> None:
         if found.exc_value is not None and not isinstance(found.exc_value, SystemExit):
             show(found.exc_type, found.exc_value, found.exc_traceback)
 
-    sys.excepthook, threading.excepthook = show, of_thread
+    sys.excepthook, threading.excepthook = show, show_in_thread

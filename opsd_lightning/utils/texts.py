@@ -1,4 +1,4 @@
-"""Values of data as the text they stand for, and texts compared as a reader does."""
+"""Convert values of a dataset to text, and normalize text for comparison."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 
 class NotTextError(ValueError):
-    """A value that no text stands for. The message says what it is, such as ``a list``."""
+    """A value that has no text form. The message names its kind, such as ``a list``."""
 
 
-class Written(float):
-    """A number that keeps the digits it was written with: ``str(Written("0.10"))`` is ``0.10``."""
+class NumberAsWritten(float):
+    """A float that prints with its original digits: ``str(NumberAsWritten("0.10"))`` is ``0.10``."""
 
     text: str
 
-    def __new__(cls, text: str) -> Written:
+    def __new__(cls, text: str) -> NumberAsWritten:
         number = super().__new__(cls, text)
         number.text = text
         return number
@@ -28,11 +28,11 @@ class Written(float):
         return self.text
 
 
-class Unreadable:
-    """Stands for a value that Python cannot hold, in rows whose other values are read.
+class UnreadableValue:
+    """Placeholder for a value that cannot be represented in Python, in a row with readable values.
 
     Args:
-        kind: Its type, for messages.
+        kind: Type of the value, for messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -40,12 +40,12 @@ class Unreadable:
 
 
 def text_of(value: Any) -> str | None:
-    """Return the text of a value of a data set; None for null and for NaN.
+    """Return a dataset value as text, or None for null and NaN.
 
-    Numbers keep all their digits, truth values are written as JSON does, dates in ISO 8601.
+    Numbers keep all their digits, booleans are written as in JSON, and dates in ISO 8601.
 
     Raises:
-        NotTextError: The value is a list, an object or binary data, or a text that has no encoding.
+        NotTextError: The value is a list, an object, binary data, or a string with a lone surrogate.
     """
     match value:
         case None:
@@ -54,7 +54,7 @@ def text_of(value: Any) -> str | None:
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise NotTextError(f"half of a surrogate pair, {value[error.start]!a}, which is no character") from None
+                raise NotTextError(f"a text with a lone surrogate, {value[error.start]!a}") from None
             return str(value)
         case bool():
             return "true" if value else "false"
@@ -74,17 +74,17 @@ def _kind(value: Any) -> str:
         messages = value and all(isinstance(each, Mapping) and ({"content", "value"} & each.keys()) for each in value)
         return "a list of messages" if messages else "a list"
     if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(str, value)) or 'nothing in it'}"
+        return f"an object with {', '.join(map(str, value)) or 'no keys'}"
     if isinstance(value, bytes | bytearray | memoryview):
         return "binary data"
-    if isinstance(value, Unreadable):
+    if isinstance(value, UnreadableValue):
         return f"a value that cannot be read ({value.kind})"
     return f"a value of type {type(value).__name__}"
 
 
-def folded(text: str) -> str:
-    """Return a text with composed letters (Unicode NFC) and each run of white space, line ends included, as one space.
+def normalize_text(text: str) -> str:
+    """Normalize a text to Unicode NFC, and collapse each run of whitespace, including line ends, to one space.
 
-    Two questions that agree in it are the same question. Case and compatibility characters stay: ``x²`` is not ``x2``.
+    Two questions with equal results are the same question. Case and compatibility characters stay: ``x²`` is not ``x2``.
     """
     return " ".join(unicodedata.normalize("NFC", text).split())

@@ -1,7 +1,7 @@
-"""YAML that is refused before it is loaded: too deep, or too large once its aliases are written out.
+"""Size limits of YAML documents, checked before loading.
 
-A few lines of aliases of aliases stand for billions of values. Loaders make references of them, but whatever walks the
-result takes each as often as it occurs.
+A few lines of nested aliases can expand to billions of values. Loaders share the aliased objects, but code that walks the
+result visits each of them as often as it occurs.
 """
 
 from __future__ import annotations
@@ -9,20 +9,24 @@ from __future__ import annotations
 import re
 
 MOST_VALUES = 20_000
-"""Values of a document, those behind aliases counted each time."""
+"""Maximum number of values in a document, with aliases expanded."""
 DEEPEST = 100
-"""Lists and mappings inside each other."""
+"""Maximum nesting depth of lists and mappings."""
 LONGEST = 1_000_000
-"""Characters of a document."""
+"""Maximum number of characters in a document."""
 MOST_DIGITS = 1_000
-"""Digits of a number. Python refuses to write longer ones."""
+"""Maximum number of digits in a number. Python refuses to print much longer integers."""
 
 _NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-Fxob_:.]*")
-_SHORT = 2 * DEEPEST  # too short to be too deep
+_SHORT = 2 * DEEPEST  # a shorter text cannot exceed the depth limit
 
 
 def check_yaml(text: str) -> None:
-    """Raise ``yaml.YAMLError`` where a document is too long, too deep or too large. Other errors are left to the loader."""
+    """Check the length, depth and size of a YAML document. Syntax errors are left to the loader.
+
+    Raises:
+        yaml.YAMLError: The document exceeds a limit.
+    """
     if len(text) < _SHORT and "*" not in text:
         return
     import yaml
@@ -32,8 +36,8 @@ def check_yaml(text: str) -> None:
 
     if len(text) > LONGEST:
         refuse(f"has more than {LONGEST} characters")
-    sizes: dict[str, int] = {}  # of what each anchor names, aliases written out
-    opened: list[tuple[str | None, int]] = []  # of each open list or mapping its anchor, and the values before it
+    sizes: dict[str, int] = {}  # number of values under each anchor, aliases expanded
+    opened: list[tuple[str | None, int]] = []  # for each open list or mapping: its anchor, and the values before it
     values = 0
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -55,10 +59,10 @@ def check_yaml(text: str) -> None:
             if isinstance(event, yaml.CollectionStartEvent):
                 opened.append((event.anchor, values - 1))
                 if len(opened) > DEEPEST:
-                    refuse(f"has more than {DEEPEST} lists and mappings inside each other")
+                    refuse(f"has more than {DEEPEST} nested lists and mappings")
             elif isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
                 sizes[event.anchor] = 1
             if values > MOST_VALUES:
-                refuse(f"has more than {MOST_VALUES} values, aliases written out")
+                refuse(f"has more than {MOST_VALUES} values with aliases expanded")
     except yaml.MarkedYAMLError:
         return

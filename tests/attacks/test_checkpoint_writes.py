@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from test_distributed import fsdp2, on_ranks, parts
 
-from conftest import Attack
-from opsd_lightning.checkpoints.io import WholeCheckpointIO, is_checkpoint, link_checkpoint, read_adapters, recover
+from helpers.attack import Attack
+from helpers.distributed import fsdp2, parts
+from helpers.processes import on_ranks
+from opsd_lightning.checkpoints.io import AtomicCheckpointIO, is_checkpoint, link_checkpoint, read_adapters, recover
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.types import ConfigError
 
@@ -36,7 +37,7 @@ def state(number: int, megabytes: int = MEGABYTES) -> dict[str, Any]:
 
 def number_of(path: Path) -> int:
     """The state that a checkpoint holds, whole."""
-    found = WholeCheckpointIO().load_checkpoint(path)
+    found = AtomicCheckpointIO().load_checkpoint(path)
     number = int(found["global_step"])
     assert len(found["state_dict"]) == MEGABYTES
     assert all(bool((value == number).all()) for value in found["state_dict"].values())
@@ -73,7 +74,7 @@ def other_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kills_while_a_checkpoint_is_written(attack: Attack, tmp_path: Path, other_file_system: None) -> None:
     """Under each name there is a whole checkpoint, one of those that were saved, and never an older one than before."""
     folder = tmp_path / "a name\nof two lines"
-    files = WholeCheckpointIO()
+    files = AtomicCheckpointIO()
     last = folder / "last.ckpt"
     files.save_checkpoint(state(0), last)
     started = time.monotonic()
@@ -107,16 +108,16 @@ def test_kills_while_a_checkpoint_is_written(attack: Attack, tmp_path: Path, oth
 
 def test_kills_while_shards_take_a_name(attack: Attack, tmp_path: Path) -> None:
     """A folder's name holds a whole folder at every instant, the earlier or the new."""
-    from opsd_lightning.checkpoints.io import replacing
-    from opsd_lightning.checkpoints.shards import write_rest, write_shards
+    from opsd_lightning.checkpoints.io import replace_checkpoint
+    from opsd_lightning.checkpoints.shards import write_meta, write_shards
 
     target = tmp_path / "last.ckpt"
     tensors = {str(i): torch.zeros(2**14) for i in range(8)}
 
     def write(number: int) -> None:
-        with replacing(target, folder=True) as temporary:
+        with replace_checkpoint(target, folder=True) as temporary:
             write_shards({"state_dict": {name: value + number for name, value in tensors.items()}}, temporary)
-            write_rest({"pytorch-lightning_version": "2.6.0", "global_step": number}, temporary)
+            write_meta({"pytorch-lightning_version": "2.6.0", "global_step": number}, temporary)
 
     write(0)
     newest = 0
@@ -195,7 +196,7 @@ def limited(size: int, work: Callable[[], None]) -> str:
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(attack: Attack, tmp_path: Path) -> None:
-    files, last = WholeCheckpointIO(), tmp_path / "last.ckpt"
+    files, last = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     files.save_checkpoint(state(7), last)
     size = last.stat().st_size
     for _ in range(attack.tries(sample=4, whole=60)):
@@ -214,7 +215,7 @@ def test_a_full_disk_ends_both_ranks(make_policy: Callable[..., Policy], tmp_pat
     policy = make_policy()
 
     def work(rank: int) -> str:
-        from test_distributed import ddp
+        from helpers.distributed import ddp
 
         module, data = parts(policy, 2)
         keep = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -264,19 +265,19 @@ def test_a_plain_trainer_writes_whole_files(make_policy: Callable[..., Policy], 
     fit = trainer(keep, OnExceptionCheckpoint(tmp_path))
     module, data = parts(policy, 2)
     fit.fit(module, data)
-    assert isinstance(fit.strategy.checkpoint_io, WholeCheckpointIO)
+    assert isinstance(fit.strategy.checkpoint_io, AtomicCheckpointIO)
     assert seen and all(seen) and (tmp_path / "last.ckpt").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=4.ckpt"]
     evaluation = trainer()
     evaluation.validate(*parts(policy, 2), ckpt_path=tmp_path / "last.ckpt", verbose=False)
-    assert isinstance(evaluation.strategy.checkpoint_io, WholeCheckpointIO)
+    assert isinstance(evaluation.strategy.checkpoint_io, AtomicCheckpointIO)
     with pytest.raises(ConfigError) as refused:
         trainer(plugins=[AsyncCheckpointIO()]).fit(*parts(policy, 2))
     assert refused.value.setting == "trainer.plugins"
 
 
 def test_only_checkpoints_are_removed_and_replaced(tmp_path: Path) -> None:
-    files = WholeCheckpointIO()
+    files = AtomicCheckpointIO()
     thesis = tmp_path / "thesis.ckpt"
     thesis.mkdir()
     (thesis / "chapter.txt").write_text("years of work")
@@ -313,6 +314,6 @@ class _Alone:
 def test_a_checkpoint_that_was_put_aside_comes_back(tmp_path: Path) -> None:
     """A kill leaves the checkpoint beside its name if names cannot be exchanged in one step."""
     last = tmp_path / "last.ckpt"
-    WholeCheckpointIO().save_checkpoint(state(5), last)
+    AtomicCheckpointIO().save_checkpoint(state(5), last)
     shutil.move(last, tmp_path / ".last.ckpt.old")
     assert number_of(last) == 5 and [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

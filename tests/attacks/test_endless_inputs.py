@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import CHAT_TEMPLATE, Attack, make_tokenizer
+from helpers.attack import Attack
+from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from opsd_lightning.cli.command import main
 from opsd_lightning.cli.parser import load_yaml
 from opsd_lightning.grading.math_grader import MathGrader
@@ -28,7 +29,7 @@ from opsd_lightning.prompts import chat_template
 from opsd_lightning.reports.page import write_report
 from opsd_lightning.runs.reader import read_run
 from opsd_lightning.types import ConfigError, UserError
-from opsd_lightning.utils.limited_process import overruns
+from opsd_lightning.utils.limited_process import exceeded_limit
 
 MESSAGES = [{"role": "user", "content": "1 + 1?"}]
 
@@ -82,11 +83,13 @@ def test_chat_templates(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_a_child_runs_out_of() -> None:
-    assert overruns(lambda: time.sleep(60), 0.2, 1 << 28) == "time"
-    assert overruns(lambda: len(str(10**10**8)), 0.2, 1 << 28) == "time"
-    assert overruns(lambda: bytearray(1 << 30), 20.0, 1 << 28) == ("memory" if Path("/proc/self/statm").exists() else "")
-    assert overruns(lambda: 1 / 0, 20.0, 1 << 28) == overruns(lambda: None, 20.0, 1 << 28) == ""
-    assert overruns(lambda: os.kill(os.getpid(), signal.SIGKILL), 20.0, 1 << 28) == "memory"
+    assert exceeded_limit(lambda: time.sleep(60), 0.2, 1 << 28) == "time"
+    assert exceeded_limit(lambda: len(str(10**10**8)), 0.2, 1 << 28) == "time"
+    assert exceeded_limit(lambda: bytearray(1 << 30), 20.0, 1 << 28) == (
+        "memory" if Path("/proc/self/statm").exists() else ""
+    )
+    assert exceeded_limit(lambda: 1 / 0, 20.0, 1 << 28) == exceeded_limit(lambda: None, 20.0, 1 << 28) == ""
+    assert exceeded_limit(lambda: os.kill(os.getpid(), signal.SIGKILL), 20.0, 1 << 28) == "memory"
 
 
 # -- YAML ----------------------------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Attack
-from opsd_lightning.runs.reader import read_lines
+from helpers.attack import Attack
+from opsd_lightning.runs.reader import read_complete_lines
 from opsd_lightning.runs.record import Record
-from opsd_lightning.utils.csv_tables import append_rows, begin, text
-from opsd_lightning.utils.folders import MANIFEST, replacing
+from opsd_lightning.utils.csv_tables import append_rows, prepare_table, unescape_formula
+from opsd_lightning.utils.folders import MANIFEST, replace_folder
 
 COLUMNS = ("step", "completion")
 
@@ -37,7 +37,7 @@ def killed(work: Callable[[], None], seconds: float) -> bool:
 
 
 def export(folder: Path, version: int) -> None:
-    with replacing(folder, "folder", "adapter") as temporary:
+    with replace_folder(folder, "folder", "adapter") as temporary:
         for name in ("a", "b", "c"):
             (temporary / name).write_text(f"{version} " * 20_000)
 
@@ -83,7 +83,7 @@ def test_a_kill_during_appends_repeats_no_row(attack: Attack, tmp_path: Path) ->
     for number in range(attack.tries(sample=15, whole=150)):
 
         def work(start: int = last) -> None:
-            begin(path, COLUMNS, start, keep=False)
+            prepare_table(path, COLUMNS, start, keep=False)
             record = Record(tmp_path / "record", start, reached.read_text().split()[1] if start else None)
             record.start({}, [], "")
             for step in range(start + 1, len(rows)):
@@ -105,15 +105,15 @@ def test_a_kill_during_appends_repeats_no_row(attack: Attack, tmp_path: Path) ->
         )
 
         def look(start: int = last) -> None:
-            begin(path, COLUMNS, start, keep=False)
+            prepare_table(path, COLUMNS, start, keep=False)
 
         look()
         with path.open(newline="") as file:
             header, *found = list(csv.reader(file))
         assert tuple(header) == COLUMNS, (attack.round, number)
         assert [int(row[0]) for row in found] == list(range(1, last + 1)), (attack.round, number)
-        assert all(text(row[1]) == rows[int(row[0])] for row in found), (attack.round, number)
-        steps = [line["step"] for line in read_lines(tmp_path / "record" / "metrics.jsonl")]
+        assert all(unescape_formula(row[1]) == rows[int(row[0])] for row in found), (attack.round, number)
+        steps = [line["step"] for line in read_complete_lines(tmp_path / "record" / "metrics.jsonl")]
         assert steps[:last] == list(range(1, last + 1)) and len(set(steps)) == len(steps), (attack.round, number)
 
 
@@ -166,7 +166,7 @@ def test_a_record_tells_the_truth_after_a_full_disk(attack: Attack, tmp_path: Pa
 
         assert limited(resource.RLIM_INFINITY, work) == 0
         info = json.loads((folder / "run.json").read_text())
-        steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
+        steps = [line["step"] for line in read_complete_lines(folder / "metrics.jsonl")]
         assert info["status"] == "finished" and info["ended"], (attack.round, number)
         assert steps == list(range(1, len(steps) + 1)), (attack.round, number)
         lost = {} if len(steps) == 40 else {"metrics.jsonl": f"{40 - len(steps)} lines"}

@@ -7,9 +7,9 @@ import resource
 from pathlib import Path
 
 import torch
-from whole_runs import configure, differences, fit, left_by, never_stopped
 
-from conftest import Attack
+from helpers.attack import Attack
+from helpers.whole_runs import configure, differences, fit, left_by, never_stopped
 
 
 def test_nothing_is_lost_on_a_full_disk(attack: Attack, roomy: str, tmp_path: Path) -> None:

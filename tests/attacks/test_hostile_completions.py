@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Attack
+from helpers.attack import Attack
 from opsd_lightning.grading import math_grader as grading, math_pool
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.grading.math_worker import MEMORY

@@ -22,9 +22,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from conftest import Attack, make_model, make_tokenizer
-from opsd_lightning.checkpoints.io import WholeCheckpointIO, read_adapters
-from opsd_lightning.checkpoints.shards import write_rest, write_shards
+from helpers.attack import Attack
+from helpers.models import make_model, make_tokenizer
+from helpers.paths import ROOT
+from opsd_lightning.checkpoints.io import AtomicCheckpointIO, read_adapters
+from opsd_lightning.checkpoints.shards import write_meta, write_shards
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.methods.opsd import OPSDModule
@@ -287,7 +289,7 @@ def test_hostile_checkpoint_files(attack: Attack, good_file: Path, tmp_path: Pat
     folder = tmp_path / "files"
     folder.mkdir()
     loads: list[Callable[[Path], Any]] = [
-        WholeCheckpointIO().load_checkpoint, read_adapters, SFTModule.load_from_checkpoint, OPSDDataModule.load_from_checkpoint,
+        AtomicCheckpointIO().load_checkpoint, read_adapters, SFTModule.load_from_checkpoint, OPSDDataModule.load_from_checkpoint,
     ]  # fmt: skip
     count = 0
     for name, path in hostile_files(good, folder, marker, attack):
@@ -317,7 +319,7 @@ def test_hostile_checkpoint_contents_on_the_command_line(
     for name, case in cases.items():
         deadline()
         torch.save(case, path)
-        refused = raised(lambda: WholeCheckpointIO().load_checkpoint(path))
+        refused = raised(lambda: AtomicCheckpointIO().load_checkpoint(path))
         assert refused is None or isinstance(refused, ConfigError), f"{name}: {refused!r}"
         if name in chosen or (name in deep[: attack.tries(sample=2, whole=4)]):
             told = said(command(base, tmp_path, "fit", "--trainer.max_steps=2", f"--ckpt_path={path}"), capsys)
@@ -459,7 +461,7 @@ def test_remote_checkpoints_are_refused(
         stages = ["fit", "validate", "test", "predict"]
         for place, url in enumerate(urls):
             for load in (
-                WholeCheckpointIO().load_checkpoint, read_adapters, SFTModule.load_from_checkpoint,
+                AtomicCheckpointIO().load_checkpoint, read_adapters, SFTModule.load_from_checkpoint,
                 OPSDDataModule.load_from_checkpoint,
             ):  # fmt: skip
                 with pytest.raises(ConfigError):
@@ -494,7 +496,7 @@ def test_hostile_shards(attack: Attack, tmp_path: Path, deadline: Callable[[], N
     good = tmp_path / "good"
     good.mkdir()
     write_shards({"state_dict": {"a": torch.ones(8), "b": torch.zeros(3)}}, good)
-    write_rest({"pytorch-lightning_version": "2.6.0"}, good)
+    write_meta({"pytorch-lightning_version": "2.6.0"}, good)
     assert sorted(read_adapters(good)) == ["a", "b"]
     description = (good / ".metadata").read_bytes()
     shard = next(good.glob("*.distcp"))
@@ -641,7 +643,7 @@ def test_hostile_models_and_adapters(
 
 def test_every_load_in_the_repository_is_safe() -> None:
     """Nothing that runs code which a file holds, in the package, benchmarks and notebooks."""
-    root = Path(__file__).parents[2]
+    root = ROOT
     sources = {str(path): path.read_text(encoding="utf-8") for part in ("opsd_lightning", "benchmarks")
                for path in (root / part).rglob("*.py")}  # fmt: skip
     sources |= {str(path): path.read_text(encoding="utf-8") for path in (root / "notebooks").glob("*.py")}

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from peft import PeftModel
-from vllm_protocol import ProtocolServer
 
-from conftest import EOS, PROMPTS, Attack
+from helpers.attack import Attack
+from helpers.models import EOS, PROMPTS
+from helpers.vllm_protocol import ProtocolServer
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import ConfigError, Rollouts, Sampling
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import Child, configure, differences, fit, left_by, never_stopped, on_two_ranks, wait_until_joined
 
-from conftest import Attack
+from helpers.attack import Attack
+from helpers.processes import Child
+from helpers.whole_runs import configure, differences, fit, left_by, never_stopped, on_two_ranks, wait_until_joined
 from opsd_lightning.cli.command import main
 
 in_rounds = pytest.mark.skipif("OPSD_ATTACK_ROUND" not in os.environ, reason="takes a minute: `make attack`")

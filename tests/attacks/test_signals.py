@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_distributed import STRATEGIES, parts, trainer
-from whole_runs import STEPS, configure, differences, fit, left_by, never_stopped, on_two_ranks, two_ranks, wait_until_joined
 
-from conftest import Attack
+from helpers.attack import Attack
+from helpers.distributed import STRATEGIES, parts, trainer
+from helpers.processes import two_ranks
+from helpers.whole_runs import STEPS, configure, differences, fit, left_by, never_stopped, on_two_ranks, wait_until_joined
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.runs.signals import SECOND_SIGNAL_SECONDS
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from conftest import Attack
+from helpers.attack import Attack
 from opsd_lightning import quickstart
 from opsd_lightning.callbacks.progress import ProgressLines, print_metrics
 from opsd_lightning.doctor import display as doctor
 from opsd_lightning.doctor.findings import Diagnosis, Finding
 from opsd_lightning.reports import page as report
-from opsd_lightning.utils.terminal import Arguments, guard_tracebacks, guarded, message, say, shown
+from opsd_lightning.utils.terminal import SafeArgumentParser, escape_controls, safe_messages, safe_text, safe_tracebacks, say
 
 PIECES = [
     "\x1b[2J", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\link\x1b]8;;\x1b\\", "\x1b]52;c;ZXZpbA==\x07", "\x9b31m", "\x9d0;t\x9c",
@@ -98,7 +98,7 @@ def logged(text: str) -> None:
     root = logging.getLogger("lightning.pytorch")
     root.addHandler(handler)
     try:
-        with guarded(), warnings.catch_warnings():
+        with safe_messages(), warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = lambda m, c, f, n, *_: sys.stderr.write(warnings.formatwarning(m, c, f, n))
             warnings.warn(text, stacklevel=1)
@@ -123,7 +123,7 @@ def hooks() -> Iterator[None]:
     import threading
 
     before = sys.excepthook, threading.excepthook
-    guard_tracebacks()
+    safe_tracebacks()
     yield
     sys.excepthook, threading.excepthook = before
 
@@ -144,7 +144,7 @@ def test_hostile_texts(
             "doctor": lambda text=text: doctor.show(diagnosis(text)),
             "quick start": of_quickstart(tmp_path / "quick", text),
             "report": lambda text=text: refused(lambda: report.main([str(tmp_path) + "/" + (text.replace("\0", "").replace("/", "") or "x")])),
-            "arguments": lambda text=text: refused(lambda: Arguments("opsd").parse_args([f"--{text}"])),
+            "arguments": lambda text=text: refused(lambda: SafeArgumentParser("opsd").parse_args([f"--{text}"])),
             "logs": lambda text=text: logged(text),
             "traceback": lambda text=text: uncaught(text),
         }  # fmt: skip
@@ -161,9 +161,10 @@ def test_hostile_texts(
 
 def test_what_is_readable_stays() -> None:
     text = "The answer is 7.\n\tΔx ≥ ½, 日本語, naïve 😀, שלום, नमस्ते, a\u0301 [red] \\x1b"
-    assert shown(text) == text and message(text) == text and shown(shown("\x1b")) == "\\x1b"
+    assert escape_controls(text) == text and safe_text(text) == text and escape_controls(escape_controls("\x1b")) == "\\x1b"
     assert (
-        shown("one\r\ntwo\rthree") == "one\ntwo\\rthree" and shown("\u202e\ud800\U000e0041") == "\\u202e\\ud800\\U000e0041"
+        escape_controls("one\r\ntwo\rthree") == "one\ntwo\\rthree"
+        and escape_controls("\u202e\ud800\U000e0041") == "\\u202e\\ud800\\U000e0041"
     )
 
 
@@ -178,7 +179,7 @@ def test_any_text(attack: Attack) -> None:
     """No code point leaves a control character or text that cannot be encoded."""
     for _ in range(attack.tries(sample=200, whole=20_000)):
         text = "".join(chr(attack.random.randrange(0x110000)) for _ in range(30)) + hostile(attack.random)
-        found = message(text)
+        found = safe_text(text)
         assert not let_through(found), ascii(text)
-        assert found.encode() and shown(found) == found, ascii(text)
+        assert found.encode() and escape_controls(found) == found, ascii(text)
     attack.tried("random texts made into messages", attack.tries(sample=200, whole=20_000))

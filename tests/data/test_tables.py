@@ -16,7 +16,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from pyarrow import parquet
 
-from conftest import write_jsonl
+from helpers.files import write_jsonl
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource
 from opsd_lightning.models.policy import Policy

@@ -187,8 +187,8 @@ def test_memory_is_bounded() -> None:
 
 PARENT = """
 import sys, threading, time
-from opsd_lightning.grading import MathGrader
-from opsd_lightning.math_pool import shared
+from opsd_lightning import MathGrader
+from opsd_lightning.grading.math_pool import shared
 grader = MathGrader(timeout_seconds=600.0)
 grader.equal("0.5x", "x/2")
 threading.Thread(target=grader.grades, args=([r"\\boxed{9!!!!!!}", r"\\boxed{7^{7^{7^{7}}}x}"], ["3x", "4x"])).start()

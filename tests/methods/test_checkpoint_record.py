@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import (
 )
 from transformers import BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
-from conftest import make_model, make_tokenizer
+from helpers.models import make_model, make_tokenizer
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.methods.checkpoint_record import KEY, Configured, rows_digest

@@ -31,7 +31,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from conftest import EOS, SPECIAL, make_model, make_tokenizer
+from helpers.models import EOS, SPECIAL, make_model, make_tokenizer
 from opsd_lightning.doctor.memory import kept_bytes_per_token, skeleton
 from opsd_lightning.models.policy import LoRA, OtherModel, Policy, base_of
 from opsd_lightning.rollouts.self_checks import check_policy

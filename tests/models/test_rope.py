@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from conftest import EOS, make_tokenizer, perturb
+from helpers.models import EOS, make_tokenizer, perturb
 from opsd_lightning.models.policy import LoRA, Policy, base_of
 from opsd_lightning.models.rope import constant_length, sampler_length
-from opsd_lightning.models.scoring import score, score_all
+from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.types import ConfigError, Sampling
 
@@ -105,7 +105,7 @@ def test_rows_do_not_depend_on_their_neighbours(name: str, max_length: int | Non
     perturb(model)
     alone = [logits(model, [p], [c]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     torch.testing.assert_close(logits(model, PROMPTS, COMPLETIONS), torch.cat(alone), atol=1e-4, rtol=1e-4)
-    twice = score_all(model, PROMPTS * 2, COMPLETIONS * 2, 10_000)
+    twice = Scorer(model, 10_000).score(PROMPTS * 2, COMPLETIONS * 2)
     torch.testing.assert_close(twice.head(twice.hidden), torch.cat(alone * 2), atol=1e-4, rtol=1e-4)
     sampling = Sampling(max_new_tokens=12, temperature=0)
     found = TransformersEngine().generate(model, PROMPTS, sampling, 0).completions

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import make_tokenizer
+from helpers.models import make_tokenizer
 from opsd_lightning.prompts.contexts import ColumnContext
 from opsd_lightning.prompts.online_contexts import Attempts, FeedbackContext, ReasonFirst
 from opsd_lightning.prompts.templates import Prompts

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from conftest import CHAT_TEMPLATE, make_tokenizer, write_jsonl
+from helpers.files import write_jsonl
+from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import FileSource
 from opsd_lightning.doctor.prompt_checks import context_findings

@@ -1,1 +1,1 @@
-"""Rollouts sampled by vLLM, in another process or in this one."""
+"""Rollouts by vLLM, on servers or in this process."""

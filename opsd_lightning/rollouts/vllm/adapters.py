@@ -1,7 +1,7 @@
-"""Versions of adapters on disk, for vLLM to load: each in a folder of its own, in a folder of the run, which ends with it.
+"""Adapter folders for vLLM to load: one folder for each version of an adapter, in a temporary folder of the run.
 
-A run's folder holds ``owner.json``, whose lock ends with the process. What a dead run left is removed at the next run's
-start. Nothing else in ``adapter_folder`` is touched, whatever it is called, and no path that a server names is.
+The run's folder contains ``owner.json``, which the run locks while its process lives. The next run removes the folders of
+dead runs. Nothing else in ``adapter_folder`` is changed, and paths that a server sends are never opened.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from torch import Tensor
 from opsd_lightning.models.export import write_weights
 from opsd_lightning.models.policy import TEACHER
 from opsd_lightning.rollouts.vllm.client import Adapter
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.types import ConfigError
 from opsd_lightning.utils import folders
 
 try:
     import fcntl
-except ImportError:  # no POSIX system, where vLLM does not run
+except ImportError:  # not a POSIX system, on which vLLM does not run
     fcntl = None  # type: ignore[assignment]
 
 _OWNER = "owner.json"
 _RUN = re.compile(r"opsd-run-(?P<run>[0-9a-f]{16})")
 _VERSION = re.compile(r"(?P<role>[A-Za-z0-9][\w.\-]*)-(?P<run>[0-9a-f]{16})-(?P<count>[0-9]{1,9})", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,63}", re.ASCII)
-_OTHER_HOST_SECONDS = 24 * 3600.0  # some network file systems lock within a host alone
+_OTHER_HOST_SECONDS = 24 * 3600.0  # some network file systems lock only within a host
 
-# What peft can and vLLM cannot (its lora/peft_helper.py); it would ignore some of these without a word.
+# Options of peft that vLLM does not support (lora/peft_helper.py). It silently ignores some of them.
 _NOT_IN_VLLM = (
     "use_dora",
     "lora_bias",
@@ -56,46 +56,52 @@ _NOT_IN_VLLM = (
 
 
 class AdapterVersions:
-    """The adapters' versions of one run, of each adapter the newest and those still in use.
+    """Versions of the adapters of one run on disk: the newest version of each adapter, and those still in use.
 
     Args:
-        parent: Where the run's folder is made, at the first version.
+        parent: Folder in which the run's folder is created, together with the first version.
         name: First part of the adapters' names.
 
     Raises:
-        ConfigError: The name cannot be that of a folder.
+        ConfigError: The name cannot be the name of a folder.
     """
 
     def __init__(self, parent: Path, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"{name[:80]!r} is no name for a folder",
+                f"{name[:80]!r} is not a valid name",
                 "model.rollouts.init_args.adapter_name",
-                "Use letters, digits, '.', '_' and '-', and begin with a letter or digit",
+                "Use letters, digits, '.', '_' and '-', and start with a letter or digit",
             )
         self.parent, self.name = parent, name
-        self.run = secrets.token_hex(8)  # another run may share the folder and the servers
+        self.run = secrets.token_hex(8)  # distinguishes runs that share the folder and the servers
         self.folder = parent / f"opsd-run-{self.run}"
         self.count = 0
         self.newest: dict[str, tuple[str, Adapter]] = {}
         self.written: list[Adapter] = []
-        self._own: set[str] = set()  # names of all versions there ever were
-        self._judged: dict[tuple[str, str], bool] = {}
+        self._own: set[str] = set()  # names of all versions of this run, removed ones included
+        self._dead: dict[tuple[str, str], bool] = {}
         self._owner: int | None = None
         self._process = os.getpid()
-        _living.add(self)
+        _instances.add(self)
 
     def write(self, model: PeftModel, role: str, weights: dict[str, Tensor]) -> Adapter:
-        """The version with these weights; a new one if they have changed.
+        """Write a new version of an adapter if its weights have changed, and return the current version.
+
+        Args:
+            model: The policy.
+            role: Name of the adapter in the policy.
+            weights: Weights of the adapter.
 
         Raises:
-            UserError: It is no adapter that vLLM can serve, or cannot be written.
+            ConfigError: vLLM does not support the adapter, or its folder cannot be written.
         """
         config = model.peft_config[role]
-        if wrong := [name for name in _NOT_IN_VLLM if getattr(config, name, None)]:
-            raise UserError(
-                f"vLLM does not serve adapters with {', '.join(wrong)}: leave it out of model.policy.lora.options, or take "
-                "another model.rollouts than vLLM's"
+        if unsupported := [name for name in _NOT_IN_VLLM if getattr(config, name, None)]:
+            raise ConfigError(
+                f"vLLM does not support adapters with {', '.join(unsupported)}",
+                "model.policy.lora.options",
+                "Remove it, or set model.rollouts to TransformersEngine",
             )
         digest = hashlib.blake2b(repr(sorted(weights)).encode())
         for _, value in sorted(weights.items()):
@@ -112,8 +118,8 @@ class AdapterVersions:
                 if self._owner is not None:
                     os.close(self._owner)
                     self._owner = None
-                self._owner = _claim(self.folder)
-            os.utime(self.folder / _OWNER)  # the run is alive, for other hosts to see
+                self._owner = _create_run_folder(self.folder)
+            os.utime(self.folder / _OWNER)  # tells other hosts that the run is alive
             write_weights(config, weights, folder)
         except (OSError, SafetensorError) as error:
             raise ConfigError(
@@ -128,47 +134,54 @@ class AdapterVersions:
         return adapter
 
     def outdated(self, keep: Sequence[Adapter | None] = ()) -> list[Adapter]:
-        """Versions that nothing asks for any more."""
+        """Return the versions that are neither the newest nor in ``keep``."""
         newest = [adapter for _, adapter in self.newest.values()]
         return [adapter for adapter in self.written if adapter not in newest and adapter not in keep]
 
     def stale(self, keep: Sequence[Adapter | None] = ()) -> Callable[[str, str], bool]:
-        """Return a test of an adapter's name and folder as a server lists them. True for outdated versions of this run and
-        for versions of dead runs in the same ``parent``."""
+        """Return a function of an adapter's name and folder, which is True for outdated versions.
+
+        Outdated versions are those that `outdated` returns, removed versions of this run, and versions of dead runs in
+        ``parent``.
+
+        Args:
+            keep: Versions of this run that are in use.
+        """
         living = {adapter.name for adapter in self.written} - {adapter.name for adapter in self.outdated(keep)}
 
         def found(name: str, root: str) -> bool:
             if name in self._own:
                 return name not in living
-            if (name, root) not in self._judged:
+            if (name, root) not in self._dead:
                 parts = _VERSION.fullmatch(name)
-                # The path is made from the name, and compared: what a server says is never opened.
+                # The path is built from the name and compared: a path that a server sends is never opened.
                 folder = None if parts is None else self.parent / f"opsd-run-{parts['run']}"
                 listed = folder is not None and parts is not None and parts["run"] != self.run and root == str(folder / name)
-                self._judged[name, root] = listed and folder is not None and _is_dead(folder)
-            return self._judged[name, root]
+                self._dead[name, root] = listed and folder is not None and _is_dead(folder)
+            return self._dead[name, root]
 
         return found
 
     def remove(self, adapters: Sequence[Adapter]) -> None:
+        """Remove the folders of some versions."""
         for adapter in adapters:
-            folders.remove(self.folder / adapter.name)
+            folders.remove_export(self.folder / adapter.name)
             self.written.remove(adapter)
 
     def remove_all(self) -> list[str]:
-        """Remove the run's folder; returns the names of the versions that were in it."""
-        if os.getpid() != self._process:  # a forked copy of the run
+        """Remove the run's folder, and return the names of the versions in it."""
+        if os.getpid() != self._process:  # a forked child of the run
             return []
         names = [adapter.name for adapter in self.written]
         self.written, self.newest = [], {}
         if self._owner is not None:
-            folders.remove_run(self.folder)
+            folders.remove_tree(self.folder)
             os.close(self._owner)
             self._owner = None
         return names
 
-    def sweep(self) -> None:
-        """Remove what dead runs left in ``parent``."""
+    def remove_dead_runs(self) -> None:
+        """Remove the folders of dead runs in ``parent``."""
         try:
             entries = [entry.name for entry in os.scandir(self.parent) if _RUN.fullmatch(entry.name)]
         except OSError:
@@ -178,32 +191,32 @@ class AdapterVersions:
                 _is_dead(self.parent / name, remove=True)
 
 
-_living: weakref.WeakSet[AdapterVersions] = weakref.WeakSet()
+_instances: weakref.WeakSet[AdapterVersions] = weakref.WeakSet()
 
 
-def _in_child() -> None:
-    """Close the locks that a forked process shares: one that outlives the run must not hold its folder."""
-    for versions in _living:
+def _close_locks_after_fork() -> None:
+    """Close the inherited locks in a forked process, which may outlive the run."""
+    for versions in _instances:
         if versions._owner is not None:
-            os.close(versions._owner)  # not unlocked: that would unlock the parent's
+            os.close(versions._owner)  # unlocking would release the parent's lock as well
             versions._owner = None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_close_locks_after_fork)
 
 
-def _claim(folder: Path) -> int:
-    """Make a run's folder, and hold its lock; returns the open file, whose end is the lock's."""
+def _create_run_folder(folder: Path) -> int:
+    """Create a run's folder and lock it. Return the open lock file, whose closing releases the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / _OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
-    host: str | None = _host()
+    host: str | None = _boot_id()
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except (OSError, AttributeError):  # no locks here: nobody could tell a dead run, and none is removed
+        except (OSError, AttributeError):  # without locks dead runs cannot be detected, so the folder is never removed
             host = None
-        # The process only informs; the lock says if the run is alive.
+        # The process id is for information only. The lock tells whether the run is alive.
         owner = {"package": "opsd_lightning", "run": folder.name, "host": host, "process": os.getpid()}
         data = json.dumps(owner).encode()
         if os.write(handle, data) != len(data):
@@ -211,26 +224,26 @@ def _claim(folder: Path) -> int:
         os.fsync(handle)
     except OSError:
         os.close(handle)
-        folders.remove_run(folder)
+        folders.remove_tree(folder)
         raise
     return handle
 
 
 def _is_dead(folder: Path, remove: bool = False) -> bool:
-    """Tell if a run's folder is absent or its run has ended, without a doubt.
+    """Return True if a run's folder does not exist or its run has certainly ended.
 
     Args:
-        folder: Its path.
-        remove: Remove it if its run has ended.
+        folder: Folder of the run.
+        remove: If True, remove the folder of a run that has ended.
     """
     try:
         if folder.name not in os.listdir(folder.parent):
             return True
         found = os.lstat(folder)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            return False  # not ours
+            return False  # belongs to another user
         handle = os.open(folder / _OWNER, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
-    except (OSError, AttributeError):  # another sweeps it, or it is none of ours
+    except (OSError, AttributeError):  # another run removes it, or it is not a run's folder
         return False
     try:
         if fcntl is None:
@@ -239,10 +252,10 @@ def _is_dead(folder: Path, remove: bool = False) -> bool:
         owner = json.loads(os.read(handle, 4096).decode("utf-8"))
         if owner["package"] != "opsd_lightning" or owner["run"] != folder.name or owner["host"] is None:
             return False
-        if owner["host"] != _host() and time.time() - os.fstat(handle).st_mtime < _OTHER_HOST_SECONDS:
+        if owner["host"] != _boot_id() and time.time() - os.fstat(handle).st_mtime < _OTHER_HOST_SECONDS:
             return False
         if remove:
-            folders.remove_run(folder)
+            folders.remove_tree(folder)
         return True
     except (OSError, ValueError, KeyError, TypeError):  # locked by its run, or not written by this package
         return False
@@ -250,8 +263,8 @@ def _is_dead(folder: Path, remove: bool = False) -> bool:
         os.close(handle)
 
 
-def _host() -> str:
-    """This system's present start, as far as it is known: within it a lock holds for sure."""
+def _boot_id() -> str:
+    """Return the identifier of the system's boot, or the host name. Locks are reliable within one boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,10 +1,10 @@
-"""HTTP to running vLLM servers: which of them answer, which adapters they hold, and requests spread over all of them.
+"""HTTP client for a pool of vLLM servers: their state, their adapters, and requests distributed over them.
 
-Requests wait in one queue that every server's threads take from: a slow server takes fewer, and what a dying one had is
-taken by the others. Threads live for the time of one `ServerPool.post_all`.
+The threads of all servers take requests from one queue, so a slow server gets fewer requests, and the requests of a failing
+server go to the others. The threads exist only during `ServerPool.post_all`.
 
-Nothing that a server sends is trusted. What is not the answer to what was asked, of any form, is that server's failure: the
-request goes to another one, and a server that goes on failing is given up. Only when none is left does the run end.
+Responses are not trusted. A response that does not answer its request counts as a failure of the server, and the request is
+sent to another one. A server that keeps failing is given up. The run ends when no server is left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from opsd_lightning.rollouts.vllm.http import Answer, ExchangeError, Exchanger
-from opsd_lightning.runs.signals import Stopped, asked
+from opsd_lightning.runs.signals import Stopped, stop_signal
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.redaction import HIDDEN, redact_text
 
@@ -34,16 +34,16 @@ T = TypeVar("T")
 _URLS = "model.rollouts.init_args.urls"
 _FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.25, 10.0
 _LONGEST_RETRY_AFTER_SECONDS = 60.0
-# Limits below timeout_seconds: for questions that a living server answers at once, for an adapter, and at the end of a run.
-_ASKING_SECONDS, _LOADING_SECONDS, _CLOSING_SECONDS = 10.0, 120.0, 5.0
-# The most bytes of an answer: of any, of one that lists models, and what each token and each token of the prompt adds.
+# Upper limits of timeouts: for queries, which a working server answers at once, for loading an adapter, and for closing.
+_QUERY_SECONDS, _LOAD_SECONDS, _CLOSE_SECONDS = 10.0, 120.0, 5.0
+# Size limits of responses: any response, a list of models, and the additions for each completion token and prompt token.
 _ANSWER_BYTES, _LIST_BYTES, _TOKEN_BYTES, _PROMPT_TOKEN_BYTES = 2**16, 2**22, 2048, 32
-_MOST_FOREIGN_ADAPTERS = 64  # of dead runs, that are unloaded at one time
+_MAX_UNLOADS = 64  # adapters of dead runs to unload at a time
 
-#: Seconds without any answer, after a signal asked a run to stop, until it ends within its step.
-PATIENCE_SECONDS = 30.0
+#: Seconds without a response, after a signal asked the run to stop, after which the run ends without finishing its step.
+STOP_TIMEOUT_SECONDS = 30.0
 
-# What a server's refusal means to who started it: a part of its message, and what to do.
+# Parts of a server's error messages, and what to do about each error.
 _REMEDIES = [
     ("max_lora_rank", "start the servers with --max-lora-rank of at least model.policy.lora.r"),
     ("not enabled", "start the servers with --enable-lora"),
@@ -61,14 +61,19 @@ _REMEDIES = [
 
 
 class Adapter(NamedTuple):
-    """One version of an adapter: the name that requests ask for, and the folder it lies in."""
+    """One version of an adapter.
+
+    Args:
+        name: Name of the adapter in requests.
+        folder: Path of the peft folder.
+    """
 
     name: str
     folder: str
 
 
 class _Unavailable(Exception):
-    """The server cannot answer now; another, or the same one later, may."""
+    """The server did not answer. Another server, or the same server later, may answer."""
 
     def __init__(self, reason: str, pause_seconds: float = 0.0) -> None:
         super().__init__(reason)
@@ -79,34 +84,34 @@ class BadAnswer(_Unavailable):
     """The response does not answer the request."""
 
 
-class _Refused(_Unavailable):
-    """The server would refuse it again."""
+class _Rejected(_Unavailable):
+    """The server rejected the request and would reject it again."""
 
 
-class _Unknown(Exception):
-    """The server does not hold the model that was asked for."""
+class _ModelNotFound(Exception):
+    """The server does not have the requested model or adapter."""
 
 
 @dataclass(eq=False)
 class Server:
-    """What is known of one server."""
+    """State of one server."""
 
     url: str
     alive: bool = True
-    model: str = ""  # the name it serves its base model under
+    model: str = ""  # name of the base model on the server
     max_model_len: int = 0
-    adapters: dict[str, str] = field(default_factory=dict)  # by name, the folder each was read from, as the server says
-    returned: bool = False  # after it was given up: until it has completed something, the next failure gives it up again
-    failures: int = 0  # in a row; requests that were under way together count once
+    adapters: dict[str, str] = field(default_factory=dict)  # adapter names and folders, as listed by the server
+    returned: bool = False  # was given up before: until a request succeeds, one failure gives it up again
+    failures: int = 0  # consecutive failures; simultaneous requests count once
     failed_at: float = 0.0
-    not_before: float = 0.0  # as its Retry-After asks
+    not_before: float = 0.0  # from the server's Retry-After header
     reason: str = ""
     error: Exception | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     loading: threading.Lock = field(default_factory=threading.Lock)
 
     def pause_seconds(self) -> float:
-        """Return the seconds until the next request to this server."""
+        """Return the seconds to wait before the next request to this server."""
         until = self.not_before
         if self.failures:
             backoff = min(_FIRST_BACKOFF_SECONDS * 2 ** (self.failures - 1), _LONGEST_BACKOFF_SECONDS)
@@ -115,17 +120,17 @@ class Server:
 
 
 class ServerPool:
-    """Servers of the same base model.
+    """Pool of vLLM servers with the same base model.
 
     Args:
-        urls: Where they are, such as ``http://localhost:8000``.
-        timeout_seconds: Time limit of one request, from connecting to the last byte.
-        retries: Failures in a row after which a server is given up, beyond the first.
-        max_concurrency: Requests under way on each server.
-        api_key_env: Environment variable with the servers' API key, if they ask for one.
+        urls: Addresses of the servers, such as ``http://localhost:8000``.
+        timeout_seconds: Time limit of a request in seconds, from connecting to the last byte.
+        retries: Number of consecutive failures, after the first one, after which a server is given up.
+        max_concurrency: Maximum number of simultaneous requests to each server.
+        api_key_env: Environment variable with the servers' API key, if they require one.
 
     Raises:
-        ConfigError: An address or the key cannot be used.
+        ConfigError: An address or the API key is invalid.
     """
 
     def __init__(self, urls: Sequence[str], timeout_seconds: float, retries: int, max_concurrency: int, api_key_env: str):
@@ -135,36 +140,37 @@ class ServerPool:
         self._key = os.environ.get(api_key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(
-                f"the API key in {api_key_env} holds characters that no HTTP header may hold",
+                f"the API key in {api_key_env} has characters that are not allowed in HTTP headers",
                 "model.rollouts.init_args.api_key_env",
-                "Set the variable to the servers' --api-key alone",
+                "Set the variable to the servers' --api-key",
             )
         self._http = Exchanger(
             {"Authorization": f"Bearer {self._key}"} if self._key else {},
             connections=len(urls) * max_concurrency,
-            connect_seconds=_ASKING_SECONDS,
+            connect_seconds=_QUERY_SECONDS,
             secure=any(server.url.startswith("https:") for server in self.servers),
         )
-        self._news: deque[str] = deque()
+        self._pending_warnings: deque[str] = deque()
 
     def close(self) -> None:
         """Close all connections."""
         self._http.close()
 
     def alive(self) -> list[Server]:
+        """Return the servers that are not given up."""
         return [server for server in self.servers if server.alive]
 
-    # -- what servers are and hold -----------------------------------------------------------------------------------
+    # -- servers and adapters ----------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Ask every server what it serves, at first use. One that does not answer is given up while another does.
+        """Query the model of every server. Servers that do not answer are given up.
 
         Raises:
-            ConfigError: None answers, or they serve different models.
+            ConfigError: No server answers, or the servers have different models.
         """
         for server in self.servers:
-            self._persist(server, self._look)
-        self._tell()
+            self._retry(server, self._query)
+        self._emit_warnings()
         living = self.alive()
         if not living:
             raise ConfigError(
@@ -175,54 +181,55 @@ class ServerPool:
         for server in living[1:]:
             if server.model != living[0].model:
                 raise ConfigError(
-                    f"{living[0].url} serves {self.said(living[0].model)}, {server.url} serves {self.said(server.model)}",
+                    f"{living[0].url} serves {self._sanitize(living[0].model)}, and {server.url} serves "
+                    f"{self._sanitize(server.model)}",
                     _URLS,
-                    "Start all with the same --model (and --served-model-name)",
+                    "Start all servers with the same --model (and --served-model-name)",
                 )
         self.model = living[0].model
 
     def revive(self) -> None:
-        """Ask servers that were given up if they are back. One failure before a completion gives such a one up again."""
+        """Query the servers that were given up, and use those that answer again."""
         for server in self.servers:
             if not server.alive:
                 try:
-                    self._look(server)
+                    self._query(server)
                 except _Unavailable:
                     continue
                 server.alive, server.returned, server.failures, server.not_before = True, True, 0, 0.0
 
     def require(self, unfit: Callable[[Server], str | None]) -> None:
-        """Give up servers that cannot do what is asked.
+        """Give up servers that cannot serve a rollout.
 
         Args:
-            unfit: Returns why a living server cannot serve the request, or None.
+            unfit: Function that returns the reason why a server cannot serve the rollout, or None.
 
         Raises:
-            ConfigError: None is left.
+            ConfigError: No server is left.
         """
         for server in self.alive():
             if (reason := unfit(server)) is not None:
                 self._give_up(server, reason)
-        self._tell()
-        self._need_one()
+        self._emit_warnings()
+        self._require_one()
 
-    def _look(self, server: Server, deadline: float | None = None) -> None:
-        deadline = self._deadline(_ASKING_SECONDS) if deadline is None else deadline
-        self._ask(server, "GET", "/health", deadline)
-        answer = self._ask(server, "GET", "/v1/models", deadline, max_bytes=_LIST_BYTES)
+    def _query(self, server: Server, deadline: float | None = None) -> None:
+        deadline = self._deadline(_QUERY_SECONDS) if deadline is None else deadline
+        self._request(server, "GET", "/health", deadline)
+        answer = self._request(server, "GET", "/v1/models", deadline, max_bytes=_LIST_BYTES)
         try:
             found = _parsed(answer)
         except BadAnswer as error:
-            raise BadAnswer(f"this is not a vLLM server: /v1/models gave {error}") from None
+            raise BadAnswer(f"this is not a vLLM server: /v1/models returned {error}") from None
         cards = found.get("data") if isinstance(found, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
-            raise BadAnswer("this is not a vLLM server: /v1/models lists no models")
+            raise BadAnswer("this is not a vLLM server: /v1/models does not list models")
         base: dict[str, Any] = next((card for card in cards if card.get("parent") is None), {})
         model, length = base.get("id"), base.get("max_model_len")
         if not isinstance(model, str) or not model or type(length) is not int or not 0 < length < 2**40:
-            raise BadAnswer("this is not a vLLM server: /v1/models names no model with its max_model_len")
+            raise BadAnswer("this is not a vLLM server: /v1/models does not list a model with max_model_len")
         if self.model and model != self.model:
-            raise _Refused(f"it serves {self.said(model)} now instead of {self.said(self.model)}")
+            raise _Rejected(f"it now serves {self._sanitize(model)} instead of {self._sanitize(self.model)}")
         adapters = {}
         for card in cards:
             if card.get("parent") is not None:
@@ -231,82 +238,82 @@ class ServerPool:
                 adapters[card["id"]] = card["root"]
         server.model, server.max_model_len, server.adapters = model, length, adapters
 
-    def hold(self, adapter: Adapter, stale: Callable[[str, str], bool]) -> None:
-        """Have every living server hold an adapter, and no longer those that nothing asks for.
+    def load(self, adapter: Adapter, stale: Callable[[str, str], bool]) -> None:
+        """Load an adapter on all servers, and unload stale ones.
 
         Args:
-            adapter: The one to hold.
-            stale: Returns True for the name and folder of an adapter to unload, as a server lists them.
+            adapter: Adapter to load.
+            stale: Function that returns True if an adapter, given by its name and folder, is to be unloaded.
 
         Raises:
-            ConfigError: No server holds it.
+            ConfigError: No server could load the adapter.
         """
         for server in self.alive():
-            self._persist(server, lambda server: self._load(server, adapter))
+            self._retry(server, lambda server: self._load(server, adapter))
             if server.alive:
                 old = [name for name, root in server.adapters.items() if name != adapter.name and stale(name, root)]
                 began = time.monotonic()
                 try:
-                    for name in old[:_MOST_FOREIGN_ADAPTERS]:
-                        self._unload(server, name, self._deadline(_ASKING_SECONDS))
+                    for name in old[:_MAX_UNLOADS]:
+                        self._unload(server, name, self._deadline(_QUERY_SECONDS))
                 except _Unavailable as error:
                     self._failed(server, began, error)
-        self._tell()
-        self._need_one()
+        self._emit_warnings()
+        self._require_one()
 
-    def drop(self, names: Sequence[str]) -> None:
-        """Unload adapters, within seconds, where a server answers."""
-        deadline = self._deadline(_CLOSING_SECONDS)
+    def unload(self, names: Sequence[str]) -> None:
+        """Unload adapters from all servers, within a few seconds and without errors."""
+        deadline = self._deadline(_CLOSE_SECONDS)
 
         def unload(server: Server) -> None:
             for name in set(names) & server.adapters.keys():
                 try:
                     self._unload(server, name, deadline)
-                except Exception:  # a server's affair; it must not keep the run from its end
+                except Exception:  # a failing server must not delay the end of the run
                     return
 
         threads = [threading.Thread(target=unload, args=(server,), name="opsd-vllm", daemon=True) for server in self.servers]
         for thread, server in zip(threads, self.servers, strict=True):
             try:
                 thread.start()
-            except RuntimeError:  # the interpreter is ending, and starts no thread any more
+            except RuntimeError:  # the interpreter is shutting down and cannot start threads
                 unload(server)
         for thread in threads:
             if thread.ident is not None:
                 thread.join(max(deadline - time.monotonic(), 0.0) + 1.0)
 
     def _load(self, server: Server, adapter: Adapter, deadline: float | None = None) -> None:
-        # Every version has a name of its own. With vLLM's load_inplace the server would read the folder again at every
-        # single decoding step (its LoRARequest keeps the flag), and rows under way would change weights in between.
+        # Every version has its own name. With vLLM's load_inplace the server would read the folder in every decoding step
+        # (its LoRARequest keeps the flag), and the weights of unfinished rows would change.
         if server.adapters.get(adapter.name) == adapter.folder:
             return
-        deadline = self._deadline(_LOADING_SECONDS) if deadline is None else deadline
+        deadline = self._deadline(_LOAD_SECONDS) if deadline is None else deadline
         if adapter.name in server.adapters:
             self._unload(server, adapter.name, deadline)
         body = {"lora_name": adapter.name, "lora_path": adapter.folder}
         try:
-            self._ask(server, "POST", "/v1/load_lora_adapter", deadline, body)
-        except _Refused as error:
-            # A request whose answer was lost is sent again, and refused where the server took it the first time.
+            self._request(server, "POST", "/v1/load_lora_adapter", deadline, body)
+        except _Rejected as error:
+            # If the response to an earlier request was lost, the server has the adapter and rejects this request.
             with suppress(_Unavailable):
-                self._look(server, deadline)
+                self._query(server, deadline)
             if server.adapters.get(adapter.name) != adapter.folder:
                 raise error
             return
-        self._look(server, deadline)
+        self._query(server, deadline)
         if server.adapters.get(adapter.name) != adapter.folder:
-            raise _Refused(
-                f"it took adapter {adapter.name} from {adapter.folder} but lists it as "
-                f"{self.said(server.adapters.get(adapter.name))}: is there a load balancer in {_URLS}? Name the "
-                "servers behind it"
+            raise _Rejected(
+                f"it loaded adapter {adapter.name} from {adapter.folder} but lists it as "
+                f"{self._sanitize(server.adapters.get(adapter.name))}. Behind a load balancer, {_URLS} must name the "
+                "servers themselves"
             )
 
     def _unload(self, server: Server, name: str, deadline: float) -> None:
-        self._ask(server, "POST", "/v1/unload_lora_adapter", deadline, {"lora_name": name})
+        self._request(server, "POST", "/v1/unload_lora_adapter", deadline, {"lora_name": name})
         server.adapters.pop(name, None)
 
-    def _persist(self, server: Server, action: Callable[[Server], None]) -> None:
-        """Try until it succeeds or the server is given up."""
+    def _retry(self, server: Server, action: Callable[[Server], None]) -> None:
+        """Run an action until it succeeds or the server is given up."""
         while server.alive:
             time.sleep(server.pause_seconds())
             began = time.monotonic()
@@ -319,44 +326,46 @@ class ServerPool:
                 return
 
     def _failed(self, server: Server, began: float, error: Exception) -> None:
-        reason = str(error) if isinstance(error, _Unavailable) else f"{type(error).__name__}: {self.said(error)}"
+        reason = str(error) if isinstance(error, _Unavailable) else f"{type(error).__name__}: {self._sanitize(error)}"
         with server.lock:
             server.error = error
             if isinstance(error, _Unavailable) and error.pause_seconds:
                 server.not_before = max(server.not_before, time.monotonic() + error.pause_seconds)
             if not server.alive:
                 return
-            if isinstance(error, _Refused):
+            if isinstance(error, _Rejected):
                 self._give_up(server, reason)
                 return
             if began < server.failed_at:
-                return  # under way when another one failed
+                return  # started before the last failure, which counts for both
             server.failures, server.failed_at, server.reason = server.failures + 1, time.monotonic(), reason
             if server.failures > (0 if server.returned else self.retries):
                 self._give_up(server, reason)
             elif not isinstance(error, _Unavailable) or isinstance(error, BadAnswer):
-                self._news.append(f"vLLM server {server.url} gave a wrong answer ({reason}); the request is sent again")
+                self._pending_warnings.append(
+                    f"vLLM server {server.url} sent an invalid response ({reason}). The request is repeated"
+                )
 
     def _give_up(self, server: Server, reason: str) -> None:
         server.alive, server.reason = False, reason
-        self._news.append(
-            f"vLLM server {server.url} is given up after {max(server.failures, 1)} failure(s) in a row ({reason}); its "
-            "rollouts go to the others, and it is asked again at the next step"
+        self._pending_warnings.append(
+            f"vLLM server {server.url} is given up after {max(server.failures, 1)} consecutive failure(s) ({reason}). Its "
+            "requests go to the other servers until the next step"
         )
 
-    def _tell(self) -> None:
-        """Warn of what happened in other threads: a warning may be an error to this one, which must not end a thread."""
-        while self._news:
-            warnings.warn(self._news.popleft(), RuntimeWarning, stacklevel=3)
+    def _emit_warnings(self) -> None:
+        """Issue the warnings of other threads in this thread, where a warning may be turned into an error."""
+        while self._pending_warnings:
+            warnings.warn(self._pending_warnings.popleft(), RuntimeWarning, stacklevel=3)
 
-    def _need_one(self) -> None:
+    def _require_one(self) -> None:
         if not self.alive():
             reasons = "; ".join(f"{server.url}: {server.reason}" for server in self.servers)
             raise ConfigError(
-                f"no vLLM server answers rightly any more ({reasons})",
+                f"no vLLM server is left ({reasons})",
                 _URLS,
-                "Look at the servers' own output and start them again, or raise model.rollouts.init_args.timeout_seconds or "
-                "retries; the last checkpoint is still good",
+                "Check the servers' logs and restart them, or raise model.rollouts.init_args.timeout_seconds or retries. "
+                "Resume from the last checkpoint",
             ) from next((server.error for server in self.servers if not isinstance(server.error, _Unavailable)), None)
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -369,53 +378,56 @@ class ServerPool:
         start: int = 0,
         stop: threading.Event | None = None,
     ) -> list[T]:
-        """Send completion requests to all living servers, each to one of them at a time.
+        """Distribute completion requests over the servers.
 
         Args:
-            bodies: Of ``/v1/completions``, without ``model``.
-            adapter: Which one to sample from. None for the base model.
-            read: Reads the answer's JSON, given the request's body and model. It raises `BadAnswer`
-                where the answer is not right.
-            start: The server that gets the first request, so that ranks do not all begin with the same one.
-            stop: Once set, no further request is sent, those under way end, and the call raises.
+            bodies: Bodies of requests to ``/v1/completions``, without ``model``.
+            adapter: Adapter to sample from, or None for the base model.
+            read: Function of a request's body, its model and the response's JSON, whose result is returned. It raises
+                `BadAnswer` if the response is invalid.
+            start: Index of the server that gets the first request. Ranks start with different servers.
+            stop: Event that ends pending requests and makes the call raise when it is set.
 
         Returns:
-            What was read, in the order of the bodies.
+            Results of ``read``, in the order of the bodies.
 
         Raises:
             ConfigError: No server is left.
-            Stopped: A signal asked the run to stop, and no server answers.
+            RuntimeError: ``stop`` was set.
+            Stopped: A signal asked the run to stop, and no server responds.
         """
-        run: _Run[T] = _Run(len(bodies), stop or threading.Event(), self.alive)
-        while run.left:  # again where a server was given up, with all others, and is back
-            self._tell()
-            self._need_one()
-            if run.stop.is_set():
+        queue: _Queue[T] = _Queue(len(bodies), stop or threading.Event(), self.alive)
+        while queue.left:  # again if all servers of this round were given up
+            self._emit_warnings()
+            self._require_one()
+            if queue.stop.is_set():
                 raise RuntimeError("sampling was stopped")
             living = self.alive()
             living = living[start % len(living) :] + living[: start % len(living)]
             threads = [
-                threading.Thread(target=self._work, args=(server, bodies, adapter, read, run), name="opsd-vllm", daemon=True)
-                for _ in range(min(run.left, self.max_concurrency))
+                threading.Thread(
+                    target=self._work, args=(server, bodies, adapter, read, queue), name="opsd-vllm", daemon=True
+                )
+                for _ in range(min(queue.left, self.max_concurrency))
                 for server in living
             ]
             try:
                 for thread in threads:
                     thread.start()
-                patience = _Patience()
+                timeout = _StopTimeout()
                 for thread in threads:
                     while thread.is_alive():
                         thread.join(1.0)
-                        self._tell()
-                        patience.check(run.left)
-            except BaseException:  # interrupted: what waits is not sent any more, and what is under way ends
-                run.stop.set()
+                        self._emit_warnings()
+                        timeout.check(queue.left)
+            except BaseException:  # interrupted: send no further requests and end pending ones
+                queue.stop.set()
                 for thread in threads:
                     if thread.ident is not None:
                         thread.join(1.0)
                 raise
-        self._tell()
-        return run.found  # type: ignore[return-value]
+        self._emit_warnings()
+        return queue.found  # type: ignore[return-value]
 
     def _work(
         self,
@@ -423,48 +435,48 @@ class ServerPool:
         bodies: Sequence[dict[str, Any]],
         adapter: Adapter | None,
         read: Callable[[dict[str, Any], str, Any], T],
-        run: _Run[T],
+        queue: _Queue[T],
     ) -> None:
-        while server.alive and (index := run.take(server)) is not None:
+        while server.alive and (index := queue.take(server)) is not None:
             began = time.monotonic()
             try:
-                asked, answer = self._complete(server, bodies[index], adapter, run.stop)
+                asked, answer = self._complete(server, bodies[index], adapter, queue.stop)
                 found = read(bodies[index], asked, answer)
-            except Exception as error:  # whatever a server makes go wrong is its failure, and no end of the run
-                if not run.stop.is_set():
+            except Exception as error:  # any error counts as a failure of the server
+                if not queue.stop.is_set():
                     self._failed(server, began, error)
-                run.give_back(index, server)
+                queue.requeue(index, server)
             else:
                 server.failures, server.returned = 0, False
-                run.finish(index, found)
+                queue.finish(index, found)
 
     def _complete(
         self, server: Server, body: dict[str, Any], adapter: Adapter | None, stop: threading.Event
     ) -> tuple[str, Any]:
-        """The model that was asked for, and the answer's JSON."""
+        """Return the requested model and the JSON of the response. Load the adapter again if the server has lost it."""
         asked = self.model if adapter is None else adapter.name
         body = {"model": asked} | body
         size = _ANSWER_BYTES + _TOKEN_BYTES * body["max_tokens"] + _PROMPT_TOKEN_BYTES * len(body["prompt"])
         deadline, held = self._deadline(), server.adapters
         try:
-            return asked, _parsed(self._ask(server, "POST", "/v1/completions", deadline, body, size, stop))
-        except _Unknown as error:  # it was started anew, and has lost the adapter
+            return asked, _parsed(self._request(server, "POST", "/v1/completions", deadline, body, size, stop))
+        except _ModelNotFound as error:  # the server was restarted and has lost the adapter
             if adapter is None:
                 raise _Unavailable(str(error)) from None
         with server.loading:
-            if server.adapters is held:  # no other thread has loaded it again
-                self._look(server, deadline)
+            if server.adapters is held:  # no other thread has loaded the adapter in the meantime
+                self._query(server, deadline)
                 self._load(server, adapter, deadline)
         try:
-            return asked, _parsed(self._ask(server, "POST", "/v1/completions", deadline, body, size, stop))
-        except _Unknown as again:
+            return asked, _parsed(self._request(server, "POST", "/v1/completions", deadline, body, size, stop))
+        except _ModelNotFound as again:
             raise _Unavailable(str(again)) from None
 
     def _deadline(self, seconds: float | None = None) -> float:
         limit = self.timeout_seconds if seconds is None else min(seconds, self.timeout_seconds)
         return time.monotonic() + limit
 
-    def _ask(
+    def _request(
         self,
         server: Server,
         method: str,
@@ -482,56 +494,60 @@ class ServerPool:
             late = time.monotonic() >= deadline
             within = f" within {limit:.3g} seconds" if late else ""
             hint = " (model.rollouts.init_args.timeout_seconds)" if late and limit > 0.95 * self.timeout_seconds else ""
-            raise _Unavailable(f"{path}: {self.said(error)}{within}{hint}") from None
+            raise _Unavailable(f"{path}: {self._sanitize(error)}{within}{hint}") from None
         if answer.status == 200:
             return answer
-        return self._refused(path, answer)
+        return self._check_status(path, answer)
 
-    def _refused(self, path: str, answer: Answer) -> Answer:
+    def _check_status(self, path: str, answer: Answer) -> Answer:
         status, text = answer.status, answer.body.decode("utf-8", "replace")
         with suppress(BadAnswer, KeyError, TypeError, IndexError):
             text = _parsed(answer)["error"]["message"]
-        message = self.said(text) or "no message"
+        message = self._sanitize(text) or "no message"
         loading = path == "/v1/load_lora_adapter"
         known = next((remedy for part, remedy in _REMEDIES if part in message), None)
         if loading and status in (404, 405) and known is None:
             known = "start the servers with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in their environment, and --enable-lora"
         elif path == "/v1/completions" and status == 404:
-            raise _Unknown(message)
+            raise _ModelNotFound(message)
         elif path == "/v1/unload_lora_adapter" and status == 404:
-            return answer  # gone already
-        # vLLM answers an adapter that it cannot take with 500.
+            return answer  # not loaded
+        # vLLM returns status 500 for adapters that it does not support.
         if known is None and (status in (408, 425, 429) or status >= 500):
             pause = retry_after(answer.headers.get("retry-after")) if status in (429, 503) else 0.0
-            raise _Unavailable(f"{path} gave {status}: {message}", min(pause, self.timeout_seconds))
-        raise _Refused(f"it refuses {path} ({status}: {message}){'; ' + known if known else ''}")
+            raise _Unavailable(f"{path} returned {status}: {message}", min(pause, self.timeout_seconds))
+        raise _Rejected(f"it rejects {path} ({status}: {message}){'; ' + known if known else ''}")
 
-    def said(self, text: object) -> str:
-        """Words of a server, as messages repeat them."""
-        return said(text, self._key)
+    def _sanitize(self, text: object) -> str:
+        """Return text from a server for use in messages, without the API key."""
+        return sanitize(text, self._key)
 
 
-class _Patience:
-    """Ends the wait for servers that answer nothing any more where a signal asked the run to stop."""
+class _StopTimeout:
+    """Timeout for responses after a signal asked the run to stop."""
 
     def __init__(self) -> None:
         self._left, self._since = -1, 0.0
 
     def check(self, left: int) -> None:
-        """Raise after `PATIENCE_SECONDS` without an answer since the signal.
+        """Check the time since the last response.
+
+        Args:
+            left: Number of requests without a response.
 
         Raises:
-            Stopped: Without a checkpoint: the step is not complete.
+            Stopped: A signal asked the run to stop, and no response came for `STOP_TIMEOUT_SECONDS`. No checkpoint is saved,
+                since the step is not complete.
         """
-        number = asked()
+        number = stop_signal()
         if not number or left != self._left:
             self._left, self._since = left, time.monotonic()
-        elif time.monotonic() - self._since >= PATIENCE_SECONDS:
+        elif time.monotonic() - self._since >= STOP_TIMEOUT_SECONDS:
             raise Stopped(number)
 
 
-class _Run(Generic[T]):
-    """Requests on their way: which wait, which are done."""
+class _Queue(Generic[T]):
+    """Queue of requests for the threads of all servers."""
 
     def __init__(self, count: int, stop: threading.Event, alive: Callable[[], list[Server]]) -> None:
         self.waiting = deque(range(count))
@@ -543,7 +559,7 @@ class _Run(Generic[T]):
         self.changed = threading.Condition()
 
     def take(self, server: Server) -> int | None:
-        """The next request for a server, once there is one and the server may be asked; None when all are done."""
+        """Wait for the next request for a server and return its index, or None if no request is left."""
         with self.changed:
             while self.left and not self.stop.is_set() and server.alive:
                 pause = server.pause_seconds()
@@ -553,7 +569,7 @@ class _Run(Generic[T]):
         return None
 
     def _next(self, server: Server) -> int | None:
-        """A request that this server has not failed at, or that every living one has."""
+        """Return a request that this server has not failed, or that all servers have failed."""
         for index in self.waiting:
             failed = self.failed_on.get(index, ())
             if server not in failed or all(other in failed for other in self.alive()):
@@ -561,13 +577,15 @@ class _Run(Generic[T]):
                 return index
         return None
 
-    def give_back(self, index: int, server: Server) -> None:
+    def requeue(self, index: int, server: Server) -> None:
+        """Put back a request that a server has failed."""
         with self.changed:
             self.failed_on.setdefault(index, set()).add(server)
             self.waiting.appendleft(index)
             self.changed.notify_all()
 
     def finish(self, index: int, found: T) -> None:
+        """Store the result of a request."""
         with self.changed:
             self.found[index] = found
             self.left -= 1
@@ -576,18 +594,18 @@ class _Run(Generic[T]):
 
 
 def check_urls(urls: Sequence[str]) -> list[str]:
-    """Addresses of servers without a trailing slash or ``/v1``.
+    """Return the addresses of servers without trailing slashes and ``/v1``.
 
     Raises:
-        ConfigError: One is no address, holds a password, or occurs twice.
+        ConfigError: An address is invalid, has a password, or occurs twice.
     """
     found: list[str] = []
     for url in urls:
         if "@" in str(url):
             raise ConfigError(
-                "an address holds a user or password, which vLLM does not ask for",
+                "an address has a user or password, which vLLM does not support",
                 _URLS,
-                "Leave it out, and give an API key in the variable that api_key_env names",
+                "Remove it, and set an API key in the environment variable of api_key_env",
             )
         try:
             parts = urllib.parse.urlsplit(url)
@@ -597,7 +615,9 @@ def check_urls(urls: Sequence[str]) -> list[str]:
             right = False
         if not right:
             raise ConfigError(
-                f"{said(ascii(url))} is no address", _URLS, "Write it as http://host:8000, in ASCII, without ? and #"
+                f"{sanitize(ascii(url))} is not a valid address",
+                _URLS,
+                "Write it as http://host:8000, in ASCII, without ? and #",
             )
         plain = url.rstrip("/").removesuffix("/v1").rstrip("/")
         if plain in found:
@@ -607,7 +627,7 @@ def check_urls(urls: Sequence[str]) -> list[str]:
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds that a ``Retry-After`` header asks for, as a number or a date: at most a minute, and 0 for anything else."""
+    """Return the seconds in a ``Retry-After`` header (a number or a date), at most a minute. Return 0 if it is invalid."""
     text = (value or "").strip()[:64]
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         return min(float(text), _LONGEST_RETRY_AFTER_SECONDS)
@@ -619,13 +639,13 @@ def retry_after(value: str | None) -> float:
         return 0.0
 
 
-def said(text: object, secret: str = "", length: int = 300) -> str:
-    """Words of a server, as messages repeat them: short, on one line, without secrets, and with control characters shown.
+def sanitize(text: object, secret: str = "", length: int = 300) -> str:
+    """Return text from a server for use in messages: one short line, without secrets, with control characters escaped.
 
     Args:
-        text: Anything.
-        secret: A further text that is hidden.
-        length: The most characters.
+        text: Any object, which is converted to text.
+        secret: Further text to hide, such as an API key.
+        length: Maximum number of characters.
     """
     words = str(text)[: 8 * length]
     if secret:
@@ -636,19 +656,19 @@ def said(text: object, secret: str = "", length: int = 300) -> str:
 
 
 def _parsed(answer: Answer) -> Any:
-    """An answer's JSON, strictly: UTF-8, no NaN and no key twice."""
+    """Decode the JSON of a response strictly: in UTF-8, without NaN and repeated keys."""
     try:
-        return json.loads(answer.body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+        return json.loads(answer.body.decode("utf-8"), parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise BadAnswer(f"no JSON: {said(error, length=120)}") from None
+        raise BadAnswer(f"invalid JSON ({sanitize(error, length=120)})") from None
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not valid JSON")
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
+        raise ValueError("a key is repeated")
     return found

@@ -1,8 +1,7 @@
-"""Rollouts sampled by vLLM: on servers elsewhere, or in this very process.
+"""Rollouts by vLLM, on servers or in this process.
 
-Either holds the base model once and gets the adapter, a few megabytes, before every rollout whose weights are new. Each
-version of an adapter has a name and a folder of its own, so that a request can never be answered with other weights than
-those it names.
+vLLM loads the base model once, and the adapter (some megabytes) before every rollout with new weights. Each version of an
+adapter has its own name and folder, so a request is never answered with other weights than it names.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 from peft import PeftModel
 from torch import Tensor
 
-from opsd_lightning.distributed.collectives import from_rank_zero, of_every_rank, this_rank, together
+from opsd_lightning.distributed.collectives import all_gather_object, get_rank, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.models.export import adapter_weights
 from opsd_lightning.models.policy import active_adapter, base_of, device_of, eos_ids
 from opsd_lightning.models.rope import sampler_length
@@ -30,38 +29,56 @@ from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.vllm.adapters import AdapterVersions
 from opsd_lightning.rollouts.vllm.client import Adapter, Server, ServerPool, check_urls
 from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts, check_length, read_answer, sampling_fields
-from opsd_lightning.types import Rollouts, Sampling, UserError
+from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may be
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
 
 
+@final
 class VLLMServerEngine(RolloutEngine):
-    """vLLM servers on this or other machines: each rollout is spread over all of them, and survives the end of some.
+    """Rollouts by vLLM servers on this or other machines. Completions are distributed over all servers that answer.
 
-    Start them with ``--enable-lora --max-lora-rank R`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` (docs/vllm.md).
+    Start the servers with ``--enable-lora --max-lora-rank R`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` (docs/vllm.md).
 
     Args:
-        urls: The servers, such as ``[http://localhost:8000, http://node2:8000]``, each once, without a user or password.
-        adapter_folder: Where adapters are handed over, each run's in a folder of its own: a folder that the trainer and all
-            servers see under the same path. Servers on other machines need a shared file system.
-        adapter_name: What the servers call the student's adapter, followed by the run and the version; the teacher's, if
-            it has one, gets ``-teacher`` in between. Letters, digits, ``.``, ``_`` and ``-``.
-        timeout_seconds: Time limit of one completion, above 0: from connecting to the last byte of the answer. Questions to
-            a server (10 seconds) and loading an adapter (120) have lower limits where this one is higher.
-        retries: Failures in a row, with growing pauses between, after which a server is given up for the step: beyond the
-            first, 0 or more.
-        max_concurrency: The most requests, one a completion, that are under way on each server, at least 1. A server
-            batches as many as fit its memory (its ``--max-num-seqs``).
-        logprob_tolerance: As for every engine: training stops where the servers' log-probabilities and the trainer's own
-            differ by more, in nats and on average over a step's tokens. A server in bfloat16 is some 0.01 away. Null
-            neither checks nor asks the servers for them.
-        overlap: Sample the next step's completions while this one trains, with the weights that this one starts from.
-            They are then one step old, and their tokens are weighted by ``max_importance_ratio``.
-        max_importance_ratio: As for every engine: losses are weighted by the ratio of a token's probability under the
-            student to that under the server, at most this, above 0. 2 with ``overlap``, and not weighted without, unless
-            given.
-        api_key_env: Environment variable that holds the servers' API key, where they were started with one.
+        urls: Addresses of the servers, such as ``[http://localhost:8000, http://node2:8000]``, without user and password.
+        adapter_folder: Folder for adapters, which the trainer and all servers must see under the same path. Servers on other
+            machines need a shared file system. Each run uses its own subfolder.
+        adapter_name: First part of the student adapter's name on the servers, followed by the run and the version. The name
+            of a teacher's adapter has ``-teacher`` in between. Letters, digits, ``.``, ``_`` and ``-`` are allowed.
+        timeout_seconds: Time limit of one completion in seconds, above 0, from connecting to the last byte of the response.
+            Queries of a server take at most 10 seconds and loading an adapter at most 120.
+        retries: Number of consecutive failures after the first one, 0 or more, after which a server is not used for the rest
+            of the step. The pauses between them grow.
+        max_concurrency: Maximum number of simultaneous requests to each server, at least 1, with one completion each. A
+            server batches as many as fit its memory (its ``--max-num-seqs``).
+        logprob_tolerance: Largest accepted difference between the servers' log-probabilities and the trainer's own, in nats
+            and averaged over the tokens of a step. Training stops beyond it. A server in bfloat16 differs by about 0.01.
+            Null disables the check.
+        overlap: If True, sample the completions of the next step while the current step trains, with the weights before the
+            current step. Their tokens are weighted by ``max_importance_ratio``.
+        max_importance_ratio: Upper limit, above 0, of the ratio of a token's probability under the student to that under the
+            server, by which its loss is weighted. Defaults to 2 with ``overlap``, and otherwise to no weighting.
+        api_key_env: Environment variable with the servers' API key, if they require one.
+
+    Example::
+
+        >>> from opsd_lightning import VLLMServerEngine
+        >>> engine = VLLMServerEngine(["http://localhost:8000", "http://node2:8000"], overlap=True)
+        >>> engine.max_importance_ratio
+        2.0
     """
+
+    neutral_settings = RolloutEngine.neutral_settings | {
+        "urls",
+        "adapter_folder",
+        "adapter_name",
+        "timeout_seconds",
+        "retries",
+        "max_concurrency",
+        "overlap",
+        "api_key_env",
+    }
 
     def __init__(
         self,
@@ -77,8 +94,10 @@ class VLLMServerEngine(RolloutEngine):
         api_key_env: str = "VLLM_API_KEY",
     ) -> None:
         if not urls or isinstance(urls, str):
-            raise UserError(
-                "model.rollouts.init_args.urls is a list of at least one server, such as [http://localhost:8000]"
+            raise ConfigError(
+                f"{urls!r} is not a list of addresses",
+                "model.rollouts.init_args.urls",
+                "Name at least one server, such as [http://localhost:8000]",
             )
         self.urls = list(urls)
         check_urls(self.urls)
@@ -94,96 +113,100 @@ class VLLMServerEngine(RolloutEngine):
         self.api_key_env = api_key_env
         self._pool: ServerPool | None = None
         self._versions: AdapterVersions | None = None
-        self._ahead: _Ahead | None = None
-        self._end: weakref.finalize[..., Any] | None = None
+        self._prefetched: _Prefetch | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies have the settings and connect for themselves.
-        return self.__dict__ | {"_pool": None, "_versions": None, "_ahead": None, "_end": None}
+        # A copy has the same settings and opens its own connections.
+        return self.__dict__ | {"_pool": None, "_versions": None, "_prefetched": None, "_finalizer": None}
 
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
-        asked = _Asked(tuple(map(tuple, prompts)), sampling, seed)
-        if self._ahead is not None and all(of_every_rank(self._ahead.asked == asked)):
-            ahead, self._ahead = self._ahead, None
+        request = _Request(tuple(map(tuple, prompts)), sampling, seed)
+        if self._prefetched is not None and all(all_gather_object(self._prefetched.request == request)):
+            prefetched, self._prefetched = self._prefetched, None
             try:
-                return together(ahead.result)
+                return run_on_all_ranks(prefetched.result)
             except BaseException:  # interrupted
-                ahead.stop()
+                prefetched.stop()
                 raise
-        task = self._task(model, asked)
-        return together(task)
+        task = self._task(model, request)
+        return run_on_all_ranks(task)
 
     def prefetch(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> None:
         if self.overlap:
-            self._forget()
-            asked = _Asked(tuple(map(tuple, prompts)), sampling, seed)
-            self._ahead = _Ahead(asked, self._task(model, asked), self._served)
+            self._cancel_prefetch()
+            request = _Request(tuple(map(tuple, prompts)), sampling, seed)
+            self._prefetched = _Prefetch(request, self._task(model, request), self._served)
 
     def refresh(self, model: PeftModel) -> None:
-        """Have every living server hold the active weights, as each rollout does first. Every rank must call."""
-        self._refresh(self._connected(), model)
+        """Load the active weights on all servers, as every rollout does at its start. Every rank must call."""
+        self._refresh(self._connect(), model)
 
     def close(self) -> None:
-        self._forget()
-        if self._end is not None:
-            self._end()
-        self._pool = self._versions = self._end = None
+        self._cancel_prefetch()
+        if self._finalizer is not None:
+            self._finalizer()
+        self._pool = self._versions = self._finalizer = None
 
-    def _forget(self) -> None:
-        if self._ahead is not None:
-            self._ahead.stop()
-            self._ahead = None
+    def _cancel_prefetch(self) -> None:
+        if self._prefetched is not None:
+            self._prefetched.stop()
+            self._prefetched = None
 
-    def _task(self, model: PeftModel, asked: _Asked) -> Callable[..., Rollouts]:
-        """Bring the servers up to date, and return what then only has to be sent: HTTP alone, for any thread."""
-        pool = self._connected()
+    def _task(self, model: PeftModel, request: _Request) -> Callable[..., Rollouts]:
+        """Update the adapters on the servers, and return a function that sends the requests and may run in any thread."""
+        pool = self._connect()
         adapter = self._served = self._refresh(pool, model)
         stop, vocabulary = eos_ids(model), base_of(model).config.get_text_config().vocab_size
         with_logprobs = self.logprob_tolerance is not None or self.max_importance_ratio is not None
-        expected = Expected(asked.sampling.max_new_tokens, stop, vocabulary, with_logprobs)
+        expected = Expected(request.sampling.max_new_tokens, stop, vocabulary, with_logprobs)
         bodies = [
             {"prompt": list(prompt)}
-            | sampling_fields(asked.sampling, stop, seed_for(asked.seed, row * asked.sampling.n + copy), with_logprobs)
+            | sampling_fields(request.sampling, stop, seed_for(request.seed, row * request.sampling.n + copy), with_logprobs)
             | {"return_token_ids": True, "return_tokens_as_token_ids": True, "skip_special_tokens": False}
-            for row, prompt in enumerate(asked.prompts)
-            for copy in range(asked.sampling.n)
+            for row, prompt in enumerate(request.prompts)
+            for copy in range(request.sampling.n)
         ]
 
         def unfit(server: Server) -> str | None:
-            if not server.max_model_len:  # this rank has not seen it
+            if not server.max_model_len:  # not yet known on this rank
                 return None
             try:
-                check_length(asked.prompts, asked.sampling, server.max_model_len, "start the servers with --max-model-len")
-                sampler_length(base_of(model), server.max_model_len, f"--max-model-len of {server.url}")
-            except UserError as error:
+                check_length(request.prompts, request.sampling, server.max_model_len, "--max-model-len of the server")
+                sampler_length(base_of(model), server.max_model_len, "--max-model-len of the server")
+            except ConfigError as error:
                 return str(error)
             return None
 
         def send(cancelled: threading.Event | None = None) -> Rollouts:
-            # Not a rank's own mistake to raise before: the others would wait for it.
+            # Checked here and not earlier, since an error before a collective operation would leave other ranks waiting.
             pool.require(unfit)
             read = partial(read_answer, expected=expected)
-            rows = pool.post_all(bodies, adapter, read, this_rank(), cancelled)
-            return as_rollouts(rows, expected, asked.sampling.n)
+            rows = pool.post_all(bodies, adapter, read, get_rank(), cancelled)
+            return as_rollouts(rows, expected, request.sampling.n)
 
         return send
 
-    def _connected(self) -> ServerPool:
+    def _connect(self) -> ServerPool:
         if self._pool is None:
             pool = ServerPool(self.urls, self.timeout_seconds, self.retries, self.max_concurrency, self.api_key_env)
             try:
-                together(pool.connect)
+                run_on_all_ranks(pool.connect)
             except BaseException:
                 pool.close()
                 raise
             parent = Path(self.adapter_folder).expanduser().absolute()
             self._pool, self._versions = pool, AdapterVersions(parent, self.adapter_name)
-            # At the latest when the process ends; a killed one's are removed at the next run's start.
-            self._end = weakref.finalize(self, _end, pool, self._versions)
+            # Runs at the end of the process at the latest. The folders of a killed process are removed by the next run.
+            self._finalizer = weakref.finalize(self, _close, pool, self._versions)
         return self._pool
 
     def _refresh(self, pool: ServerPool, model: PeftModel) -> Adapter | None:
-        """The version of the active adapter, held by every living server; None for the base model. Every rank must call."""
+        """Load the active adapter on all servers. Every rank must call.
+
+        Returns:
+            The version of the adapter, or None if adapters are disabled.
+        """
         role = active_adapter(model)
         versions = self._versions
         assert versions is not None
@@ -194,17 +217,17 @@ class VLLMServerEngine(RolloutEngine):
             adapter = None
             if role is not None and weights is not None:
                 adapter = versions.write(model, role, weights)
-                in_use = [] if self._ahead is None else [self._ahead.adapter]
+                in_use = [] if self._prefetched is None else [self._prefetched.adapter]
                 first = versions.count == 1
-                pool.hold(adapter, versions.stale(keep=in_use))
+                pool.load(adapter, versions.stale(keep=in_use))
                 versions.remove(versions.outdated(keep=in_use))
                 if first:
-                    versions.sweep()
+                    versions.remove_dead_runs()
             return adapter, [server.url for server in pool.alive()]
 
-        adapter, living = from_rank_zero(push)
-        for server in pool.servers:  # every rank goes by what the first has seen
-            if this_rank():
+        adapter, living = run_on_rank_zero(push)
+        for server in pool.servers:  # all ranks use the state that rank zero has seen
+            if get_rank():
                 server.returned |= not server.alive
                 server.alive, server.failures = server.url in living, 0
             if adapter is not None and server.alive:
@@ -212,23 +235,26 @@ class VLLMServerEngine(RolloutEngine):
         return adapter
 
 
+@final
 class VLLMEngine(RolloutEngine):
-    """vLLM in this very process, on the trainer's GPU: every rank has an engine of its own. Needs ``pip install vllm``.
+    """Rollouts by vLLM in this process, on the trainer's GPU, with one vLLM instance on each rank.
 
-    It holds a second copy of the base weights, which it can put aside while the trainer works.
+    Needs ``pip install vllm`` and memory for a second copy of the base weights, which can be freed between rollouts.
 
     Args:
-        gpu_memory_utilization: Share of the GPU's memory that vLLM may take, for its weights and cache, above 0 to below 1.
-        sleep: Between rollouts, give that memory back to the trainer: weights go to the host's memory.
-        max_model_len: The most tokens of a prompt and its completion, at least 1; the model's own context unless given.
-        adapter_folder: Where adapters are handed over, each run's in a folder of its own. Defaults to the system's temporary
-            folder.
-        logprob_tolerance: As for every engine: training stops where vLLM's log-probabilities and the trainer's own differ by
-            more, in nats and on average over a step's tokens. Null neither checks nor asks for them.
-        max_importance_ratio: As for every engine: losses are weighted by the ratio of a token's probability under the
-            student to that under vLLM, at most this, above 0. Not weighted unless given.
+        gpu_memory_utilization: Fraction of the GPU's memory for vLLM's weights and cache, above 0 and below 1.
+        sleep: If True, free this memory between rollouts: the weights move to host memory.
+        max_model_len: Length limit of a prompt with its completion in tokens, at least 1. Defaults to the model's context
+            length.
+        adapter_folder: Folder for adapters. Each run uses its own subfolder. Defaults to the system's temporary folder.
+        logprob_tolerance: Largest accepted difference between vLLM's log-probabilities and the trainer's own, in nats and
+            averaged over the tokens of a step. Training stops beyond it. Null disables the check.
+        max_importance_ratio: Upper limit, above 0, of the ratio of a token's probability under the student to that under
+            vLLM, by which its loss is weighted. Defaults to no weighting.
         options: Further arguments of ``vllm.LLM``, by name, such as ``{dtype: bfloat16, enforce_eager: true}``.
     """
+
+    neutral_settings = RolloutEngine.neutral_settings | {"adapter_folder", "gpu_memory_utilization", "sleep"}
 
     def __init__(
         self,
@@ -247,7 +273,7 @@ class VLLMEngine(RolloutEngine):
         self.logprob_tolerance = None if logprob_tolerance is None else PositiveFloat(logprob_tolerance)
         self.max_importance_ratio = None if max_importance_ratio is None else PositiveFloat(max_importance_ratio)
         self.options = options or {}
-        own = {
+        reserved = {
             "model",
             "gpu_memory_utilization",
             "enable_sleep_mode",
@@ -255,20 +281,24 @@ class VLLMEngine(RolloutEngine):
             "max_model_len",
             "tensor_parallel_size",
         }
-        if own := own & set(self.options):
-            raise UserError(f"model.rollouts.init_args.options: {sorted(own)} is decided elsewhere")
+        if found := reserved & set(self.options):
+            raise ConfigError(
+                f"{sorted(found)} cannot be set here",
+                "model.rollouts.init_args.options",
+                "Remove it, and set it by the engine's own arguments or by model.policy",
+            )
         self._llm: Any = None
         self._versions: AdapterVersions | None = None
         self._numbers: dict[str, int] = {}
-        self._end: weakref.finalize[..., Any] | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_llm": None, "_versions": None, "_numbers": {}, "_end": None}
+        return self.__dict__ | {"_llm": None, "_versions": None, "_numbers": {}, "_finalizer": None}
 
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         role = active_adapter(model)
         weights = None if role is None else adapter_weights(model, role)
-        return together(lambda: self._generate(model, role, weights, prompts, sampling, seed))
+        return run_on_all_ranks(lambda: self._generate(model, role, weights, prompts, sampling, seed))
 
     def _generate(
         self,
@@ -283,20 +313,20 @@ class VLLMEngine(RolloutEngine):
         if self._versions is None:
             parent = Path(self.adapter_folder or tempfile.gettempdir()).expanduser().absolute()
             self._versions = AdapterVersions(parent, "opsd")
-            self._versions.sweep()
-            self._end = weakref.finalize(self, self._versions.remove_all)
+            self._versions.remove_dead_runs()
+            self._finalizer = weakref.finalize(self, self._versions.remove_all)
         request = None
         if role is not None and weights is not None:
             adapter = self._versions.write(model, role, weights)
-            # A number of its own for each version: vLLM keeps what it has loaded under a number.
+            # Each version needs its own number, since vLLM caches loaded adapters by number.
             number = self._numbers.setdefault(adapter.name, len(self._numbers) + 1)
             request = vllm.lora.request.LoRARequest(adapter.name, number, adapter.folder)
         if self._llm is None:
             self._llm = self._start(vllm, model)
         elif self.sleep:
             self._llm.wake_up()
-        fits = self._llm.model_config.max_model_len
-        check_length(prompts, sampling, fits, "set model.rollouts.init_args.max_model_len to")
+        max_model_len = self._llm.model_config.max_model_len
+        check_length(prompts, sampling, max_model_len, "model.rollouts.init_args.max_model_len")
         stop = eos_ids(model)
         with_logprobs = self.logprob_tolerance is not None or self.max_importance_ratio is not None
         rows = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts for _ in range(sampling.n)]
@@ -329,10 +359,10 @@ class VLLMEngine(RolloutEngine):
         settings = {
             "model": name,
             "enable_lora": True,
-            "max_lora_rank": next((r for r in _RANKS if r >= rank), rank),
+            "max_lora_rank": next((r for r in _LORA_RANKS if r >= rank), rank),
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "enable_sleep_mode": self.sleep,
-            "generation_config": "vllm",  # the checkpoint's own sampling defaults stay out
+            "generation_config": "vllm",  # do not apply the checkpoint's sampling defaults
             "seed": 0,
         } | self.options
         length = sampler_length(base_of(model), self.max_model_len, "model.rollouts.init_args.max_model_len")
@@ -342,49 +372,53 @@ class VLLMEngine(RolloutEngine):
             with _only_device(device_of(model)):
                 return vllm.LLM(**settings)
         except (ValueError, TypeError, OSError) as error:
-            raise UserError(f"model.rollouts: vLLM cannot load {name} ({error})") from error
+            raise ConfigError(
+                f"vLLM cannot load {name} ({error})",
+                "model.rollouts",
+                "Correct model.rollouts.init_args.options, or use another engine",
+            ) from error
 
     def close(self) -> None:
-        if self._end is not None:
-            self._end()
-        self._llm = self._versions = self._end = None
+        if self._finalizer is not None:
+            self._finalizer()
+        self._llm = self._versions = self._finalizer = None
         self._numbers = {}
 
 
-def _end(pool: ServerPool, versions: AdapterVersions) -> None:
-    """Remove a run's adapters, from disk and from the servers."""
+def _close(pool: ServerPool, versions: AdapterVersions) -> None:
+    """Remove the adapters of a run from disk and from the servers, and close all connections."""
     if names := versions.remove_all():
-        pool.drop(names)
+        pool.unload(names)
     pool.close()
 
 
-class _Asked(NamedTuple):
-    """What one call of ``generate`` asks for, but for the weights."""
+class _Request(NamedTuple):
+    """Arguments of one call of ``generate``, without the model."""
 
     prompts: tuple[tuple[int, ...], ...]
     sampling: Sampling
     seed: int
 
 
-class _Ahead:
-    """A rollout on its way in a thread of its own."""
+class _Prefetch:
+    """Rollout that is sampled in a background thread."""
 
-    def __init__(self, asked: _Asked, task: Callable[..., Rollouts], adapter: Adapter | None) -> None:
-        self.asked, self.adapter = asked, adapter
+    def __init__(self, request: _Request, task: Callable[..., Rollouts], adapter: Adapter | None) -> None:
+        self.request, self.adapter = request, adapter
         self.found: Rollouts | None = None
         self.error: BaseException | None = None
         self.cancelled = threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(task,), name="opsd-ahead", daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(task,), name="opsd-prefetch", daemon=True)
         self.thread.start()
 
     def _run(self, task: Callable[..., Rollouts]) -> None:
         try:
             self.found = task(self.cancelled)
-        except BaseException as error:  # also a stop, which ends the run where the rollout is wanted
+        except BaseException as error:  # raised again in the main thread by `result`
             self.error = error
 
     def result(self) -> Rollouts:
-        """Wait for it."""
+        """Wait for the rollout and return it."""
         self.thread.join()
         if self.error is not None:
             raise self.error
@@ -392,7 +426,7 @@ class _Ahead:
         return self.found
 
     def stop(self) -> None:
-        """Send no more, and wait for what is under way."""
+        """Send no further requests, and wait for the pending ones."""
         self.cancelled.set()
         self.thread.join()
 
@@ -402,16 +436,17 @@ def _import_vllm() -> Any:
         import vllm
         import vllm.lora.request
     except ImportError as error:
-        raise UserError(
-            f"model.rollouts is VLLMEngine, but vLLM cannot be imported ({error}): install the vllm package into this "
-            "environment, or use VLLMServerEngine, whose servers have one of their own"
+        raise ConfigError(
+            f"VLLMEngine cannot import vllm ({error})",
+            "model.rollouts",
+            "Install vllm in this environment, or use VLLMServerEngine, whose servers have their own environment",
         ) from None
     return vllm
 
 
 @contextmanager
 def _only_device(device: torch.device) -> Iterator[None]:
-    """The process that vLLM starts inside sees this rank's GPU alone: it would take the first one."""
+    """Make only this rank's GPU visible to the process that vLLM starts inside the context. vLLM would use the first GPU."""
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         yield
         return

@@ -1,8 +1,8 @@
-"""HTTP requests that end: within a deadline and a number of bytes, whatever the other side sends.
+"""HTTP requests with a deadline and a size limit for the whole exchange.
 
-Both limits hold for the whole exchange: resolving the name, connecting, TLS, the request, interim answers, the headers and
-the body with its framing. An HTTP client's own time-outs hold for each read. No redirect is followed, no proxy asked, no
-cookie kept, and no compressed answer taken, so that a body is never larger than what came over the wire.
+Both limits cover name resolution, connecting, TLS, the request, interim responses, headers and the body with its framing,
+while the timeouts of HTTP clients only cover single reads. Redirects, proxies, cookies and compressed responses are not
+supported, so a body is never larger than the received bytes.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any, NamedTuple
 
 import httpcore
 
-_SLICE_SECONDS = 0.25  # how soon a request that is under way notices that it was stopped
+_SLICE_SECONDS = 0.25  # interval at which a pending request checks whether it was stopped
 _PIECE_BYTES = 65536
 
 
 class ExchangeError(Exception):
-    """There is no whole answer: the message says why."""
+    """No complete response was received. The message is the reason."""
 
 
 class Answer(NamedTuple):
-    """A whole answer.
+    """A complete HTTP response.
 
     Args:
-        status: The HTTP status.
-        headers: By names in lower case. Of a repeated one the last.
-        body: At most as long as was allowed.
+        status: HTTP status code.
+        headers: Headers by lower-case name. The last one counts if a name is repeated.
+        body: Body of the response.
     """
 
     status: int
@@ -39,13 +39,13 @@ class Answer(NamedTuple):
 
 
 class Exchanger:
-    """Makes requests, also from several threads at once, over connections that are kept.
+    """Thread-safe HTTP client with persistent connections.
 
     Args:
-        headers: Sent with every request.
-        connections: The most idle connections that are kept.
-        connect_seconds: Time limit for one connection, within the request's own.
-        secure: Prepare for https.
+        headers: Headers of every request.
+        connections: Maximum number of idle connections.
+        connect_seconds: Time limit for connecting, in seconds, within the deadline of the request.
+        secure: If True, support https.
     """
 
     def __init__(self, headers: Mapping[str, str], connections: int, connect_seconds: float, secure: bool) -> None:
@@ -56,7 +56,7 @@ class Exchanger:
             ssl_context=httpcore.default_ssl_context() if secure else None,
             max_connections=None,
             max_keepalive_connections=connections,
-            keepalive_expiry=3.0,  # servers close idle connections after some seconds, vLLM after 5
+            keepalive_expiry=3.0,  # vLLM closes idle connections after 5 seconds
             network_backend=self._backend,
         )
 
@@ -73,14 +73,14 @@ class Exchanger:
 
         Args:
             method: ``GET`` or ``POST``.
-            url: Where, without a user or password.
+            url: Address without a user or password.
             body: JSON, or None.
-            deadline: When it must have ended, in seconds of ``time.monotonic``.
-            max_bytes: The most bytes that may come back, headers and framing included.
-            stop: Once set, the request ends with an error.
+            deadline: Time of ``time.monotonic`` in seconds at which the request fails.
+            max_bytes: Maximum number of received bytes, including headers and framing.
+            stop: Event that makes the request fail when it is set.
 
         Raises:
-            ExchangeError: No whole answer within the limits.
+            ExchangeError: No complete response was received within the limits.
         """
         headers = self._headers if body is None else self._headers | {"Content-Type": "application/json"}
         budget = self._backend.local.budget = _Budget(deadline, max_bytes, stop)
@@ -89,7 +89,7 @@ class Exchanger:
                 try:
                     return self._exchange(method, url, headers, body)
                 except (httpcore.NetworkError, httpcore.RemoteProtocolError):
-                    # The server closed a connection that was kept, as it may: ask on a new one.
+                    # A server may close an idle connection at any time: repeat the request on a new one.
                     if budget.connected or budget.left < max_bytes:
                         raise
         except httpcore.TimeoutException as error:
@@ -110,11 +110,11 @@ class Exchanger:
             found = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in answer.headers}
             encoding = found.get("content-encoding", "identity").strip().lower()
             if encoding != "identity":
-                raise ExchangeError(f"an answer in Content-Encoding {encoding[:40]!r}, which was not asked for")
-            whole = bytearray()
+                raise ExchangeError(f"the response has Content-Encoding {encoding[:40]!r}, which was not requested")
+            content = bytearray()
             for piece in answer.iter_stream():
-                whole += piece
-            return Answer(answer.status, found, bytes(whole))
+                content += piece
+            return Answer(answer.status, found, bytes(content))
 
     def close(self) -> None:
         """Close all connections."""
@@ -122,36 +122,43 @@ class Exchanger:
 
 
 class _Budget:
-    """Time and bytes that are left to one request."""
+    """Remaining time and bytes of one request."""
 
     def __init__(self, deadline: float, max_bytes: int, stop: threading.Event | None) -> None:
         self.deadline, self.max_bytes, self.left, self.stop = deadline, max_bytes, max_bytes, stop
-        self.connected = False  # on a connection of its own, and not on one that was kept
+        self.connected = False  # True if the request opened a new connection
 
     def seconds(self, error: type[Exception], limit: float | None = None) -> float:
-        """Time left, at most ``limit``.
+        """Return the remaining seconds, at most ``limit``.
 
         Raises:
-            Exception: ``error`` if there is none, or the request was stopped.
+            ExchangeError: The request was stopped.
+            Exception: No time is left. The exception is of type ``error``.
         """
         if self.stop is not None and self.stop.is_set():
             raise ExchangeError("stopped")
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise error("no answer in time")
+            raise error("no response in time")
         return left if limit is None else min(left, limit)
 
     def slice(self, error: type[Exception]) -> float:
+        """Return the seconds to wait before the next check for a stop."""
         return self.seconds(error, None if self.stop is None else _SLICE_SECONDS)
 
     def take(self, count: int) -> None:
+        """Count received bytes.
+
+        Raises:
+            ExchangeError: More bytes were received than allowed.
+        """
         self.left -= count
         if self.left < 0:
-            raise ExchangeError(f"more than {self.max_bytes:,} bytes came, which no right answer takes")
+            raise ExchangeError(f"the response exceeds {self.max_bytes:,} bytes")
 
 
 class _Backend(httpcore.NetworkBackend):
-    """Connects within the calling thread's budget."""
+    """Network backend that connects within the budget of the calling thread."""
 
     def __init__(self) -> None:
         self.local = threading.local()
@@ -184,7 +191,7 @@ class _Backend(httpcore.NetworkBackend):
 
 
 class _Stream(httpcore.NetworkStream):
-    """Reads and writes within the calling thread's budget; httpcore's own limits hold for each read alone."""
+    """Network stream that reads and writes within the budget of the calling thread."""
 
     def __init__(self, inner: httpcore.NetworkStream, local: threading.local) -> None:
         self._inner, self._local = inner, local
@@ -219,7 +226,7 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        # One deadline holds for the whole handshake: Python's ssl module counts it down itself.
+        # Python's ssl module applies the timeout to the whole handshake.
         seconds = self._local.budget.seconds(httpcore.ConnectTimeout, timeout)
         return _Stream(self._inner.start_tls(ssl_context, server_hostname, timeout=seconds), self._local)
 
@@ -228,7 +235,10 @@ class _Stream(httpcore.NetworkStream):
 
 
 def _resolve(host: str, port: int, end: float) -> list[tuple[str, int]]:
-    """Addresses of a host. The system's resolver takes no time limit, so that it is left behind where it takes too long."""
+    """Return the addresses and ports of a host.
+
+    The system's resolver has no timeout, so it runs in a thread that is abandoned at the time ``end``.
+    """
     found: list[Any] = []
     failed: list[OSError] = []
 
@@ -244,12 +254,12 @@ def _resolve(host: str, port: int, end: float) -> list[tuple[str, int]]:
         thread = threading.Thread(target=ask, name="opsd-resolve", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # the interpreter is ending
+        except RuntimeError:  # the interpreter is shutting down
             ask()
         else:
             thread.join(max(end - time.monotonic(), 0.001))
             if thread.is_alive():
-                raise httpcore.ConnectTimeout(f"the name {host} is not resolved in time")
+                raise httpcore.ConnectTimeout(f"the name {host} was not resolved in time")
     if failed:
         raise httpcore.ConnectError(str(failed[0]))
     return list(dict.fromkeys((entry[4][0], entry[4][1]) for entry in found))

@@ -1,0 +1,1 @@
+"""Run management: record, lock, signals, requeue and resumption."""

@@ -1,0 +1,674 @@
+"""`opsd doctor`: every planted defect is named with its setting, and a healthy run has none."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import BitsAndBytesConfig, DynamicCache
+
+from helpers.commands import MISTAKES, folder
+from helpers.files import write_jsonl
+from helpers.models import ARCHITECTURES, CHAT_TEMPLATE, make_model, make_tokenizer
+from opsd_lightning.__main__ import entry
+from opsd_lightning.doctor import diagnosis, probe, trial
+from opsd_lightning.doctor.command import main
+from opsd_lightning.doctor.findings import at_share, histogram
+from opsd_lightning.doctor.memory import (
+    Step,
+    cache_bytes,
+    kept_bytes_per_token,
+    logits_bytes,
+    memory,
+    memory_findings,
+    optimizer_bytes,
+    size_of,
+    skeleton,
+    weight_bytes,
+)
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.policy import LoRA, Policy, base_of, is_adapter_key
+from opsd_lightning.rollouts.self_checks import agreement
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.types import Sampling
+
+Doctor = Callable[..., dict[str, Any]]
+
+
+def make_rows(count: int = 12, **changes: Callable[[int], str]) -> list[dict[str, object]]:
+    make: dict[str, Callable[[int], str]] = {
+        "problem": lambda n: f"{n}+1?",
+        "solution": lambda n: f"The answer is {n + 1}.",
+        "gold": lambda n: str(n + 1),
+    }
+    return [{name: value(n) for name, value in (make | changes).items()} for n in range(count)]
+
+
+@pytest.fixture
+def base(folders: dict[str, str], tmp_path: Path) -> list[str]:
+    """Arguments of a tiny run in which nothing is wrong."""
+    write_jsonl(tmp_path / "rows.jsonl", make_rows())
+    columns = {"answer": "gold"}
+    splits = {"train": "train[4:]", "val": "train[:2]", "test": "train[2:4]"}
+    config = {
+        "model": {
+            "policy": {"model": folders["llama"], "dtype": "float32", "lora": {"r": 4, "alpha": 8.0}},
+            "sampling": {"max_new_tokens": 24},
+            "eval_sampling": {"max_new_tokens": 24},
+        },
+        "data": {
+            split: {
+                "class_path": "FileSource",
+                "init_args": {"path": str(tmp_path / "rows.jsonl"), "split": part, "columns": columns},
+            }
+            for split, part in splits.items()
+        }
+        | {"batch_size": 2, "eval_batch_size": 4}
+        # The wording of both roles ends alike, as far as a model of random weights can tell.
+        | {"prompts": {"student_template": "{question}", "teacher_template": "{context} {question}"}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}},
+            "default_root_dir": str(tmp_path / "out"),
+        },
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    return [f"--config={tmp_path / 'base.yaml'}"]
+
+
+@pytest.fixture
+def doctor(base: list[str], tmp_path: Path) -> Doctor:
+    """Runs the command on the healthy run with some changes; gives what it wrote with ``--json``, and its status."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        path = tmp_path / "findings.json"
+        status = 0
+        try:
+            main([*base, f"--json={path}", *arguments])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        found: dict[str, Any] = json.loads(path.read_text())
+        assert found["healthy"] == (status == 0) and status in (0, 1)
+        assert found["healthy"] == (not [f for f in found["findings"] if f["level"] == "error"])
+        return found
+
+    return run
+
+
+def lines(found: dict[str, Any], *levels: str) -> list[str]:
+    return [
+        f"{f['level']} {f['part']}: {f['text']} [{f['setting']}] {f['fix']}"
+        for f in found["findings"]
+        if not levels or f["level"] in levels
+    ]
+
+
+def test_a_healthy_run(doctor: Doctor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    found = doctor()
+    assert lines(found, "error", "warning") == []
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "findings.json"]), "something else was written"
+    facts = found["facts"]
+    assert set(facts) == {"data", "lengths", "template", "thinking", "memory", "divergence", "agreement", "time"}
+    assert facts["data"]["train"] == {"rows": 8, "kept": 8, "left_out": {}, "repeated_questions": 0, "traces_cut": 0}
+    assert facts["agreement"]["agreed"] == facts["agreement"]["tokens"] > 0
+    assert facts["time"]["steps"] == 2 and 0 < facts["time"]["run_seconds"][0] <= facts["time"]["run_seconds"][1]
+    printed = capsys.readouterr().out
+    for phrase in (
+        "Data",
+        "Lengths in tokens",
+        "teacher's prompts",
+        "\N{FULL BLOCK}",
+        "Divergence",
+        "Memory",
+        "A step takes",
+        "Nothing to fix, 0 warnings",
+    ):
+        assert phrase in printed, phrase
+
+
+def test_lengths_are_counted_in_tokens(doctor: Doctor) -> None:
+    """The tokenizer has one token a character."""
+    lengths = doctor("--no-model")["facts"]["lengths"]
+    turn = len("<|im_start|>user\n") - len("<|im_start|>") + 1
+    student = [turn + len(f"{n}+1?") + 1 + len("assistant\n") + 1 for n in range(4, 12)]
+    traces = [len(f"The answer is {n + 1}.") + 1 for n in range(4, 12)]
+    assert lengths["student_prompts"]["mean"] == pytest.approx(sum(student) / 8)
+    assert lengths["traces"]["longest"] == max(traces) and lengths["traces"]["mean"] == pytest.approx(sum(traces) / 8)
+    assert lengths["teacher_prompts"]["mean"] == pytest.approx((sum(student) + sum(t for t in traces)) / 8)
+    assert lengths["student_prompts"]["limit"] == 512 - 24
+    assert sum(count for _, _, count in lengths["traces"]["bins"]) == 8
+
+
+def test_the_command(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["opsd", *arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        try:
+            entry()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    assert run("doctor", *base, "--no-model") == 0
+    assert "Nothing to fix" in capsys.readouterr().out
+    assert run("doctor", *base, "--no-model", "--data.train=null") == 1
+    assert "1 thing to fix" in capsys.readouterr().out
+    assert run("doctor", *base, "--examples=0") == 2
+    assert run("doctor", *base, "--no-model", f"--json={tmp_path / 'base.yaml' / 'x.json'}") == 2
+    assert "error: --json" in capsys.readouterr().err
+    assert run("doctor", "--help") == 0
+    assert "opsd fit" in capsys.readouterr().out
+    assert run("--help") == 0
+    assert "opsd doctor" in capsys.readouterr().out
+
+
+# -- what `fit` refuses ----------------------------------------------------------------------------------------------------
+
+# One of every place that refuses: the parser, a part, the data, the tokenizer, the model's configuration, its optimizer.
+_REFUSED = [
+    "missing column",
+    "no training data",
+    "batch over the data",
+    "context without its column",
+    "template without placeholder",
+    "fsdp of the first kind",
+    "unknown setting",
+    "missing model folder",
+    "no chat template",
+    "LoRA targets",
+    "EMA without an adapter",
+    "top-k over the vocabulary",
+    "schedule too short",
+]
+
+
+@pytest.mark.parametrize("mistake", _REFUSED)
+def test_what_fit_refuses_is_found(mistake: str, doctor: Doctor, folders: dict[str, str], tmp_path: Path) -> None:
+    """With one clear line each, and without the model's weights."""
+    make, message = MISTAKES[mistake]
+    (tmp_path / "there").mkdir()
+    found = doctor("--no-model", *make(tmp_path / "there", folders))
+    errors = lines(found, "error")
+    said = [f"{each['setting']}: {each['text']}. {each['fix']}" for each in found["findings"]]
+    assert any(re.search(message, " ".join(line.split())) for line in [*errors, *said]), errors
+    assert not [line for line in errors if "\n" in line or "Traceback" in line]
+
+
+def test_refusals_of_the_loaded_model(doctor: Doctor) -> None:
+    found = doctor("--model.objective.support=TopKWithTail", "--model.objective.support.k=999")
+    (error,) = [each for each in found["findings"] if each["level"] == "error"]
+    assert error["setting"] == "model.objective.support.k"
+
+
+def test_several_things_at_once(doctor: Doctor) -> None:
+    found = doctor("--data.val.path=nowhere.jsonl", "--trainer.gradient_clip_val=1", "--no-model")
+    text = "\n".join(lines(found, "error"))
+    for phrase in ("nowhere.jsonl does not exist", "set model.max_grad_norm instead"):
+        assert phrase in text
+    assert found["facts"]["data"]["train"]["kept"] == 8, "the other split is read all the same"
+
+
+# -- what it would not refuse ----------------------------------------------------------------------------------------------
+
+
+def data(tmp_path: Path, rows: Sequence[dict[str, object]], split: str = "train") -> list[str]:
+    path = write_jsonl(tmp_path / "planted.jsonl", rows)
+    return [f"--data.{split}.path={path}", f"--data.{split}.split=train"]
+
+
+def template(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "template.jinja"
+    path.write_text(text)
+    return [f"--model.policy.chat_template={path}"]
+
+
+def doubled_bos(tmp_path: Path) -> list[str]:
+    path = folder(tmp_path, bos_token="<|end|>")
+    return [f"--model.policy.model={path}", *template(tmp_path, "{{ '<|end|><|end|>' }}" + CHAT_TEMPLATE)]
+
+
+def endless(tmp_path: Path) -> list[str]:
+    """A model whose only EOS is not what its template ends a turn with."""
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    tokenizer.eos_token = "<|end|>"
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    model.config.eos_token_id = model.generation_config.eos_token_id = end
+    model.save_pretrained(tmp_path / "endless")
+    tokenizer.save_pretrained(tmp_path / "endless")
+    return [f"--model.policy.model={tmp_path / 'endless'}"]
+
+
+def more_tokens(tmp_path: Path) -> list[str]:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["plus"])
+    make_model("llama").save_pretrained(tmp_path / "more")
+    tokenizer.save_pretrained(tmp_path / "more")
+    return [f"--model.policy.model={tmp_path / 'more'}", "--data.prompts.student_template={question} plus"]
+
+
+OFF = "={enable_thinking: false}"
+PLAIN = CHAT_TEMPLATE[: CHAT_TEMPLATE.index("{% if enable_thinking")] + "{% endif %}"
+SILENT = CHAT_TEMPLATE[: CHAT_TEMPLATE.index("{% if add_generation_prompt")]
+STUDENT, TEACHER = "--data.prompts.student_chat_template_kwargs", "--data.prompts.teacher_chat_template_kwargs"
+
+
+def bad_rows(tmp_path: Path) -> list[str]:
+    """40 rows, of which 14 contradict themselves, 4 have no trace and 1 has no answer; 6 of the 21 left are repeats."""
+    rows = make_rows(
+        40, problem=lambda n: f"{n + 100} \u00d7 1?<|im_end|>", solution=lambda n: f"<think> </think>The answer is {n + 1}."
+    )
+    for row in rows[:14]:
+        row["gold"] = "1000"
+    for row in rows[14:18]:
+        row["solution"] = ""
+    rows[18]["solution"] = "Hm."
+    for row in rows[19:25]:
+        row |= {name: rows[30][name] for name in ("problem", "solution", "gold")}
+    return data(tmp_path, rows)
+
+
+# What is planted, and what lines must say: level, part, text, [setting], fix.
+DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
+    "rows": (
+        bad_rows,
+        [
+            r"warning data: 14 of 40 rows of data\.train \(35 %\) are left out: trace contradicts .*\[data\.train\.init_args\.columns\.answer\]",
+            r"warning data: 4 of 40 rows of data\.train \(10 %\) are left out: empty trace \[data\.train\.init_args\.columns\.trace\] name the column",
+            r"warning data: 1 of 40 rows of data\.train \(2\.5 %\) .*trace has no final answer .*\[data\.grader\.answer_pattern\]",
+            r"warning data: 6 of 21 rows of data\.train \(29 %\) repeat",
+            r"warning template: .*of the student's prompts .*are unknown",
+            r"warning template: 21 rows \(100 %\) write out a special token, such as '<\|im_end\|>' \[data\.train\] take it out",
+            r"warning thinking: 21 of 21 traces \(100 %\) hold an empty thinking block \[data\.train\]",
+            r"warning thinking: 21 of 21 traces \(100 %\) hold <think>.*\[data\.train\]",
+        ],
+    ),
+    "mostly bad rows, none allowed": (
+        lambda p: [*data(p, make_rows(gold=lambda n: str(n + n % 3), problem=lambda n: f"{n} and 1?")), "--data.on_invalid=error"],
+        [r"error data: 8 of 12 rows of data\.train \(67 %\) are left out: trace contradicts .* or set data\.on_invalid to drop"],
+    ),
+    "settings": (
+        lambda p: [
+            "--data.val.split=train[2:4]",
+            "--data.prompts.max_trace_tokens=4",
+            "--model.sampling={max_new_tokens: 10, temperature: 0, n: 2}",
+            "--model.eval_sampling.max_new_tokens=9",
+            "--model.optimizer=torch.optim.AdamW",
+            "--model.optimizer.lr=0",
+            "--trainer.callbacks=ModelCheckpoint",
+            "--trainer.callbacks.monitor=val/avg@4",
+            "--trainer.val_check_interval=25",
+        ],
+        [
+            r"warning data: 2 of 2 questions of data\.val \(100 %\) are also in data\.test",
+            r"warning data: 8 of 8 contexts .*\[data\.prompts\.max_trace_tokens\] raise it",
+            r"warning lengths: 100 % of the traces are longer than 10 .*\[model\.sampling\.max_new_tokens\] 18 would cut less than 1 %",
+            r"warning settings: validation stops .*\[model\.eval_sampling\.max_new_tokens\]",
+            r"error settings: the 2 completions .*\[model\.sampling\.temperature\]",
+            r"error settings: the learning rate is 0.*\[model\.optimizer\.init_args\.lr\]",
+            r"error settings: ModelCheckpoint monitors val/avg@4, and validation samples 1 .*\[model\.eval_sampling\.n\] set it to 4, or monitor val/avg@1",
+            r"error settings: .*an epoch has 4 batches.*\[trainer\.check_val_every_n_epoch\] set it to null",
+        ],
+    ),
+    "no validation": (
+        lambda p: ["--data.val=null", "--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/avg@1", "--trainer.max_steps=400"],
+        [
+            r"error settings: ModelCheckpoint monitors val/avg@1, and there is no validation \[data\.val\]",
+            r"warning settings: 400 steps go 100 times over the 8 training questions \[trainer\.max_steps\]",
+        ],
+    ),
+    "BOS twice, and a switch without effect": (
+        lambda p: [f"--model.policy.model={folder(p, bos_token='<|end|>')}", *template(p, "{{ '<|end|><|end|>' }}" + PLAIN), TEACHER + OFF],
+        [
+            r"error template: the student's prompts begin with '<\|end\|>' twice \[model\.policy\.chat_template\]",
+            r"error template: the teacher's prompts begin with '<\|end\|>' twice",
+            r"error template: enable_thinking: false changes nothing.*\[data\.prompts\.teacher_chat_template_kwargs\]",
+        ],
+    ),
+    "no generation prompt": (
+        lambda p: template(p, SILENT),
+        [r"error template: the student's prompt has no generation prompt.*\[model\.policy\.chat_template\]"],
+    ),
+    "answers that do not end": (
+        endless,
+        [r"error template: the template ends an answer with '<\|im_end\|>', .*\('<\|end\|>'\).*\[model\.policy\.model\] .*eos_token_id"],
+    ),
+    "tokens without embedding": (
+        more_tokens,
+        [r"error template: the student's prompts hold token 107, and the model knows 107"],
+    ),
+    "one thinks": (
+        lambda p: [STUDENT + OFF],
+        [
+            r"warning thinking: the student's prompt ends behind a closed thinking block and the teacher's before any thinking block: .*"
+            r"\[data\.prompts\.teacher_chat_template_kwargs\] .*teacher_response_prefix.*skip_first_tokens"
+        ],
+    ),
+    "one thinks, its first token skipped": (
+        lambda p: [STUDENT + OFF, "--model.objective.skip_first_tokens=1"],
+        [r"note thinking: .*skip_first_tokens leaves 1 out"],
+    ),
+    "thinking closed twice": (
+        lambda p: [STUDENT + OFF, TEACHER + OFF, "--data.prompts.teacher_response_prefix=<think></think>"],
+        [r"error thinking: the teacher's prompt ends with an empty thinking block twice \[data\.prompts\.teacher_response_prefix\]"],
+    ),
+    "thinking traces behind closed thinking": (
+        lambda p: ["--model=SFTModule", STUDENT + OFF, *data(p, make_rows(solution=lambda n: f"<think>Hm</think>The answer is {n + 1}.", problem=lambda n: f"{n}, 1?"))],
+        [r"error thinking: 12 of 12 traces .*behind a thinking block that is already closed \[data\.prompts\.student_chat"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_planted_defects(defect: str, doctor: Doctor, tmp_path: Path) -> None:
+    plant, expected = DEFECTS[defect]
+    (tmp_path / "planted").mkdir()
+    found = lines(doctor("--no-model", *plant(tmp_path / "planted")))
+    assert not [line for line in expected if not any(re.match(line, each) for each in found)], found
+
+
+def test_planted_defects_are_not_in_a_healthy_run(doctor: Doctor) -> None:
+    found = lines(doctor("--no-model"))
+    planted = [line for _, expected in DEFECTS.values() for line in expected]
+    assert not [line for line in planted if any(re.match(line, each) for each in found)]
+
+
+def test_the_suggested_cut_loses_less_than_a_hundredth(doctor: Doctor, tmp_path: Path) -> None:
+    long = make_rows(
+        problem=lambda n: f"{n} and 1?", solution=lambda n: f"{'because ' * 60 * (n % 2)}The answer is {n + 1}."
+    )
+    arguments = data(tmp_path, long)
+    (line,) = lines(doctor("--no-model", *arguments), "warning")
+    fitting = re.match(
+        r"warning lengths: 6 of 12 training prompts \(50 %\) do not fit .*\[data\.prompts\.max_trace_tokens\] "
+        r"set data\.prompts\.max_trace_tokens to about (\d+)",
+        line,
+    )
+    assert fitting, line
+    again = doctor("--no-model", *arguments, f"--data.prompts.max_trace_tokens={fitting[1]}")
+    assert again["facts"]["data"]["train"]["left_out"] == {}
+    assert again["facts"]["data"]["train"]["traces_cut"] == 6 and int(fitting[1]) > 300
+
+
+def test_the_suggested_length_loses_less_than_a_hundredth(doctor: Doctor) -> None:
+    found = doctor("--no-model", "--model.sampling.max_new_tokens=500", "--model.eval_sampling.max_new_tokens=500")
+    text = "\n".join(lines(found, "error"))
+    number = re.search(
+        r"\[model\.sampling\.max_new_tokens\] lower model\.sampling\.max_new_tokens \(and .*?\) to (\d+)", text
+    )
+    assert number and "no usable row" in text, text
+    shorter = [f"--model.{name}.max_new_tokens={number[1]}" for name in ("sampling", "eval_sampling")]
+    again = doctor("--no-model", *shorter)
+    assert again["healthy"] and again["facts"]["data"]["train"]["kept"] == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is one")
+def test_a_gpu_that_is_not_here(doctor: Doctor) -> None:
+    found = doctor("--trainer.accelerator=gpu")
+    assert len(lines(found, "error")) == 1 and "[trainer.accelerator]" in lines(found, "error")[0]
+    assert "divergence" in found["facts"], "the rest is examined"
+    found = doctor("--trainer.accelerator=gpu", "--no-model")  # a laptop
+    assert found["healthy"] and "[trainer.accelerator]" in lines(found, "warning")[0]
+
+
+def test_no_model_needs_no_weights(doctor: Doctor, folders: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    found = doctor(f"--model.policy.model={tmp_path / 'bare'}", "--no-model")
+    assert found["healthy"] and found["facts"]["memory"]["bytes"]["total"] > 0
+    assert not {"divergence", "time"} & set(found["facts"])
+    assert "cannot load" in lines(doctor(f"--model.policy.model={tmp_path / 'bare'}"), "error")[0]
+
+
+# -- what the model tells --------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_that_sees_nothing_more(doctor: Doctor, tmp_path: Path) -> None:
+    full = tmp_path / "full.yaml"
+    full.write_text("model: {policy: {lora: null}, teacher: ModelTeacher}\n")
+    for change in ("--data.context=NoContext", f"--config={full}"):
+        found = doctor(change)
+        (line,) = [each for each in lines(found, "warning") if " divergence: " in each]
+        assert "nothing would be learned [data.context]" in line
+        assert max(each["first_forward_kl"] for each in found["facts"]["divergence"]) < 1e-6
+
+
+def test_a_teacher_that_begins_otherwise(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a sentence the teacher expects other tokens than at its start, by 2.6 nats of this model's."""
+    monkeypatch.setattr(probe, "HUGE", 2.0)
+    prefix = ["--data.prompts.teacher_response_prefix=zzz"]
+    found = doctor(*prefix)
+    (line,) = lines(found, "warning")
+    first = [each["first_forward_kl"] for each in found["facts"]["divergence"]]
+    assert re.match(r"warning divergence: at a completion's first token the teacher is [\d.]+ nats from the student", line)
+    assert f"{sum(first) / len(first):.1f} nats" in line and "[data.prompts.teacher_template]" in line
+    assert not lines(doctor(*prefix, "--model.objective.skip_first_tokens=1"), "warning")
+
+
+def test_methods_without_a_teacher(doctor: Doctor) -> None:
+    for method in (["--model=SFTModule"], ["--model=GRPOModule", "--model.sampling.n=2"]):
+        found = doctor(*method)
+        assert found["healthy"], lines(found)
+        assert "divergence" not in found["facts"]
+        assert ("rollouts" in found["facts"]["time"]["phases"]) == (method[0] == "--model=GRPOModule")
+        assert found["facts"]["time"]["validation_seconds"] > 0
+
+
+def test_a_context_that_is_made_in_training(doctor: Doctor) -> None:
+    found = doctor("--model.context=FeedbackContext")
+    assert found["healthy"] and "divergence" not in found["facts"]
+    assert any("made in training: the teacher is not examined" in line for line in lines(found, "note"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--model.teacher=EMATeacher"],
+        ["--model.policy.lora=null", "--model.optimizer.lr=0.1"],
+        ["--model=MixedOPSDModule", "--model.trace_share=0.9", "--model.updates_per_batch=2"],
+        ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1", "--model.lr_scheduler.total_steps=2"],
+    ],
+    ids=" ".join,
+)
+def test_trial_steps_change_nothing(changes: list[str], base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    original = diagnosis.run_trials
+
+    def keep(module: Any, *rest: Any) -> Any:
+        weights = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+        kept.extend([module, weights, dict(vars(module)), torch.random.get_rng_state()])
+        found = original(module, *rest)
+        kept.extend([found, torch.random.get_rng_state()])
+        return found
+
+    monkeypatch.setattr(diagnosis, "run_trials", keep)
+    main([*base, *changes])
+    module, weights, attributes, random, (steps, _), random_after = kept
+    assert all(torch.equal(weights[name], p) for name, p in module.model.named_parameters())
+    assert all(p.grad is None for p in module.model.parameters())
+    assert {name: id(value) for name, value in vars(module).items()} == {n: id(v) for n, v in attributes.items()}
+    assert torch.equal(random, random_after)
+    assert [step.completion for step in steps[:2]] == [trial.SHORT_TOKENS, trial.TRIAL_TOKENS]
+    assert all(step.scoring_seconds > 0 and step.rollout_seconds > 0 for step in steps)
+
+
+def made_step(rows: int, completion: int) -> trial.TrialStep:
+    """A step whose times are linear in rows and tokens: 2 s a prompt, 3 s + 1 s a row each decoding step, 0.1 s a token."""
+    tokens = rows * (5 + completion)
+    return trial.TrialStep(rows, 5, completion, tokens, rows * 2 + completion * (3 + rows), 0.1 * tokens, 0)
+
+
+def test_times_of_linear_steps_are_extrapolated_exactly() -> None:
+    steps = [made_step(2, 4), made_step(2, 16), made_step(6, 16)]
+    speed = trial.speed_of(steps, steps, rows_at_once=100)
+    for rows, completion in [(2, 10), (4, 10), (6, 100), (20, 1000)]:
+        assert speed.rollout_seconds(rows, 100, completion) == pytest.approx(made_step(rows, completion).rollout_seconds)
+    assert speed.scoring == pytest.approx(0.1)
+    assert speed.rollout_seconds(40, 4, 10) == pytest.approx(10 * made_step(4, 10).rollout_seconds), "ten times four rows"
+
+
+def test_times_without_a_larger_step_are_an_upper_bound() -> None:
+    steps = [made_step(2, 4), made_step(2, 16)]
+    speed = trial.speed_of(steps, steps, rows_at_once=100)
+    assert speed.rollout_seconds(2, 100, 50) == pytest.approx(made_step(2, 50).rollout_seconds)
+    assert speed.rollout_seconds(8, 100, 50) >= made_step(8, 50).rollout_seconds
+
+
+def test_completions_that_end_at_once_have_times() -> None:
+    steps = [made_step(2, 1), made_step(2, 1)]
+    speed = trial.speed_of(steps, steps, rows_at_once=2)
+    assert speed.decoding[2] > 0 and speed.prefill >= 0
+    assert trial.speed_of(steps, steps, rows_at_once=0).decoding == {}
+
+
+def test_measured_memory_is_extrapolated_by_the_difference_of_estimates(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    estimate = partial(memory, skeleton(policy), policy, DivergenceObjective(), torch.optim.AdamW)
+    step = Step(rows=8, prompt=20, completion=12, rows_at_once=4, token_budget=70)
+    tried = trial.TrialStep(2, 20, 4, 48, 1.0, 1.0, peak_bytes=10**6)
+    found = trial.measured_memory(estimate, step, tried)
+    state, small = estimate(step)["optimizer state"], estimate(step.shortened(2, 4))["total"]
+    assert found["extrapolated_bytes"] - 10**6 - state == estimate(step)["total"] - small > 0
+    same = trial.measured_memory(estimate, step, tried._replace(rows=8, completion=12))
+    assert same["extrapolated_bytes"] == 10**6 + state
+    (finding,) = memory_findings(estimate(step), 10**6, "a small device", found)
+    assert finding.level == "error" and "2 completions of 4 tokens" in finding.text
+
+
+def test_a_machine_too_small_for_a_step_runs_none(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = diagnosis.memory
+    weights = doctor("--no-model")["facts"]["memory"]["bytes"]["base weights"]
+    monkeypatch.setattr(diagnosis, "memory_of", lambda device: 2 * weights)
+    monkeypatch.setattr(diagnosis, "memory", lambda *args, **kw: estimate(*args, **kw) | {"total": 3 * weights})
+    found = doctor()
+    assert [line for line in lines(found, "error") if " memory: " in line]
+    assert "divergence" in found["facts"] and "time" not in found["facts"]
+
+
+def test_disagreement_of_sampling_and_scoring_shows(make_policy: Callable[..., Policy]) -> None:
+    module = OPSDModule(make_policy())
+    module.configure_model()
+    prompts = [[20, 21, 22], [30, 31]]
+    sampled = (
+        TransformersEngine().generate(module.model, prompts, Sampling(max_new_tokens=8, temperature=0.0), 0).completions
+    )
+    total = sum(map(len, sampled))
+    assert agreement(module.model, prompts, sampled) == (total, total)
+    agreed, _ = agreement(module.model, prompts, [[(token + 1) % 107 for token in row] for row in sampled])
+    assert agreed < total / 2
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [LoRA(r=4, alpha=8), None], ids=["lora", "full"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memory_of_weights_is_the_real_models(
+    architecture: str, lora: LoRA | None, make_policy: Callable[..., Policy]
+) -> None:
+    policy = make_policy(architecture, lora=lora)
+    thought, real = skeleton(policy), policy.build()
+    assert {p.device.type for p in thought.parameters()} == {"meta"}
+    expected = size_of([*(p for n, p in real.named_parameters() if not is_adapter_key(n)), *real.buffers()])
+    assert weight_bytes(thought, None) == expected
+    trainable = [p for p in real.parameters() if p.requires_grad]
+    assert size_of(p for p in thought.parameters() if p.requires_grad) == size_of(trainable)
+    for make in (
+        torch.optim.AdamW,
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+    ):
+        optimizer = make(trainable)
+        for parameter in trainable:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
+        assert optimizer_bytes(make, [p for p in thought.parameters() if p.requires_grad]) == size_of(state)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memory_of_a_pass_is_near_the_real_models(architecture: str, make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy(architecture, lora=LoRA(r=4, alpha=8, dropout=0.1))
+    real = policy.build()
+    assert kept_bytes_per_token(skeleton(policy)) == pytest.approx(kept_bytes_per_token(real), rel=0.1)
+    cache = DynamicCache(config=base_of(real).config)
+    ids = torch.arange(20, 40)[None]
+    base_of(real)(input_ids=ids, past_key_values=cache, use_cache=True)
+    layers: list[Any] = list(cache.layers)
+    held = size_of([tensor for layer in layers for tensor in (layer.keys, layer.values)])
+    assert cache_bytes(base_of(real).config, 20, 4) == held
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])  # fmt: skip
+def test_memory_of_quantized_weights(settings: dict[str, Any], folders: dict[str, str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    policy = Policy(folders["llama"], LoRA(r=4, alpha=8), dtype="float32", quantization=BitsAndBytesConfig(**settings))
+    real = policy.build()
+    held = size_of([*(p for n, p in real.named_parameters() if not is_adapter_key(n)), *real.buffers()])
+    for parameter in real.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:
+            held += size_of([state.absmax, *([state.state2.absmax] if state.nested else [])])
+    assert weight_bytes(skeleton(policy), policy.quantization) == pytest.approx(held, rel=0.02)
+
+
+def test_memory_of_logits_and_of_the_whole(make_policy: Callable[..., Policy]) -> None:
+    objective = DivergenceObjective(logits_memory_mib=2)
+    assert logits_bytes(objective, 1000, 10, 4) == 10 * 1000 * (12 * 4 + 2 * 4)
+    assert logits_bytes(objective, 100_000, 10_000, 2) == 2 * 2**20
+    policy = make_policy()
+    model = skeleton(policy)
+    step = Step(rows=8, prompt=20, completion=12, rows_at_once=4, token_budget=70)
+    assert step.pass_tokens == 64
+    found = memory(model, policy, objective, torch.optim.AdamW, step)
+    total = found.pop("total")
+    phases = {name: sum(v for k, v in found.items() if k.startswith(name)) for name in ("rollout", "scoring")}
+    assert total == sum(v for k, v in found.items() if ":" not in k) + max(phases.values())
+    on_a_cpu = memory(model, policy, objective, torch.optim.AdamW, step, frees=False)["total"]
+    assert on_a_cpu == total + min(phases.values())
+    adapter = size_of(p for p in model.parameters() if p.requires_grad)
+    assert found["gradients"] == found["trainable weights"] == adapter
+    assert (
+        found["rollout: keys and values"] == 4 * 2 * 2 * 2 * 16 * 32 * 4
+    )  # rows, keys and values, layers, heads, width, tokens
+    assert found["scoring: states of teachers"] == 8 * 12 * 64 * 4
+    checkpointed = make_policy(gradient_checkpointing=True)
+    less = memory(model, checkpointed, objective, torch.optim.AdamW, step)
+    assert less["scoring: activations"] < found["scoring: activations"]
+    shared = memory(model, policy, objective, torch.optim.AdamW, step, shards=4)
+    assert shared["optimizer state"] == found["optimizer state"] // 4
+
+
+def test_too_little_memory(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "memory_of", lambda device: 2**16)
+    found = doctor()
+    (line,) = lines(found, "error")
+    assert re.match(r"error memory: about .* GiB are needed, most of it for .*\[model\.\w+", line), line
+    assert "time" not in found["facts"], "a model that does not fit is not loaded"
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_quantiles_and_bins() -> None:
+    values = list(range(1, 201))
+    assert at_share(values, 0.99) == 198 and sum(v > 198 for v in values) / 200 <= 0.01
+    assert at_share([5], 0.99) == 5 and at_share([], 0.5) == 0 and at_share([1, 2], 0.5) == 1
+    for given in ([7], [3, 3], values, [1, 10_000]):
+        found = histogram(given, limit=100)
+        assert sum(count for _, _, count in found["bins"]) == len(given) == found["count"]
+        assert found["bins"][0][0] == min(given) and found["bins"][-1][1] > max(given) and len(found["bins"]) <= 12
+        assert found["over"] == sum(value > 100 for value in given)
+    assert histogram([])["count"] == 0

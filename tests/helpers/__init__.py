@@ -1,0 +1,1 @@
+"""Models, commands and processes that several test files use."""

@@ -1,0 +1,171 @@
+"""Every benchmark runs, on a tiny model and small sizes: what it prints is not looked at here but for what must hold."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+SMALL = {
+    "objective": "--vocabulary 300 --hidden 16 --tokens 50 --divergences all",
+    "scoring": "--model {llama} --rows 6 --prompt 4 --shortest 2 --longest 9 --token-budget 40 --teacher-prompt 20 --completion 5",
+    "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12",
+    "scaling": "--model {llama} --tokens 8",
+    "memory": "--models Qwen3-1.7B --lengths 1024 2048",
+    "clip_inversion": "--made-up --positions 50 --vocabulary 100 --taus 0.05",
+    "callbacks": "--model {llama} --batch 2 --new-tokens 6 --steps 3",
+    "attempts": "--model {llama} --vocabulary 300",
+    "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
+    "start_checks": "--model {llama} --short",
+    "start_up": "--command=--version --before {root}",
+    "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
+}
+
+
+def test_every_benchmark_is_run_here() -> None:
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} - {"__init__", "common"} == set(SMALL) | {
+        "servers",  # test_vllm
+        "real_model",  # test_quickstart
+    }
+
+
+@pytest.fixture
+def run(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def call(name: str) -> dict[str, Any]:
+        out = tmp_path / f"{name}.json"
+        options = SMALL[name].format(**folders, folder=tmp_path, root=BENCHMARKS.parent).split()
+        script = BENCHMARKS / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--repeats", "1", "--json", str(out), *options])
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr(importlib.import_module("common"), "MEASURED_ON_CPU", (256, 2**20))
+        runpy.run_path(str(script), run_name="__main__")
+        return json.loads(out.read_text())
+
+    return call
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for value in result.values() if isinstance(value, list) for row in value]
+
+
+def test_objective(run: Any) -> None:
+    found = rows(run("objective"))
+    assert len(found) == 4
+    assert all(row["loss rel. diff."] < 1e-5 and row["gradient rel. diff."] < 1e-5 for row in found)
+
+
+@pytest.mark.slow
+def test_start_checks(run: Any) -> None:
+    *checks, together = rows(run("start_checks"))
+    assert all(row["calls"] and row["seconds"] for row in checks)
+    assert together["seconds"] == pytest.approx(sum(row["seconds"] for row in checks)) and together["share, %"] < 100
+
+
+def test_start_up(run: Any) -> None:
+    (row,) = rows(run("start_up"))
+    assert 0 < row["now, CPU s"] < row["now, s"] * 4 and row["before, lines on stderr"] == row["now, lines on stderr"] == 0
+
+
+def test_scoring(run: Any) -> None:
+    ragged, shared = rows(run("scoring"))
+    assert ragged["loss rel. diff."] < 1e-5 and ragged["token ratio"] < 1
+    assert shared["logits rel. diff."] < 1e-5 and shared["token ratio"] == (20 + 8 * 4) / (8 * 24)
+
+
+def test_rollout(run: Any) -> None:
+    *engines, greedy = rows(run("rollout"))
+    assert [row["engine"].strip() for row in engines] == ["plain generate", "TransformersEngine", "adapter not merged"]
+    assert greedy == {"greedy completions equal to plain generate's": "6 of 6"}
+
+
+@pytest.mark.slow  # continuous batching takes long to start on a CPU; rollouts/test_transformers_engine.py runs it
+def test_rollout_with_continuous_batching(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SMALL, "rollout", SMALL["rollout"] + " --continuous")
+    *_, plain, continuous = rows(run("rollout"))
+    assert (plain["engine"], continuous["engine"]) == ("TransformersEngine", "ContinuousBatchingEngine")
+
+
+@pytest.mark.slow
+def test_scaling(run: Any) -> None:
+    result = run("scaling")
+    assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
+
+
+def test_clip_inversion(run: Any) -> None:
+    """Only the pointwise clip turns the gradient round; rescaling keeps its direction exactly."""
+    for row in rows(run("clip_inversion")):
+        if row["clip"] == "PointwiseClip" and row["divergence"] == "ForwardKL":
+            assert row["inverted, %"] > 50 and row["turned, %"] > 50
+        elif row["clip"] != "PointwiseClip":
+            assert row["inverted, %"] == row["turned, %"] == 0
+        if row["clip"] == "RescaleClip":
+            assert row["mean cosine"] == pytest.approx(1.0)
+
+
+def test_clip_inversion_of_a_model(run: Any, roomy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same holds of a model's own completions: what is looked at is what the teacher most wants raised."""
+    monkeypatch.setitem(SMALL, "clip_inversion", f"--model {roomy} --questions 3 --new-tokens 6 --taus 1e-4")
+    found = rows(run("clip_inversion"))
+    assert len(found) == 6
+    for row in found:
+        assert row["mean cosine"] <= 1 + 1e-6
+        if row["clip"] == "RescaleClip":
+            assert row["inverted, %"] == row["turned, %"] == row["no gradient, %"] == 0
+            assert row["mean cosine"] == pytest.approx(1.0)
+        if row["clip"] == "TokenClip":
+            assert row["no gradient, %"] > 50  # a tau this small is below most positions' divergence
+
+
+def test_callbacks(run: Any) -> None:
+    *each, together = run("callbacks")["in the hooks"]
+    parts = [row["share of a step, %"] for row in each]
+    assert len(parts) == 5 and all(share > 0 for share in parts)
+    assert together["share of a step, %"] == pytest.approx(sum(parts))
+
+
+@pytest.mark.slow  # weighs alternatives that were not built
+def test_attempts(run: Any) -> None:
+    result = run("attempts")
+    assert len(rows(result)) == 3 + 4 + 1 + 1 + 4
+
+
+def test_plan(run: Any, tmp_path: Path) -> None:
+    """A step that was made up, in the form that step.py writes: what is fitted to it is predicted."""
+    row = {"trainer": "opsd_lightning", "rollouts s": 5.0, "teacher s": 2.0, "student and update s": 4.0}
+    facts = {"matmul_flops": 1e12, "read_bytes_per_second": 2e10}
+    step = {"command": "python benchmarks/step.py --batch 4", "machine": facts, "one step": [row]}
+    (tmp_path / "step.json").write_text(json.dumps(step))
+    found = run("plan")
+    assert len(found["shares"]) == 4
+    for phase, seconds in (("rollouts", 5.0), ("teacher", 2.0), ("student", 4.0)):
+        assert [step[f"{phase} share"] for step in found["shares"]] == pytest.approx([seconds / 11] * 4)
+    fsdp2 = [row for row in found["plan"] if row["how"] == "bf16, fsdp2"]
+    assert fsdp2[0]["network s"] > fsdp2[1]["network s"] > 0
+
+
+def test_memory(run: Any) -> None:
+    measured, table = list(run("memory").values())[-2:]
+    assert all(0.5 < row["NF4 bytes a weight"] < 0.53 for row in measured)
+    totals = [row["total GiB (c)"] for row in table]
+    assert totals == sorted(totals) and all(row["total GiB (c)"] < row["plain GiB (c)"] for row in table)
+
+
+def test_step(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both trainers in processes of their own: the same completions give the same first loss."""
+    pytest.importorskip("trl", reason="the other side of benchmarks/step.py is TRL: pip install trl==1.16.0")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    # On a CPU a fork, which imports nothing again, measures what a new interpreter does.
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forking)
+    ours, theirs, _ = rows(run("step"))
+    assert float(ours["first loss"]) == pytest.approx(float(theirs["first loss"]), rel=1e-4)

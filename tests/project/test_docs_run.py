@@ -1,0 +1,295 @@
+"""What README and documentation tell a reader to type is typed: commands, Python and YAML, on tiny models and few rows.
+
+Placeholders (CONFIG.yaml, CHECKPOINT, RUN) stand for a short run made here. Settings that make a run small are given last, and
+have the last word; everything that a command says itself is parsed and used. `make` targets are those of ``.ci/run``;
+benchmarks' arguments are parsed here, and the scripts run in ``project/test_benchmarks.py`` and ``project/test_learning.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from helpers.configs import parsed
+from helpers.files import write_jsonl
+from helpers.pages import PAGES, blocks, commands
+from helpers.paths import ROOT
+from opsd_lightning.__main__ import entry
+
+CONFIG, QWEN = "configs/quickstart.yaml", "configs/qwen3_1.7b_qlora.yaml"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def _prose(notebook: Path) -> str:
+    cells = json.loads(_text(notebook))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def everywhere(*starts: str, least: int = 3) -> list[str]:
+    """Every command of all pages that begins so, once; not those that are only named (``opsd report``) or cut short."""
+    found = dict.fromkeys(command for text in (*map(_text, PAGES), *map(_prose, NOTEBOOKS)) for command in commands(text))
+    return [c for c in found if c.startswith(starts) and len(c.split()) >= least and not c.endswith((" ...", "--config"))]
+
+
+def snippets(language: str) -> dict[str, str]:
+    """Every block of a language, under its page and number."""
+    found = {}
+    for page in PAGES:
+        for number, block in enumerate(blocks(_text(page), {language})):
+            found[f"{page.stem}-{number}"] = "\n".join(
+                line.removeprefix("  ") if block.startswith("  ") else line for line in block.splitlines()
+            )
+    return found
+
+
+def opsd_commands() -> list[Any]:
+    """Return every ``opsd`` command of all pages; of those that differ only in the folder they write to, the first.
+
+    A recipe without further settings is marked slow: test_configs.py trains a step of each.
+    """
+    found: dict[str, str] = {}
+    for command in everywhere("opsd", "python cli.py"):
+        same = command.replace("CONFIG.yaml", CONFIG).replace("RECIPE", QWEN)
+        found.setdefault(re.sub(r" --trainer\.default_root_dir \S+$", "", same), command)
+    recipe = re.compile(r"opsd fit --config configs/\w[\w.]*\.yaml")
+    return [
+        pytest.param(text, id=text, marks=[pytest.mark.slow] * bool(recipe.fullmatch(same))) for same, text in found.items()
+    ]
+
+
+PYTHON, YAML = snippets("python"), snippets("yaml")
+PARTS = {name: code for name, code in PYTHON.items() if code.startswith("# my_parts.py")}
+
+
+def opsd(*words: str) -> None:
+    """The command line's own door, in this process. Ends well, or raises."""
+    before, path = sys.argv, list(sys.path)
+    sys.argv = ["opsd", *words]
+    try:
+        entry()
+    except SystemExit as end:
+        if end.code not in (0, None):
+            raise AssertionError(f"status {end.code}") from end
+    finally:
+        sys.argv, sys.path[:] = before, path
+        sys.modules.pop("my_parts", None)  # another test's is another file
+
+
+@pytest.fixture(scope="session")
+def small(roomy: str, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """The settings that make a command small, which depend on the recipe that it names and on what it sets itself."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [{"problem": f"{n}+1?", "solution": rf"\boxed{{{n + 1}}}"} for n in range(8)]
+    file = write_jsonl(folder / "rows.jsonl", rows)
+    DatasetDict({"train": Dataset.from_list([{"problem": "1+1?", "answer": "2"}])}).save_to_disk(folder / "set")
+
+    def settings(command: str) -> list[str]:
+        qwen = "qwen3" in command
+        found = [
+            f"--model.policy.model={folders['qwen3'] if qwen else roomy}",
+            "--data.eval_batch_size=2",
+            "--model.sampling.max_new_tokens=8",
+            "--model.eval_sampling.max_new_tokens=8",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_steps=1",
+            "--trainer.val_check_interval=1",
+            *(f"--trainer.limit_{stage}_batches=2" for stage in ("val", "test", "predict")),
+        ]
+        if "--model.sampling.n" not in command:
+            found += ["--data.batch_size=2"]
+        if "mine.yaml" in command:
+            wanted = ()
+        elif qwen:
+            wanted = ("train", "val") if "eval/" in command else ("train", "val", "test")
+        else:
+            sized = ("train", "val", "test")[: 1 if command == "full.yaml" else 2 if "eval/" in command else 3]
+            found += [f"--data.{split}.init_args.size=8" for split in sized]
+            wanted = ()
+        for split in wanted:
+            found += [f"--data.{split}=FileSource", f"--data.{split}.init_args.path={file}"]
+            found += [f"--data.{split}.init_args.split={'train[4:]' if split == 'train' else 'train[:2]'}"]
+        if "eval/" in command:
+            found += [f"--data.test.init_args.path={folder / 'set'}", "--data.test.init_args.split=train"]
+        return found
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def trained(small: Callable[[str], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a short run of a recipe, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def run(recipe: str) -> Path:
+        if recipe not in made:
+            made[recipe] = folder = tmp_path_factory.mktemp("run")
+            keep = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=checkpoint"]
+            keep += [f"--trainer.callbacks.dirpath={folder}", f"--trainer.default_root_dir={folder}"]
+            keep += [] if "qwen3" in recipe else [f"--trainer.logger.init_args.save_dir={folder}"]
+            opsd("fit", "--config", str(ROOT / recipe), *small(recipe), "--model.evaluate_teacher=true", *keep)
+        return made[recipe]
+
+    return run
+
+
+@pytest.fixture
+def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a reader has it: the checkout's files, rows of one's own, parts of one's own, and runs."""
+    for name in ("configs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("quickstart", "a", "b", "grpo", "sft", "reading", "qlora"):
+        shutil.copytree(trained(CONFIG), tmp_path / "runs" / name)
+    shutil.copytree(trained(QWEN), tmp_path / "runs" / "mine")  # as docs/start.md makes it
+    (tmp_path / "runs" / "models").mkdir()
+    (tmp_path / "runs" / "models" / "SmolLM2-135M-Instruct").symlink_to(roomy)
+    rows = [{"problem": f"{n}+1?", "solution": rf"\boxed{{{n + 1}}}", "gold": str(n + 1)} for n in range(132)]
+    write_jsonl(tmp_path / "questions.jsonl", rows)
+    (tmp_path / "my_parts.py").write_text("\n\n".join(PARTS.values()), encoding="utf-8")
+    for notebook in NOTEBOOKS:
+        for source in ("".join(cell["source"]) for cell in json.loads(_text(notebook))["cells"]):
+            if named := re.match(r"%%writefile (\S+\.py)\n", source):
+                (tmp_path / named[1]).write_text(source.partition("\n")[2], encoding="utf-8")
+    for block in YAML.values():
+        if named := re.match(r"# (\S+\.yaml)\n", block):
+            (tmp_path / named[1]).write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", opsd_commands())
+def test_command(
+    command: str, desk: Path, small: Callable[[str], list[str]], trained: Callable[[str], Path], roomy: str
+) -> None:
+    recipe = QWEN if QWEN in command or "RECIPE" in command else CONFIG
+    line = re.sub(r"\[[A-Z_]+ \.\.\.\]", "runs/b", command)  # more of the same
+    for placeholder, meant in {
+        "CONFIG.yaml": CONFIG,
+        "RECIPE": QWEN,
+        "RUN/checkpoint.ckpt": str(trained(recipe) / "checkpoint.ckpt"),
+        "CHECKPOINT": str(trained(recipe) / "checkpoint.ckpt"),
+        "RUN/record-1": "runs/a",
+        "RUN": "runs/a",
+        "PAGE.html": "page.html",
+        "OWNER/LARGER-MODEL": roomy,
+    }.items():
+        line = re.sub(rf"(?<![\w/]){re.escape(placeholder)}(?![\w/])", meant, line)
+    line, _, target = line.partition(" > ")
+    words = shlex.split(line)[1 if line.startswith("opsd") else 2 :]
+    trains = not any("help" in word or word == "--print_config" for word in words)
+    if trains and words[0] != "report":
+        words += small(line)
+        if "ckpt_path" in line and words[0] == "fit":
+            # The run made here stands for the reader's own, with these settings.
+            words += ["--trainer.max_steps=2", "--model.allow_checkpoint_changes=true"]
+    printed, before = io.StringIO(), set(desk.rglob("*"))
+    with redirect_stdout(printed):
+        opsd(*words)
+    made = {path.name for path in set(desk.rglob("*")) - before}
+    left = {"fit": ".ckpt", "test": "test.jsonl", "predict": "predict.jsonl", "report": ".html"}
+    if trains and words[0] in left:
+        assert any(name.endswith(left[words[0]]) for name in made), made
+    else:
+        assert len(printed.getvalue()) > 100
+    if target:
+        (desk / target).write_text(printed.getvalue(), encoding="utf-8")
+        opsd("fit", "--config", target, *small(target), "--trainer.default_root_dir=printed")
+
+
+@pytest.mark.parametrize("name", [name for name in PYTHON if name not in PARTS])
+def test_python(name: str, desk: Path, roomy: str) -> None:
+    assert "HuggingFaceTB" not in PYTHON[name].replace(HUB, "")
+    exec(compile(PYTHON[name].replace(HUB, roomy), f"{name}.py", "exec"), {"__name__": name})
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_ones_own_stand_alone(name: str) -> None:
+    """Each names all that it uses."""
+    names: dict[str, object] = {"__name__": "my_parts"}
+    exec(compile(PARTS[name], "my_parts.py", "exec"), names)
+
+
+@pytest.mark.parametrize("name", [name for name, block in YAML.items() if "VLLM" in block])
+def test_yaml_of_servers(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is parsed: a step of its own needs vLLM (rollouts/vllm/test_engines.py)."""
+    (desk / "snippet.yaml").write_text(YAML[name], encoding="utf-8")
+    config = parsed(["fit", f"--config={CONFIG}", "--config=snippet.yaml"], monkeypatch)
+    assert "VLLM" in config["model"]["rollouts"]["class_path"]
+
+
+@pytest.mark.parametrize("name", [name for name, block in YAML.items() if "VLLM" not in block])
+def test_yaml(name: str, desk: Path, small: Callable[[str], list[str]]) -> None:
+    """Laid over the quick start, it trains a step."""
+    (desk / "snippet.yaml").write_text(YAML[name], encoding="utf-8")
+    settings = small("mine.yaml" if "train:" in YAML[name] else "")
+    opsd("fit", "--config", CONFIG, "--config", "snippet.yaml", *settings, "--trainer.default_root_dir=snippet")
+
+
+class _Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", everywhere("python benchmarks", "python -m benchmarks"))
+def test_arguments_of_a_benchmark(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are its own; what it does with them is run elsewhere."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(self: argparse.ArgumentParser, args: list[str] | None = None, namespace: object = None) -> None:
+        original(self, args)
+        raise _Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    words = shlex.split(command)
+    if words[1] == "-m":
+        monkeypatch.setattr(sys, "argv", words[2:])
+        with pytest.raises(_Parsed):
+            importlib.import_module(words[2]).main()
+    else:
+        monkeypatch.setattr(sys, "argv", words[1:])
+        with pytest.raises((_Parsed, SystemExit)) as end:
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        assert end.type is _Parsed or end.value.code == 0  # --help
+
+
+@pytest.mark.parametrize("command", everywhere("make ", least=2))
+def test_make_knows(command: str) -> None:
+    subprocess.run(
+        [*command.partition(" ARGS")[0].split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True, timeout=60
+    )
+
+
+def test_metrics_are_logged(trained: Callable[[str], Path]) -> None:
+    """Every metric that a page names is one of the quick start's run, or of another method's, in whose file it stands."""
+    (log,) = trained(CONFIG).rglob("metrics.csv")
+    logged = set(log.read_text(encoding="utf-8").splitlines()[0].split(","))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "opsd_lightning").rglob("*.py"))
+    pages = "".join(map(_text, PAGES))
+    named = set(re.findall(r"`((?:train|val|health|time)/[\w@]+)`", pages))
+    assert len(named) > 20
+    # Of other methods, of callbacks that were not there, and of completions that ended or are right, of which there may be none.
+    elsewhere = {"context_missing_fraction", "importance_ratio", "update_ratio", "clipped_fraction", "terminated_tokens"}
+    elsewhere |= {"rollout_logprob_difference", "teacher_gap_correct"}
+    assert all(re.search(rf'[/"]{name}["{{]', source) or f'"{name}"' in source for name in elsewhere)
+    logged |= {f"{stage}/{name}" for stage in ("train", "health") for name in elsewhere}
+    # MLflow's name, any k, and a ratio to tokens of style, which no single character is.
+    assert named - logged <= {"val/avg1", "val/avg@k", "health/forward_kl_style_over_math"}

@@ -1,0 +1,130 @@
+"""Scalars, tables, pictures and pages in the real libraries, offline: written by a real fit, and read back their way."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from helpers.training import parts, trainer
+from opsd_lightning.callbacks.rollouts import RolloutTable
+from opsd_lightning.models.policy import Policy
+from opsd_lightning.utils.loggers import accepts_figures, log_figure, log_page, log_table
+
+pytest.importorskip("matplotlib", reason="pip install 'opsd-lightning[plots]'")
+
+NASTY = "a | b\nπ = 3.14, \"so\" <b>it</b> is"  # fmt: skip
+
+
+class Show(Callback):
+    """One table, one picture and one page, after each of two steps."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        from matplotlib.figure import Figure
+
+        step = trainer.global_step
+        figure = Figure(figsize=(2, 1), dpi=50)  # 100 x 50 pixels
+        figure.subplots().plot([0, step])
+        path = Path(trainer.default_root_dir) / "page.html"
+        path.write_text(f"<p>step {step}</p>", encoding="utf-8")
+        log_table(trainer.loggers, "answers", ["step", "text"], [[step, NASTY], [step, None]], step)
+        log_figure(trainer.loggers, "tokens", figure, step)
+        log_page(trainer.loggers, "page", path, step)
+
+
+def fit(logger: Logger, policy: Policy, folder: Path) -> dict[str, float]:
+    """Two steps with a validation after each; what the trainer logged last."""
+    run = trainer(folder, Show(), RolloutTable(every_n_steps=1, rows=2), logger=logger, max_steps=2, val_check_interval=1)
+    run.fit(*parts(policy))
+    return {name: float(value) for name, value in run.logged_metrics.items()}
+
+
+def test_csv(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    from PIL import Image
+
+    logger = CSVLogger(tmp_path / "logs")
+    logged = fit(logger, make_policy(), tmp_path)
+    folder = Path(logger.log_dir)
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [float(row["train/loss"]) for row in rows if row["train/loss"]][-1] == pytest.approx(logged["train/loss"])
+    table = list(csv.DictReader((folder / "answers.csv").open(newline="", encoding="utf-8")))
+    assert [row["step"] for row in table] == ["1", "1", "2", "2"] and table[0]["text"] == NASTY and table[1]["text"] == ""
+    assert len(list(csv.DictReader((folder / "rollouts.csv").open(newline="", encoding="utf-8")))) == 4
+    pictures = sorted((folder / "tokens").iterdir())
+    assert [path.name for path in pictures] == ["step-000001.png", "step-000002.png"]  # and nothing half-written
+    assert Image.open(pictures[0]).size == (100, 50)
+
+
+def test_tensorboard(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="pip install 'opsd-lightning[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    logged = fit(logger, make_policy(), tmp_path)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert events.Scalars("train/loss")[-1].value == pytest.approx(logged["train/loss"])
+    assert "val/avg@2" in events.Tags()["scalars"]
+    first, second = events.Tensors("answers/text_summary")
+    text = first.tensor_proto.string_val[0].decode()
+    # A bar or a line break inside a cell must not begin another.
+    assert (first.step, second.step) == (1, 2) and "| 1 | a \\| b<br>π = 3.14" in text and text.count("\n") == 3
+    pictures = events.Images("tokens")
+    assert [(picture.step, picture.width, picture.height) for picture in pictures] == [(1, 100, 50), (2, 100, 50)]
+
+
+def test_weights_and_biases(make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="pip install 'opsd-lightning[wandb]'")
+    from PIL import Image
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(offline=True, save_dir=tmp_path)
+    logged = fit(logger, make_policy(), tmp_path)
+    summary = dict(logger.experiment.summary)
+    assert summary["train/loss"] == pytest.approx(logged["train/loss"]) and "val/avg@2" in summary
+    wandb.finish()
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.rglob("media/table/answers*.table.json")]
+    assert sorted(table["data"] for table in tables) == [[[1, NASTY], [1, None]], [[2, NASTY], [2, None]]]
+    rollouts = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.rglob("media/table/rollouts*.table.json")]
+    assert [len(table["data"]) for table in rollouts] == [2, 2] and rollouts[0]["columns"] == list(RolloutTable.COLUMNS)
+    assert [Image.open(path).size for path in tmp_path.rglob("media/images/tokens*.png")] == [(100, 50)] * 2
+    pages = {path.read_text(encoding="utf-8").split("<p>")[1] for path in tmp_path.rglob("media/html/page*.html")}
+    assert pages == {"step 1</p>", "step 2</p>"}
+
+
+@pytest.fixture
+def mlflow_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones prefer a database; files need no server
+    return (tmp_path / "mlruns").as_uri()
+
+
+def test_mlflow(make_policy: Callable[..., Policy], tmp_path: Path, mlflow_uri: str) -> None:
+    pytest.importorskip("mlflow", reason="pip install 'opsd-lightning[mlflow]'")
+    from PIL import Image
+
+    logger = MLFlowLogger("opsd", tracking_uri=mlflow_uri)
+    logged = fit(logger, make_policy(), tmp_path)
+    client, run = logger.experiment, logger.run_id
+    assert client.get_metric_history(run, "train/loss")[-1].value == pytest.approx(logged["train/loss"], rel=1e-5)
+    assert client.get_metric_history(run, "val/avg2"), "MLflow knows no @ in names: Lightning leaves it out"
+    table = json.loads(Path(client.download_artifacts(run, "answers.json")).read_text(encoding="utf-8"))
+    assert table["columns"] == ["step", "text"]
+    assert table["data"] == [[1, NASTY], [1, None], [2, NASTY], [2, None]]
+    assert len(json.loads(Path(client.download_artifacts(run, "rollouts.json")).read_text(encoding="utf-8"))["data"]) == 4
+    pictures = [item.path for item in client.list_artifacts(run, "images") if item.path.endswith(".png")]
+    assert sorted(path.split("step")[1].lstrip("+%")[0] for path in pictures) == ["1", "2"]
+    assert Image.open(client.download_artifacts(run, pictures[0])).size == (100, 50)
+    assert Path(client.download_artifacts(run, "pages/page.html")).read_text(encoding="utf-8") == "<p>step 2</p>"
+
+
+def test_a_logger_of_another_kind_is_passed_over(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    assert not accepts_figures([DummyLogger()]) and accepts_figures([DummyLogger(), CSVLogger(tmp_path)])
+    fit(DummyLogger(), make_policy(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"page.html", "rollouts.csv"}
