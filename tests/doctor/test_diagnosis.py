@@ -1,4 +1,4 @@
-"""`opsd doctor`: every planted defect is named with its setting, and a healthy run has none."""
+"""Tests of `opsd doctor`: it finds planted defects with their settings, and none in a healthy run."""
 
 from __future__ import annotations
 
