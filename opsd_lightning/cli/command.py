@@ -175,7 +175,10 @@ class OPSDCLI(LightningCLI):
                 if isinstance(callback, RunReport):
                     callback.arguments = self.arguments
         except (ValueError, TypeError, ImportError) as error:  # a part's own check of its settings
-            raise UserError(str(_reason(error))) from error
+            reason = _reason(error)
+            if isinstance(reason, UserError):
+                raise reason from None
+            raise UserError(str(reason)) from error
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -229,7 +232,13 @@ class OPSDCLI(LightningCLI):
 
 
 def _reason(error: BaseException) -> BaseException:
-    """What the part itself said, out of the lists of types and settings that jsonargparse wraps it in."""
+    """Return the error of a part itself, which jsonargparse wraps in errors about types."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__
+    # Another error in a part has no type of its own. jsonargparse raises ValueError around it.
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
         error = error.__cause__
     return error
