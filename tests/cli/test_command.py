@@ -129,7 +129,7 @@ def test_version_and_both_doors() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model=GRPOModule"], "model.sampling.n: it is 1, and GRPO"),
+        (["--model=GRPOModule"], "model.sampling.n: GRPO compares"),
         (
             ["--model.context=MajorityContext"],
             "model.sampling.n: it is 1, and MajorityContext",

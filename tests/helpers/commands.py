@@ -98,7 +98,7 @@ MISTAKES: dict[str, Mistake] = {
     "missing adapter": (lambda p, f: ["--model.policy.adapter=./nowhere"], "is not a LoRA adapter's folder or id"),
     "no chat template": (lambda p, f: [f"--model.policy.model={folder(p, chat_template=None)}"], "has no chat template"),
     "no pad token": (lambda p, f: [f"--model.policy.model={folder(p, pad_token=None)}"], r"set model\.policy\.pad_token"),
-    "LoRA targets": (lambda p, f: ["--model.policy.lora.target_modules=[nope]"], r"model\.policy\.lora does not fit"),
+    "LoRA targets": (lambda p, f: ["--model.policy.lora.target_modules=[nope]"], r"model\.policy\.lora: .*'nope'"),
     "EMA without an adapter": (
         lambda p, f: [f"--config={overlay(p, 'model: {policy: {lora: null}, teacher: EMATeacher}')}"],
         r"model\.teacher: .* model\.policy\.lora is null .*FixedTeacher",
