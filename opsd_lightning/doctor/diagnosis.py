@@ -6,7 +6,6 @@ Goes through what ``fit`` does before its first step, and turns every refusal in
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -407,12 +406,10 @@ class _Examination:
 
 
 def refusal_finding(part: str, error: Exception | str) -> Finding:
-    """The finding of a refusal: its own fields, or a message that names the setting and the fix itself."""
+    """Return the finding of an error. Only a `ConfigError` has a setting and a fix."""
     if isinstance(error, ConfigError):
         return Finding("error", part, error.problem, error.setting, error.fix)
-    message = str(error)
-    named = re.search(r"\b(?:model|data|trainer)\.[a-z][\w.]*\w", message)
-    return Finding("error", part, message, named[0] if named else "")
+    return Finding("error", part, str(error))
 
 
 def _spread(total: int, count: int) -> Sequence[int]:
