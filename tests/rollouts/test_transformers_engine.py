@@ -39,14 +39,14 @@ def test_all_eos_ids_stop_and_belong_to_the_completion(built: Callable[..., Peft
     assert seen == {EOS, SECOND_EOS}
 
 
-def test_cut_at_eos() -> None:
+def test_completions_are_cut_at_eos() -> None:
     assert cut_at_eos([1, 2, 3, 4], frozenset({3, 9})) == ([1, 2, 3], True)
     assert cut_at_eos([3, 3], frozenset({3})) == ([3], True)
     assert cut_at_eos([1, 2], frozenset({3})) == ([1, 2], False)
     assert cut_at_eos([], frozenset({3})) == ([], False)
 
 
-def test_rows_of_a_prompt_are_neighbours(built: Callable[..., PeftModel]) -> None:
+def test_completions_of_a_prompt_are_adjacent(built: Callable[..., PeftModel]) -> None:
     model = built()
     rollouts = ENGINE.generate(model, PROMPTS, Sampling(max_new_tokens=5, temperature=0, n=3), seed=0)
     single = ENGINE.generate(model, PROMPTS, Sampling(max_new_tokens=5, temperature=0), seed=0)
@@ -54,7 +54,7 @@ def test_rows_of_a_prompt_are_neighbours(built: Callable[..., PeftModel]) -> Non
     assert rollouts.n == 3
 
 
-def test_seeds(built: Callable[..., PeftModel]) -> None:
+def test_seeds_decide_the_samples(built: Callable[..., PeftModel]) -> None:
     model, sampling = built(), Sampling(max_new_tokens=10)
     first = ENGINE.generate(model, PROMPTS, sampling, seed_for(0, "rollout", 1, 0))
     torch.rand(7)
@@ -151,7 +151,7 @@ def test_greedy_rollouts_of_ragged_rows_are_those_of_each_row_alone(
     check_greedy_rollouts(engine, built(architecture))
 
 
-def test_ended_rows_stop_costing_and_prompts_run_once(built: Callable[..., PeftModel]) -> None:
+def test_finished_rows_leave_the_batch_and_prompts_run_once(built: Callable[..., PeftModel]) -> None:
     """The tokens that go through the model: plain ``generate`` would feed every row until the last has ended."""
     model, fed = built(), []
     model.get_base_model().get_input_embeddings().register_forward_hook(lambda m, x, y: fed.append(x[0].shape))
@@ -163,7 +163,7 @@ def test_ended_rows_stop_costing_and_prompts_run_once(built: Callable[..., PeftM
     assert max(lengths) * 16 > 2 * sum(lengths)
 
 
-def test_waiting_rows_take_the_places_of_ended_ones(built: Callable[..., PeftModel]) -> None:
+def test_waiting_rows_replace_finished_ones(built: Callable[..., PeftModel]) -> None:
     model, fed = built(), []
     model.get_base_model().get_input_embeddings().register_forward_hook(lambda m, x, y: fed.append(x[0].shape))
     rollouts = TransformersEngine(max_rows=4).generate(model, PROMPTS, Sampling(max_new_tokens=200, n=10), seed=0)
@@ -203,7 +203,7 @@ def test_the_merged_adapter_leaves_the_weights_bit_for_bit(built: Callable[..., 
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_no_merging_where_it_would_not_be_exact_or_wanted(built: Callable[..., PeftModel]) -> None:
+def test_adapters_are_not_merged_inexactly(built: Callable[..., PeftModel]) -> None:
     half = built()
     half.get_base_model().to(torch.bfloat16)
     off = built()
