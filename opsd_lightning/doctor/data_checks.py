@@ -295,13 +295,9 @@ def rate_findings(optimizer: Any) -> Iterator[Finding]:
     rates = [group.get("initial_lr", group.get("lr", math.nan)) for group in optimizer.param_groups]
     rates = [float(rate) for rate in rates]
     setting = "model.optimizer.init_args.lr"
+    text = f"the learning rate is {max(rates):g}"
     if all(rate == 0 for rate in rates):
-        yield Finding(
-            "error", "settings", "the learning rate is 0: nothing is learned", setting, "set it, for example to 5e-6"
-        )
+        yield Finding("error", "settings", f"{text}: nothing is learned", setting, "raise it, for example to 5e-6")
     elif max(rates) > 5e-3:
-        text, fix = (
-            f"the learning rate is {max(rates):g}",
-            "lower it: the paper uses 5e-6, small models rarely over 1e-3",
-        )
+        fix = "lower it: the paper uses 5e-6, and small models rarely more than 1e-3"
         yield Finding("warning", "settings", text, setting, fix)

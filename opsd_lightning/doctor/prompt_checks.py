@@ -109,13 +109,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, role: Role) -> Iterator[
         tokens = sum(map(len, role.prompts))
         text = f"{strange} of {tokens} tokens of the {role.name}'s prompts ({percent(strange, tokens)}) are unknown ones"
         level: Any = "error" if strange > tokens / 10 else "warning"
-        yield Finding(
-            level,
-            "template",
-            text,
-            "model.policy.model",
-            "clean the data, or use another model",
-        )
+        yield Finding(level, "template", text, "model.policy.model", "clean the data, or use another model")
 
 
 def _answered(

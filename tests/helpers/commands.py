@@ -114,7 +114,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "negative temperature": (lambda p, f: ["--model.sampling.temperature=-1"], "temperature"),
     "accumulate_grad_batches": (
-        lambda p, f: ["--trainer.accumulate_grad_batches=4"], r"accumulate_grad_batches is 4.*set data\.batch_size",
+        lambda p, f: ["--trainer.accumulate_grad_batches=4"], r"trainer\.accumulate_grad_batches: .*set data\.batch_size",
     ),
     "gradient_clip_val": (lambda p, f: ["--trainer.gradient_clip_val=1"], r"set model\.max_grad_norm instead"),
     "missing checkpoint": (lambda p, f: ["--ckpt_path=nowhere.ckpt"], "ckpt_path: nowhere.ckpt does not exist"),
