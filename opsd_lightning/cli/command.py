@@ -147,8 +147,7 @@ class OPSDCLI(LightningCLI):
             raise ConfigError(
                 f"{path} is a folder of shards, which only trainer.strategy fsdp2 reads, on one device or many",
                 "ckpt_path",
-                "Set trainer.strategy to fsdp2, or save a single file (save_distributed_checkpoint: false), which every "
-                "strategy reads",
+                "Set trainer.strategy to fsdp2, or save with save_distributed_checkpoint: false, which every strategy reads",
             )
         if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # not the name of a class
             check_strategy_name(trainer.strategy)
