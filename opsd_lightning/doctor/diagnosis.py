@@ -1,14 +1,14 @@
-"""Data, prompts and settings examined before any training: what would be refused, what does not go together, what it costs.
+"""The diagnosis of a run before it trains: errors, contradicting settings, and the memory and time of a step.
 
-Goes through what ``fit`` does before its first step, and turns every refusal into a `Finding`.
+Performs the checks of ``fit`` before its first step, and turns every error into a `Finding`.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,15 +32,23 @@ from opsd_lightning.doctor.data_checks import (
     trace_lengths,
 )
 from opsd_lightning.doctor.findings import Diagnosis, Finding, at_share
-from opsd_lightning.doctor.memory import Step, memory, memory_findings, memory_of, size_of, skeleton, weight_bytes
+from opsd_lightning.doctor.memory import (
+    Step,
+    less_memory,
+    memory,
+    memory_findings,
+    memory_of,
+    size_of,
+    skeleton,
+    weight_bytes,
+)
 from opsd_lightning.doctor.probe import (
+    AGREEMENT_TOKENS,
     LOOKED_AT,
     Examples,
     agreement_findings,
     divergence_facts,
     divergence_findings,
-    run_facts,
-    time_facts,
 )
 from opsd_lightning.doctor.prompt_checks import (
     context_findings,
@@ -51,6 +59,7 @@ from opsd_lightning.doctor.prompt_checks import (
     thinking_findings,
     token_findings,
 )
+from opsd_lightning.doctor.trial import TRIAL_TOKENS, measured_memory, run_trials, time_facts
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
@@ -61,7 +70,7 @@ from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.self_checks import agreement
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, SyncTeacher, Teacher, TrustRegionTeacher
-from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
+from opsd_lightning.types import ConfigError, Example, PromptBatch, Sampling, UserError
 
 _RENDERED = 32  # rows whose prompts are looked at closely
 
@@ -74,18 +83,25 @@ def diagnose(
     with_model: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Diagnosis:
-    """Examine what would be trained, and how, without training it.
+    """Check data, prompts and settings, and measure a few short training steps. No weight changes.
 
-    The parts are as after an attempt to train: the module may hold the model, the data module its rows.
+    Afterwards the module may hold the model, and the data module its rows.
 
     Args:
         module: The method.
-        data: Its data.
-        trainer: As it would train them. Nothing is launched, and no callback or logger is called.
-        examples: Training questions for the divergence and the timing, at least 1.
-        with_model: Load the model; otherwise its configuration and tokenizer alone are read, and neither divergence nor time
-            can be told.
-        say: Told what is being done.
+        data: The data.
+        trainer: The trainer of the run. It launches no processes and calls neither callbacks nor loggers.
+        examples: Training questions on which the divergence and the time are measured, at least 1.
+        with_model: If False, read the model's configuration and tokenizer, but not its weights: neither the divergence nor
+            the time of a step is measured.
+        say: Function that is called with a line about each stage. Defaults to one that ignores it.
+
+    Example::
+
+        module, data = OPSDModule(Policy("HuggingFaceTB/SmolLM2-135M-Instruct")), OPSDDataModule(...)
+        found = diagnose(module, data, Trainer(max_steps=100))
+        for finding in found.of("error"):
+            print(finding.setting, finding.text, finding.fix)
     """
     return _Examination(module, data, trainer, max(examples, 1), say).run(with_model)
 
@@ -97,10 +113,10 @@ class _Examination:
         self.module, self.data, self.trainer, self.examples, self.say = module, data, trainer, examples, say
         self.policy: Policy = module.policy
         self.found = Diagnosis()
+        self.memory_findings: list[Finding] = []
         self.traces: list[int] = []
         self.limit: int | None = None
         self.device = torch.device("cuda", 0) if isinstance(trainer.accelerator, CUDAAccelerator) else torch.device("cpu")
-        # Whether completions are sampled at all; in this process; and how many teachers score them.
         self.samples = not isinstance(module, SFTModule)
         self.teachers: list[Teacher] = list(module.teachers)
 
@@ -139,23 +155,28 @@ class _Examination:
         else:
             with self._refusals("settings"):
                 self._without_model(tokenizer)
+        self.found.add(self.memory_findings)
         return self.found
 
     @contextmanager
     def _refusals(self, part: str) -> Iterator[None]:
-        """What is refused inside is found, and the examination goes on behind it."""
+        """Turn an error in the block into a finding, and go on after the block."""
         try:
             yield
         except (UserError, MisconfigurationException) as error:
             self.found.add([refusal_finding(part, error)])
-        except Exception as error:  # a part of one's own, a library: `fit` would end here too
+        except Exception as error:  # from a library or from a part of the user: `fit` would end here, too
             text = (str(error).strip() or "no message").splitlines()[0]
             self.found.add([Finding("error", part, f"{type(error).__name__}: {text}")])
 
     # -- data and prompts --------------------------------------------------------------------------------------------------
 
     def _renders(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Find what does not reach the prompts, instead of `fit`'s refusal of the first; whether there are prompts."""
+        """Find all texts that do not reach the prompts, where `fit` stops at the first.
+
+        Returns:
+            True if prompts can be made.
+        """
         data = self.data
         data.checks_prompts = False
         for problem in rendering_problems(tokenizer, data.prompts, data.reads_teacher("fit")):
@@ -170,7 +191,7 @@ class _Examination:
         return True
 
     def _room(self, split: str) -> list[Room]:
-        """The contexts that a split's prompts and completions must fit, as `OPSDDataModule.setup` has it."""
+        """Return the context lengths that prompts and completions of a split must fit, as in `OPSDDataModule.setup`."""
         found = [] if self.limit is None else [Room(self.limit, self.data.max_new_tokens)]
         for teacher in self.teachers if split == "train" else []:
             own, new = teacher.context_length(), self.module.sampling.max_new_tokens
@@ -189,7 +210,7 @@ class _Examination:
             with self._refusals("data"):
                 data.setup(stage)
             if split not in data.rows:
-                data.sources[split] = None  # the other one is still worth reading
+                data.sources[split] = None  # so that the other split is still read
             if split in data.rows or split in data.dropped:
                 facts[split] = data_facts(data, split)
         rooms = {split: self._room(split) for split in ("val", "train")}
@@ -229,7 +250,7 @@ class _Examination:
         self.found.facts["thinking"] = facts
 
     def _eos(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Every token that will end a completion, as `Policy.build` gathers them."""
+        """Return every token that ends a completion, as `Policy.build` collects them."""
         try:
             return frozenset(self.policy.end_ids(tokenizer))
         except UserError:  # see `token_findings`
@@ -257,7 +278,7 @@ class _Examination:
         )
 
     def _memory(self) -> bool:
-        """Estimate it; whether the model can be loaded here."""
+        """Estimate the memory of a step, and return whether the model can be loaded here."""
         self.say("Estimating memory ...")
         module, policy, strategy = self.module, self.policy, self.trainer.strategy
         model, step = skeleton(policy), self._step()
@@ -269,7 +290,7 @@ class _Examination:
                 recipe = teacher.recipe
                 kept += weight_bytes(model, None) if recipe is None else weight_bytes(skeleton(recipe), recipe.quantization)
             elif isinstance(teacher, keep_start) and policy.trains_all:
-                kept = kept or weight_bytes(model, None)  # one copy serves the anchor, too
+                kept = kept or weight_bytes(model, None)  # the anchor uses the same copy
             elif isinstance(teacher, (EMATeacher, SyncTeacher)) or (isinstance(teacher, keep_start) and policy.adapter):
                 kept += size_of(trainable)
         plain = policy.quantization is None and model.dtype == torch.float32
@@ -277,20 +298,22 @@ class _Examination:
         copies = plain * (merges + (self.device.type == "cpu" and isinstance(module.rollouts, TransformersEngine)))
         sharded = isinstance(strategy, FSDP2Strategy)
         states = sum(2 if isinstance(teacher, TrustRegionTeacher) else 1 for teacher in self.teachers)
-        bytes_by_part = memory(
-            model, policy, module.objective, module.make_optimizer, step, teacher=kept, teacher_states=states,
+        self.estimate = partial(
+            memory, model, policy, module.objective, module.make_optimizer, teacher=kept, teacher_states=states,
             merged_copies=copies if step.rows_at_once else 0, shards=self.trainer.world_size if sharded else 1,
             gathers=sharded and getattr(module.rollouts, "gather_weights", False),
             frees=self.device.type == "cuda",
         )  # fmt: skip
-        has = memory_of(self.device)
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
-        self.found.facts["memory"] = {"bytes": bytes_by_part, "device": name, "device_bytes": has, "step": step._asdict()}
-        self.found.add(memory_findings(bytes_by_part, has, name))
+        bytes_by_part, has = self.estimate(step), memory_of(self.device)
+        self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
+        self.found.facts["memory"] = {
+            "bytes": bytes_by_part, "device": self.name, "device_bytes": has, "step": step._asdict(),
+        }  # fmt: skip
+        self.memory_findings = list(memory_findings(bytes_by_part, has, self.name))
         return bytes_by_part["base weights"] + bytes_by_part["teacher"] < 0.9 * has
 
     def _without_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """What the skeleton tells of that which `configure_model` and the start of `fit` would refuse."""
+        """Perform the checks of `configure_model` and of the start of `fit` that need no weights."""
         module = self.module
         with self._refusals("settings"):
             module.objective.check(self.policy.load_config().get_text_config().vocab_size, "model.objective")
@@ -314,7 +337,7 @@ class _Examination:
 
     def _model(self, rows: PromptBatch) -> None:
         module, trainer = self.module, self.trainer
-        # One device, whatever the strategy: nothing is launched.
+        # One device, whatever the strategy, so that no process is launched.
         precision: Any = trainer.precision
         single = Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu", devices=1, precision=precision, logger=False,
@@ -336,16 +359,45 @@ class _Examination:
                 facts = divergence_facts(module, teacher, found)
                 self.found.facts["divergence"] = facts
                 self.found.add(divergence_findings(facts, module.objective.skip_first_tokens))
-        timing, completions = time_facts(module, teacher, found, single.precision_plugin.forward_context)
-        if any(completions):
-            agreed, total = agreement(module.model, found.students, completions)
-            self.found.facts["agreement"] = {"tokens": total, "agreed": agreed}
-            self.found.add(agreement_findings(agreed, total))
-        sampled = self._step() if self.samples else self._step()._replace(rows_at_once=0)
-        self.found.facts["time"] = run_facts(module, self.data, trainer, sampled, timing, self.traces)
+        if isinstance(module.rollouts, LocalEngine):
+            sampling = Sampling(max_new_tokens=AGREEMENT_TOKENS, temperature=0.0)
+            completions = module.rollouts.generate(module.model, found.students, sampling, 0).completions
+            if any(completions):
+                agreed, total = agreement(module.model, found.students, completions)
+                self.found.facts["agreement"] = {"tokens": total, "agreed": agreed}
+                self.found.add(agreement_findings(agreed, total))
+        with self._refusals("time"):
+            self._trials(rows)
+
+    def _trials(self, rows: PromptBatch) -> None:
+        """Run training steps of bounded size, and extrapolate their time and, on a CUDA device, their peak memory."""
+        module, step = self.module, self._step()
+        rows_of_question = step.rows // self.data.batch_size
+        small = min(self.examples, self.data.batch_size)
+        if not self._fits(step.shortened(small * rows_of_question, TRIAL_TOKENS)):
+            return  # the memory is too small for any step, which `memory_findings` has found
+        larger = self._fits(step.shortened(step.rows, TRIAL_TOKENS))
+        self.say("Running a few short training steps ...")
+        try:
+            trials = run_trials(module, rows, small, self.data.batch_size if larger else small, step, self.device)
+        except torch.OutOfMemoryError:
+            text = (
+                f"a training step of {small} questions with completions of {TRIAL_TOKENS} tokens does not fit on {self.name}"
+            )
+            self.memory_findings = [Finding("error", "memory", text, *less_memory(self.estimate(step)))]
+            return
+        self.found.facts["time"] = time_facts(module, self.data, self.trainer, step, trials, self.traces)
+        if self.device.type == "cuda" and not isinstance(self.trainer.strategy, FSDP2Strategy):
+            measured = measured_memory(self.estimate, step, trials[0][-1])
+            self.found.facts["memory"]["measured"] = measured
+            self.memory_findings = list(memory_findings(self.estimate(step), memory_of(self.device), self.name, measured))
+
+    def _fits(self, step: Step) -> bool:
+        """Return whether a step may be run here: on a CPU, too little memory would end the process."""
+        return self.device.type == "cuda" or self.estimate(step)["total"] < 0.9 * memory_of(self.device)
 
     def _examples(self, rows: PromptBatch) -> tuple[Examples, Teacher | None]:
-        """A few prompts and the first tokens of their traces, and the teacher that scores them."""
+        """Return a few prompts with the first tokens of their traces, and the teacher that scores them."""
         module = self.module
         picked = _spread(len(rows.examples), self.examples)
         students = [rows.student[i] for i in picked]
@@ -356,22 +408,20 @@ class _Examination:
         needs = module.data_requirements
         reads = needs.privileged and needs.teacher_prompts
         if context is not None:
-            text = f"model.context is {type(context).__name__}, which is made in training: "
-            text += "the teacher is examined with data.context" if reads else "the teacher is not examined"
+            text = f"model.context is {type(context).__name__}, which is made from completions in training: "
+            text += "the teacher is checked with data.context instead" if reads else "the teacher is not checked"
             self.found.add([Finding("note", "divergence", text, "model.context")])
             teacher = teacher if reads else None
         return Examples(students, [rows.teacher[i] for i in picked] if reads else students, completions), teacher
 
 
 def refusal_finding(part: str, error: Exception | str) -> Finding:
-    """The finding of a refusal: its own fields, or a message that names the setting and the fix itself."""
+    """Return the finding for an error, with the fields of a `ConfigError` or the message of another error."""
     if isinstance(error, ConfigError):
         return Finding("error", part, error.problem, error.setting, error.fix)
-    message = str(error)
-    named = re.search(r"\b(?:model|data|trainer)\.[a-z][\w.]*\w", message)
-    return Finding("error", part, message, named[0] if named else "")
+    return Finding("error", part, str(error))
 
 
 def _spread(total: int, count: int) -> Sequence[int]:
-    """Up to so many of the numbers below a total, evenly taken."""
+    """Return up to ``count`` evenly spaced numbers below ``total``."""
     return range(0, total, max(-(-total // count), 1))

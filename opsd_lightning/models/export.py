@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
@@ -165,6 +163,9 @@ def merge_adapter(
 @torch.no_grad()
 def _round_to_four_bits(model: PeftModel, policy: Policy, tokens: Tensor) -> Tensor:
     """Round the base weights to their 4-bit values, and return the quantized policy's logits for some tokens."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit
+
     layers = dict(model.named_modules())
     quantized = policy.build()
     for name, module in quantized.named_modules():

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from helpers.attack import Attack
 from opsd_lightning import quickstart
 from opsd_lightning.callbacks.progress import ProgressLines, print_metrics
-from opsd_lightning.doctor import command as doctor
+from opsd_lightning.doctor import display as doctor
 from opsd_lightning.doctor.findings import Diagnosis, Finding
 from opsd_lightning.reports import page as report
 from opsd_lightning.utils.terminal import SafeArgumentParser, escape_controls, safe_messages, safe_text, safe_tracebacks, say

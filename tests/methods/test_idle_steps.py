@@ -156,7 +156,7 @@ def dead(name: str, policy: Policy) -> tuple[PolicyModule, Any, str]:
     settings, cause = DEAD[name]
     own = dict(settings)
     context, online = own.pop("context", None), own.pop("online", None)
-    grpo = GRPOModule(policy, Same(), sampling=Sampling(max_new_tokens=4, n=2)) if own.pop("grpo", False) else None
+    grpo = GRPOModule(policy, reward=Same(), sampling=Sampling(max_new_tokens=4, n=2)) if own.pop("grpo", False) else None
     module: PolicyModule = grpo or opsd(policy, context=online, **own)
     module.idle_limit = 3  # type: ignore[misc]
     return module, context, cause

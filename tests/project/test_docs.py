@@ -19,11 +19,11 @@ import opsd_lightning
 import opsd_lightning.cli.command  # every class that YAML may name
 from helpers.pages import PAGES, blocks, commands
 from helpers.paths import ROOT
-from opsd_lightning.__main__ import COMMANDS
+from opsd_lightning.cli.commands import COMMANDS
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.methods.base import PolicyModule
 
-SUBCOMMANDS = {"fit", "validate", "test", "predict", *COMMANDS}
+SUBCOMMANDS = set(COMMANDS)
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
