@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from opsd_lightning import __version__
 from opsd_lightning.cli.commands import COMMANDS, find_command
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.integration
+
 HEAVY = [
     "torch",
     "transformers",

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from transformers.utils import logging as transformers_logging
 
+from helpers.paths import ROOT
 from opsd_lightning.utils.library_messages import HIDDEN_MESSAGES, hide_library_messages
 
-ROOT = Path(__file__).parents[2]
 LOGGED = [hidden for hidden in HIDDEN_MESSAGES if hidden.loggers]
 
 
@@ -86,6 +86,7 @@ def test_progress_bars_of_libraries_are_for_terminals(terminal: bool, monkeypatc
     assert transformers_logging.is_progress_bar_enabled()
 
 
+@pytest.mark.integration
 def test_a_run_prints_its_own_lines_only(folders: dict[str, str], tmp_path: Path) -> None:
     """Every line on the console is this package's or Lightning's progress."""
     rows = [{"problem": f"{n}+1?", "solution": f"The answer is {n + 1}.", "gold": str(n + 1)} for n in range(4)]
