@@ -62,7 +62,8 @@ def test_answers_import_no_large_library(words: list[str], status: int, text: st
     assert text in output
 
 
-@pytest.mark.parametrize("command", ["fit", "doctor"])
+# Both commands build the same parser.
+@pytest.mark.parametrize("command", ["fit", pytest.param("doctor", marks=pytest.mark.slow)])
 def test_a_command_without_quantization_does_not_import_bitsandbytes(command: str) -> None:
     status, output, loaded = opsd(command, "--print_config")
     assert status == 0 and "OPSDModule" in output

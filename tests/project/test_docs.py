@@ -23,6 +23,9 @@ from opsd_lightning.cli.commands import COMMANDS
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.methods.base import PolicyModule
 
+pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental':UserWarning")
+
+
 SUBCOMMANDS = set(COMMANDS)
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
