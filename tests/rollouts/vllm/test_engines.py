@@ -684,11 +684,11 @@ def test_vllm_serves_what_is_active(two_vllm_servers: list[tuple[Any, str]], vll
 IN_PROCESS = """
 import json, sys
 import torch
-from opsd_lightning.objectives import token_logprobs
-from opsd_lightning.policy import LoRA, Policy
-from opsd_lightning.rollouts import Sampling
-from opsd_lightning.scoring import score
-from opsd_lightning.vllm_rollouts import VLLMEngine
+from opsd_lightning.losses.objectives import token_logprobs
+from opsd_lightning.models.policy import LoRA, Policy
+from opsd_lightning.models.scoring import score
+from opsd_lightning.rollouts.vllm.engines import VLLMEngine
+from opsd_lightning.types import Sampling
 
 def main():
     folder, prompts = sys.argv[1], json.loads(sys.argv[2])
