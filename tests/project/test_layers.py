@@ -107,3 +107,16 @@ def test_the_docs_name_tests_that_exist() -> None:
     for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         for name in re.findall(r"\b(test_\w+)(?:\[[^\]]*\])?`", path.read_text(encoding="utf-8")):
             assert f"def {name}(" in tests or any((ROOT / "tests").rglob(f"{name}.py")), (path, name)
+
+
+def test_test_files_share_code_only_through_helpers() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        modules = {module.split(".")[0] for module in imports(path)}
+        assert not [name for name in modules if name in ("conftest", "tests") or name.startswith("test_")], path
+
+
+def test_test_files_mirror_the_package() -> None:
+    folders = {path.name for path in PACKAGE.rglob("*") if path.is_dir() and (path / "__init__.py").exists()}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        parts = path.relative_to(ROOT / "tests").parts[:-1]
+        assert not parts or parts[0] in ("attacks", "project") or set(parts) <= folders, path
