@@ -108,7 +108,7 @@ MISTAKES = {
             f"--model.policy.model={(p / 'm.gguf').write_bytes(b'') or p}/m.gguf",
             "--model.policy.quantization=transformers.BitsAndBytesConfig",
         ], ["model.policy.quantization", ".gguf"]),
-    "schedule too short": Mistake(lambda p, f: ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1", "--model.lr_scheduler.total_steps=1"], ["model.lr_scheduler", "total_steps = 1", "trainer.max_steps = 2"]),
+    "schedule too short": Mistake(lambda p, f: ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1", "--model.lr_scheduler.total_steps=1"], ["model.lr_scheduler", "total_steps", "trainer.max_steps"]),
     "schedule by a metric": Mistake(lambda p, f: ["--model.lr_scheduler=ReduceLROnPlateau"], ["ReduceLROnPlateau"]),
     "a step budget in the data": Mistake(lambda p, f: ["--trainer.max_steps=two"], ["trainer.max_steps", "two"]),
 }  # fmt: skip
