@@ -29,35 +29,40 @@ autodoc_inherit_docstrings = False
 # A type named in a signature may be in two public places.
 suppress_warnings = ["ref.python"]
 
+# Modules of each page, or subpackages with all their modules.
 GROUPS = {
-    "Module and data": ("module", "training", "sft", "grpo", "off_policy", "data", "sources", "prompts", "policy", "types"),
-    "The loss": ("objectives", "divergences", "shaping", "anchors"),
-    "Teachers and contexts": ("teachers", "contexts"),
-    "Rollouts and evaluation": ("rollouts", "vllm_rollouts", "grading", "metrics"),
-    "Seeing what it learns": ("token_report", "run_report", "report", "runs", "health", "health_log", "guard"),
-    "Before training": ("diagnosis", "findings"),
+    "Methods and data": ("methods", "data", "prompts.templates", "models.policy", "types"),
+    "The loss": ("losses", "methods.anchor"),
+    "Teachers and contexts": ("teachers", "prompts"),
+    "Rollouts and evaluation": ("rollouts", "grading", "evaluation"),
+    "Reports and health": ("reports", "runs", "callbacks.health", "callbacks.health_metrics", "callbacks.collapse_guard"),
+    "Before training": ("doctor",),
 }
+REST = "Callbacks, strategies and the rest"
+
+
+def page_of(module: str) -> str:
+    """Return the title of a module's page: the page that names the module, or else its subpackage."""
+    for name in (module, module.partition(".")[0]):
+        for title, members in GROUPS.items():
+            if name in members:
+                return title
+    return REST
 
 
 def write_api() -> None:
-    """One page a group; what is in no group goes to the last."""
+    """Write the pages of the public names."""
     folder = HERE / "api"
     folder.mkdir(exist_ok=True)
-    rooms = opsd_lightning._ROOMS
-    grouped = {room for group in GROUPS.values() for room in group}
-    groups = GROUPS | {"Callbacks, strategies and the rest": tuple(room for room in rooms if room not in grouped)}
-    pages = []
-    for title, members in groups.items():
-        page = re.sub(r"\W+", "-", title.lower()).strip("-")
-        pages.append(page)
-        lines = [title, "=" * len(title), ""]
-        for room in members:
-            for name in rooms.get(room, []):
-                found = getattr(opsd_lightning, name)
-                kind = "class" if isinstance(found, type) else "function" if callable(found) else "data"
-                lines += [name, "-" * len(name), "", f".. auto{kind}:: opsd_lightning.{room}.{name}", ""]
+    pages: dict[str, list[str]] = {title: [title, "=" * len(title), ""] for title in (*GROUPS, REST)}
+    for name, module in opsd_lightning._MODULE_OF.items():
+        found = getattr(opsd_lightning, name)
+        kind = "class" if isinstance(found, type) else "function" if callable(found) else "data"
+        pages[page_of(module)] += [name, "-" * len(name), "", f".. auto{kind}:: opsd_lightning.{module}.{name}", ""]
+    files = {re.sub(r"\W+", "-", title.lower()).strip("-"): lines for title, lines in pages.items()}
+    for page, lines in files.items():
         _write(folder / f"{page}.rst", "\n".join(lines))
-    lines = ["API", "===", "", ".. toctree::", "   :maxdepth: 2", ""] + [f"   {page}" for page in pages]
+    lines = ["API", "===", "", ".. toctree::", "   :maxdepth: 2", ""] + [f"   {page}" for page in files]
     _write(folder / "index.rst", "\n".join(lines) + "\n")
 
 

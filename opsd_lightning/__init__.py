@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # as below: a type checker cannot follow the lazy ones
+if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow __getattr__
     from opsd_lightning.callbacks.baseline import BaselineEvaluation as BaselineEvaluation
     from opsd_lightning.callbacks.collapse_guard import (
         Ceiling as Ceiling,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # as below: a type checker cannot follow the lazy ones
     from opsd_lightning.callbacks.progress import ProgressLines as ProgressLines
     from opsd_lightning.callbacks.rollouts import RolloutTable as RolloutTable, RolloutWriter as RolloutWriter
     from opsd_lightning.data.datamodule import OPSDDataModule as OPSDDataModule
+    from opsd_lightning.data.drop_reasons import DropReason as DropReason
     from opsd_lightning.data.sources import (
         Columns as Columns,
         ExampleSource as ExampleSource,
@@ -123,6 +124,7 @@ if TYPE_CHECKING:  # as below: a type checker cannot follow the lazy ones
     )
     from opsd_lightning.types import (
         ConfigError as ConfigError,
+        DataRequirements as DataRequirements,
         Example as Example,
         PromptBatch as PromptBatch,
         Rollouts as Rollouts,
@@ -141,6 +143,7 @@ _NAMES = {
     "callbacks.progress": "ProgressLines",
     "callbacks.rollouts": "RolloutTable RolloutWriter",
     "data.datamodule": "OPSDDataModule",
+    "data.drop_reasons": "DropReason",
     "data.sources": "Columns ExampleSource FileSource HubSource ReasoningGymSource WordProblems",
     "distributed.fsdp2": "FSDP2Strategy",
     "doctor.diagnosis": "diagnose",
@@ -176,7 +179,7 @@ _NAMES = {
     "runs.reader": "Point Run read_run",
     "teachers": "EMATeacher FixedTeacher GenerativeTeacher LiveTeacher ModelTeacher ReferenceTeacher SyncTeacher Teacher "
     "TrustRegionTeacher",
-    "types": "ConfigError Example PromptBatch Rollouts Sampling TokenStates UserError",
+    "types": "ConfigError DataRequirements Example PromptBatch Rollouts Sampling TokenStates UserError",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

@@ -224,7 +224,7 @@ def checked(cls: type[_Class]) -> type[_Class]:
     """Check arguments of a class in Python as the command line checks them.
 
     This class decorator converts arguments with a restricted number type of jsonargparse, such as ``PositiveInt`` or
-    ``PositiveFloat | None``, to ``int`` or ``float``. It stands above ``@dataclass``.
+    ``PositiveFloat | None``, to ``int`` or ``float``. Write it above ``@dataclass``.
 
     Raises:
         ConfigError: On construction, for a value that the type does not allow. The setting is ``Class.argument``.

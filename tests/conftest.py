@@ -29,15 +29,14 @@ pytest.register_assert_rewrite("helpers")
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: collecting garbage, as every Trainer and benchmark does, need not look at it."""
+    """Exclude everything imported so far from garbage collection, which every Trainer and benchmark triggers."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
-    """Later tests fork: threads of a process group or of OpenMP would be missed there, and waited for, for ever. And they
-    read what Lightning logs."""
+    """Check that a test leaves no process group, no threads and no changed loggers: later tests fork and read logs."""
     import lightning.pytorch  # noqa: F401 (sets its loggers up)
     import torch
 
@@ -53,14 +52,13 @@ def leaves_nothing_behind() -> Iterator[None]:
 
 @pytest.fixture
 def plain_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What transformers alone loads in 4 bits is computed with as this package does: not repacked in bfloat16, as
-    bitsandbytes does on some CPUs."""
+    """Keep bitsandbytes from repacking 4-bit weights in bfloat16, as it does on some CPUs."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A model folder for each architecture."""
+    """Return a model folder for each architecture."""
     from helpers.models import ARCHITECTURES, make_model, make_tokenizer
 
     root = tmp_path_factory.mktemp("models")
@@ -72,7 +70,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def roomy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny model with room for the package's own prompts, which are long where a token is a character."""
+    """Return the folder of a tiny model whose context holds the package's own prompts."""
     from helpers.models import make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("roomy")
@@ -96,7 +94,7 @@ def make_policy(folders: dict[str, str]) -> Callable[..., Policy]:
 
 @pytest.fixture
 def built(make_policy: Callable[..., Policy]) -> Callable[..., PeftModel]:
-    """A policy whose adapter already does something."""
+    """Return a function that builds a policy whose adapter is not at its start."""
 
     import torch
 
@@ -137,7 +135,7 @@ def attack(request: pytest.FixtureRequest) -> Iterator[Attack]:
 
 @pytest.fixture
 def base(folders: dict[str, str], tmp_path: Path) -> list[str]:
-    """Arguments of a tiny run that works."""
+    """Return the arguments of a tiny run."""
     from helpers.files import write_jsonl
 
     rows = [{"problem": f"{n}+1?", "solution": f"The answer is {n + 1}.", "gold": str(n + 1)} for n in range(8)]

@@ -1,4 +1,4 @@
-"""A rank that Lightning has started ends where the first rank is gone, also before they are connected."""
+"""Tests of the `opsd` command's processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quick start as a newcomer runs it, on a tiny model, and its adapter in plain peft."""
+"""Tests of the quick start on a tiny model, and of its adapter in plain peft."""
 
 from __future__ import annotations
 

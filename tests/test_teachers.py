@@ -1,4 +1,4 @@
-"""What each teacher promises, over every subclass."""
+"""Tests of every teacher class: scores, updates and frozen weights."""
 
 from __future__ import annotations
 

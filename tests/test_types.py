@@ -1,4 +1,4 @@
-"""Types shared by all modules."""
+"""Tests of the types that all modules share."""
 
 from __future__ import annotations
 

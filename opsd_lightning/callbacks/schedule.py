@@ -25,8 +25,8 @@ def is_due(trainer: Trainer, module: PolicyModule, every_n_steps: int) -> bool:
 def newly_logged(metrics: Mapping[str, Any], seen: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the scalars that were logged since the previous call.
 
-    Lightning keeps the latest value of each metric, so values of earlier steps are among ``callback_metrics``. A new value
-    is a new tensor.
+    Lightning keeps the latest value of each metric, so values of earlier steps are among ``callback_metrics``. It returns
+    views of the value's tensor, and logs a new value as another tensor.
 
     Args:
         metrics: The trainer's ``callback_metrics``.
@@ -35,9 +35,11 @@ def newly_logged(metrics: Mapping[str, Any], seen: dict[str, Tensor]) -> dict[st
     new = {
         name: value
         for name, value in metrics.items()
-        if isinstance(value, Tensor)
-        and value.numel() == 1
-        and (name not in seen or seen[name].data_ptr() != value.data_ptr())
+        if isinstance(value, Tensor) and value.numel() == 1 and not _is_view(value, seen.get(name))
     }
     seen |= new
     return new
+
+
+def _is_view(value: Tensor, other: Tensor | None) -> bool:
+    return other is not None and value.dtype == other.dtype and value.is_set_to(other)

@@ -79,7 +79,10 @@ def read_shards(state: dict[str, Any], folder: Path, every_rank: bool = True) ->
         ConfigError: The folder is not a complete sharded checkpoint, or does not contain this state.
     """
     try:
-        load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=not every_rank)
+        with warnings.catch_warnings():
+            # One process reads the shards on purpose.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=not every_rank)
     except ConfigError:
         raise
     except BaseException as error:

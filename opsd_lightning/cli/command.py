@@ -147,8 +147,7 @@ class OPSDCLI(LightningCLI):
             raise ConfigError(
                 f"{path} is a folder of shards, which only trainer.strategy fsdp2 reads, on one device or many",
                 "ckpt_path",
-                "Set trainer.strategy to fsdp2, or save a single file (save_distributed_checkpoint: false), which every "
-                "strategy reads",
+                "Set trainer.strategy to fsdp2, or save with save_distributed_checkpoint: false, which every strategy reads",
             )
         if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # not the name of a class
             check_strategy_name(trainer.strategy)
@@ -177,8 +176,11 @@ class OPSDCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunReport):
                     callback.arguments = self.arguments
-        except (ValueError, TypeError, ImportError) as error:  # raised by a part that checks its settings
-            raise UserError(str(_root_cause(error))) from error
+        except (ValueError, TypeError, ImportError) as error:  # a part's own check of its settings
+            reason = _reason(error)
+            if isinstance(reason, UserError):
+                raise reason from None
+            raise UserError(str(reason)) from error
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -231,8 +233,14 @@ class OPSDCLI(LightningCLI):
         open_loggers(self.trainer)
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """Return the error of the part itself, which jsonargparse wraps in lists of types and settings."""
+def _reason(error: BaseException) -> BaseException:
+    """Return the error of a part itself, which jsonargparse wraps in errors about types."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__
+    # Another error in a part has no type of its own. jsonargparse raises ValueError around it.
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -111,7 +111,7 @@ class OPSDDataModule(LightningDataModule):
         weights_only: bool | None = None,
         **settings: Any,
     ) -> Self:
-        """Build a data module from a checkpoint's file, as `PolicyModule.load_from_checkpoint` does a module."""
+        """Build a data module from a checkpoint file, as `PolicyModule.load_from_checkpoint` builds a module."""
         check_weights_only(weights_only)
         check_no_hparams(hparams_file)
         with open_checked(checkpoint_path, cls, (cls.CHECKPOINT_HYPER_PARAMS_KEY,), settings) as file:
@@ -150,10 +150,10 @@ class OPSDDataModule(LightningDataModule):
             )
 
     def requirements(self) -> DataRequirements:
-        """Return what the attached module needs. Without one, the needs of `OPSDModule` with its defaults.
+        """Return the data requirements of the attached module. Defaults to those of a plain `OPSDModule`.
 
         Raises:
-            ConfigError: The module does not declare its needs.
+            ConfigError: The module does not declare its requirements.
         """
         module = self.trainer.lightning_module if self.trainer is not None else None
         if module is None:
@@ -192,7 +192,7 @@ class OPSDDataModule(LightningDataModule):
         return split in self.rows and (all(self.rows[split].teacher) or not self.requirements().graded_teacher)
 
     def _prepare(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> PromptBatch:
-        """Return the usable rows of a split, tokenized, and count the dropped ones."""
+        """Tokenize the usable rows of a split, and count the dropped ones."""
         needs = self.requirements()
         if split != "train":  # evaluation grades answers
             needs = DataRequirements(teacher_prompts=False, graded_teacher=needs.graded_teacher)
@@ -268,7 +268,7 @@ class OPSDDataModule(LightningDataModule):
         return numbers, valid
 
     def _blank_context(self, split: str, example: Example, valid: Sequence[Example]) -> ConfigError:
-        """Return the error for a question of an evaluation whose teacher gets an empty text."""
+        """Return the error for an evaluation question with an empty context."""
         if missing := sum(not each.trace for each in valid):
             return ConfigError(
                 f"{missing} of {len(valid)} questions of data.{split} have no trace for the teacher to read",

@@ -64,7 +64,7 @@ class Columns:
         """
         rows = list(rows)
         if not rows:
-            raise ConfigError(f"{origin} holds no rows", "path", "Check the source's path and split")
+            raise ConfigError(f"{origin} has no rows", "path", "Check the source's path and split")
         places = (f"row {number} of {len(rows)}" for number in range(1, len(rows) + 1)) if places is None else places
         names = {setting: getattr(self, setting) for setting in ("question", "trace", "answer")}
         names = {setting: name for setting, name in names.items() if name is not None}
@@ -149,7 +149,7 @@ class HubSource(ExampleSource):
                 raise ConfigError(problem, "split", "Set it to one of them")
             return loaded[self.split]
         if self.split != "train":
-            problem = f"{self.path} holds one dataset without splits, and the split is {self.split!r}"
+            problem = f"{self.path} has one dataset without splits, and the split is {self.split!r}"
             raise ConfigError(problem, "split", "Leave it out")
         return loaded
 

@@ -1,4 +1,4 @@
-"""What is found in the data and their lengths, and in settings that contradict each other, before any model is loaded."""
+"""Checks of the data, of lengths, and of settings that contradict each other. They need no model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opsd_lightning.methods.trainer_checks import late_validations, trainer_prob
 from opsd_lightning.types import Example, Sampling, UserError
 from opsd_lightning.utils.texts import normalize_text
 
-#: How many traces are tokenized at most, for an estimate of completions.
+#: Largest number of traces that are tokenized to estimate the length of completions.
 TRACES = 1000
 
 # Setting and fix for each reason for dropping a row. Rows that are too long: see `_to_fit`.
@@ -51,13 +51,13 @@ _TOO_LONG = {DropReason.PROMPT_TOO_LONG, DropReason.TEACHER_TOO_LONG}
 
 
 class Room(NamedTuple):
-    """A context that prompts and completions must fit.
+    """A context length that prompts and completions must fit.
 
     Args:
-        limit: Its length in tokens.
+        limit: Context length in tokens.
         completion: Tokens of the longest completion.
-        reads_teacher: Count the teacher's prompts, too.
-        owner: Whose it is, for messages.
+        reads_teacher: If True, the teacher's prompts must fit, too.
+        owner: The model with this context, for messages.
     """
 
     limit: int
@@ -70,7 +70,7 @@ Rooms = Mapping[str, Sequence[Room]]
 
 
 def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
-    """Rows of a split: how many there are, are kept, and were left out by reason."""
+    """Count the rows of a split: all, kept, and left out by reason."""
     kept = [normalize_text(e.question) for e in data.rows[split].examples] if split in data.rows else []
     dropped: Counter[DropReason] = data.dropped.get(split, Counter())
     repeats = sum(count - 1 for count in Counter(kept).values())
@@ -86,15 +86,15 @@ def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
 def data_findings(
     data: OPSDDataModule, split: str, facts: dict[str, Any], refuses: bool, rooms: Rooms, overhead: int
 ) -> Iterator[Finding]:
-    """What is wrong with the rows of a split.
+    """Find problems in the rows of a split.
 
     Args:
-        data: Set up.
+        data: The data module after ``setup``.
         split: ``train`` or ``val``.
-        facts: Of `data_facts`.
-        refuses: Whether ``data.on_invalid`` is ``error``, so that one such row ends the run.
-        rooms: Limits in tokens that prompts and completions of each split must fit.
-        overhead: Tokens of the teacher's prompt beside the student's and the context.
+        facts: The result of `data_facts`.
+        refuses: If True, ``data.on_invalid`` is ``error``, and one invalid row ends the run.
+        rooms: Context lengths that prompts and completions of each split must fit.
+        overhead: Tokens of the teacher's prompt in addition to the student's prompt and the context.
     """
     total = facts["rows"]
     for reason, count in data.dropped.get(split, Counter()).items():
@@ -111,17 +111,17 @@ def data_findings(
     repeats, kept = facts["repeated_questions"], facts["kept"]
     if repeats:
         text = f"{repeats} of {kept} rows of data.{split} ({percent(repeats, kept)}) repeat the question of another"
-        fix = "take repeats out of the source, if they are not meant to weigh more"
+        fix = "remove the repeats from the source, or keep them if they should weigh more"
         yield Finding("warning" if repeats > kept / 10 else "note", "data", text, f"data.{split}", fix)
     if facts["traces_cut"] > kept / 100:
         cut = facts["traces_cut"]
         text = f"{cut} of {kept} contexts of data.{split} ({percent(cut, kept)}) are cut, and lose the end of the solution"
-        fix = "raise it, or take a context that is short, such as AnswerContext"
+        fix = "raise it, or use a shorter context, such as AnswerContext"
         yield Finding("warning", "data", text, "data.prompts.max_trace_tokens", fix)
 
 
 def overlap_findings(data: OPSDDataModule) -> Iterator[Finding]:
-    """Validation questions that stand in the test set too."""
+    """Find validation questions that are also in the test set."""
     if data.sources["val"] is None or data.sources["test"] is None or "val" not in data.rows:
         return
     try:
@@ -132,7 +132,7 @@ def overlap_findings(data: OPSDDataModule) -> Iterator[Finding]:
     if shared:
         total = len(data.rows["val"].examples)
         text = f"{shared} of {total} questions of data.val ({percent(shared, total)}) are also in data.test"
-        fix = "a checkpoint picked by validation is then picked by test questions: give each its own"
+        fix = "use separate questions: otherwise validation selects the checkpoint by test questions"
         yield Finding("warning" if shared > total / 10 else "note", "data", text, "data.val", fix)
 
 
@@ -140,14 +140,14 @@ def overlap_findings(data: OPSDDataModule) -> Iterator[Finding]:
 
 
 def trace_lengths(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[int]:
-    """Tokens of up to `TRACES` traces, evenly taken, the token that ends them included."""
+    """Return the lengths of up to `TRACES` evenly spaced traces in tokens, with the token that ends them."""
     step = max(-(-len(examples) // TRACES), 1)
     texts = [example.trace for example in examples[::step] if example.trace]
     return [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []  # type: ignore[arg-type,misc]
 
 
 def length_facts(data: OPSDDataModule, limit: int | None, traces: list[int], max_new_tokens: int) -> dict[str, Any]:
-    """Histograms of prompts (of all valid rows, whether or not they fit) and of traces."""
+    """Summarize the lengths of prompts, including those that are too long, and of traces."""
     pairs = data.lengths.get("train", [])
     room = None if limit is None else limit - data.max_new_tokens
     return {
@@ -168,16 +168,16 @@ def length_findings(
     objective: Objective,
     sampled: bool,
 ) -> Iterator[Finding]:
-    """What does not fit, and which setting would lose less than 1 %.
+    """Find prompts and completions that are too long, and settings with which less than 1 % are.
 
     Args:
-        data: Set up.
-        rooms: Limits in tokens that prompts and completions of each split must fit.
-        overhead: Tokens of the teacher's prompt beside the student's and the context.
-        traces: Their tokens (see `trace_lengths`), as an estimate of completions.
-        sampling: Of training.
-        objective: The method's.
-        sampled: Whether completions are sampled at all.
+        data: The data module after ``setup``.
+        rooms: Context lengths that prompts and completions of each split must fit.
+        overhead: Tokens of the teacher's prompt in addition to the student's prompt and the context.
+        traces: Tokens of traces (see `trace_lengths`), as an estimate of completions.
+        sampling: Sampling in training.
+        objective: Objective of the method.
+        sampled: If False, the method trains on traces and samples no completions.
     """
     total = len(data.lengths.get("train", []))
     dropped = data.dropped.get("train", Counter())
@@ -189,19 +189,19 @@ def length_findings(
     over = sum(length > sampling.max_new_tokens for length in traces)
     if sampled and over > len(traces) / 100:
         text = (
-            f"{percent(over, len(traces))} of the traces are longer than {sampling.max_new_tokens} tokens: if the student "
-            "writes at such length, so many completions are truncated"
+            f"{percent(over, len(traces))} of the traces are longer than {sampling.max_new_tokens} tokens: if the student's "
+            "completions are as long, that many are truncated"
         )
-        fix = f"{at_share(traces, 0.99)} would cut less than 1 % off"
+        fix = f"with {at_share(traces, 0.99)} less than 1 % are truncated"
         if objective.include_truncated:
-            fix += "; or leave it: truncated completions are learned from too, as in the paper, with its 1024 tokens"
+            fix += "; or leave it: truncated completions are trained on, too, as in the paper with its 1024 tokens"
         else:
-            fix += ", or set model.objective.init_args.include_truncated to true: truncated ones are not learned from now"
+            fix += ", or set model.objective.init_args.include_truncated to true to train on truncated completions, too"
         yield Finding("warning", "lengths", text, "model.sampling.max_new_tokens", fix)
 
 
 def _to_fit(data: OPSDDataModule, split: str, rooms: Rooms, overhead: int) -> tuple[str, str]:
-    """The setting, and what to do, with which all but 1 % of a split's prompts fit; only what is computed to do so."""
+    """Return the setting and the advice with which all but 1 % of a split's prompts fit, by computation."""
 
     def longest(each: Room, of: str) -> int:
         pairs = data.lengths.get(of, [])
@@ -209,13 +209,13 @@ def _to_fit(data: OPSDDataModule, split: str, rooms: Rooms, overhead: int) -> tu
 
     tight = [each for each in rooms[split] if longest(each, split) + each.completion > each.limit]
     choices: list[tuple[str, str]] = []
-    # One setting for all splits.
+    # One value has to serve all splits.
     shorter = min((each.limit - longest(each, of) for of, room in rooms.items() for each in room), default=0)
     if tight and shorter >= min(256, min(each.completion for each in tight) // 2):
         fix = f"lower model.sampling.max_new_tokens (and model.eval_sampling's) to {shorter}"
         choices.append(("model.sampling.max_new_tokens", fix))
     cuts = [_cut_that_fits(student, teacher, rooms[split], overhead) for student, teacher in data.lengths.get(split, [])]
-    cut = sorted(cuts)[len(cuts) // 100] - 8 if cuts else 0  # a text may have some tokens more between others
+    cut = sorted(cuts)[len(cuts) // 100] - 8 if cuts else 0  # a text may be split into a few more tokens inside a prompt
     if tight and 32 <= cut < math.inf:
         choices.append(("data.prompts.max_trace_tokens", f"set data.prompts.max_trace_tokens to about {cut:.0f}"))
     needed: dict[str, int] = {}
@@ -230,7 +230,7 @@ def _to_fit(data: OPSDDataModule, split: str, rooms: Rooms, overhead: int) -> tu
 
 
 def _cut_that_fits(student: int, teacher: int, room: Sequence[Room], overhead: int) -> float:
-    """The most tokens of its context with which a row fits: all, or minus infinity where no cut helps."""
+    """Return how many tokens of its context a row may keep: infinity without a cut, minus infinity if no cut helps."""
     context = teacher - student - overhead
     cuts = []
     for each in room:
@@ -247,33 +247,33 @@ def _cut_that_fits(student: int, teacher: int, room: Sequence[Room], overhead: i
 
 
 def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable: int) -> Iterator[Finding]:
-    """Settings that contradict each other or the data, which Lightning would notice late or never.
+    """Find settings that contradict each other or the data, which Lightning notices late or never.
 
     Args:
         module: A `PolicyModule`.
-        data: Set up.
-        trainer: As configured.
-        usable: Training rows.
+        data: The data module after ``setup``.
+        trainer: Trainer of the run.
+        usable: Number of training rows.
     """
     batches = usable // (data.batch_size * trainer.world_size)
     updates = module.updates_per_batch
     evaluation = module.evaluator.sampling
     validates = data.sources["val"] is not None
     if trainer.max_steps == 0 or trainer.max_epochs == 0:
-        yield Finding("error", "settings", "nothing is trained", "trainer.max_steps", "set it to 100, say")
+        yield Finding("error", "settings", "nothing is trained", "trainer.max_steps", "set it above 0, for example to 100")
     if trainer.max_steps > 0 and batches:
         epochs = trainer.max_steps / updates / batches
         if epochs > 10:
-            text = f"{trainer.max_steps} steps go {epochs:.0f} times over the {usable} training questions"
-            fix = "lower it, or give more data; OPSD is known to collapse after some hundred steps"
+            text = f"{trainer.max_steps} steps pass {epochs:.0f} times over the {usable} training questions"
+            fix = "lower it, or use more data; OPSD often collapses after a few hundred steps"
             yield Finding("warning", "settings", text, "trainer.max_steps", fix)
     if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_epochs >= 1000):
-        text, fix = "the run has no end", "set it to 100, say, the paper's"
+        text, fix = "the run never ends", "set it, for example to 100 as in the paper"
         yield Finding("warning", "settings", text, "trainer.max_steps", fix)
     interval = trainer.val_check_interval
     if validates and isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and 0 < batches < interval:
         text = f"trainer.val_check_interval is {interval}, and an epoch has {batches} batches: Lightning refuses that"
-        fix = "set it to null, so that the interval counts over epochs"
+        fix = "set it to null, so that the interval counts batches across epochs"
         yield Finding("error", "settings", text, "trainer.check_val_every_n_epoch", fix)
     for problem in trainer_problems(trainer, module, data):
         yield Finding("error", "settings", problem.problem, problem.setting, problem.fix[:1].lower() + problem.fix[1:])
@@ -281,7 +281,7 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
         yield Finding("warning", "settings", problem.problem, problem.setting, problem.fix[:1].lower() + problem.fix[1:])
     if module.sampling.temperature == 0 and module.sampling.n > 1:
         text = f"the {module.sampling.n} completions of a question are all the same at temperature 0"
-        yield Finding("error", "settings", text, "model.sampling.temperature", "set it to 1, say, or model.sampling.n to 1")
+        yield Finding("error", "settings", text, "model.sampling.temperature", "set it to 1, or model.sampling.n to 1")
     if validates and evaluation.max_new_tokens < module.sampling.max_new_tokens:
         text = (
             f"validation stops a completion at {evaluation.max_new_tokens} tokens, training at "
@@ -291,12 +291,13 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
 
 
 def rate_findings(optimizer: Any) -> Iterator[Finding]:
-    """Of the optimizer as it was made."""
+    """Find a learning rate of 0 and an unusually high one."""
     rates = [group.get("initial_lr", group.get("lr", math.nan)) for group in optimizer.param_groups]
     rates = [float(rate) for rate in rates]
     setting = "model.optimizer.init_args.lr"
+    text = f"the learning rate is {max(rates):g}"
     if all(rate == 0 for rate in rates):
-        yield Finding("error", "settings", "the learning rate is 0: nothing is learned", setting, "set it to 5e-6, say")
+        yield Finding("error", "settings", f"{text}: nothing is learned", setting, "raise it, for example to 5e-6")
     elif max(rates) > 5e-3:
-        text, fix = f"the learning rate is {max(rates):g}", "the paper's is 5e-6, and a small model's seldom above 1e-3"
+        fix = "lower it: the paper uses 5e-6, and small models rarely more than 1e-3"
         yield Finding("warning", "settings", text, setting, fix)

@@ -1,12 +1,11 @@
-"""Data, prompts and settings examined before any training: what would be refused, what does not go together, what it costs.
+"""The diagnosis of a run before it trains: errors, contradicting settings, and the memory and time of a step.
 
-Goes through what ``fit`` does before its first step, and turns every refusal into a `Finding`.
+Performs the checks of ``fit`` before its first step, and turns every error into a `Finding`.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -84,18 +83,25 @@ def diagnose(
     with_model: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Diagnosis:
-    """Examine what would be trained, and how, without training it.
+    """Check data, prompts and settings, and measure a few short training steps. No weight changes.
 
-    The parts are as after an attempt to train: the module may hold the model, the data module its rows.
+    Afterwards the module may hold the model, and the data module its rows.
 
     Args:
         module: The method.
-        data: Its data.
-        trainer: As it would train them. Nothing is launched, and no callback or logger is called.
-        examples: Training questions for the divergence and the timing, at least 1.
-        with_model: Load the model; otherwise its configuration and tokenizer alone are read, and neither divergence nor time
-            can be told.
-        say: Told what is being done.
+        data: The data.
+        trainer: The trainer of the run. It launches no processes and calls neither callbacks nor loggers.
+        examples: Training questions on which the divergence and the time are measured, at least 1.
+        with_model: If False, read the model's configuration and tokenizer, but not its weights: neither the divergence nor
+            the time of a step is measured.
+        say: Function that is called with a line about each stage. Defaults to one that ignores it.
+
+    Example::
+
+        module, data = OPSDModule(Policy("HuggingFaceTB/SmolLM2-135M-Instruct")), OPSDDataModule(...)
+        found = diagnose(module, data, Trainer(max_steps=100))
+        for finding in found.of("error"):
+            print(finding.setting, finding.text, finding.fix)
     """
     return _Examination(module, data, trainer, max(examples, 1), say).run(with_model)
 
@@ -111,7 +117,6 @@ class _Examination:
         self.traces: list[int] = []
         self.limit: int | None = None
         self.device = torch.device("cuda", 0) if isinstance(trainer.accelerator, CUDAAccelerator) else torch.device("cpu")
-        # Whether completions are sampled at all; in this process; and how many teachers score them.
         self.samples = not isinstance(module, SFTModule)
         self.teachers: list[Teacher] = list(module.teachers)
 
@@ -155,19 +160,23 @@ class _Examination:
 
     @contextmanager
     def _refusals(self, part: str) -> Iterator[None]:
-        """What is refused inside is found, and the examination goes on behind it."""
+        """Turn an error in the block into a finding, and go on after the block."""
         try:
             yield
         except (UserError, MisconfigurationException) as error:
             self.found.add([refusal_finding(part, error)])
-        except Exception as error:  # a part of one's own, a library: `fit` would end here too
+        except Exception as error:  # from a library or from a part of the user: `fit` would end here, too
             text = (str(error).strip() or "no message").splitlines()[0]
             self.found.add([Finding("error", part, f"{type(error).__name__}: {text}")])
 
     # -- data and prompts --------------------------------------------------------------------------------------------------
 
     def _renders(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Find what does not reach the prompts, instead of `fit`'s refusal of the first; whether there are prompts."""
+        """Find all texts that do not reach the prompts, where `fit` stops at the first.
+
+        Returns:
+            True if prompts can be made.
+        """
         data = self.data
         data.checks_prompts = False
         for problem in rendering_problems(tokenizer, data.prompts, data.reads_teacher("fit")):
@@ -182,7 +191,7 @@ class _Examination:
         return True
 
     def _room(self, split: str) -> list[Room]:
-        """The contexts that a split's prompts and completions must fit, as `OPSDDataModule.setup` has it."""
+        """Return the context lengths that prompts and completions of a split must fit, as in `OPSDDataModule.setup`."""
         found = [] if self.limit is None else [Room(self.limit, self.data.max_new_tokens)]
         for teacher in self.teachers if split == "train" else []:
             own, new = teacher.context_length(), self.module.sampling.max_new_tokens
@@ -201,7 +210,7 @@ class _Examination:
             with self._refusals("data"):
                 data.setup(stage)
             if split not in data.rows:
-                data.sources[split] = None  # the other one is still worth reading
+                data.sources[split] = None  # so that the other split is still read
             if split in data.rows or split in data.dropped:
                 facts[split] = data_facts(data, split)
         rooms = {split: self._room(split) for split in ("val", "train")}
@@ -241,7 +250,7 @@ class _Examination:
         self.found.facts["thinking"] = facts
 
     def _eos(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Every token that will end a completion, as `Policy.build` gathers them."""
+        """Return every token that ends a completion, as `Policy.build` collects them."""
         try:
             return frozenset(self.policy.end_ids(tokenizer))
         except UserError:  # see `token_findings`
@@ -281,7 +290,7 @@ class _Examination:
                 recipe = teacher.recipe
                 kept += weight_bytes(model, None) if recipe is None else weight_bytes(skeleton(recipe), recipe.quantization)
             elif isinstance(teacher, keep_start) and policy.trains_all:
-                kept = kept or weight_bytes(model, None)  # one copy serves the anchor, too
+                kept = kept or weight_bytes(model, None)  # the anchor uses the same copy
             elif isinstance(teacher, (EMATeacher, SyncTeacher)) or (isinstance(teacher, keep_start) and policy.adapter):
                 kept += size_of(trainable)
         plain = policy.quantization is None and model.dtype == torch.float32
@@ -304,7 +313,7 @@ class _Examination:
         return bytes_by_part["base weights"] + bytes_by_part["teacher"] < 0.9 * has
 
     def _without_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """What the skeleton tells of that which `configure_model` and the start of `fit` would refuse."""
+        """Perform the checks of `configure_model` and of the start of `fit` that need no weights."""
         module = self.module
         with self._refusals("settings"):
             module.objective.check(self.policy.load_config().get_text_config().vocab_size, "model.objective")
@@ -328,7 +337,7 @@ class _Examination:
 
     def _model(self, rows: PromptBatch) -> None:
         module, trainer = self.module, self.trainer
-        # One device, whatever the strategy: nothing is launched.
+        # One device, whatever the strategy, so that no process is launched.
         precision: Any = trainer.precision
         single = Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu", devices=1, precision=precision, logger=False,
@@ -388,7 +397,7 @@ class _Examination:
         return self.device.type == "cuda" or self.estimate(step)["total"] < 0.9 * memory_of(self.device)
 
     def _examples(self, rows: PromptBatch) -> tuple[Examples, Teacher | None]:
-        """A few prompts and the first tokens of their traces, and the teacher that scores them."""
+        """Return a few prompts with the first tokens of their traces, and the teacher that scores them."""
         module = self.module
         picked = _spread(len(rows.examples), self.examples)
         students = [rows.student[i] for i in picked]
@@ -399,22 +408,20 @@ class _Examination:
         needs = module.data_requirements
         reads = needs.privileged and needs.teacher_prompts
         if context is not None:
-            text = f"model.context is {type(context).__name__}, which is made in training: "
-            text += "the teacher is examined with data.context" if reads else "the teacher is not examined"
+            text = f"model.context is {type(context).__name__}, which is made from completions in training: "
+            text += "the teacher is checked with data.context instead" if reads else "the teacher is not checked"
             self.found.add([Finding("note", "divergence", text, "model.context")])
             teacher = teacher if reads else None
         return Examples(students, [rows.teacher[i] for i in picked] if reads else students, completions), teacher
 
 
 def refusal_finding(part: str, error: Exception | str) -> Finding:
-    """The finding of a refusal: its own fields, or a message that names the setting and the fix itself."""
+    """Return the finding for an error, with the fields of a `ConfigError` or the message of another error."""
     if isinstance(error, ConfigError):
         return Finding("error", part, error.problem, error.setting, error.fix)
-    message = str(error)
-    named = re.search(r"\b(?:model|data|trainer)\.[a-z][\w.]*\w", message)
-    return Finding("error", part, message, named[0] if named else "")
+    return Finding("error", part, str(error))
 
 
 def _spread(total: int, count: int) -> Sequence[int]:
-    """Up to so many of the numbers below a total, evenly taken."""
+    """Return up to ``count`` evenly spaced numbers below ``total``."""
     return range(0, total, max(-(-total // count), 1))

@@ -22,7 +22,7 @@ _MARKS = {"error": "[bold red]fix[/]", "warning": "[yellow]look[/]", "note": "[d
 
 
 def write_json(found: Diagnosis, path: Path) -> None:
-    """The findings and all numbers as a file."""
+    """Write the findings and all numbers to a file."""
     content = {
         "opsd_lightning": __version__,
         "healthy": found.healthy,
@@ -104,12 +104,12 @@ def _show_template(console: Any, facts: Mapping[str, Any]) -> None:
     console.print(table)
     if "agreement" in facts:
         agreed, total = facts["agreement"]["agreed"], facts["agreement"]["tokens"]
-        console.print(f"Scoring agrees with sampling: {agreed} of {total} greedily sampled tokens are its likeliest, too\n")
+        console.print(f"Scoring agrees with sampling: {agreed} of {total} greedily sampled tokens are the likeliest\n")
 
 
 def _show_divergence(console: Any, facts: list[dict[str, Any]]) -> None:
     title = f"Divergence on the first {LOOKED_AT} tokens of traces (forward KL, nats)"
-    table = _table(title, "", "first token", "mean of the next", "student would begin", "teacher would begin")
+    table = _table(title, "", "first token", "mean of the next", "student begins with", "teacher begins with")
     for number, line in enumerate(facts, 1):
         rest = "-" if line["next_forward_kl"] is None else f"{line['next_forward_kl']:.3f}"
         begins = [f"{safe_markup(repr(line[f'{r}_first']))} {line[f'{r}_probability']:.0%}" for r in ("student", "teacher")]
@@ -122,7 +122,7 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
     for name, value in facts["bytes"].items():
         if value and name != "total":
             table.add_row(safe_markup(name), f"{value / 2**20:,.1f}")
-    table.add_row("[bold]at most at one time[/]", f"[bold]{facts['bytes']['total'] / 2**20:,.1f}[/]")
+    table.add_row("[bold]peak[/]", f"[bold]{facts['bytes']['total'] / 2**20:,.1f}[/]")
     console.print(table)
     if "measured" in facts:
         measured = facts["measured"]
@@ -132,8 +132,8 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
             f"{measured['extrapolated_bytes'] / GIB:.1f} GiB"
         )
     console.print(
-        f"{safe_markup(facts['device'])} has {facts['device_bytes'] / GIB:.1f} GiB. With all completions at full length; "
-        "libraries, a CUDA context and its allocator's reserve come on top (about 1 GiB)\n"
+        f"{safe_markup(facts['device'])} has {facts['device_bytes'] / GIB:.1f} GiB. The estimate is for completions of "
+        "full length. Libraries, the CUDA context and the allocator's reserve need about 1 GiB more\n"
     )
 
 

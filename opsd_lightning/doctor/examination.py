@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
@@ -40,7 +41,7 @@ def examine(arguments: list[str], examples: int = 4, with_model: bool = True) ->
 
 
 class _Unstarted(OPSDCLI):
-    """A command line that builds its parts and runs nothing. Problems on the way become findings."""
+    """A command line that builds its parts and runs nothing. Errors become findings."""
 
     def __init__(self, problems: list[Finding], with_model: bool, **settings: Any) -> None:
         self.problems, self.with_model = problems, with_model
@@ -58,9 +59,9 @@ class _Unstarted(OPSDCLI):
                 return super().instantiate_trainer(**kwargs)
             except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
                 found = refusal_finding("settings", str(error).strip().splitlines()[0])
-                if "accelerator" in str(error).lower() or "gpu" in str(error).lower():
+                if _lacks_gpus(self.config_init[self.subcommand].trainer):
                     # A problem of this machine only: the run may be meant for another.
-                    text = f"{found.text} The rest is examined on the CPU"
+                    text = f"{found.text} Everything else is checked on the CPU"
                     found = Finding("error" if self.with_model else "warning", "settings", text, "trainer.accelerator")
                 self.problems.append(found)
         wanted = self.config_init[self.subcommand].trainer
@@ -69,6 +70,13 @@ class _Unstarted(OPSDCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def _lacks_gpus(trainer: Any) -> bool:
+    """Return whether the trainer's settings ask for more GPUs than this machine has."""
+    devices = trainer.devices
+    number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return trainer.accelerator in ("gpu", "cuda") and torch.cuda.device_count() < number
 
 
 def _parts(arguments: list[str], with_model: bool) -> tuple[Any, list[Finding]]:

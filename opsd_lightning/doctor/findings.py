@@ -1,4 +1,4 @@
-"""What an examination of data and settings finds, and the few numbers that it shows."""
+"""Findings of the doctor, and the statistics that it shows."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-#: ``error``: training would fail or learn the wrong thing. ``warning``: it may be meant so. ``note``: good to know.
+#: ``error``: training would fail or learn the wrong thing. ``warning``: possibly a mistake. ``note``: information.
 Level = Literal["error", "warning", "note"]
 
 _BINS = 12
 
 
 class Finding(NamedTuple):
-    """One thing that stands in the way of a run, or is good to know before it.
+    """A problem of a run, or a fact to know before it.
 
     Args:
-        level: ``error`` needs a fix, ``warning`` may be meant so, ``note`` is good to know.
-        part: What was looked at: ``data``, ``lengths``, ``template``, ``thinking``, ``divergence``, ``memory``, ``time`` or
+        level: ``error`` needs a fix, ``warning`` is possibly a mistake, ``note`` is information.
+        part: Part of the run: ``data``, ``lengths``, ``template``, ``thinking``, ``divergence``, ``memory``, ``time`` or
             ``settings``.
-        text: What was found, with its numbers.
-        setting: The setting that it hangs on, or nothing.
-        fix: What to do about it, or nothing.
+        text: The problem, with its numbers.
+        setting: The setting that decides it. Empty if there is none.
+        fix: Advice, as an imperative clause. Empty if there is none.
     """
 
     level: Level
@@ -35,11 +35,11 @@ class Finding(NamedTuple):
 
 @dataclass
 class Diagnosis:
-    """What `diagnose` found.
+    """Result of `diagnose`.
 
     Args:
-        findings: In the order in which they were found.
-        facts: By part, the numbers that were measured or computed; plain values, as JSON takes them.
+        findings: Findings in the order of the checks.
+        facts: Measured and computed numbers by part, as values that JSON can hold.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -49,12 +49,12 @@ class Diagnosis:
         self.findings.extend(findings)
 
     def of(self, level: Level) -> list[Finding]:
-        """All findings of a level."""
+        """Return all findings of a level."""
         return [finding for finding in self.findings if finding.level == level]
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing needs a fix."""
+        """True if no finding is an error."""
         return not self.of("error")
 
 
@@ -92,6 +92,6 @@ def histogram(values: Sequence[int], limit: int | None = None) -> dict[str, Any]
 
 
 def percent(count: float, total: float) -> str:
-    """A share in words, such as ``3.2 %``; never 0 % of something that is there."""
+    """Format a share, such as ``3.2 %``. A share above zero is never written as 0 %."""
     share = 100 * count / max(total, 1)
     return "less than 0.1 %" if 0 < share < 0.1 else f"{share:.{0 if share >= 10 or share == 0 else 1}f} %"

@@ -1,19 +1,20 @@
-"""How much memory a run will take, from the model's configuration alone: no weight is loaded for it.
+"""Estimates of the memory of a run from the model's configuration, without loading weights.
 
-A skeleton of the policy, its adapter included, is made on the meta device, where tensors have shapes and no numbers.
+The policy and its adapter are built on the meta device, where tensors have shapes and no data.
 
-    weights      of the base, by their type; 4-bit and 8-bit ones with their scales
-    teacher      what teachers keep: a copy of the adapter, or a model of its own
-    trainable    adapter (or, in full fine-tuning, all weights), their gradients, and the optimizer's state: what the
-                 configured optimizer keeps of a small tensor after one step
-    rollout      keys and values of all completions at full length, and the copies that an engine makes of the weights
-    scoring      what autograd keeps of a pass's tokens in the skeleton, the teacher's states of the whole step, and the
+    weights      base model, by data type; 4-bit and 8-bit weights with their scales
+    teacher      a copy of the adapter, or a separate model
+    trainable    adapter (all weights in full fine-tuning), gradients, and optimizer state, which is measured by one step of
+                 the configured optimizer on a small tensor
+    rollout      keys and values of all completions at full length, and an engine's copies of the weights
+    scoring      activations that autograd saves in one pass, the teacher's hidden states of the whole step, and the
                  objective's logits_memory_mib
-    total        weights + teacher + trainable + the greater of rollout and scoring; on a CPU both of them, since the C
-                 allocator keeps most of what the one has freed while the other runs
+    total        weights + teacher + trainable + the larger of rollout and scoring; on a CPU the sum of both, since the C
+                 allocator keeps most of the memory that one phase has freed while the other runs
 
-Not in it: the CUDA context and the allocator's reserve (about 1 GiB), the libraries, attention that is neither flash nor
-memory-efficient. The quick start's first steps on a CPU took 3.6 GiB beside the libraries; 3.4 are estimated.
+Not included: the CUDA context and the allocator's reserve (about 1 GiB), the libraries, and attention kernels that are
+neither flash nor memory-efficient. The first steps of the quick start on a CPU took 3.6 GiB without the libraries; the
+estimate is 3.4 GiB.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ GIB = 2**30
 
 
 class Step(NamedTuple):
-    """The sizes of one rank's optimizer step.
+    """The sizes of an optimizer step of one rank.
 
     Args:
         rows: Completions.
         prompt: Tokens of a long student's prompt.
-        completion: Tokens of a completion at its longest.
-        rows_at_once: Completions that are sampled at one time; 0 where none are, or elsewhere.
+        completion: Tokens of the longest completion.
+        rows_at_once: Completions that are sampled at one time. 0 if this process samples none.
         token_budget: Tokens of one scoring pass.
-        eval_rows: Completions of a batch in validation; 0 without.
-        eval_completion: Their tokens.
+        eval_rows: Completions of a validation batch. 0 without validation.
+        eval_completion: Tokens of the longest completion in validation.
     """
 
     rows: int
@@ -70,7 +71,7 @@ class Step(NamedTuple):
 
 
 def skeleton(policy: ModelSettings) -> PeftModel:
-    """The policy without its weights, on the meta device.
+    """Return the policy on the meta device, without weights.
 
     Raises:
         UserError: The model's configuration cannot be read, or the adapter does not fit it.
@@ -85,12 +86,12 @@ def skeleton(policy: ModelSettings) -> PeftModel:
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of some tensors, each counted once."""
+    """Return the bytes of tensors, each counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
 def weight_bytes(model: PeftModel, quantization: BitsAndBytesConfig | None) -> int:
-    """Bytes of the base model's weights and buffers, as they are held; quantized ones with their scales."""
+    """Return the bytes of the base model's weights and buffers as stored, with the scales of quantized weights."""
     thin = {id(layer.weight): _quantized_bytes(layer.weight.numel(), layer.weight.shape[0], quantization)
             for layer in quantized_layers(model, quantization)}  # fmt: skip
     rest = [p for name, p in model.named_parameters() if not is_adapter_key(name) and id(p) not in thin]
@@ -98,7 +99,7 @@ def weight_bytes(model: PeftModel, quantization: BitsAndBytesConfig | None) -> i
 
 
 def quantized_layers(model: PeftModel, quantization: BitsAndBytesConfig | None) -> list[nn.Linear]:
-    """The layers that transformers quantizes: all linear ones but the head."""
+    """Return the layers that transformers quantizes: all linear layers except the head."""
     if quantization is None:
         return []
     head = base_of(model).get_output_embeddings()
@@ -120,7 +121,7 @@ def _quantized_bytes(numbers: int, rows: int, quantization: BitsAndBytesConfig |
 
 
 def optimizer_bytes(make: Callable[..., Any], trainable: list[nn.Parameter]) -> int:
-    """What the optimizer will keep of some parameters: measured on a tensor of 4096 numbers."""
+    """Return the bytes of optimizer state for parameters, measured on a tensor of 4096 numbers."""
     if not trainable:
         return 0
     small = nn.Parameter(torch.ones(64, 64, dtype=trainable[0].dtype))
@@ -129,7 +130,7 @@ def optimizer_bytes(make: Callable[..., Any], trainable: list[nn.Parameter]) -> 
         optimizer = make([small])
         optimizer.step()
         kept = [value for value in optimizer.state[small].values() if isinstance(value, Tensor)]
-    except Exception:  # one that computes on a GPU alone, as bitsandbytes' may: two moments
+    except Exception:  # an optimizer for GPUs only, such as bitsandbytes': assume two moments
         return sum(p.numel() for p in trainable) * 2 * (1 if "8bit" in repr(make) else 4)
     each = [value for value in kept if value.numel() == small.numel()]
     fixed = size_of(kept) - size_of(each)
@@ -137,7 +138,7 @@ def optimizer_bytes(make: Callable[..., Any], trainable: list[nn.Parameter]) -> 
 
 
 def cache_bytes(config: PretrainedConfig, tokens: int, element_size: int) -> int:
-    """Keys and values of one completion of so many tokens, its prompt included."""
+    """Return the bytes of keys and values of one row with this many tokens, prompt included."""
     text: Any = config.get_text_config()
     if (heads := getattr(text, "num_attention_heads", None)) is None:  # a recurrent state, whatever the length
         return 0
@@ -149,7 +150,7 @@ def cache_bytes(config: PretrainedConfig, tokens: int, element_size: int) -> int
 
 
 def kept_bytes_per_token(model: PeftModel) -> float:
-    """What autograd keeps of one more token of a row, in all layers, without gradient checkpointing.
+    """Return the bytes that autograd saves for one more token of a row, in all layers, without gradient checkpointing.
 
     Args:
         model: A skeleton, or a model with its weights.
@@ -174,8 +175,8 @@ def kept_bytes_per_token(model: PeftModel) -> float:
             _graph = hidden_states(model, input_ids=ids, attention_mask=mask, use_cache=False)
         return sum(kept.values())
 
-    # On the meta device attention is the plain one, which keeps a matrix of [tokens, tokens]: what grows with the square of
-    # a row's length is left out, as by the kernels that real devices take.
+    # Attention on the meta device saves a matrix of shape [tokens, tokens]. The kernels of real devices do not, so that the
+    # part that grows with the square of the length is subtracted.
     try:
         short, middle, long = total(16), total(32), total(48)
     except (RuntimeError, NotImplementedError):
@@ -186,7 +187,7 @@ def kept_bytes_per_token(model: PeftModel) -> float:
 
 
 def typical_bytes_per_token(config: Any, dtype: torch.dtype) -> float:
-    """A rough value of `kept_bytes_per_token` from a configuration's sizes: what a transformer's layers keep of a token."""
+    """Return a rough value of `kept_bytes_per_token` for a transformer, from the sizes in its configuration."""
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     if expert := getattr(config, "moe_intermediate_size", None) or (getattr(config, "num_local_experts", 0) and inner):
         inner = expert * (getattr(config, "num_experts_per_tok", None) or 1)
@@ -195,7 +196,7 @@ def typical_bytes_per_token(config: Any, dtype: torch.dtype) -> float:
 
 
 def logits_bytes(objective: Objective, vocabulary: int, tokens: int, element_size: int) -> int:
-    """The most that the objective takes for logits: its bound, or less where there are few tokens."""
+    """Return the peak bytes of logits: the bound of the objective, or less for few tokens."""
     return min(objective.logits_memory_mib * 2**20, tokens * vocabulary * (12 * 4 + 2 * element_size))
 
 
@@ -213,20 +214,20 @@ def memory(
     gathers: bool = False,
     frees: bool = True,
 ) -> dict[str, int]:
-    """Bytes on one device, by what takes them.
+    """Return the bytes on one device by purpose, and their ``total``.
 
     Args:
         model: A skeleton of the policy.
-        policy: Its recipe.
-        objective: The method's.
-        make_optimizer: Makes its optimizer.
-        step: The sizes of a step on this device.
-        teacher: Bytes of what teachers keep.
-        teacher_states: How many teachers score each completion.
+        policy: Settings of the policy.
+        objective: Objective of the method.
+        make_optimizer: Makes the optimizer of parameters.
+        step: Sizes of a step on this device.
+        teacher: Bytes of teachers' weights.
+        teacher_states: Number of teachers that score each completion.
         merged_copies: Copies of the base weights that the engine makes for a rollout.
-        shards: Devices that weights, gradients and optimizer state are spread over.
-        gathers: Whether a rollout gathers all weights on each.
-        frees: Whether what a phase has freed is there for the next: on a GPU.
+        shards: Devices over which weights, gradients and optimizer state are sharded.
+        gathers: If True, each device gathers all weights for a rollout.
+        frees: If True, memory that one phase frees is available to the next, as on a GPU.
     """
     base = base_of(model)
     config = base.config.get_text_config()
@@ -263,7 +264,7 @@ def memory(
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that a device has: a GPU's own memory, or what this process may take of the machine's."""
+    """Return the bytes of a device: a GPU's memory, or the part of the machine's memory that this process may use."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -276,12 +277,15 @@ def memory_of(device: torch.device) -> int:
 
 
 _LESS_MEMORY: dict[str, tuple[str, str]] = {
-    "base weights": ("model.policy.quantization", "quantize to 4 bits (see configs/qwen3_*_qlora.yaml), or shard: fsdp2"),
-    "teacher": ("model.teacher", "take FixedTeacher with an adapter, which keeps no weights of its own"),
+    "base weights": ("model.policy.quantization", "quantize to 4 bits (see configs/qwen3_*_qlora.yaml), or shard (fsdp2)"),
+    "teacher": ("model.teacher", "use FixedTeacher with an adapter, which needs no copy of the weights"),
     "trainable weights": ("model.policy.lora", "train an adapter (LoRA), or lower model.policy.lora.r"),
     "gradients": ("model.policy.lora", "train an adapter (LoRA), or lower model.policy.lora.r"),
-    "optimizer state": ("model.optimizer", "take bitsandbytes.optim.AdamW8bit, train an adapter, or shard: fsdp2"),
-    "rollout: keys and values": ("model.rollouts.init_args.max_rows", "bound it: completions wait for their turn"),
+    "optimizer state": ("model.optimizer", "use bitsandbytes.optim.AdamW8bit, train an adapter, or shard (fsdp2)"),
+    "rollout: keys and values": (
+        "model.rollouts.init_args.max_rows",
+        "set it, to sample in several batches",
+    ),
     "rollout: copies of weights": ("model.rollouts.init_args.merge_adapter", "set it to false"),
     "scoring: activations": ("model.token_budget", "lower it, and set model.policy.gradient_checkpointing to true"),
     "scoring: states of teachers": ("data.batch_size", "lower it, or model.sampling.max_new_tokens"),

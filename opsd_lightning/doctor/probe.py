@@ -12,21 +12,21 @@ from opsd_lightning.models.policy import device_of
 from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.teachers import Teacher
 
-#: Tokens of a completion that are looked at.
+#: Tokens of a completion at which the divergence is measured.
 LOOKED_AT = 16
 #: Tokens that are sampled greedily, and compared with the likeliest tokens when they are scored.
 AGREEMENT_TOKENS = 10
-#: A first token's divergence, in nats, from which on the prompts are likely not to go together; and none at all.
+#: Divergence of a first token, in nats, above which the prompts probably contradict each other; and below which it is 0.
 HUGE, NOTHING = 3.0, 1e-4
 
 
 class Examples(NamedTuple):
-    """A few prompts of both roles, with tokens that may follow them.
+    """A few prompts of both roles, with the first tokens of a completion.
 
     Args:
-        students: Token ids.
-        teachers: Token ids; those of the student where the teacher reads no more.
-        completions: Token ids of at least one token.
+        students: Token ids of the student's prompts.
+        teachers: Token ids of the teacher's prompts. The student's prompts if the teacher has none of its own.
+        completions: Token ids of completions, at least one each.
     """
 
     students: list[list[int]]
@@ -39,12 +39,12 @@ class Examples(NamedTuple):
 
 @torch.no_grad()
 def divergence_facts(module: Any, teacher: Teacher, found: Examples) -> list[dict[str, Any]]:
-    """At the first tokens behind both roles' prompts: the divergence, and what each role would write first.
+    """Measure the divergence at the first tokens after both roles' prompts, and find the likeliest first token of each role.
 
     Args:
         module: A `PolicyModule` with its model.
-        teacher: Its teacher.
-        found: The prompts.
+        teacher: The teacher of the module.
+        found: Prompts and completions.
     """
     model = module.model
     scorer = Scorer(model, module.token_budget)
@@ -68,23 +68,23 @@ def divergence_facts(module: Any, teacher: Teacher, found: Examples) -> list[dic
 
 
 def divergence_findings(facts: Sequence[dict[str, Any]], skipped: int) -> Iterator[Finding]:
-    """Whether the first token shows that the prompts do not go together, or that the teacher knows nothing more.
+    """Find prompts that contradict each other at the first token, and a teacher that knows no more than the student.
 
     Args:
-        facts: Of `divergence_facts`.
+        facts: The result of `divergence_facts`.
         skipped: ``skip_first_tokens`` of the objective.
     """
     first = [line["first_forward_kl"] for line in facts]
     rest = [line["next_forward_kl"] for line in facts if line["next_forward_kl"] is not None]
     mean = sum(first) / len(first)
     if max([*first, *rest]) < NOTHING:
-        text = "teacher and student say the same: their divergence is 0 on all examples, and nothing would be learned"
-        fix = "is the teacher's context empty? Take TraceContext, and a data.prompts.teacher_template that shows it"
+        text = "teacher and student predict the same: their divergence is 0 on all examples, and nothing would be learned"
+        fix = "if the teacher's context is empty, use TraceContext and a data.prompts.teacher_template that contains it"
         yield Finding("warning", "divergence", text, "data.context", fix)
     elif mean > HUGE:
         line = max(facts, key=lambda line: line["first_forward_kl"])
         text = (
-            f"at a completion's first token the teacher is {mean:.1f} nats from the student: it would begin with "
+            f"at the first token of a completion the divergence is {mean:.1f} nats: the teacher begins with "
             f"{line['teacher_first']!r} ({line['teacher_probability']:.0%}), the student with {line['student_first']!r} "
             f"({line['student_probability']:.0%})"
         )
@@ -92,7 +92,7 @@ def divergence_findings(facts: Sequence[dict[str, Any]], skipped: int) -> Iterat
             yield Finding("note", "divergence", f"{text}; skip_first_tokens leaves {skipped} out")
             return
         fix = (
-            "word both prompts alike at their end and give both the same chat_template_kwargs, or set "
+            "give both prompts the same ending and the same chat_template_kwargs, or set "
             "model.objective.init_args.skip_first_tokens to 1"
         )
         yield Finding("warning", "divergence", text, "data.prompts.teacher_template", fix)
@@ -102,8 +102,8 @@ def divergence_findings(facts: Sequence[dict[str, Any]], skipped: int) -> Iterat
 
 
 def agreement_findings(agreed: int, total: int) -> Iterator[Finding]:
-    """Whether what is sampled is what is scored."""
+    """Find sampling that disagrees with scoring."""
     if agreed < 0.95 * total:
         text = f"of {total} greedily sampled tokens {total - agreed} are not the likeliest when scored"
-        fix = "training would learn from another distribution than it samples: try sdpa or eager"
+        fix = "try sdpa or eager: training would learn from another distribution than it samples from"
         yield Finding("error", "template", text, "model.policy.attn_implementation", fix)

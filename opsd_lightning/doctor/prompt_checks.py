@@ -1,4 +1,4 @@
-"""Whether the chat template, its special tokens and both roles' thinking modes go together. Needs the tokenizer alone."""
+"""Checks of the chat template, its special tokens and both roles' thinking modes. They need the tokenizer only."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _TEMPLATE = "model.policy.chat_template"
 _OPEN, _CLOSE = "<think>", "</think>"
 _PROBE = "A reply 7."
 
-#: How a prompt ends: inside a thinking block, behind a closed one, or without.
+#: The end of a prompt: inside a thinking block, after a closed one, or without one.
 Thinking = Literal["open", "closed", "none"]
 
 
 class Role(NamedTuple):
-    """A role's prompts.
+    """The prompts of a role.
 
     Args:
         name: ``student`` or ``teacher``.
-        prompts: Token ids, one prompt an example.
-        contents: The user turns that they were rendered from, up to the point to which they can be told.
-        kwargs: The chat template's further arguments.
-        prefix: Text behind the generation prompt.
+        prompts: Token ids of one prompt per example.
+        contents: User turns from which the prompts were rendered. The teacher's are without the context.
+        kwargs: Further arguments of the chat template.
+        prefix: Text after the generation prompt.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Role(NamedTuple):
 
 
 def roles_of(prompts: Prompts, examples: Sequence[Example], students: Any, teachers: Any) -> list[Role]:
-    """The student's role, and the teacher's where it has prompts of its own."""
+    """Return the role of the student, and of the teacher if it has prompts of its own."""
     contents = [fill(prompts.student_template, question=example.question) for example in examples]
     found = [Role("student", students, contents, prompts.student_chat_template_kwargs)]
     if teachers and all(teachers):
@@ -63,20 +63,20 @@ def template_findings(
     vocabulary: int,
     traces: Sequence[str],
 ) -> Iterator[Finding]:
-    """What is wrong with a role's prompts.
+    """Find problems in the prompts of a role.
 
     Args:
-        tokenizer: The policy's.
-        prompts: The wording.
-        role: Whose prompts.
+        tokenizer: Tokenizer of the policy.
+        prompts: Templates of the prompts.
+        role: The role.
         eos: Every token that ends a completion.
-        vocabulary: Number of the model's logits.
-        traces: Traces that stand in the place of completions; none where none do.
+        vocabulary: Number of logits of the model.
+        traces: Traces that are trained on in the place of completions. Empty if completions are sampled.
     """
     unknown = [token for ids in role.prompts for token in ids if token >= vocabulary]
     if unknown:
-        text = f"the {role.name}'s prompts hold token {unknown[0]}, and the model knows {vocabulary} tokens"
-        fix = "the tokenizer is another model's, or tokens were added to it: use the model's own"
+        text = f"the {role.name}'s prompts hold token {unknown[0]}, and the model has {vocabulary} tokens"
+        fix = "use the model's own tokenizer: this one belongs to another model, or tokens were added to it"
         yield Finding("error", "template", text, "model.policy.model", fix)
     yield from _special_tokens(tokenizer, role)
     turns = [prompts.messages(content) for content in role.contents]
@@ -87,13 +87,13 @@ def template_findings(
             if decoded != text:
                 place = next((i for i, (a, b) in enumerate(zip(decoded, text, strict=False)) if a != b), len(text))
                 shown = decoded[max(place - 15, 0) : place + 15], text[max(place - 15, 0) : place + 15]
-                message = f"the student's prompt does not decode to what the template wrote: {shown[0]!r} for {shown[1]!r}"
-                fix = "characters that the tokenizer does not know or changes: take another model, or clean the data"
+                message = f"the student's prompt does not decode to the template's text: {shown[0]!r}, not {shown[1]!r}"
+                fix = "clean the data, or use another model: the tokenizer does not know these characters, or changes them"
                 yield Finding("warning", "template", message, "model.policy.model", fix)
                 break
     if not opens_answer(tokenizer, prompts, role.kwargs):
         text = f"the {role.name}'s prompt has no generation prompt: the template ignores add_generation_prompt"
-        fix = "give a template that opens the assistant's turn there"
+        fix = "use a template that opens the assistant's turn there"
         yield Finding("error", "template", text, _TEMPLATE, fix)
     elif role.name == "student":
         yield from _answered(tokenizer, prompts, role, eos, traces)
@@ -103,15 +103,13 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, role: Role) -> Iterator[
     bos, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
     if bos is not None and any(list(ids[:2]) == [bos, bos] for ids in role.prompts):
         text = f"the {role.name}'s prompts begin with {tokenizer.bos_token!r} twice"
-        yield Finding(
-            "error", "template", text, _TEMPLATE, "write it once: neither in data.prompts nor twice in the template"
-        )
+        yield Finding("error", "template", text, _TEMPLATE, "write it once in the template, and not in data.prompts")
     strange = sum(list(ids).count(unknown) for ids in role.prompts) if unknown is not None and unknown != bos else 0
     if strange:
         tokens = sum(map(len, role.prompts))
         text = f"{strange} of {tokens} tokens of the {role.name}'s prompts ({percent(strange, tokens)}) are unknown ones"
         level: Any = "error" if strange > tokens / 10 else "warning"
-        yield Finding(level, "template", text, "model.policy.model", "its tokenizer does not know these characters")
+        yield Finding(level, "template", text, "model.policy.model", "clean the data, or use another model")
 
 
 def _answered(
@@ -121,7 +119,7 @@ def _answered(
     eos: frozenset[int],
     traces: Sequence[str],
 ) -> Iterator[Finding]:
-    """What the template makes of an answer: does it stand where a completion begins, and end where one ends?"""
+    """Find a template that places an answer elsewhere than completions, or ends it with another token."""
     messages = prompts.messages(role.contents[0])
     opened = prompts.rendered(tokenizer, messages, role.kwargs)
     answered = [*messages, {"role": "assistant", "content": _PROBE}]
@@ -131,8 +129,8 @@ def _answered(
         return
     if not whole.startswith(opened + _PROBE):
         shown = _after(whole, opened)
-        text = f"in an answered conversation the template writes {shown!r} where completions begin to be trained"
-        fix = "sampling and training agree all the same; a chat of several turns will look different to the model"
+        text = f"in an answered conversation the template writes {shown!r} where completions begin in training"
+        fix = "training is not affected: sampling and scoring agree. Chats of several turns look different to the model"
         yield Finding("note", "template", text, _TEMPLATE, fix)
     ending = whole[whole.rindex(_PROBE) + len(_PROBE) :] if _PROBE in whole else ""
     ids = tokenizer.encode(ending, add_special_tokens=False)
@@ -142,7 +140,7 @@ def _answered(
             f"the template ends an answer with {ending.strip()!r}, which holds no token that ends a completion ({names}): "
             "completions run on to the length limit"
         )
-        fix = "add the token to eos_token_id in the model's generation_config.json, or take the chat model's own template"
+        fix = "add the token to eos_token_id in the model's generation_config.json, or use the chat model's own template"
         yield Finding("error", "template", text, "model.policy.model", fix)
     start = tokenizer.encode(opened, add_special_tokens=False)
     merged = 0
@@ -150,48 +148,48 @@ def _answered(
         together = tokenizer.encode(opened + trace, add_special_tokens=False)
         merged += together != [*start, *tokenizer.encode(trace, add_special_tokens=False)]
     if merged:
-        text = f"{merged} of {len(traces)} traces are tokenized otherwise behind the prompt than on their own"
+        text = f"{merged} of {len(traces)} traces are tokenized differently after the prompt than on their own"
         fix = "begin traces with a word, not with a space or a line break"
         yield Finding("warning", "template", text, "data.train", fix)
 
 
 def token_findings(tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], vocabulary: int) -> Iterator[Finding]:
-    """EOS and pad tokens.
+    """Find problems of EOS and pad tokens.
 
     Args:
-        tokenizer: The policy's.
+        tokenizer: Tokenizer of the policy.
         eos: Every token that ends a completion.
-        vocabulary: Number of the model's logits.
+        vocabulary: Number of logits of the model.
     """
     if not eos:
         text = "neither the tokenizer nor the model's configuration names an EOS token: every completion is truncated"
         yield Finding("error", "template", text, "model.policy.model", "set eos_token in its tokenizer_config.json")
     for name, token in (("pad", tokenizer.pad_token_id), *(("EOS", token) for token in sorted(eos))):
         if isinstance(token, int) and token >= vocabulary:
-            text = f"the {name} token is {token}, and the model knows {vocabulary} tokens"
-            yield Finding("error", "template", text, "model.policy.pad_token", "choose one that it knows, such as its EOS")
+            text = f"the {name} token is {token}, and the model has {vocabulary} tokens"
+            yield Finding("error", "template", text, "model.policy.pad_token", "choose one of these, such as the EOS token")
     if tokenizer.pad_token_id in eos:
-        text = "the pad token is also an EOS token. That is fine: what is padding is told by lengths, never by the token"
+        text = "the pad token is also an EOS token, which is fine: lengths, not tokens, decide which positions are padding"
         yield Finding("note", "template", text, "model.policy.pad_token")
 
 
 def injected_findings(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Finding]:
-    """Control tokens written out in the data, which are read as ordinary text."""
+    """Find control tokens that are spelled out in the data, and read as ordinary text."""
     found = [[t for t in spelled(tokenizer, e.question + "\n" + e.trace) if t not in (_OPEN, _CLOSE)] for e in examples]
     rows = [tokens for tokens in found if tokens]
     if rows:
         text = f"{len(rows)} rows ({percent(len(rows), len(examples))}) write out a special token, such as {rows[0][0]!r}"
-        fix = "take it out of questions and traces: it is read as ordinary text, which the model has seldom seen"
+        fix = "remove it from questions and traces: it is read as ordinary text, which is unusual for the model"
         yield Finding("warning", "template", text, "data.train", fix)
 
 
 def context_findings(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, context: PrivilegedContext, reads_teacher: bool
 ) -> Iterator[Finding]:
-    """Prompts that are not what their settings suggest, without being wrong."""
+    """Find prompts that differ from their settings' intention, without being wrong."""
     if reads_teacher and isinstance(context, NoContext) and not is_null_control(tokenizer, prompts):
         text = (
-            "the roles' prompts differ without a context, too: the teacher trains the student, and this is no null control"
+            "the roles' prompts differ even without a context: the teacher trains the student, and this is no null control"
         )
         fix = "give both roles the same chat_template_kwargs and leave data.prompts.teacher_response_prefix out"
         yield Finding("warning", "template", text, "data.context", fix)
@@ -206,7 +204,7 @@ def context_findings(
 def thinking_facts(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, roles: Sequence[Role], traces: Sequence[str]
 ) -> dict[str, Any]:
-    """Whether the model thinks, how each role's prompt ends, and how many traces hold thinking."""
+    """Return the thinking mode of the template and of each role's prompts, and the number of traces with thinking."""
     messages = prompts.messages("1+1?")
     on, off = (prompts.rendered(tokenizer, messages, {"enable_thinking": value}) for value in (True, False))
     return {
@@ -227,15 +225,15 @@ def thinking_findings(
     skipped: int,
     in_place: bool,
 ) -> Iterator[Finding]:
-    """Modes that do not go together.
+    """Find thinking modes that contradict each other.
 
     Args:
-        tokenizer: The policy's.
-        prompts: The wording.
-        roles: The student's, and the teacher's where there is one.
-        facts: Of `thinking_facts`.
+        tokenizer: Tokenizer of the policy.
+        prompts: Templates of the prompts.
+        roles: The roles of `roles_of`.
+        facts: The result of `thinking_facts`.
         skipped: ``skip_first_tokens`` of the objective.
-        in_place: Whether traces stand in the place of completions.
+        in_place: If True, traces are trained on in the place of completions.
     """
     messages = prompts.messages("1+1?")
     for role in roles:
@@ -250,12 +248,12 @@ def thinking_findings(
     if facts["template_thinks"] and student != teacher:
         ends: dict[str, str] = {
             "open": "inside a thinking block",
-            "closed": "behind a closed thinking block",
+            "closed": "after a closed thinking block",
             "none": "before any thinking block",
         }
         text = f"the student's prompt ends {ends[student]} and the teacher's {ends[teacher]}"
         if student == "closed":
-            text += ": the teacher expects <think> where the student answers, and the first token's divergence is huge"
+            text += ": the teacher expects <think> where the student answers, so that the first token diverges widely"
         fix = (
             "give both roles the same enable_thinking, or close the teacher's block with "
             "data.prompts.teacher_response_prefix, or set model.objective.init_args.skip_first_tokens to 1"
@@ -266,11 +264,11 @@ def thinking_findings(
     having, empty, total = facts["traces_with_thinking"], facts["traces_with_empty_thinking"], facts["traces"]
     if empty:
         text = f"{empty} of {total} traces ({percent(empty, total)}) hold an empty thinking block"
-        yield Finding("warning", "thinking", text, "data.train", "take the blocks out of the traces")
+        yield Finding("warning", "thinking", text, "data.train", "remove the blocks from the traces")
     if in_place and having and student != "none":
         where = "a thinking block that is already open" if student == "open" else "a thinking block that is already closed"
-        text = f"{having} of {total} traces ({percent(having, total)}) begin to think behind {where}"
-        fix = "take the block out of the traces, or leave enable_thinking at true"
+        text = f"{having} of {total} traces ({percent(having, total)}) begin to think after {where}"
+        fix = "remove the block from the traces, or leave enable_thinking at true"
         yield Finding("error", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
     elif in_place and facts["template_can_switch"] and student == "none" and having < total:
         text = f"{total - having} of {total} traces do not think, and the student's prompt asks for it"
@@ -281,7 +279,7 @@ def thinking_findings(
             f"{having} of {total} traces ({percent(having, total)}) hold {_OPEN}, which the teacher reads in a user's turn"
         )
         mode = "the student's thinking is off" if student == "closed" else "the model writes such blocks itself"
-        fix = f"{mode}: take the tags out of the traces"
+        fix = f"remove the tags from the traces: {mode}"
         yield Finding("warning", "thinking", text, "data.train", fix)
 
 
@@ -291,6 +289,6 @@ def _mode(rendered: str) -> Thinking:
 
 
 def _after(whole: str, opened: str) -> str:
-    """What stands where a prompt ends, up to the answer."""
+    """Return the text after the prompt, up to the answer."""
     place = next((i for i, (a, b) in enumerate(zip(whole, opened, strict=False)) if a != b), len(opened))
     return whole[place : place + 30]

@@ -34,8 +34,8 @@ class AccuracyAtK(Metric):
     Each value has two standard errors:
 
     - over questions (``..._se``): the sample standard deviation of the questions' scores / sqrt(Q); 0 for one question.
-    - over samples (``..._se_samples``, k > 1): sqrt(sum of V over questions) / Q, with fixed questions. V is the bootstrap
-      variance of a question's score, whose k completions are drawn again from these k with replacement, times k / (k - 1).
+    - over samples (``..._se_samples``, k > 1): sqrt(sum of V over questions) / Q, with fixed questions. V is the variance
+      of a question's score when k completions are drawn from its k with replacement (bootstrap), times k / (k - 1).
       For avg that is s^2 / k with the unbiased s^2 = c (k - c) / (k (k - 1)). V is exact for avg and pass@j, from
       c* ~ Binomial(k, c / k). For maj it is estimated from 1000 resamples with a fixed seed. A question with equal
       completions has V = 0. So the error is too small for small k, and for pass@k, which depends on questions with few

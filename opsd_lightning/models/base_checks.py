@@ -53,7 +53,7 @@ def check_folder(folder: Path, setting: str) -> None:
 
 
 def check_config(config: PretrainedConfig, setting: str) -> None:
-    """Refuse the configuration of an encoder-decoder model, or of a model of an absurd size.
+    """Refuse the configuration of an encoder-decoder model, or with an implausible size.
 
     Raises:
         ConfigError: The model is an encoder-decoder, or a size in its configuration is out of range.

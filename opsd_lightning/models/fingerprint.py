@@ -165,7 +165,7 @@ def _parameter_samples(base: Any) -> dict[str, bytes]:
     """Sample the parameters of the base model, by their names in the checkpoint."""
     found = {}
     for name, value in base.named_parameters():
-        # Wrappers of adapters add a part to the name.
+        # Wrappers of adapters add a part to the name. Weights that train are copies of the base's (`modules_to_save`).
         parts = [part for part in name.split(".") if part not in ("base_layer", "original_module", "token_adapter")]
         if not is_adapter_key(name):
             found[".".join(parts)] = _sample(value.detach())

@@ -239,9 +239,8 @@ class ModelSettings(ABC):
         # `check_tensors` refuses tensors of another shape below, with their names.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         base, info = self._load(AutoModelForCausalLM.from_pretrained, **kwargs)
-        if getattr(
-            base, "_hf_peft_config_loaded", False
-        ):  # the repository is an adapter, and transformers loaded its base model
+        # transformers loads the base model of a repository that is an adapter.
+        if getattr(base, "_hf_peft_config_loaded", False):
             fix = "Give the adapter's base model here, and the adapter as model.policy.adapter"
             raise ConfigError(f"{self.model} is an adapter", f"{self.setting}.model", fix)
         check_tensors(base, info, f"{self.setting}.model")

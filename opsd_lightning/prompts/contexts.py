@@ -68,7 +68,7 @@ class HintContext(PrivilegedContext):
     """The beginning of the trace, never all of it.
 
     The share counts words, or characters in scripts without spaces between words, such as Chinese and Thai. The hint may
-    hold the answer, if the trace states it early.
+    contain the answer, if the trace states it early.
 
     Args:
         share: Share of the trace that the teacher reads, above 0 and below 1.

@@ -82,7 +82,7 @@ class OnlineContext(ABC):
             write: Samples answers of the teacher.
 
         Returns:
-            One text per completion. The loss ignores a completion whose context is None.
+            One text per completion. The loss ignores completions with None.
         """
 
 

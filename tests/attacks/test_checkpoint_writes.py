@@ -1,4 +1,4 @@
-"""Checkpoints while they are written: processes are killed at random instants, disks are full, names are in use."""
+"""Attacks on checkpoints while they are written: kills, full disks and names in use."""
 
 from __future__ import annotations
 

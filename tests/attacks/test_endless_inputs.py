@@ -1,4 +1,4 @@
-"""Templates, settings, models and records that never end, or that stand for more than a machine holds: refused in bounded time."""
+"""Attacks with templates, settings, models and records without end: refused in bounded time."""
 
 from __future__ import annotations
 

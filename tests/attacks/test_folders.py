@@ -1,4 +1,4 @@
-"""Kills and full disks while folders, tables and records are written: nothing is lost, nothing is half."""
+"""Attacks with kills and full disks while folders, tables and records are written."""
 
 from __future__ import annotations
 

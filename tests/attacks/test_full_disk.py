@@ -1,4 +1,4 @@
-"""The disk is full from some moment on: what was saved stays whole, and with room again the run ends as one that never stopped."""
+"""Attacks with a disk that is full from a random moment: earlier files stay whole, and the run can be resumed."""
 
 from __future__ import annotations
 

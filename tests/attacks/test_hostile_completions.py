@@ -1,4 +1,4 @@
-"""Completions that are made to crash, to stop or to fill a grader: each is graded within its time, beside right answers."""
+"""Attacks with completions that are to crash or stop the grader: each is graded in time."""
 
 from __future__ import annotations
 

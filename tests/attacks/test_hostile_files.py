@@ -1,4 +1,4 @@
-"""Hostile checkpoints, base models and adapters: each ends in one message or a right load, and none runs code."""
+"""Attacks with hostile checkpoints, base models and adapters: refused with one message, and no code runs."""
 
 from __future__ import annotations
 

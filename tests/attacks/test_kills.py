@@ -1,4 +1,4 @@
-"""Runs that are killed anywhere, again and again, and resumed: they end as one that was never killed, to the last bit."""
+"""Attacks with repeated kills at random moments: resumed runs end bit by bit like runs that were never killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals to one of two ranks, and ranks that are gone: every rank ends within seconds, and the run can be resumed."""
+"""Attacks with signals to one of two ranks and with killed ranks: all ranks end within seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile texts through every path that prints: no control character but newline and tab reaches the terminal."""
+"""Attacks with hostile texts on everything that prints: no control character reaches the terminal."""
 
 from __future__ import annotations
 

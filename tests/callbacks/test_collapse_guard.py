@@ -1,4 +1,4 @@
-"""The guard against collapse, on real runs: one that goes astray, and one that does not."""
+"""Tests of `CollapseGuard` on runs that collapse and runs that do not."""
 
 from __future__ import annotations
 

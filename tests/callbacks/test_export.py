@@ -1,4 +1,4 @@
-"""`AdapterExport` and `merge_adapter` delete nothing: whatever their folder is, what was there is there afterwards."""
+"""Tests that `AdapterExport` and `merge_adapter` delete no file of others."""
 
 from __future__ import annotations
 

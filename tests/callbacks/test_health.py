@@ -1,4 +1,4 @@
-"""The health metrics against values counted by hand, and the callback that logs them on real runs."""
+"""Tests of the health metrics against hand counts, and of the callback that logs them."""
 
 from __future__ import annotations
 

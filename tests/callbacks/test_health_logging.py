@@ -1,4 +1,4 @@
-"""A value of `Health` reaches each logger once: at the step that it was measured at, or the next that is logged."""
+"""Tests that `Health` logs each value once, at its step or at the next logged step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State of callbacks in checkpoints: plain values come back as they were, others are refused before anything is lost."""
+"""Tests of callback states in checkpoints: plain values survive, other values are refused when they are saved."""
 
 from __future__ import annotations
 

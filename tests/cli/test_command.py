@@ -1,4 +1,4 @@
-"""The command line: what it runs, what it prints, and one clear message for each user's mistake."""
+"""Tests of the command line: what runs, what is printed, and one message for each mistake."""
 
 from __future__ import annotations
 

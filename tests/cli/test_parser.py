@@ -1,4 +1,4 @@
-"""Values of the command line below a class reach it as they were typed."""
+"""Tests that values below a class reach it as they were typed."""
 
 from __future__ import annotations
 

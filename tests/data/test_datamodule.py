@@ -1,4 +1,4 @@
-"""Sources, verification, and loaders that resume."""
+"""Tests of sources, verification of traces, and loaders that resume."""
 
 from __future__ import annotations
 

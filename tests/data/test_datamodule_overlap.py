@@ -1,4 +1,4 @@
-"""Held-out questions are kept out of training, however they are spaced and composed; other questions stay."""
+"""Tests that held-out questions are removed from training, whatever their spacing and Unicode form."""
 
 from __future__ import annotations
 

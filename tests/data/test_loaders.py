@@ -1,4 +1,4 @@
-"""What an epoch of the training loader consists of under the trainer's limits."""
+"""Tests of the length of an epoch under the trainer's limits."""
 
 from __future__ import annotations
 

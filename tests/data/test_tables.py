@@ -1,4 +1,4 @@
-"""Rows of files and data sets: values keep their text, malformed rows are named, containers are refused."""
+"""Tests of rows from files and data sets: values keep their text, malformed rows are refused with their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor advises only what is computed to make prompts fit."""
+"""Tests of the doctor's advice on prompt lengths."""
 
 from __future__ import annotations
 

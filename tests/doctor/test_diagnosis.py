@@ -1,4 +1,4 @@
-"""`opsd doctor`: every planted defect is named with its setting, and a healthy run has none."""
+"""Tests of `opsd doctor`: it finds planted defects with their settings, and none in a healthy run."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
             r"warning data: 1 of 40 rows of data\.train \(2\.5 %\) .*trace has no final answer .*\[data\.grader\.answer_pattern\]",
             r"warning data: 6 of 21 rows of data\.train \(29 %\) repeat",
             r"warning template: .*of the student's prompts .*are unknown",
-            r"warning template: 21 rows \(100 %\) write out a special token, such as '<\|im_end\|>' \[data\.train\] take it out",
+            r"warning template: 21 rows \(100 %\) write out a special token, such as '<\|im_end\|>' \[data\.train\] ",
             r"warning thinking: 21 of 21 traces \(100 %\) hold an empty thinking block \[data\.train\]",
             r"warning thinking: 21 of 21 traces \(100 %\) hold <think>.*\[data\.train\]",
         ],
@@ -313,7 +313,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         [
             r"warning data: 2 of 2 questions of data\.val \(100 %\) are also in data\.test",
             r"warning data: 8 of 8 contexts .*\[data\.prompts\.max_trace_tokens\] raise it",
-            r"warning lengths: 100 % of the traces are longer than 10 .*\[model\.sampling\.max_new_tokens\] 18 would cut less than 1 %",
+            r"warning lengths: 100 % of the traces are longer than 10 .*\[model\.sampling\.max_new_tokens\] .*\b18\b",
             r"warning settings: validation stops .*\[model\.eval_sampling\.max_new_tokens\]",
             r"error settings: the 2 completions .*\[model\.sampling\.temperature\]",
             r"error settings: the learning rate is 0.*\[model\.optimizer\.init_args\.lr\]",
@@ -325,7 +325,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         lambda p: ["--data.val=null", "--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/avg@1", "--trainer.max_steps=400"],
         [
             r"error settings: ModelCheckpoint monitors val/avg@1, and there is no validation \[data\.val\]",
-            r"warning settings: 400 steps go 100 times over the 8 training questions \[trainer\.max_steps\]",
+            r"warning settings: 400 steps .*\b100 times .*\b8 training questions \[trainer\.max_steps\]",
         ],
     ),
     "BOS twice, and a switch without effect": (
@@ -346,12 +346,12 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "tokens without embedding": (
         more_tokens,
-        [r"error template: the student's prompts hold token 107, and the model knows 107"],
+        [r"error template: the student's prompts hold token 107.*\b107\b.*\[model\.policy\.model\]"],
     ),
     "one thinks": (
         lambda p: [STUDENT + OFF],
         [
-            r"warning thinking: the student's prompt ends behind a closed thinking block and the teacher's before any thinking block: .*"
+            r"warning thinking: .*student.*closed.*teacher.*"
             r"\[data\.prompts\.teacher_chat_template_kwargs\] .*teacher_response_prefix.*skip_first_tokens"
         ],
     ),
@@ -365,7 +365,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "thinking traces behind closed thinking": (
         lambda p: ["--model=SFTModule", STUDENT + OFF, *data(p, make_rows(solution=lambda n: f"<think>Hm</think>The answer is {n + 1}.", problem=lambda n: f"{n}, 1?"))],
-        [r"error thinking: 12 of 12 traces .*behind a thinking block that is already closed \[data\.prompts\.student_chat"],
+        [r"error thinking: 12 of 12 traces .*closed \[data\.prompts\.student_chat"],
     ),
 }  # fmt: skip
 
@@ -450,8 +450,11 @@ def test_different_first_tokens_are_reported(doctor: Doctor, monkeypatch: pytest
     found = doctor(*prefix)
     (line,) = lines(found, "warning")
     first = [each["first_forward_kl"] for each in found["facts"]["divergence"]]
-    assert re.match(r"warning divergence: at a completion's first token the teacher is [\d.]+ nats from the student", line)
-    assert f"{sum(first) / len(first):.1f} nats" in line and "[data.prompts.teacher_template]" in line
+    assert (
+        line.startswith("warning divergence: ")
+        and f"{sum(first) / len(first):.1f} nats" in line
+        and "[data.prompts.teacher_template]" in line
+    )
     assert not lines(doctor(*prefix, "--model.objective.skip_first_tokens=1"), "warning")
 
 
@@ -467,7 +470,7 @@ def test_methods_without_a_teacher_have_no_divergence(doctor: Doctor) -> None:
 def test_online_contexts_are_not_examined(doctor: Doctor) -> None:
     found = doctor("--model.context=FeedbackContext")
     assert found["healthy"] and "divergence" not in found["facts"]
-    assert any("made in training: the teacher is not examined" in line for line in lines(found, "note"))
+    assert [each for each in found["findings"] if each["setting"] == "model.context" and each["level"] == "note"]
 
 
 @pytest.mark.parametrize(

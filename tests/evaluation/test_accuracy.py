@@ -1,4 +1,4 @@
-"""avg@k, pass@k and maj@k against counts by hand, and their standard errors against simulations."""
+"""Tests of avg@k, pass@k and maj@k against hand counts, and of their standard errors against simulations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks with unlike numbers of evaluation batches, which another data module may give: none waits for another's batch."""
+"""Tests of evaluation on ranks with different numbers of batches: no rank waits for another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graded completions on disk: an interrupted evaluation goes on, and ends as one that was not interrupted."""
+"""Tests of graded completions on disk: an interrupted evaluation resumes and ends with the same result."""
 
 from __future__ import annotations
 

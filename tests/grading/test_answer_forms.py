@@ -1,4 +1,4 @@
-"""Equality of answers against the verdicts of a person: answer_pairs.tsv, with what math-verify alone decides otherwise."""
+"""Tests of the equality of answers against a person's verdicts in answer_pairs.tsv."""
 
 from __future__ import annotations
 

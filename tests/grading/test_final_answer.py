@@ -1,4 +1,4 @@
-"""The final answer of a text: all of it or none, over forms of answers times ways to announce them."""
+"""Tests of finding the final answer of a text, for all forms of answers and phrasings."""
 
 from __future__ import annotations
 

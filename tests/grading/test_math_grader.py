@@ -1,4 +1,4 @@
-"""Final answers: found, compared, and never waited for."""
+"""Tests of finding and comparing final answers in bounded time."""
 
 from __future__ import annotations
 

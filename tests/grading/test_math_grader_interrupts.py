@@ -1,4 +1,4 @@
-"""Grading that is interrupted, and limits without an end."""
+"""Tests of interrupted grading and of infinite time limits."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SECONDS = 60.0  # that the browser has for one answer, its start on a busy machi
 
 
 def chromium() -> str | None:
-    """The browser in OPSD_CHROMIUM, or the first on the path."""
+    """Return the browser named in OPSD_CHROMIUM, or the first on the path; None without one."""
     names = [os.environ.get("OPSD_CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
@@ -33,7 +33,7 @@ needs_browser = pytest.mark.skipif(
 
 
 class Browser:
-    """One tab.
+    """A browser with one tab.
 
     Attributes:
         errors: What the page wrote to the console as an error or warning, and exceptions that it did not catch.
@@ -52,7 +52,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a page; below 600 pixels in width as on a phone."""
+        """Load a page. Widths below 600 pixels emulate a phone."""
         phone = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, mobile=phone, deviceScaleFactor=1)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
@@ -66,15 +66,15 @@ class Browser:
             self._take(deadline)
 
     def js(self, expression: str) -> Any:
-        """The value of an expression in the page; a promise is waited for."""
+        """Return the value of an expression in the page, after its promise if it is one."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
     def point(self, selector: str, click: bool = False) -> None:
-        """Move the mouse to the first element of a selector, and press it where asked."""
-        box = f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); return e.getClientRects()[0].toJSON(); }})()"
-        place = self.js(box)
+        """Move the mouse to the first element of a selector, and click if asked."""
+        find = f"const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+        place = self.js(f"(() => {{ {find} return e.getClientRects()[0].toJSON(); }})()")
         at = {"x": place["x"] + place["width"] / 2, "y": place["y"] + place["height"] / 2}
         self.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
         for event in ("mousePressed", "mouseReleased") if click else ():
@@ -97,13 +97,13 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=event, key=key, code=key, windowsVirtualKeyCode=codes[key])
 
     def screenshot(self, path: Path, whole: bool = False) -> Path:
-        """A PNG of what is in view, or of the whole page."""
+        """Write a PNG of the visible part, or of the whole page."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
         return path
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the DevTools protocol."""
+        """Send a command of the DevTools protocol and return its result."""
         self._number += 1
         number = self._number
         message = {"id": number, "method": method, "params": parameters}
@@ -120,7 +120,7 @@ class Browser:
                 return answer["result"]
 
     def _take(self, deadline: float) -> dict[str, Any]:
-        """The browser's next message."""
+        """Return the browser's next message."""
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._read], [], [], max(deadline - time.monotonic(), 0))
             assert ready, f"the browser said nothing for {SECONDS:.0f} seconds"
@@ -150,7 +150,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser of its own, gone at the end."""
+    """Start a browser, and stop it at the end."""
     program = chromium()
     assert program is not None
     their_end, ours = os.pipe()

@@ -13,7 +13,7 @@ PARSED: dict[tuple[str, ...], dict[str, Any]] = {}  # parsing takes seconds, and
 
 
 def parsed(args: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The final configuration of a command, without building anything; ``model`` are the method's settings."""
+    """Return the final configuration of a command, whose ``model`` are the method's settings, without building anything."""
     from opsd_lightning.cli import command as room
 
     if tuple(args) in PARSED:

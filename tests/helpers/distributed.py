@@ -47,7 +47,7 @@ both = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
 class Scripted(RolloutEngine):
-    """Gives every prompt the completions that were written down for it: the same on one process and on two."""
+    """Rollout engine that gives every prompt fixed completions, the same on one process and on two."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
@@ -93,7 +93,7 @@ def parts(policy: Policy, batch_size: int, **settings: Any) -> tuple[OPSDModule,
 
 @dataclass
 class Seen:
-    """Of every step of a run: loss, metrics, this rank's completions, gradient and weights, whole."""
+    """Loss, metrics, this rank's completions, gradients and weights of every step of a run."""
 
     losses: list[float] = field(default_factory=list)
     logged: list[dict[str, float]] = field(default_factory=list)
@@ -124,9 +124,17 @@ def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     )  # fmt: skip
 
 
-def run(policy: Policy, folder: Path, world: int, strategy: Callable[..., Strategy] | None, steps: int = 3, checkpoint: Any = None,
-        callbacks: Sequence[Callback] = (), **settings: Any) -> Seen:  # fmt: skip
-    """A fit of eight questions a step, whatever the number of ranks."""
+def run(
+    policy: Policy,
+    folder: Path,
+    world: int,
+    strategy: Callable[..., Strategy] | None,
+    steps: int = 3,
+    checkpoint: Any = None,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Seen:
+    """Fit on eight questions a step, whatever the number of ranks."""
     recorder = Recorder()
     chosen = {"strategy": strategy()} if strategy is not None else {}
     questions = 8 // world
@@ -155,7 +163,7 @@ def joined(policy: Policy, folder: Path, **settings: Any) -> Seen:
 
 
 class FirstHalfSilent(Scripted):
-    """Every other question of a step gets empty completions: on two ranks, all of the first rank's."""
+    """Rollout engine with empty completions for every second question; on two ranks, for all of the first rank's."""
 
     def __init__(self, rank: int | None) -> None:
         super().__init__([3, 8, 1, 5])
@@ -168,7 +176,7 @@ class FirstHalfSilent(Scripted):
 
 
 class EndsOften(Callback):
-    """Every ninth token of the vocabulary ends a completion."""
+    """Callback that makes every ninth token of the vocabulary an EOS token."""
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         module.model.get_base_model().generation_config.eos_token_id = list(range(0, 90, 9))
@@ -186,7 +194,7 @@ def check_resumption(
     resumed: Sequence[tuple[int, Callable[..., Strategy] | None]],
     **settings: Any,
 ) -> None:
-    """Two steps are saved under a strategy on some processes, hold what one process has then, and go on as it does."""
+    """Check that a checkpoint after two steps holds the weights of one process and resumes like it."""
     world, strategy = saved
     whole_run = joined(policy, tmp_path, steps=4, **settings)
 
@@ -213,7 +221,7 @@ def check_resumption(
 
 
 class ByReference(MathGrader):
-    """Right are the completions of questions whose answer has two digits."""
+    """Grader that takes completions for right if the reference has two digits."""
 
     def equal(self, answer: Any, reference: str) -> bool:
         return len(reference) == 2

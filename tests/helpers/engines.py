@@ -11,7 +11,7 @@ from opsd_lightning.types import Sampling
 
 
 def check_greedy_rollouts(engine: RolloutEngine, model: PeftModel) -> None:
-    """Any engine's rollouts against an argmax loop, rows of very different lengths and prompts that repeat."""
+    """Compare an engine's greedy rollouts with an argmax loop, for rows of very different lengths and repeated prompts."""
     stop = {EOS, SECOND_EOS, *range(60, 68)}
     model.get_base_model().generation_config.eos_token_id = sorted(stop)
     prompts = [[10 + i, *range(20, 21 + (7 * i) % 13)] for i in range(9)]

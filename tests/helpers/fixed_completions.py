@@ -42,7 +42,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 def logprobs(
     model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
 ) -> list[torch.Tensor]:
-    """Each row alone, through the model's own forward."""
+    """Return the log-probabilities of each row, scored alone by the model's own forward."""
     found = []
     for prompt, completion in rows:
         logits = base_of(model)(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
@@ -53,7 +53,13 @@ def logprobs(
 def losses(module: PolicyModule, steps: int, folder: Path) -> list[float]:
     seen: list[float] = []
     original = module.training_step
-    module.training_step = lambda *a: seen.append(float((out := original(*a))["loss"])) or out  # type: ignore[method-assign, func-returns-value]
+
+    def recorded(*arguments: Any) -> Any:
+        out: Any = original(*arguments)
+        seen.append(float(out["loss"]))
+        return out
+
+    module.training_step = recorded  # type: ignore[method-assign]
     fit(module, steps, folder, BATCH)  # type: ignore[arg-type]
     return seen
 

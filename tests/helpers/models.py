@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; its EOS is also its pad, as in many chat models."""
+    """Return a tokenizer with one token for each character, whose EOS token is also its pad token."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *string.printable])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -53,12 +53,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of a few thousand parameters whose next-token distribution is far from flat."""
+    """Return a random model of a few thousand parameters whose next-token distribution is far from uniform."""
     torch.manual_seed(seed)
     vocabulary = len(SPECIAL) + len(string.printable)
     common = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": EOS}
     rotary = common | {
-        "hidden_size": 64,  # bitsandbytes quantizes in blocks of 64, and on some CPUs wrongly where a row holds no whole ones
+        # bitsandbytes quantizes in blocks of 64, on some CPUs wrongly if a row is not a multiple of them.
+        "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -88,7 +89,7 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
 
 
 def perturb(model: PeftModel, scale: float = 0.1, seed: int = 1) -> None:
-    """Move the trainable adapter off its start."""
+    """Add noise to the trainable parameters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

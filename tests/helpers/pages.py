@@ -17,7 +17,7 @@ def blocks(text: str, languages: set[str]) -> Iterator[str]:
 
 
 def commands(text: str) -> Iterator[str]:
-    """The commands of a page: lines of shell blocks, continued ones put together, and code in the text that begins as one."""
+    """Yield the commands of a page: joined lines of shell blocks, and inline code that starts like a command."""
     for block in blocks(text, {"bash", "sh", "shell"}):
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"(^|\s)#.*", "", line).strip()

@@ -23,7 +23,7 @@ _ports = itertools.count()
 
 
 def free_port() -> int:
-    """A port of this machine that no other test asks for and that the system gives to no outgoing connection."""
+    """Return a port that no other test uses and that the system gives to no outgoing connection."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
         port = 20000 + 1000 * (worker % 10) + (os.getpid() + next(_ports)) % 1000
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 class Child:
-    """A process forked from this one: imports cost nothing again.
+    """A process forked from this one, which need not repeat its imports.
 
     Args:
         work: Work of the process.
@@ -79,7 +79,7 @@ class Child:
             os._exit(code)
 
     def ended(self, seconds: float) -> bool:
-        """Wait so long for its end."""
+        """Wait up to so many seconds for the end of the process; return whether it ended."""
         deadline = time.monotonic() + seconds
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -92,7 +92,7 @@ class Child:
         return True
 
     def end(self, seconds: float) -> int:
-        """Its exit status, minus the signal's number where one killed it. It must end within so many seconds."""
+        """Return the exit status, or minus the signal's number. Fail if the process runs longer than so many seconds."""
         try:
             assert self.ended(seconds), f"it still runs after {seconds} seconds:\n{self.said()}"
         finally:
@@ -109,13 +109,13 @@ class Child:
         self.ended(60)
 
     def said(self) -> str:
-        """The end of its output."""
+        """Return the end of the process's output."""
         text = self.log.read_bytes()[self._said_before :] if self.log.exists() else b""
         return text.decode(errors="replace")[-6000:]
 
 
 def two_ranks(folder: Path, work: Callable[[], Any]) -> list[Child]:
-    """Do something in two processes, in the environments of torchrun's ranks."""
+    """Run a function in two processes with the environments of torchrun's ranks."""
     port, ranks = str(free_port()), []
     for rank in map(str, range(2)):
         environment = {
@@ -148,7 +148,7 @@ def _worker(rank: int, work: Callable[[int], Any], world: int, port: int, folder
 
 
 def on_ranks(work: Callable[[int], Any], tmp_path: Path, world: int = 2) -> list[Any]:
-    """What ``work(rank)`` returns on each of some processes, forked from this one: imports cost nothing again."""
+    """Return the results of ``work(rank)`` in several processes forked from this one."""
     folder = Path(tempfile.mkdtemp(prefix="ranks", dir=tmp_path))
     context = torch.multiprocessing.start_processes(
         _worker, (work, world, free_port(), folder), nprocs=world, join=False, start_method="fork"

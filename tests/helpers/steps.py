@@ -19,7 +19,7 @@ BATCH = PromptBatch(PROMPTS, TEACHER_PROMPTS, [Example("q", "t", "1")] * 3, [Tru
 
 
 class Repeat:
-    """A loader of the same batch (a bare list would be taken for a collection of loaders)."""
+    """A loader of the same batch. Lightning would take a bare list for several loaders."""
 
     def __init__(self, batch: PromptBatch, times: int) -> None:
         self.batch, self.times = batch, times
@@ -32,7 +32,7 @@ class Repeat:
 
 
 def fit(module: OPSDModule, steps: int, folder: Path, batch: PromptBatch = BATCH, **trainer: Any) -> Trainer:
-    """Real optimizer steps of the module, each on the same questions."""
+    """Make optimizer steps of the module, each on the same questions."""
     run = Trainer(
         accelerator="cpu", max_steps=steps, logger=CSVLogger(folder), enable_checkpointing=False, default_root_dir=folder,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, **trainer,
@@ -42,7 +42,7 @@ def fit(module: OPSDModule, steps: int, folder: Path, batch: PromptBatch = BATCH
 
 
 def one_step(folder: Path) -> Trainer:
-    """For a fit on a data module that leaves nothing behind."""
+    """Return a trainer for one step that writes no files."""
     return Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=folder,
         enable_progress_bar=False, enable_model_summary=False,

@@ -19,7 +19,7 @@ from opsd_lightning.types import Sampling
 
 
 def parts(policy: Policy, **settings: Any) -> tuple[OPSDModule, OPSDDataModule]:
-    """A module and its data, as a Python user builds them."""
+    """Return a module and its data, as a Python user builds them."""
     settings = {
         "sampling": Sampling(max_new_tokens=8, n=2),
         "optimizer": lambda p: torch.optim.AdamW(p, lr=0.01),
@@ -40,7 +40,7 @@ def parts(policy: Policy, **settings: Any) -> tuple[OPSDModule, OPSDDataModule]:
 
 
 class Recorder(Callback):
-    """Every step's loss; stops as a crash would where it is told to."""
+    """Callback that records every step's loss, and raises before a step if asked."""
 
     def __init__(self, crash_before: int | None = None) -> None:
         self.crash_before = crash_before

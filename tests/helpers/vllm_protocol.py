@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 
 class ProtocolServer:
-    """Serves a model folder, and adapters of rank at most ``max_rank``.
+    """Server of a model folder, and of adapters of rank at most ``max_rank``.
 
     ``hook`` is called with each path before it is answered, and may return a status and message to answer instead.
     """
@@ -45,7 +45,7 @@ class ProtocolServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Begin to answer, on the same port as before."""
+        """Start to answer, on the same port as before."""
         ours = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -93,7 +93,7 @@ class ProtocolServer:
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def kill(self) -> None:
-        """No further answer, not even to what is being worked on; loaded adapters are lost."""
+        """Stop all answers, also to current requests, and forget the loaded adapters."""
         http, self.http = self.http, None
         if http is not None:
             http.shutdown()
@@ -191,7 +191,7 @@ class ProtocolServer:
 
 
 def filtered(logits: torch.Tensor, body: dict[str, Any]) -> torch.Tensor:
-    """Probabilities of the tokens that temperature, top-k, top-p and min-p leave."""
+    """Return the probabilities after temperature, top-k, top-p and min-p."""
     p = (logits / body["temperature"]).softmax(-1)
     ranked, order = p.sort(descending=True)
     keep = ranked >= body["min_p"] * ranked[0]
@@ -203,7 +203,7 @@ def filtered(logits: torch.Tensor, body: dict[str, Any]) -> torch.Tensor:
 
 
 class _Hang(Exception):
-    """Raised in a hook: no answer for so many seconds, and none after."""
+    """Raised in a hook: wait so many seconds and send no answer."""
 
 
 def hang(seconds: float) -> None:

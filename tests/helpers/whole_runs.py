@@ -21,7 +21,7 @@ STEPS = 6
 
 
 def configure(folder: Path, model: str, every: int = 1, **trainer: Any) -> list[str]:
-    """Write the configuration of a small run that uses much; return the command's arguments.
+    """Write the configuration of a small run that uses many parts; return the command's arguments.
 
     Args:
         folder: Where everything goes.
@@ -87,7 +87,7 @@ _known: dict[str | None, tuple[dict[str, Any], float]] = {}
 
 
 def never_stopped(folder: Path, model: str, strategy: str | None = None) -> tuple[dict[str, Any], float]:
-    """Remains of a run that is never stopped, and its seconds; made once. On two ranks if a strategy is given."""
+    """Return the results of a run that is never stopped, and its seconds; on two ranks if a strategy is given. Cached."""
     if strategy not in _known:
         arguments = configure(folder, model)
         ranks = [fit(folder, arguments)] if strategy is None else on_two_ranks(folder, arguments, strategy)
@@ -98,19 +98,19 @@ def never_stopped(folder: Path, model: str, strategy: str | None = None) -> tupl
 
 
 def on_two_ranks(folder: Path, arguments: list[str], strategy: str) -> list[Child]:
-    """A fit in two processes, as torchrun starts them: each with half of a step's questions."""
+    """Start a fit in two processes as torchrun does, each with half of a step's questions."""
     settings = ["--data.batch_size=1", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
     return two_ranks(folder, partial(main, ["fit", *arguments, *settings]))
 
 
 def wait_until_joined(ranks: list[Child]) -> None:
-    """Wait until the ranks are connected: before, none can know that another was killed."""
+    """Wait until the ranks are connected. Before, no rank notices that the other was killed."""
     while "data." not in ranks[0].said() and not any(rank.ended(0.01) for rank in ranks):
         pass
 
 
 def left_by(folder: Path) -> dict[str, Any]:
-    """Return the remains that must not depend on how often a run was stopped, by name."""
+    """Return the results of a run that must not depend on how often it was stopped, by name."""
     found: dict[str, Any] = {}
     if (folder / "steps" / "last.ckpt").exists():
         last = torch.load(folder / "steps" / "last.ckpt", weights_only=True)
@@ -134,12 +134,12 @@ def left_by(folder: Path) -> dict[str, Any]:
 
 
 def _best(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint that a callback takes for the best. Where a kill has left its file, it gets another name."""
+    """Return the best checkpoint of a callback, without the version suffix that a kill can add."""
     return {"name": re.sub(r"-v\d+$", "", Path(state["best_model_path"]).stem), "score": state["best_model_score"]}
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Return the differences between two runs' remains."""
+    """Return the differences between the results of two runs."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         if set(one) != set(other):
             return [f"{path}: {sorted(map(str, set(one) ^ set(other)))} in one alone"]

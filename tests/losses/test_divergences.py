@@ -1,4 +1,4 @@
-"""Divergences and objectives against golden values, identities, closed-form gradients and an independent oracle."""
+"""Tests of divergences and objectives against golden values, identities, closed-form gradients and a float64 oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and measurements are of float32, whatever the dtypes of the logits, of the teacher and of autocast."""
+"""Tests that losses and measurements are computed in float32, whatever the dtypes of logits, teacher and autocast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as a whole: exact resume, what a checkpoint holds, what is logged, and the callbacks."""
+"""Tests of whole runs: exact resume, contents of checkpoints, logged metrics and callbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint is loaded by a run that goes on from it, or is refused with everything that differs."""
+"""Tests that a run resumes from its own checkpoint, and that another checkpoint is refused with the differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint's record of parts and settings, and its file and weights before they are loaded."""
+"""Tests of the settings in a checkpoint's record, and of checkpoint files before they are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines and variants on fixed completions, against formulas written flat, with autograd and transformers' own loss."""
+"""Tests of SFT and GRPO on fixed completions, against formulas computed row by row, transformers and TRL."""
 
 from __future__ import annotations
 

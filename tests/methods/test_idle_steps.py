@@ -1,4 +1,4 @@
-"""Runs that diverge or learn nothing: no checkpoint of broken weights, a warning, and another end than "finished"."""
+"""Tests of runs that diverge or learn nothing: no checkpoint of broken weights, a warning, and their final status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training step against the flat reference of the first notebook, and against itself cut up differently."""
+"""Tests of the training step against the notebook's flat reference, and for every micro-batch size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several optimizer steps on one batch: a teacher's states keep the head that they were scored with."""
+"""Tests of several updates on a batch: the teacher's states keep the head that they were scored with."""
 
 from __future__ import annotations
 

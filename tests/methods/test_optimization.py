@@ -1,4 +1,4 @@
-"""Optimizers and schedules that cannot work are refused before training."""
+"""Tests that unusable optimizers and schedules are refused before training."""
 
 from __future__ import annotations
 

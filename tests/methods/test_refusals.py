@@ -1,4 +1,4 @@
-"""Parts that do not go together, and settings without effect: one message, with the setting's name, before training."""
+"""Tests that conflicting parts and settings without effect are refused before training, with the setting's name."""
 
 from __future__ import annotations
 

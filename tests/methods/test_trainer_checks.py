@@ -1,4 +1,4 @@
-"""Callbacks and trainer settings that would not do what they say are refused before training."""
+"""Tests that callbacks and trainer settings without their effect are refused before training."""
 
 from __future__ import annotations
 

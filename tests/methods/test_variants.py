@@ -1,4 +1,4 @@
-"""Variants of the method, each against its own formula written flat, row by row and with autograd."""
+"""Tests of the method's variants, each against its formula computed row by row with autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of an adapter that was trained elsewhere: what costs more than its weights is refused, quickly."""
+"""Tests that adapters with expensive settings are refused quickly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a base model may be: its checkpoint is complete and its own, its tokenizer fits, and adapters sit where they can."""
+"""Tests of checks on base models: complete checkpoints, fitting tokenizers, and layers that can have adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An export computes what the policy does, or is refused, and an earlier one stays."""
+"""Tests that an export computes the same as the policy, or is refused and leaves the earlier export."""
 
 from __future__ import annotations
 

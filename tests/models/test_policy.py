@@ -1,4 +1,4 @@
-"""Loading, adapters, quantization, and what is refused."""
+"""Tests of loading, adapters, quantization and GGUF files."""
 
 from __future__ import annotations
 

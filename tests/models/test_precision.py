@@ -1,4 +1,4 @@
-"""Precisions: which are refused, and that those that are not lose no gradient."""
+"""Tests of precisions: unsafe ones are refused, and safe ones lose no gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QLoRA from end to end with bitsandbytes on the CPU: NF4 with double quantization, and 8-bit optimizers."""
+"""Tests of QLoRA with bitsandbytes on the CPU: NF4 with double quantization, and 8-bit optimizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RoPE that changes with the length: a row's scores and rollouts do not depend on its neighbours, on either side of the limit."""
+"""Tests of RoPE that changes with the length: scores and rollouts of a row do not depend on the batch."""
 
 from __future__ import annotations
 

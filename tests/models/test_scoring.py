@@ -1,4 +1,4 @@
-"""Scoring without padding and without repeating prompts: the same states as row by row, for less work."""
+"""Tests of scoring without padding and without repeated prompts, against scoring row by row."""
 
 from __future__ import annotations
 

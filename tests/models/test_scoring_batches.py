@@ -1,4 +1,4 @@
-"""A batch of N rows gives what N batches of one row give, and the rollout is what plain greedy decoding gives."""
+"""Tests that scores, gradients and greedy rollouts do not depend on the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every benchmark runs, on a tiny model and small sizes: what it prints is not looked at here but for what must hold."""
+"""Tests that every benchmark runs on a tiny model, and of the results that do not depend on the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every configuration of the folder parses; every recipe trains a step on a tiny model of its own architecture."""
+"""Tests of every configuration: it parses, and every recipe trains a step on a tiny model of its architecture."""
 
 from __future__ import annotations
 

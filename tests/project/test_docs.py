@@ -1,4 +1,4 @@
-"""What README, documentation and notebooks' neighbours tell a reader to type, and where their links lead."""
+"""Tests of the commands, links, settings and classes that README and documentation name."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What README and documentation tell a reader to type is typed: commands, Python and YAML, on tiny models and few rows.
+"""Tests that the commands, Python and YAML blocks of README and documentation run, on tiny models and few rows.
 
-Placeholders (CONFIG.yaml, CHECKPOINT, RUN) stand for a short run made here. Settings that make a run small are given last, and
-have the last word; everything that a command says itself is parsed and used. `make` targets are those of ``.ci/run``;
-benchmarks' arguments are parsed here, and the scripts run in ``project/test_benchmarks.py`` and ``project/test_learning.py``.
+A short run made here stands for the placeholders CONFIG.yaml, CHECKPOINT and RUN. Settings that make a run small come last on
+the command line; all other settings are used as the page gives them. The targets of `make` are not run (``.ci/run`` runs them).
+Arguments of benchmarks are only parsed: ``test_benchmarks.py`` and ``test_learning.py`` run the scripts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 
 from helpers.configs import parsed
@@ -239,11 +240,47 @@ def test_server_yaml_parses(name: str, desk: Path, monkeypatch: pytest.MonkeyPat
     assert "VLLM" in config["model"]["rollouts"]["class_path"]
 
 
-@pytest.mark.parametrize("name", [name for name, block in YAML.items() if "VLLM" not in block])
-def test_yaml_blocks_train_a_step(name: str, desk: Path, small: Callable[[str], list[str]]) -> None:
-    """Laid over the quick start, it trains a step."""
-    (desk / "snippet.yaml").write_text(YAML[name], encoding="utf-8")
-    settings = small("mine.yaml" if "train:" in YAML[name] else "")
+def merged(one: Any, other: Any) -> Any:
+    """Return both configurations in one, with the callbacks of both; None if they set the same setting."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = one | other
+        for name in one.keys() & other.keys():
+            found[name] = merged(one[name], other[name])
+        return None if None in [found[name] for name in one.keys() & other.keys()] else found
+    if isinstance(one, list) and isinstance(other, list):
+        return None if {each["class_path"] for each in one} & {each["class_path"] for each in other} else one + other
+    return None
+
+
+def yaml_together() -> dict[str, dict[str, Any]]:
+    """Return the YAML blocks of all pages, those that set different things in one, under the names of all."""
+    groups: list[tuple[list[str], dict[str, Any]]] = []
+    for name, block in YAML.items():
+        if "VLLM" in block:
+            continue
+        config = yaml.safe_load(block)
+        for number, (names, others) in enumerate(groups):
+            if (both := merged(others, config)) is not None:
+                groups[number] = ([*names, name], both)
+                break
+        else:
+            groups.append(([name], config))
+    order = {"Health": 0, "RunReport": 2}  # the guard reads the values of the first, the report those of all
+    for _, config in groups:
+        callbacks = config.get("trainer", {}).get("callbacks", [])
+        callbacks.sort(key=lambda callback: order.get(callback["class_path"], 1))
+    return {" ".join(names): config for names, config in groups}
+
+
+YAML_TOGETHER = yaml_together()
+
+
+@pytest.mark.parametrize("names", YAML_TOGETHER)
+def test_yaml_blocks_train_a_step(names: str, desk: Path, small: Callable[[str], list[str]]) -> None:
+    """Laid over the quick start."""
+    config = YAML_TOGETHER[names]
+    (desk / "snippet.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    settings = small("mine.yaml" if "train" in config.get("data", {}) else "")
     opsd("fit", "--config", CONFIG, "--config", "snippet.yaml", *settings, "--trainer.default_root_dir=snippet")
 
 

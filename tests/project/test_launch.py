@@ -1,4 +1,4 @@
-"""The launch files, as two nodes of one process each: own environments, own interpreters, one machine."""
+"""Tests of the launch files as two nodes with one process each, on one machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers: units import only lower units, and the lowest import no framework."""
+"""Tests of the layers: units import only lower units, and the lowest import no framework."""
 
 from __future__ import annotations
 

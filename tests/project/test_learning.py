@@ -1,4 +1,4 @@
-"""The learning test bed: its task, statistics, methods and harness, and one tiny run of everything."""
+"""Tests of the learning benchmark: its task, statistics, methods and sweep."""
 
 from __future__ import annotations
 

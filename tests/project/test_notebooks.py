@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, on a tiny model, in an empty folder, and comes to what it says."""
+"""Tests that every notebook runs from top to bottom on a tiny model, with the results that it states."""
 
 from __future__ import annotations
 

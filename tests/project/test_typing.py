@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import opsd_lightning
+from helpers.paths import ROOT
 from opsd_lightning.losses.clips import PointwiseClip
 from opsd_lightning.losses.supports import TopKWithTail
 from opsd_lightning.models.policy import LoRA, Policy
@@ -20,7 +21,7 @@ from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, SyncTeacher
 from opsd_lightning.types import ConfigError, Sampling
 
-ROOT = Path(opsd_lightning.__file__).parents[1]
+pytestmark = pytest.mark.integration
 
 # Libraries are skipped, for speed: their types do not matter here.
 CONFIG = """

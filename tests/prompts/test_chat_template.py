@@ -1,4 +1,4 @@
-"""A trace that is trained on ends with what the chat template ends an answer with, at which sampling stops."""
+"""Tests that training traces end with the end-of-turn token of the chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contexts are what they are called: a hint is a part, a wrong answer is wrong, another problem is another one."""
+"""Tests of privileged contexts: hints, wrong answers and traces of other problems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of the data or of the model that spells a control token is read as ordinary text; all other text as ever."""
+"""Tests that control tokens spelled out in data or completions are encoded as ordinary text."""
 
 from __future__ import annotations
 

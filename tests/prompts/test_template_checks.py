@@ -1,4 +1,4 @@
-"""What is set reaches the prompts of both roles, or is refused by the name of its setting."""
+"""Tests that settings reach the prompts of both roles, or are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each role sees: templates, chat-template settings, privileged contexts, and what is never cut."""
+"""Tests of the prompts of both roles: templates, chat-template settings and privileged contexts."""
 
 from __future__ import annotations
 

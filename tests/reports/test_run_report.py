@@ -1,4 +1,4 @@
-"""The record of a run and the page made of it: real runs, read back."""
+"""Tests of the record of a run and of the page made from it."""
 
 from __future__ import annotations
 

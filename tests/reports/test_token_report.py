@@ -1,5 +1,4 @@
-"""The token report: its numbers against a reference by hand, what it survives, that training does not notice it, and the
-page in a real browser."""
+"""Tests of the token report: its numbers, resumed runs, unchanged training, and the page in a browser."""
 
 from __future__ import annotations
 

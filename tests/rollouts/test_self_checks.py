@@ -1,4 +1,4 @@
-"""The check at the start of a run: right models pass and stay as they are, and every way to differ is refused."""
+"""Tests of the check at the start of a run: it passes consistent models and refuses inconsistent ones."""
 
 from __future__ import annotations
 

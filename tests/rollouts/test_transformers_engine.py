@@ -1,4 +1,4 @@
-"""The rollout engine: what it samples, where it stops, and that it leaves the policy as it was."""
+"""Tests of the rollout engine: its samples, its stopping, and that it leaves the policy unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: the second is refused before it writes, and a killed one leaves nothing locked."""
+"""Tests of the lock of a run's folder: a second run is refused, and a killed run leaves no lock."""
 
 from __future__ import annotations
 

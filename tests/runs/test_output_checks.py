@@ -1,4 +1,4 @@
-"""A run's surroundings are checked before it starts."""
+"""Tests of the checks of folders, loggers and checkpoints before a run starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a run that came from elsewhere follows no link out of it."""
+"""Tests that reading a downloaded run follows no link out of it."""
 
 from __future__ import annotations
 

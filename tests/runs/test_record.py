@@ -1,4 +1,4 @@
-"""Records and tables of runs that go on: no row twice, no line lost, and nothing that a spreadsheet executes."""
+"""Tests of records and tables of resumed runs: no row is repeated or lost, and no cell is a formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SLURM starts a job again: it saves, asks for it, and the same command in the same folder goes on by itself."""
+"""Tests of SLURM's requeue: the run saves, asks for a restart, and resumes with the same command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a step whose validation was due: the run that resumes it validates first, and goes on as one that never stopped."""
+"""Tests of checkpoints whose validation was pending: the resumed run validates first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's ``config.yaml`` replaces nothing that it is not."""
+"""Tests that the saved ``config.yaml`` replaces no file of others."""
 
 from __future__ import annotations
 

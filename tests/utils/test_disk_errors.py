@@ -1,4 +1,4 @@
-"""A disk that is full for pages, tables, logs and the record: training goes on, and ``run.json`` tells the truth."""
+"""Tests of a full disk for pages, tables, logs and the record: training continues, ``run.json`` names what is missing."""
 
 from __future__ import annotations
 

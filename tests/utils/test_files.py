@@ -1,4 +1,4 @@
-"""Files that are written whole, in folders that others may have prepared."""
+"""Tests of atomic writes in folders that others can write to."""
 
 from __future__ import annotations
 

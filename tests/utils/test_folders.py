@@ -1,4 +1,4 @@
-"""Folders are replaced where nothing can be lost, and refused elsewhere."""
+"""Tests that folders are replaced only where nothing is lost."""
 
 from __future__ import annotations
 

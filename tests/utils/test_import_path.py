@@ -1,4 +1,4 @@
-"""Modules of a downloaded folder, and those that a command imports from there."""
+"""Tests that commands import no module from the working folder unless a setting names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scalars, tables, pictures and pages in the real libraries, offline: written by a real fit, and read back their way."""
+"""Tests of scalars, tables, pictures and pages in the loggers' own libraries, offline."""
 
 from __future__ import annotations
 

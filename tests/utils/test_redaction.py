@@ -1,4 +1,4 @@
-"""Secrets in texts, settings and commands: a table of those that must go, and one of texts that must stay."""
+"""Tests of hiding secrets in texts, settings and commands, with tables of secret and harmless texts."""
 
 from __future__ import annotations
 

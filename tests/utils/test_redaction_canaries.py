@@ -1,4 +1,4 @@
-"""Runs with secrets in settings, the environment, URLs, loggers' arguments and a server's answer, and what they leave behind."""
+"""Tests that secrets in settings, environment, URLs and server answers appear in no output of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Characters without width that `escape_controls` writes out, and those that words and emoji need."""
+"""Tests of zero-width characters in printed text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remains of a run on vLLM servers and on disk, however it ends, and limits of what servers can make it do."""
+"""Tests of the end of runs on vLLM servers, and of limits on the servers' answers."""
 
 from __future__ import annotations
 

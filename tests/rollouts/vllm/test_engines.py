@@ -1,5 +1,4 @@
-"""Rollouts from vLLM: against a server that speaks its protocol (vllm_protocol.py), and, with the marker vllm, against
-vLLM itself."""
+"""Tests of rollouts from vLLM: from a server that speaks its protocol, and with the marker vllm from vLLM itself."""
 
 from __future__ import annotations
 
