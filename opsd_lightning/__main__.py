@@ -1,6 +1,6 @@
-"""The ``opsd`` command: the command line of ``cli``, and the commands that need no trainer.
+"""The ``opsd`` command.
 
-Only the module of the command that is asked for is imported.
+Only the module of the requested command is imported. Help, version and errors about the command itself import no library.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from importlib import import_module
 from opsd_lightning.runs import early_signals
 from opsd_lightning.utils.import_path import add_current_folder, without_current_folder
 
-#: Commands beside LightningCLI's, and the modules whose ``main`` runs them.
-COMMANDS: dict[str, str] = {"doctor": "opsd_lightning.doctor.command", "report": "opsd_lightning.reports.page"}
-#: Commands that make objects of the classes that settings name.
-_BUILDING = {"doctor", "fit", "validate", "test", "predict"}
-# The process that has started this one, where Lightning starts the ranks: the first rank.
+# Process id of the first rank, which starts the other ranks of a node.
 _FIRST_RANK = "OPSD_FIRST_RANK"
 _END_SECONDS = 10.0
 
@@ -29,23 +25,28 @@ def entry() -> None:
     end_with_first_rank()
     early_signals.install()
     arguments = sys.argv[1:]
-    command = arguments[0] if arguments else ""
-    with without_current_folder():
-        import_module("opsd_lightning.utils.terminal").safe_tracebacks()
-        module = import_module(COMMANDS.get(command, "opsd_lightning.cli.command"))
-        if command not in COMMANDS and command in ("-h", "--help"):
-            print(f"Beside the subcommands below: {', '.join(f'opsd {name}' for name in COMMANDS)} (see their own --help)\n")
-        if command == "doctor" or (command not in COMMANDS and _BUILDING & set(arguments)):
+    with without_current_folder():  # and only then import what could lie in the current folder
+        from opsd_lightning.cli.commands import find_command
+        from opsd_lightning.utils.fast_imports import fast_imports
+        from opsd_lightning.utils.terminal import safe_tracebacks
+
+        safe_tracebacks()
+        command = find_command(arguments)
+        with fast_imports():
+            module = import_module(command.module)
+        if command.builds_parts:
             add_current_folder(arguments)
-        if command in COMMANDS:
+        if command.own_arguments:
             module.main(arguments[1:])
         else:
             module.main()
 
 
 def end_with_first_rank() -> None:
-    """End a rank that the first rank has started some seconds after that is gone. Before the ranks are connected, nothing
-    else would end it."""
+    """End a rank some seconds after the first rank, which started it, is gone.
+
+    Before the ranks are connected, nothing else would end it.
+    """
     first, rank = os.environ.get(_FIRST_RANK, ""), os.environ.get("LOCAL_RANK", "0")
     if not first.isdigit() or rank == "0" or "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ[_FIRST_RANK] = str(os.getpid())

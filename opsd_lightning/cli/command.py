@@ -1,6 +1,6 @@
 """The command line: LightningCLI with this package's parts, defaults and links.
 
-Rooms are imported here so that YAML may name their classes without their module.
+All modules with classes that settings may name are imported here, so that YAML may leave out the module.
 """
 
 from __future__ import annotations
@@ -58,22 +58,23 @@ from opsd_lightning.runs.saved_config import SavedConfig, check_no_hidden_values
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.disk_errors import DISK_FULL
 from opsd_lightning.utils.files import is_remote
+from opsd_lightning.utils.library_messages import hide_library_messages
 from opsd_lightning.utils.redaction import redact_arguments
 from opsd_lightning.utils.terminal import safe_messages, say
 
-# Settings of the Trainer that Lightning refuses under manual optimization, and what takes their place here.
-_NOT_THE_TRAINERS: dict[str, tuple[Any, str]] = {
+# Settings of the Trainer that Lightning refuses under manual optimization: the default, the problem and the fix.
+_UNSUPPORTED: dict[str, tuple[Any, str, str]] = {
     "accumulate_grad_batches": (
         1,
-        "one training step is one optimizer step here, scored in as many micro-batches as model.token_budget asks for: set "
-        "data.batch_size to the questions of an optimizer step",
+        "it has no effect here: one training step is one optimizer step, in micro-batches of model.token_budget tokens",
+        "Leave it out, and set data.batch_size to the questions of an optimizer step",
     ),
-    "gradient_clip_val": (None, "set model.max_grad_norm instead"),
+    "gradient_clip_val": (None, "it has no effect here", "Leave it out, and set model.max_grad_norm instead"),
 }
 
 
 class OPSDCLI(LightningCLI):
-    """Fits, validates, tests and predicts an `OPSDModule`, or another `PolicyModule`, on an `OPSDDataModule`."""
+    """Command line that fits, validates, tests and predicts with a `PolicyModule` and an `OPSDDataModule`."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.arguments = [str(argument) for argument in args] if isinstance(args, list) else sys.argv[1:]
@@ -86,13 +87,11 @@ class OPSDCLI(LightningCLI):
         check_nulls(self.arguments, config)
         seed = config.seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-            raise ConfigError(
-                f"it is {seed}, and seeds are numbers from 0 to 2^32 - 1", "seed_everything", "Choose one of them"
-            )
+            raise ConfigError(f"{seed} is no number from 0 to 2^32 - 1", "seed_everything", "Choose one of these")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # Concrete defaults, so that an overlay may change one setting of a part without naming its class again, and a
-        # bare `opsd fit --print_config` gives a configuration that runs.
+        # With concrete defaults, an overlay can change one setting of a part without repeating its class, and
+        # `opsd fit --print_config` alone prints a configuration that runs.
         parser.set_defaults(
             {
                 "model": {
@@ -126,8 +125,10 @@ class OPSDCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's own lets a checkpoint's hyperparameters overrule the command line; here the command line rules,
-        and a checkpoint that does not fit it is refused with a message."""
+        """Do nothing, unlike Lightning, which replaces settings of the command line by the checkpoint's hyperparameters.
+
+        A checkpoint that does not match the command line is refused when it is loaded.
+        """
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -143,26 +144,28 @@ class OPSDCLI(LightningCLI):
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         shards = path not in (None, "best", "last", "hpc") and Path(path).is_dir()
         if shards and not str(strategy).rpartition(".")[2].lower().startswith("fsdp2"):
-            raise UserError(
-                f"ckpt_path: {path} is a folder of shards, which only trainer.strategy fsdp2 reads (on one device or "
-                "many). A single file (save_distributed_checkpoint: false) is read by every strategy"
+            raise ConfigError(
+                f"{path} is a folder of shards, which only trainer.strategy fsdp2 reads, on one device or many",
+                "ckpt_path",
+                "Set trainer.strategy to fsdp2, or save a single file (save_distributed_checkpoint: false), which every "
+                "strategy reads",
             )
-        if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # no class's name
+        if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # not the name of a class
             check_strategy_name(trainer.strategy)
         if isinstance(strategy, str) and (problem := strategy_problem(strategy)) is not None:
             raise problem
         if (problem := precision_problem(trainer.precision)) is not None:
             raise problem
-        for name, (default, instead) in _NOT_THE_TRAINERS.items():
+        for name, (default, problem_text, fix) in _UNSUPPORTED.items():
             if trainer[name] != default:
-                raise UserError(f"trainer.{name} is {trainer[name]}, which has no meaning here: {instead}")
+                raise ConfigError(problem_text, f"trainer.{name}", fix)
 
     def _run_subcommand(self, subcommand: str) -> None:
         connector: Any = self.trainer._checkpoint_connector
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            if not connector._loaded_checkpoint:  # it is held only while its contents are put in place
+            if not connector._loaded_checkpoint:  # set only while the checkpoint is being restored
                 raise
             with wrap_restore_errors(connector._ckpt_path):
                 raise error
@@ -174,8 +177,8 @@ class OPSDCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunReport):
                     callback.arguments = self.arguments
-        except (ValueError, TypeError, ImportError) as error:  # a part's own check of its settings
-            reason = _reason(error)
+        except (ValueError, TypeError, ImportError) as error:  # raised by a part that checks its settings
+            reason = _root_cause(error)
             if isinstance(reason, UserError):
                 raise reason from None
             raise UserError(str(reason)) from error
@@ -187,7 +190,7 @@ class OPSDCLI(LightningCLI):
             except ConfigError:
                 if not run_lock.ranks_started_externally(self.trainer):
                     raise
-                return  # refused again in `fit`, on all ranks together; nothing is written until then
+                return  # `fit` refuses it again, on all ranks together, and nothing is written until then
         try:
             path = self.config.fit.get("ckpt_path")
             if path == "best":
@@ -201,7 +204,7 @@ class OPSDCLI(LightningCLI):
             run_lock.release(self.trainer)
             raise
         if run_lock.launches_processes(self.trainer):
-            run_lock.release(self.trainer)  # the first of them holds it
+            run_lock.release(self.trainer)  # the first of the launched processes takes it
 
     def before_validate(self) -> None:
         self._before_evaluation()
@@ -231,7 +234,7 @@ class OPSDCLI(LightningCLI):
         open_loggers(self.trainer)
 
 
-def _reason(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """Return the error of a part itself, which jsonargparse wraps in errors about types."""
     cause: BaseException | None = error
     while cause is not None:
@@ -245,7 +248,7 @@ def _reason(error: BaseException) -> BaseException:
 
 
 def _without_checkpoint(arguments: list[str]) -> list[str]:
-    """The arguments of a run but for ``--ckpt_path`` and its value."""
+    """Return the arguments without ``--ckpt_path`` and its value."""
     kept, skipped = [], False
     for argument in arguments:
         if not skipped and argument != "--ckpt_path" and not argument.startswith("--ckpt_path="):
@@ -255,13 +258,13 @@ def _without_checkpoint(arguments: list[str]) -> list[str]:
 
 
 def _longest(*samplings: Any) -> int:
-    # An optional part keeps its class beside its settings.
+    # The settings of an optional part are below `init_args`, next to its class.
     settings = [getattr(sampling, "init_args", sampling) for sampling in samplings if sampling is not None]
     return max(setting["max_new_tokens"] for setting in settings)
 
 
 def cli_settings() -> dict[str, Any]:
-    """What makes an `OPSDCLI` of Lightning's, beside its arguments and classes."""
+    """Return the options with which Lightning builds an `OPSDCLI`, without its classes and arguments."""
     return {
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
@@ -277,16 +280,16 @@ def main(args: ArgsType = None) -> OPSDCLI:
     """Run the command line.
 
     Args:
-        args: The arguments; the process's own unless given.
+        args: The arguments. Defaults to those of the process.
 
     Returns:
-        The finished run, with its ``trainer``, ``model`` and ``datamodule``.
+        The command line after the run, with its ``trainer``, ``model`` and ``datamodule``.
 
     Raises:
-        SystemExit: With status 2, after one message, for a user's mistake.
+        SystemExit: With status 2, after one message, for a mistake of the user.
     """
     early_signals.install()
-    with safe_messages():
+    with safe_messages(), hide_library_messages():
         try:
             return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
         except (UserError, MisconfigurationException) as error:
@@ -295,7 +298,7 @@ def main(args: ArgsType = None) -> OPSDCLI:
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            say(f"error: {error}. Make room, and go on from the last checkpoint (ckpt_path)", error=True)
+            say(f"error: {error}. Free some space, and resume from the last checkpoint (ckpt_path)", error=True)
             raise SystemExit(2) from error
         finally:
             early_signals.uninstall()

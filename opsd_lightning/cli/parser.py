@@ -1,7 +1,7 @@
-"""The parser of the command line: values below a class arrive as they were typed.
+"""The parser of the command line, which passes values to classes as they were typed.
 
-jsonargparse loads the value of an option below a class as YAML and writes it out again by ``str`` for the class's own
-parser: ``null`` becomes the text ``None``, ``007`` becomes ``7``, and ``123e456``, a Git revision, becomes ``inf``.
+jsonargparse loads the value of a class's option as YAML and converts it by ``str`` for the parser of that class: ``null``
+becomes the text ``None``, ``007`` becomes ``7``, and ``123e456``, a Git revision, becomes ``inf``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from opsd_lightning.utils.yaml_limits import check_yaml
 # jsonargparse writes hundreds of debug records for each command to a logger without handlers. Creating them takes time.
 logging.getLogger("jsonargparse_null_logger").setLevel(logging.CRITICAL)
 
-# Options and their values, as the command line has them.
+# Options and their values, as on the command line.
 _typed: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("typed", default=())
 
 
 class Parser(LightningArgumentParser):
-    """`LightningArgumentParser` whose parsers of classes get the text of the command line."""
+    """`LightningArgumentParser` that passes the text of the command line to the parsers of classes."""
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         if _typed.get() and args is not None and len(args) == 1 and args[0].startswith("--") and "=" in args[0]:
-            # A class's parser gets one option, with the value that was loaded and written out again.
+            # The parser of a class is given one option, with the converted value.
             name, _, value = args[0][2:].partition("=")
             args = [f"--{name}={_as_typed(name, value)}"]
         else:
@@ -47,7 +47,11 @@ class Parser(LightningArgumentParser):
 
 @contextmanager
 def remembering(arguments: Sequence[Any] | None) -> Iterator[None]:
-    """Remember the text of these arguments, or of the process's own, while they are parsed."""
+    """Remember the text of arguments while they are parsed.
+
+    Args:
+        arguments: The arguments. None for those of the process.
+    """
     texts = [str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     token = _typed.set(tuple(_pairs(texts)))
     try:
@@ -57,10 +61,10 @@ def remembering(arguments: Sequence[Any] | None) -> Iterator[None]:
 
 
 def check_nulls(arguments: Sequence[str], config: Any) -> None:
-    """Refuse ``null`` for a setting that takes a text: it would be the text ``null``.
+    """Check that no setting that takes a string is ``null``, which would become the string ``null``.
 
     Raises:
-        ConfigError: With the setting.
+        ConfigError: A setting is such a string.
     """
     for option, text in _pairs(arguments):
         value = config
@@ -69,7 +73,7 @@ def check_nulls(arguments: Sequence[str], config: Any) -> None:
             value = value if inner is None else inner
             value = value.get(part) if isinstance(value, Namespace) else None
         if text.strip() == "null" and value == text:
-            raise ConfigError("it takes a text and cannot be null", option, "Leave it out, or give an empty text")
+            raise ConfigError("it takes a string and cannot be null", option, "Leave it out, or give an empty string")
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -81,7 +85,7 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _as_typed(name: str, value: str) -> str:
-    """The text behind an option that ends in ``name`` and is loaded as ``value``, or else ``value`` itself."""
+    """Return the text of the option that ends in ``name`` and loads as ``value``; ``value`` if there is none."""
     for option, text in _typed.get():
         if text != value and (option.endswith(f".{name}") or option.endswith(f".{name.replace('.init_args.', '.')}")):
             with suppress(yaml.YAMLError):
@@ -92,10 +96,11 @@ def _as_typed(name: str, value: str) -> str:
 
 
 def load_yaml(text: str, path: str | None = None) -> Any:
-    """Load a value, or with ``path`` a whole file, as jsonargparse does, but for three things.
+    """Load a value, or with ``path`` a whole file, as jsonargparse does, with three differences.
 
-    A value that is a YAML comment is that text: a system message ``# You are a tutor`` would otherwise become null. A key
-    that stands twice in a mapping is an error. ``AdamW`` as an optimizer is torch's: bitsandbytes has one of that name, too.
+    - A value that is a YAML comment is a string: a system message ``# You are a tutor`` would otherwise become null.
+    - A duplicate key in a mapping is an error.
+    - An optimizer ``AdamW`` is torch's, although bitsandbytes has a class of that name, too.
     """
     check_yaml(text)
     try:
@@ -115,12 +120,12 @@ set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 def _check_keys(node: Any) -> None:
-    """Raise ``yaml.YAMLError`` for a key that stands twice in a mapping."""
+    """Raise ``yaml.YAMLError`` for a duplicate key in a mapping."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value}", key.start_mark)
             seen.add(str(key.value))
             _check_keys(value)
     elif isinstance(node, yaml.SequenceNode):
@@ -129,7 +134,7 @@ def _check_keys(node: Any) -> None:
 
 
 def _qualify(value: Any) -> None:
-    """Write the full path of optimizers that are named by their class in torch alone, in place."""
+    """Replace the class names of torch's optimizers by their full paths, in place."""
     if isinstance(value, list):
         for part in value:
             _qualify(part)
@@ -148,7 +153,7 @@ def _torch_optimizer(name: str) -> str:
 
 
 def qualified(arguments: Sequence[str]) -> list[str]:
-    """Arguments with the full path of an optimizer that is named by its class in torch alone."""
+    """Return arguments in which the class names of torch's optimizers are replaced by their full paths."""
     found = list(arguments)
     for place, argument in enumerate(found):
         name, equals, value = argument.partition("=")

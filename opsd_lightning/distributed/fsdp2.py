@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ from opsd_lightning.utils.files import is_remote
 
 
 @checked
+@final
 class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallelism (torch's FSDP2) over all devices.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,15 +32,23 @@ from opsd_lightning.doctor.data_checks import (
     trace_lengths,
 )
 from opsd_lightning.doctor.findings import Diagnosis, Finding, at_share
-from opsd_lightning.doctor.memory import Step, memory, memory_findings, memory_of, size_of, skeleton, weight_bytes
+from opsd_lightning.doctor.memory import (
+    Step,
+    less_memory,
+    memory,
+    memory_findings,
+    memory_of,
+    size_of,
+    skeleton,
+    weight_bytes,
+)
 from opsd_lightning.doctor.probe import (
+    AGREEMENT_TOKENS,
     LOOKED_AT,
     Examples,
     agreement_findings,
     divergence_facts,
     divergence_findings,
-    run_facts,
-    time_facts,
 )
 from opsd_lightning.doctor.prompt_checks import (
     context_findings,
@@ -50,6 +59,7 @@ from opsd_lightning.doctor.prompt_checks import (
     thinking_findings,
     token_findings,
 )
+from opsd_lightning.doctor.trial import TRIAL_TOKENS, measured_memory, run_trials, time_facts
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
@@ -60,7 +70,7 @@ from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.self_checks import agreement
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, SyncTeacher, Teacher, TrustRegionTeacher
-from opsd_lightning.types import ConfigError, Example, PromptBatch, UserError
+from opsd_lightning.types import ConfigError, Example, PromptBatch, Sampling, UserError
 
 _RENDERED = 32  # rows whose prompts are looked at closely
 
@@ -96,6 +106,7 @@ class _Examination:
         self.module, self.data, self.trainer, self.examples, self.say = module, data, trainer, examples, say
         self.policy: Policy = module.policy
         self.found = Diagnosis()
+        self.memory_findings: list[Finding] = []
         self.traces: list[int] = []
         self.limit: int | None = None
         self.device = torch.device("cuda", 0) if isinstance(trainer.accelerator, CUDAAccelerator) else torch.device("cpu")
@@ -138,6 +149,7 @@ class _Examination:
         else:
             with self._refusals("settings"):
                 self._without_model(tokenizer)
+        self.found.add(self.memory_findings)
         return self.found
 
     @contextmanager
@@ -256,7 +268,7 @@ class _Examination:
         )
 
     def _memory(self) -> bool:
-        """Estimate it; whether the model can be loaded here."""
+        """Estimate the memory of a step, and return whether the model can be loaded here."""
         self.say("Estimating memory ...")
         module, policy, strategy = self.module, self.policy, self.trainer.strategy
         model, step = skeleton(policy), self._step()
@@ -276,16 +288,18 @@ class _Examination:
         copies = plain * (merges + (self.device.type == "cpu" and isinstance(module.rollouts, TransformersEngine)))
         sharded = isinstance(strategy, FSDP2Strategy)
         states = sum(2 if isinstance(teacher, TrustRegionTeacher) else 1 for teacher in self.teachers)
-        bytes_by_part = memory(
-            model, policy, module.objective, module.make_optimizer, step, teacher=kept, teacher_states=states,
+        self.estimate = partial(
+            memory, model, policy, module.objective, module.make_optimizer, teacher=kept, teacher_states=states,
             merged_copies=copies if step.rows_at_once else 0, shards=self.trainer.world_size if sharded else 1,
             gathers=sharded and getattr(module.rollouts, "gather_weights", False),
             frees=self.device.type == "cuda",
         )  # fmt: skip
-        has = memory_of(self.device)
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
-        self.found.facts["memory"] = {"bytes": bytes_by_part, "device": name, "device_bytes": has, "step": step._asdict()}
-        self.found.add(memory_findings(bytes_by_part, has, name))
+        bytes_by_part, has = self.estimate(step), memory_of(self.device)
+        self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
+        self.found.facts["memory"] = {
+            "bytes": bytes_by_part, "device": self.name, "device_bytes": has, "step": step._asdict(),
+        }  # fmt: skip
+        self.memory_findings = list(memory_findings(bytes_by_part, has, self.name))
         return bytes_by_part["base weights"] + bytes_by_part["teacher"] < 0.9 * has
 
     def _without_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -335,13 +349,42 @@ class _Examination:
                 facts = divergence_facts(module, teacher, found)
                 self.found.facts["divergence"] = facts
                 self.found.add(divergence_findings(facts, module.objective.skip_first_tokens))
-        timing, completions = time_facts(module, teacher, found, single.precision_plugin.forward_context)
-        if any(completions):
-            agreed, total = agreement(module.model, found.students, completions)
-            self.found.facts["agreement"] = {"tokens": total, "agreed": agreed}
-            self.found.add(agreement_findings(agreed, total))
-        sampled = self._step() if self.samples else self._step()._replace(rows_at_once=0)
-        self.found.facts["time"] = run_facts(module, self.data, trainer, sampled, timing, self.traces)
+        if isinstance(module.rollouts, LocalEngine):
+            sampling = Sampling(max_new_tokens=AGREEMENT_TOKENS, temperature=0.0)
+            completions = module.rollouts.generate(module.model, found.students, sampling, 0).completions
+            if any(completions):
+                agreed, total = agreement(module.model, found.students, completions)
+                self.found.facts["agreement"] = {"tokens": total, "agreed": agreed}
+                self.found.add(agreement_findings(agreed, total))
+        with self._refusals("time"):
+            self._trials(rows)
+
+    def _trials(self, rows: PromptBatch) -> None:
+        """Run training steps of bounded size, and extrapolate their time and, on a CUDA device, their peak memory."""
+        module, step = self.module, self._step()
+        rows_of_question = step.rows // self.data.batch_size
+        small = min(self.examples, self.data.batch_size)
+        if not self._fits(step.shortened(small * rows_of_question, TRIAL_TOKENS)):
+            return  # the memory is too small for any step, which `memory_findings` has found
+        larger = self._fits(step.shortened(step.rows, TRIAL_TOKENS))
+        self.say("Running a few short training steps ...")
+        try:
+            trials = run_trials(module, rows, small, self.data.batch_size if larger else small, step, self.device)
+        except torch.OutOfMemoryError:
+            text = (
+                f"a training step of {small} questions with completions of {TRIAL_TOKENS} tokens does not fit on {self.name}"
+            )
+            self.memory_findings = [Finding("error", "memory", text, *less_memory(self.estimate(step)))]
+            return
+        self.found.facts["time"] = time_facts(module, self.data, self.trainer, step, trials, self.traces)
+        if self.device.type == "cuda" and not isinstance(self.trainer.strategy, FSDP2Strategy):
+            measured = measured_memory(self.estimate, step, trials[0][-1])
+            self.found.facts["memory"]["measured"] = measured
+            self.memory_findings = list(memory_findings(self.estimate(step), memory_of(self.device), self.name, measured))
+
+    def _fits(self, step: Step) -> bool:
+        """Return whether a step may be run here: on a CPU, too little memory would end the process."""
+        return self.device.type == "cuda" or self.estimate(step)["total"] < 0.9 * memory_of(self.device)
 
     def _examples(self, rows: PromptBatch) -> tuple[Examples, Teacher | None]:
         """A few prompts and the first tokens of their traces, and the teacher that scores them."""

@@ -63,6 +63,11 @@ class Step(NamedTuple):
         row = self.prompt + self.completion
         return min(max(self.token_budget // row * row, row), self.rows * row)
 
+    def shortened(self, rows: int, completion: int, prompt: int | None = None) -> Step:
+        """Return a step with fewer rows and shorter completions, and without evaluation."""
+        prompt = self.prompt if prompt is None else prompt
+        return self._replace(rows=rows, completion=completion, prompt=prompt, eval_rows=0)
+
 
 def skeleton(policy: ModelSettings) -> PeftModel:
     """The policy without its weights, on the meta device.
@@ -284,16 +289,33 @@ _LESS_MEMORY: dict[str, tuple[str, str]] = {
 }
 
 
-def memory_findings(found: dict[str, int], has: int, device: str) -> Iterator[Finding]:
-    """Whether it fits.
+def less_memory(found: dict[str, int]) -> tuple[str, str]:
+    """Return the setting that saves most memory, and the advice for it.
 
     Args:
-        found: Of `memory`.
-        has: Bytes of the device.
-        device: Its name.
+        found: The result of `memory`.
     """
-    total = found["total"]
+    return _LESS_MEMORY[max((part for part in found if part != "total"), key=found.__getitem__)]
+
+
+def memory_findings(
+    found: dict[str, int], has: int, device: str, measured: dict[str, int] | None = None
+) -> Iterator[Finding]:
+    """Find whether a step fits into the memory of the device.
+
+    Args:
+        found: The result of `memory`.
+        has: Bytes of the device.
+        device: Name of the device.
+        measured: The result of `trial.measured_memory`. Defaults to none: the estimate is compared.
+    """
+    total = found["total"] if measured is None else measured["extrapolated_bytes"]
     if total > 0.9 * has:
         worst = max((part for part in found if part != "total"), key=found.__getitem__)
         text = f"about {total / GIB:.2g} GiB are needed, most of it for {worst}; {device} has {has / GIB:.2g}"
-        yield Finding("error" if total > has else "warning", "memory", text, *_LESS_MEMORY[worst])
+        if measured is not None:
+            text += (
+                f" (extrapolated from {measured['peak_bytes'] / GIB:.2g} GiB of a step of {measured['rows']} completions of "
+                f"{measured['completion']} tokens)"
+            )
+        yield Finding("error" if total > has else "warning", "memory", text, *less_memory(found))

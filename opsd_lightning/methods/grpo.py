@@ -72,8 +72,8 @@ class GRPOModule(PolicyModule):
     def __init__(
         self,
         policy: Policy,
-        *,
         reward: Reward | None = None,
+        *,
         likelihood: NegativeLogLikelihood | None = None,
         clip_ratio: PositiveFloat = 0.2,
         anchor: Anchor | None = None,

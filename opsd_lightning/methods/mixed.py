@@ -25,7 +25,7 @@ class MixedOPSDModule(DistillationModule):
         common: Arguments of `DistillationModule`.
     """
 
-    def __init__(self, policy: Policy, *, trace_share: ClosedUnitInterval = 0.25, **common: Any) -> None:
+    def __init__(self, policy: Policy, trace_share: ClosedUnitInterval = 0.25, **common: Any) -> None:
         super().__init__(policy, **common)
         self.trace_share = trace_share
 

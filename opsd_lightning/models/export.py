@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
@@ -45,7 +43,7 @@ def write_adapter(
         state_dict: Weights to write, by their names in ``model``. Defaults to the current weights.
         tokenizer: Tokenizer to write into the folder as well. Defaults to none.
         setting: Name of the setting that the folder comes from, for errors.
-        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check`).
+        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check_replaceable`).
 
     Raises:
         ConfigError: The folder must not be replaced, or its contents, when read back, differ from the policy. An earlier
@@ -121,7 +119,7 @@ def merge_adapter(
         dequantize: If True, merge into base weights that are rounded to 4 bits, as in the training of a 4-bit policy,
             instead of the original ones. The merged model then gives the same results as in training.
         setting: Name of the setting that the folder comes from, for errors.
-        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check`).
+        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check_replaceable`).
 
     Raises:
         ConfigError: ``dequantize`` is set for a policy that is not quantized to 4 bits, the folder must not be replaced, the
@@ -165,6 +163,9 @@ def merge_adapter(
 @torch.no_grad()
 def _round_to_four_bits(model: PeftModel, policy: Policy, tokens: Tensor) -> Tensor:
     """Round the base weights to their 4-bit values, and return the quantized policy's logits for some tokens."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit
+
     layers = dict(model.named_modules())
     quantized = policy.build()
     for name, module in quantized.named_modules():

@@ -44,7 +44,7 @@ from opsd_lightning.models.base_checks import (
 )
 from opsd_lightning.models.gguf_header import check_gguf
 from opsd_lightning.models.rope import constant_length, fix_frequencies, row_limit
-from opsd_lightning.types import ConfigError, PositiveFloat, PositiveInt, Probability, UserError, checked
+from opsd_lightning.types import ConfigError, PositiveFloat, PositiveInt, Probability, checked
 
 STUDENT = "default"
 TEACHER = "teacher"
@@ -291,7 +291,9 @@ class ModelSettings(ABC):
                 "Set it to float32, or remove modules_to_save from model.policy.lora.options",
             )
         if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed the method.
+            name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+            getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
         # `from_pretrained` returns the model in evaluation mode, in which gradient checkpointing has no effect.
         model.train()
         return model
@@ -373,7 +375,7 @@ class ModelSettings(ABC):
             wrong = list(result.unexpected_keys) + missing
             if wrong:
                 raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
-        except (torch.OutOfMemoryError, UserError):
+        except (torch.OutOfMemoryError, ConfigError):
             raise
         except Exception as error:  # the adapter's settings may have any type
             raise ConfigError(

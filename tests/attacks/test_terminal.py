@@ -21,10 +21,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from helpers.attack import Attack
 from opsd_lightning import quickstart
 from opsd_lightning.callbacks.progress import ProgressLines, print_metrics
-from opsd_lightning.doctor import command as doctor
+from opsd_lightning.doctor import display as doctor
 from opsd_lightning.doctor.findings import Diagnosis, Finding
 from opsd_lightning.reports import page as report
 from opsd_lightning.utils.terminal import SafeArgumentParser, escape_controls, safe_messages, safe_text, safe_tracebacks, say
+
+pytestmark = pytest.mark.integration
+
 
 PIECES = [
     "\x1b[2J", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\link\x1b]8;;\x1b\\", "\x1b]52;c;ZXZpbA==\x07", "\x9b31m", "\x9d0;t\x9c",

@@ -15,6 +15,9 @@ import torch
 
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.integration
+
+
 BENCHMARKS = ROOT / "benchmarks"
 SMALL = {
     "objective": "--vocabulary 300 --hidden 16 --tokens 50 --divergences all",
@@ -27,6 +30,7 @@ SMALL = {
     "attempts": "--model {llama} --vocabulary 300",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
     "start_checks": "--model {llama} --short",
+    "start_up": "--command=--version --before {root}",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
 }
 
@@ -42,7 +46,7 @@ def test_every_benchmark_is_run_here() -> None:
 def run(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def call(name: str) -> dict[str, Any]:
         out = tmp_path / f"{name}.json"
-        options = SMALL[name].format(**folders, folder=tmp_path).split()
+        options = SMALL[name].format(**folders, folder=tmp_path, root=BENCHMARKS.parent).split()
         script = BENCHMARKS / f"{name}.py"
         monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--repeats", "1", "--json", str(out), *options])
         monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -68,6 +72,11 @@ def test_start_checks(run: Any) -> None:
     *checks, together = rows(run("start_checks"))
     assert all(row["calls"] and row["seconds"] for row in checks)
     assert together["seconds"] == pytest.approx(sum(row["seconds"] for row in checks)) and together["share, %"] < 100
+
+
+def test_start_up(run: Any) -> None:
+    (row,) = rows(run("start_up"))
+    assert 0 < row["now, CPU s"] < row["now, s"] * 4 and row["before, lines on stderr"] == row["now, lines on stderr"] == 0
 
 
 def test_scoring(run: Any) -> None:
