@@ -7,7 +7,7 @@ VLLM_VENV ?= $(if $(findstring $(NOTHING) ,$(CURDIR)),$(HOME)/.cache/opsd-lightn
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: quickstart learn docs test attack test-vllm check wheel clean
+.PHONY: quickstart learn docs test test-fast attack test-vllm check wheel clean
 
 quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
 	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
@@ -16,7 +16,10 @@ learn: $(VENV)/.plots ## Make a tiny base model, train it on its own rollouts an
 	$(BIN)/python -m benchmarks.learning.quick $(ARGS)
 
 test: $(VENV)/.dev ## The whole test suite, on two cores at once (WORKERS=0: on one, in order)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not slow and not vllm" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not slow and not vllm" $(ARGS)
+
+test-fast: $(VENV)/.dev ## The unit tests: no commands, no several processes, no servers, no notebooks
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not slow and not vllm and not integration" $(ARGS)
 
 attack: $(VENV)/.dev ## Repeat every attack for an hour (ARGS="--minutes 10": for ten minutes), and count
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.attacks.hour $(ARGS)

@@ -23,15 +23,15 @@ Forward = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def using(forwards: dict[nn.Linear, Forward], thin_rows: int = inference._THIN_ROWS) -> Iterator[None]:
+def using(forwards: dict[nn.Linear, Forward], thin_rows: int = inference._MAX_ROWS) -> Iterator[None]:
     """Replace the forward functions of linear layers, with packed weights for products of few rows only."""
-    limit, inference._THIN_ROWS = inference._THIN_ROWS, thin_rows
+    limit, inference._MAX_ROWS = inference._MAX_ROWS, thin_rows
     for layer, forward in forwards.items():
         layer.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        inference._THIN_ROWS = limit
+        inference._MAX_ROWS = limit
         for layer in forwards:
             del layer.forward  # type: ignore[method-assign]
 

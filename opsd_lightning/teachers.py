@@ -22,7 +22,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -30,7 +29,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from opsd_lightning.models.fingerprint import base_record
 from opsd_lightning.models.policy import STUDENT, TEACHER, LoRA, OtherModel, base_of, device_of, evaluating
 from opsd_lightning.models.scoring import Scorer, has_adapted_head, head_of, moving_weights
-from opsd_lightning.types import ConfigError, TokenStates
+from opsd_lightning.types import ClosedUnitInterval, ConfigError, OpenUnitInterval, PositiveInt, TokenStates, checked
 
 
 class Teacher(ABC):
@@ -154,8 +153,8 @@ class _AdapterCopy(GenerativeTeacher):
 
     @abstractmethod
     def __init__(self, decay: float, update_every_steps: int) -> None:
-        self.decay = ClosedUnitInterval(decay)
-        self.update_every_steps = PositiveInt(update_every_steps)
+        self.decay = decay
+        self.update_every_steps = update_every_steps
 
     def attach(self, model: PeftModel) -> None:
         _require_adapter(model, self.setting)
@@ -171,6 +170,7 @@ class _AdapterCopy(GenerativeTeacher):
                 teacher.lerp_(student.to(teacher.dtype), 1 - self.decay)
 
 
+@checked
 class EMATeacher(_AdapterCopy):
     """An exponential moving average of the student's adapter: teacher <- decay teacher + (1 - decay) student.
 
@@ -191,6 +191,7 @@ class EMATeacher(_AdapterCopy):
         super().__init__(decay, update_every_steps)
 
 
+@checked
 class SyncTeacher(_AdapterCopy):
     """A copy of the student's adapter that is renewed every few optimizer steps.
 
@@ -202,6 +203,7 @@ class SyncTeacher(_AdapterCopy):
         super().__init__(0.0, every_n_steps)
 
 
+@checked
 class TrustRegionTeacher(Teacher):
     """A mixture of the initial policy and the student: logits are (1 - weight) fixed + weight live.
 
@@ -213,7 +215,7 @@ class TrustRegionTeacher(Teacher):
     """
 
     def __init__(self, weight: OpenUnitInterval = 0.1) -> None:
-        self.weight = OpenUnitInterval(weight)
+        self.weight = weight
         self._fixed = FixedTeacher()
 
     @property
@@ -239,6 +241,7 @@ class TrustRegionTeacher(Teacher):
         return TokenStates(torch.cat([fixed.hidden, live.hidden], dim=-1), head)
 
 
+@checked
 class ModelTeacher(ReferenceTeacher):
     """Another model, in memory beside the policy: on-policy distillation from a separate teacher.
 

@@ -12,14 +12,53 @@ the pad id.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
-
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+from itertools import zip_longest
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_Class = TypeVar("_Class")
+
+# Restricted numbers, which `checked` and the command line check. jsonargparse would execute a block `if TYPE_CHECKING`.
+if not TYPE_CHECKING:
+    from jsonargparse.typing import (
+        ClosedUnitInterval as ClosedUnitInterval,
+        NonNegativeFloat as NonNegativeFloat,
+        NonNegativeInt as NonNegativeInt,
+        OpenUnitInterval as OpenUnitInterval,
+        PositiveFloat as PositiveFloat,
+        PositiveInt as PositiveInt,
+        restricted_number_type,
+    )
+
+    Probability = restricted_number_type(
+        "Probability", float, [(">=", 0), ("<", 1)], docstring="float restricted to be ≥0 and <1"
+    )
+else:
+    NonNegativeInt = int
+    PositiveInt = int
+    ClosedUnitInterval = float
+    NonNegativeFloat = float
+    OpenUnitInterval = float
+    PositiveFloat = float
+    Probability = float
 
 
 class Example(NamedTuple):
@@ -181,6 +220,68 @@ class ConfigError(UserError):
         return f"{self.setting}: {self.problem}. {self.fix}"
 
 
+def checked(cls: type[_Class]) -> type[_Class]:
+    """Check arguments of a class in Python as the command line checks them.
+
+    This class decorator converts arguments with a restricted number type of jsonargparse, such as ``PositiveInt`` or
+    ``PositiveFloat | None``, to ``int`` or ``float``. It stands above ``@dataclass``.
+
+    Raises:
+        ConfigError: On construction, for a value that the type does not allow. The setting is ``Class.argument``.
+
+    Example::
+
+        >>> from opsd_lightning import Sampling
+        >>> Sampling(n=0)
+        Traceback (most recent call last):
+        opsd_lightning.types.ConfigError: Sampling.n: it is 0. Give an int restricted to be >0
+    """
+    init = cls.__init__
+    names = list(inspect.signature(init).parameters)[1:]
+    numbers: dict[str, _Number] = {}
+
+    def convert(owner: object, name: str, value: Any) -> Any:
+        return numbers[name].convert(owner, name, value) if name in numbers else value
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not numbers:  # on first use: annotations may name classes that are defined later
+            numbers.update(_numbers_of(init))
+        args = tuple(convert(self, name, value) for name, value in zip_longest(names[: len(args)], args))
+        init(self, *args, **{name: convert(self, name, value) for name, value in kwargs.items()})
+
+    cls.__init__ = checked_init  # type: ignore[method-assign]
+    return cls
+
+
+class _Number(NamedTuple):
+    kind: type[int] | type[float]
+    optional: bool
+
+    def convert(self, owner: object, name: str, value: Any) -> int | float | None:
+        if value is None and self.optional:
+            return None
+        base = int if issubclass(self.kind, int) else float
+        try:
+            return base(self.kind(value))
+        except (TypeError, ValueError):
+            fix = f"Give {'an' if base is int else 'a'} {self.kind.__doc__}"
+            raise ConfigError(f"it is {value!r}", f"{type(owner).__name__}.{name}", fix) from None
+
+
+def _numbers_of(function: Callable[..., Any]) -> dict[str, _Number]:
+    """Return the arguments of a function that are restricted numbers."""
+    found: dict[str, _Number] = {}
+    for name, hint in get_type_hints(function).items():
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        numbers = [kind for kind in kinds if kind is not NoneType]
+        kind = numbers[0] if len(numbers) == 1 else None
+        if isinstance(kind, type) and issubclass(kind, (int, float)) and kind not in (int, float, bool):
+            found[name] = _Number(kind, NoneType in kinds)
+    return found
+
+
+@checked
 @dataclass(frozen=True)
 class Sampling:
     """Settings of the sampler of completions.

@@ -1,31 +1,31 @@
-"""Tiny models and their tokenizer, made on the spot and saved as ordinary Hugging Face folders."""
+"""Fixtures that several test files use.
+
+Heavy libraries are imported in the fixtures: pytest-xdist loads this file once more, in a process that runs no test.
+"""
 
 from __future__ import annotations
-
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch  # noqa: F401 (sets its loggers up)
 import pytest
-import torch
 import yaml
-from peft import PeftModel
 
-from helpers.attack import Attack
-from helpers.files import write_jsonl
-from helpers.models import ARCHITECTURES, make_model, make_tokenizer, perturb
-from opsd_lightning.models.policy import LoRA, Policy
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+    from helpers.attack import Attack
+    from opsd_lightning.models.policy import Policy
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads would only wait for each other
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+pytest.register_assert_rewrite("helpers")
 
 
 def pytest_collection_finish() -> None:
@@ -38,6 +38,9 @@ def pytest_collection_finish() -> None:
 def leaves_nothing_behind() -> Iterator[None]:
     """Later tests fork: threads of a process group or of OpenMP would be missed there, and waited for, for ever. And they
     read what Lightning logs."""
+    import lightning.pytorch  # noqa: F401 (sets its loggers up)
+    import torch
+
     loggers = [logging.getLogger(name) for name in ("", "lightning", "lightning.pytorch", "lightning.fabric")]
     before = [(logger.level, logger.disabled, logger.propagate) for logger in loggers]
     yield
@@ -58,6 +61,8 @@ def plain_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A model folder for each architecture."""
+    from helpers.models import ARCHITECTURES, make_model, make_tokenizer
+
     root = tmp_path_factory.mktemp("models")
     for architecture in ARCHITECTURES:
         make_model(architecture).save_pretrained(root / architecture)
@@ -68,6 +73,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def roomy(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny model with room for the package's own prompts, which are long where a token is a character."""
+    from helpers.models import make_model, make_tokenizer
+
     folder = tmp_path_factory.mktemp("roomy")
     model = make_model("llama")
     model.config.max_position_embeddings = 2048
@@ -78,6 +85,8 @@ def roomy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def make_policy(folders: dict[str, str]) -> Callable[..., Policy]:
+    from opsd_lightning.models.policy import LoRA, Policy
+
     def make(architecture: str = "llama", **settings: object) -> Policy:
         settings.setdefault("lora", LoRA(r=4, alpha=8, dropout=0.0))
         return Policy(model=folders[architecture], dtype="float32", **settings)  # type: ignore[arg-type]
@@ -88,6 +97,10 @@ def make_policy(folders: dict[str, str]) -> Callable[..., Policy]:
 @pytest.fixture
 def built(make_policy: Callable[..., Policy]) -> Callable[..., PeftModel]:
     """A policy whose adapter already does something."""
+
+    import torch
+
+    from helpers.models import perturb
 
     def build(architecture: str = "llama", **settings: object) -> PeftModel:
         torch.manual_seed(0)  # the adapter starts at random
@@ -111,6 +124,8 @@ _failed = pytest.StashKey[bool]()
 
 @pytest.fixture
 def attack(request: pytest.FixtureRequest) -> Iterator[Attack]:
+    from helpers.attack import Attack
+
     found = Attack(request.node.nodeid)
     yield found
     if path := os.environ.get("OPSD_ATTACK_REPORT"):
@@ -123,6 +138,8 @@ def attack(request: pytest.FixtureRequest) -> Iterator[Attack]:
 @pytest.fixture
 def base(folders: dict[str, str], tmp_path: Path) -> list[str]:
     """Arguments of a tiny run that works."""
+    from helpers.files import write_jsonl
+
     rows = [{"problem": f"{n}+1?", "solution": f"The answer is {n + 1}.", "gold": str(n + 1)} for n in range(8)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = {

@@ -8,8 +8,12 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from helpers.processes import Child
 from opsd_lightning import __main__
+
+pytestmark = pytest.mark.integration
 
 
 def test_ranks_end_with_the_first(tmp_path: Path) -> None:

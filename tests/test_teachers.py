@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from helpers.classes import subclasses
+from helpers.messages import mentions
 from helpers.models import COMPLETIONS, PROMPTS, TEACHER_PROMPTS, perturb
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.models.export import write_adapter
@@ -59,7 +60,9 @@ def train(model: PeftModel, teacher: Teacher, steps: int) -> list[dict[str, torc
 
 @pytest.mark.parametrize("teacher", TEACHERS, **NAMED)
 @pytest.mark.parametrize("head", [False, True], ids=["", "adapted head"])
-def test_contract(teacher: Teacher, head: bool, make_policy: Callable[..., Policy]) -> None:
+def test_teachers_start_as_the_student_and_leave_it_unchanged(
+    teacher: Teacher, head: bool, make_policy: Callable[..., Policy]
+) -> None:
     """Starts as the student, takes no gradient, has no dropout, and scoring with it leaves the student unchanged."""
     targets = ["q_proj", "v_proj", "lm_head"] if head else "all-linear"
     model = make_policy(lora=LoRA(r=4, alpha=8, dropout=0.5, target_modules=targets)).build()
@@ -185,12 +188,12 @@ def test_full_fine_tuning_keeps_a_frozen_copy(kind: Any, architecture: str, make
         EMATeacher().attach(model)
 
 
-def test_a_teacher_of_its_own(make_policy: Callable[..., Policy], folders: dict[str, str]) -> None:
+def test_model_teacher_scores_with_its_own_model(make_policy: Callable[..., Policy], folders: dict[str, str]) -> None:
     policy = make_policy()
     model, teacher = policy.build(), ModelTeacher(folders["qwen3"], dtype="float32")
     teacher.check(policy.load_tokenizer())
     teacher.attach(model)
     other = make_policy("qwen3").build()
     torch.testing.assert_close(logits(model, teacher), logits(other, FixedTeacher()), atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="ModelTeacher without a model"):
+    with pytest.raises(UserError, match=mentions("ModelTeacher")):
         ModelTeacher().attach(model)

@@ -10,17 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from opsd_lightning.callbacks.schedule import newly_logged
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 
 _RULES = "trainer.callbacks.rules"
 
 
+@checked
 class CollapseRule(ABC):
     """Base class of rules on a logged metric.
 
@@ -30,7 +30,7 @@ class CollapseRule(ABC):
     """
 
     def __init__(self, metric: str, window: PositiveInt | None = None) -> None:
-        self.metric, self.window = metric, None if window is None else PositiveInt(window)
+        self.metric, self.window = metric, window
 
     @abstractmethod
     def broken(self, start: float, now: float) -> str | None:
@@ -42,6 +42,7 @@ class CollapseRule(ABC):
         """
 
 
+@checked
 class Drift(CollapseRule):
     """Rule that the metric stays within a range relative to its mean at the start.
 
@@ -60,7 +61,7 @@ class Drift(CollapseRule):
         window: PositiveInt | None = None,
     ) -> None:
         super().__init__(metric, window)
-        self.lowest, self.highest = NonNegativeFloat(lowest), None if highest is None else PositiveFloat(highest)
+        self.lowest, self.highest = lowest, highest
         if highest is None and not lowest:
             raise ConfigError(f"Drift of {metric} has no bound", _RULES, "Set lowest, highest or both")
         if highest is not None and lowest >= highest:
@@ -77,6 +78,7 @@ class Drift(CollapseRule):
         return None
 
 
+@checked
 class Ceiling(CollapseRule):
     """Rule that the metric stays at or below a limit.
 
@@ -96,6 +98,7 @@ class Ceiling(CollapseRule):
         return f"it should not exceed {self.limit:g}" if applies and now > self.limit else None
 
 
+@checked
 class CollapseGuard(Callback):
     """Callback that warns or stops training when a rule on a logged metric is broken.
 
@@ -135,7 +138,7 @@ class CollapseGuard(Callback):
         if action not in ("warn", "stop"):
             problem = f"CollapseGuard has no action {action!r}"
             raise ConfigError(problem, "trainer.callbacks.action", "Choose warn or stop")
-        self.action, self.window = action, PositiveInt(window)
+        self.action, self.window = action, window
         self._has_own_rules = rules is not None
         self.rules: Sequence[CollapseRule] = rules or [
             Drift("train/completion_tokens", 0.5, 2.0),

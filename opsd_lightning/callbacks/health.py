@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -25,10 +24,11 @@ from opsd_lightning.callbacks.health_metrics import (
 from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, PositiveInt, checked
 from opsd_lightning.utils.token_text import Pieces
 
 
+@checked
 class Health(StepCallback):
     """Callback that logs early signs of the known failures of self-distillation under ``health/``.
 
@@ -68,8 +68,8 @@ class Health(StepCallback):
         grade: bool = True,
         window: PositiveInt = 3,
     ) -> None:
-        self.every_n_steps, self.window = PositiveInt(every_n_steps), PositiveInt(window)
-        self.overlap_n = PositiveInt(overlap_n)
+        self.every_n_steps, self.window = every_n_steps, window
+        self.overlap_n = overlap_n
         self.hedges = HEDGES if hedges is None else tuple(hedges)
         self.leaks = LEAKS if leaks is None else tuple(leaks)
         self.grade = grade

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torchmetrics import Metric
 
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, PositiveInt, checked
 from opsd_lightning.utils.token_text import Piece
 
 #: Hedging words. Self-distillation suppresses them, which costs up to 40 % of accuracy out of domain (arXiv 2603.24472).
@@ -244,6 +243,7 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
+@checked
 class TraceOverlap(Ratio):
     """Share of the completions' n-grams that also occur in the trace. N-grams of the question do not count.
 
@@ -255,7 +255,7 @@ class TraceOverlap(Ratio):
 
     def __init__(self, n: PositiveInt = 4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.n = PositiveInt(n)
+        self.n = n
 
     def update(self, texts: Sequence[str], traces: Sequence[str], questions: Sequence[str]) -> None:
         """Add completions, and the trace and question of each."""
@@ -267,6 +267,7 @@ class TraceOverlap(Ratio):
             self.denominator += len(own)
 
 
+@checked
 class Distinct(Ratio):
     """Diversity of completions: distinct n-grams / n-grams in all completions of a question, averaged over questions.
 
@@ -279,7 +280,7 @@ class Distinct(Ratio):
 
     def __init__(self, n: PositiveInt = 3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.n = PositiveInt(n)
+        self.n = n
 
     def update(self, texts: Sequence[str]) -> None:
         """Add the completions of one question. A question without any n-gram does not count."""

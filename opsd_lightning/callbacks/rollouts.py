@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,13 +18,14 @@ from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.runs import lock as run_lock
 from opsd_lightning.runs.reader import RECORD_FOLDER
 from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run, is_newest_checkpoint
-from opsd_lightning.types import ConfigError, PromptBatch
+from opsd_lightning.types import ConfigError, PositiveInt, PromptBatch, checked
 from opsd_lightning.utils.csv_tables import append_rows, check_table, prepare_table
 from opsd_lightning.utils.disk_errors import warn_on_write_error
 from opsd_lightning.utils.loggers import log_table
 from opsd_lightning.utils.terminal import say
 
 
+@checked
 class RolloutTable(Callback):
     """Callback that writes some rollouts of a step to ``rollouts.csv`` and to all loggers.
 
@@ -49,7 +49,7 @@ class RolloutTable(Callback):
     COLUMNS = ("step", "question", "completion", "tokens", "truncated", "forward_kl", "first_token_forward_kl")
 
     def __init__(self, every_n_steps: PositiveInt = 10, rows: PositiveInt = 4, path: str = "rollouts.csv") -> None:
-        self.every_n_steps, self.rows, self.path = PositiveInt(every_n_steps), PositiveInt(rows), path
+        self.every_n_steps, self.rows, self.path = every_n_steps, rows, path
         self._multiples = 0  # multiples of every_n_steps so far
         self._unwritten: list[list[Any]] = []  # rows that could not be written yet
         self._is_branch = True  # True if the run does not resume from the newest checkpoint

@@ -24,6 +24,8 @@ from opsd_lightning.models.policy import STUDENT, TEACHER, Policy
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.files import SCHEME, is_remote
 
+# The two settings that add a second adapter to a checkpoint.
+SECOND_ADAPTER = "model.teacher or model.policy.adapter"
 _ENTRIES = ("pytorch-lightning_version", "state_dict")
 _FIX = "Give a checkpoint that ModelCheckpoint wrote"
 #: Entries of a checkpoint that Lightning and this package read, and their types if they are present.
@@ -365,33 +367,33 @@ def _is_plain(value: Any) -> bool:
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def mismatched_weights(theirs: Mapping[str, Any], ours: Mapping[str, Any], policy: Policy) -> dict[str, str]:
+def mismatched_weights(saved: Mapping[str, Any], current: Mapping[str, Any], policy: Policy) -> dict[str, str]:
     """Compare the names and shapes of the weights of a checkpoint and a run.
 
     Args:
-        theirs: Weights of the checkpoint.
-        ours: Weights of the run.
+        saved: Weights of the checkpoint.
+        current: Weights of the run.
         policy: Policy of the run.
 
     Returns:
-        For each setting that explains a mismatch, an example. Empty if the weights can be loaded.
+        An example of a mismatch for each setting that causes one. Empty if the weights can be loaded.
     """
     found: dict[str, str] = {}
-    for key in [*theirs, *(key for key in ours if key not in theirs)]:
-        if key not in theirs or key not in ours:
-            where = "not in the checkpoint" if key not in theirs else "not in this run"
-            found.setdefault(_setting_of(key, theirs, ours, policy), f"{key} is {where}")
-        elif theirs[key].shape != ours[key].shape:
-            shapes = f"{list(theirs[key].shape)} -> {list(ours[key].shape)}"
-            found.setdefault(_setting_of_shape(key, theirs[key].shape, ours[key].shape, policy), f"{key} {shapes}")
+    for key in [*saved, *(key for key in current if key not in saved)]:
+        if key not in saved or key not in current:
+            where = "not in the checkpoint" if key not in saved else "not in this run"
+            found.setdefault(_setting_of(key, saved, current, policy), f"{key} is {where}")
+        elif saved[key].shape != current[key].shape:
+            shapes = f"{list(saved[key].shape)} -> {list(current[key].shape)}"
+            found.setdefault(_setting_of_shape(key, saved[key].shape, current[key].shape, policy), f"{key} {shapes}")
     return found
 
 
-def _setting_of(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], policy: Policy) -> str:
+def _setting_of(key: str, saved: Mapping[str, Any], current: Mapping[str, Any], policy: Policy) -> str:
     parts = key.split(".")
-    if TEACHER in parts and _has_adapter(TEACHER, theirs) != _has_adapter(TEACHER, ours):
-        return "model.teacher or model.policy.adapter"  # both add a second adapter
-    if _has_adapter(STUDENT, theirs) != _has_adapter(STUDENT, ours):
+    if TEACHER in parts and _has_adapter(TEACHER, saved) != _has_adapter(TEACHER, current):
+        return SECOND_ADAPTER
+    if _has_adapter(STUDENT, saved) != _has_adapter(STUDENT, current):
         return "model.policy.lora"
     if policy.adapter is not None:
         return "model.policy.adapter"
@@ -400,10 +402,10 @@ def _setting_of(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], po
     return "model.policy.model" if {STUDENT, TEACHER}.isdisjoint(parts) else "model.policy.lora.target_modules"
 
 
-def _setting_of_shape(key: str, theirs: torch.Size, ours: torch.Size, policy: Policy) -> str:
+def _setting_of_shape(key: str, saved: torch.Size, current: torch.Size, policy: Policy) -> str:
     rank = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}
     place = next((rank[part] for part in key.split(".") if part in rank), None)
-    if place is None or len(theirs) != len(ours) or theirs[place] == ours[place]:
+    if place is None or len(saved) != len(current) or saved[place] == current[place]:
         return "model.policy.model"
     return "model.policy.lora.r" if policy.adapter is None else "model.policy.adapter"
 

@@ -242,7 +242,7 @@ def is_checkpoint(path: Path) -> bool:
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint: the file, the shards of a folder, or only the link if it is a symbolic link.
 
-    Links in the same folder that point to it (``save_last: link``) are first changed to the newest other checkpoint.
+    Links to it in the same folder (``save_last: link``) are first redirected to the newest other checkpoint.
     """
     if path.is_symlink():
         path.unlink()
@@ -264,7 +264,7 @@ def link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
 
 
 def _relink(path: Path) -> None:
-    """Change the links to a checkpoint that will be removed to the newest other one in its folder."""
+    """Redirect the links to a checkpoint, which will be removed, to the newest other checkpoint in its folder."""
     with os.scandir(path.parent) as entries:
         links = [Path(entry.path) for entry in entries if entry.is_symlink()]
     links = [link for link in links if os.path.realpath(link) == os.path.realpath(path)]

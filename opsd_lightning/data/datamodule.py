@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
@@ -23,10 +22,11 @@ from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceC
 from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
 from opsd_lightning.prompts.templates import Prompt, Prompts
 from opsd_lightning.runs.signals import watch_signals
-from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PromptBatch
+from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PositiveInt, PromptBatch, checked
 from opsd_lightning.utils.texts import normalize_text
 
 
+@checked
 class OPSDDataModule(LightningDataModule):
     """Reads questions with verified traces and makes the prompts of student and teacher.
 
@@ -85,9 +85,9 @@ class OPSDDataModule(LightningDataModule):
         self.prompts = prompts
         self.context = context or TraceContext()
         self.grader = self.context.grader = grader
-        self.batch_size = PositiveInt(batch_size)
-        self.eval_batch_size = PositiveInt(eval_batch_size)
-        self.max_new_tokens = PositiveInt(max_new_tokens)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_new_tokens = max_new_tokens
         self.on_invalid = on_invalid
         self.seed = seed
         self.rows: dict[str, PromptBatch] = {}

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
-
 from opsd_lightning.data.tables import FORMATS, Table, first_line, read_table, typed_rows
-from opsd_lightning.types import ConfigError, Example
+from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
 from opsd_lightning.utils.texts import NotTextError, text_of
 
 
@@ -203,6 +201,7 @@ class FileSource(ExampleSource):
             raise ConfigError(f"{self.path} cannot be read ({first_line(error)})", "path", "Name a readable file") from None
 
 
+@checked
 class ReasoningGymSource(ExampleSource):
     """A procedural task of the ``reasoning-gym`` package with a worked trace in its metadata (extra ``gym``).
 
@@ -222,7 +221,7 @@ class ReasoningGymSource(ExampleSource):
         trace_key: str = "answer_cot",
         options: dict[str, Any] | None = None,
     ) -> None:
-        self.task, self.size, self.seed, self.trace_key = task, PositiveInt(size), seed, trace_key
+        self.task, self.size, self.seed, self.trace_key = task, size, seed, trace_key
         self.options = options or {}
 
     def examples(self) -> list[Example]:
@@ -251,6 +250,7 @@ class ReasoningGymSource(ExampleSource):
         return found
 
 
+@checked
 class WordProblems(ExampleSource):
     """Generated one-step word problems with small numbers and a worked solution of one line, as in the quick start.
 
@@ -301,7 +301,7 @@ class WordProblems(ExampleSource):
     def __init__(self, size: PositiveInt = 1000, seed: int = 0, largest: PositiveInt = 20) -> None:
         if largest < 5:
             raise ConfigError(f"it is {largest}", "WordProblems.largest", "Set it to 5 or more")
-        self.size, self.seed, self.largest = PositiveInt(size), seed, PositiveInt(largest)
+        self.size, self.seed, self.largest = size, seed, largest
 
     def examples(self) -> list[Example]:
         draw = random.Random(f"word problems {self.seed}")

@@ -100,13 +100,12 @@ def run_on_rank_zero(action: Callable[[], T]) -> T:
     """Run an action on rank zero only and return its result on every rank. Every rank must call.
 
     Args:
-        action: Function without arguments. Its result is not None.
+        action: Function without arguments.
 
     Raises:
         Exception: As in `run_on_all_ranks`.
     """
-    results = all_gather_object(run_on_all_ranks(lambda: action() if get_rank() == 0 else None))
-    return next(result for result in results if result is not None)
+    return all_gather_object(run_on_all_ranks(lambda: action() if get_rank() == 0 else None))[0]  # type: ignore[return-value]
 
 
 def no_backward_sync(strategy: Strategy) -> AbstractContextManager[None]:

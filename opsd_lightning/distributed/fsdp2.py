@@ -13,11 +13,10 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from peft import PeftModel
 from torch import Tensor, nn
@@ -42,10 +41,12 @@ from opsd_lightning.checkpoints.io import (
 from opsd_lightning.checkpoints.shards import META, is_shards, read_shards, write_meta, write_shards
 from opsd_lightning.models.policy import base_of, below_head, is_adapter_key
 from opsd_lightning.models.sharding import fsdp_modules, full_tensor
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, PositiveInt, checked
 from opsd_lightning.utils.files import is_remote
 
 
+@checked
+@final
 class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallelism (torch's FSDP2) over all devices.
 
@@ -84,7 +85,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=PositiveInt(timeout_seconds)),
+            timeout=timedelta(seconds=timeout_seconds),
         )
         self.cpu_offload = cpu_offload
 

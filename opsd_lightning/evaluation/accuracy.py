@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torchmetrics import Metric
+
+from opsd_lightning.types import PositiveInt, checked
 
 _RESAMPLES = 1000
 
 
+@checked
 class AccuracyAtK(Metric):
     """avg@k, pass@j and maj@k over Q questions with k graded completions each, c of them correct.
 
@@ -58,7 +60,7 @@ class AccuracyAtK(Metric):
 
     def __init__(self, k: PositiveInt = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.k = PositiveInt(k)
+        self.k = k
         self.add_state("votes", default=[], dist_reduce_fx="cat")
 
     def update(self, votes: Sequence[int | None], correct: Sequence[bool]) -> None:

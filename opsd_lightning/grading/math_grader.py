@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import regex
-from jsonargparse.typing import PositiveFloat
 
 from opsd_lightning.grading import answer_forms, math_pool
 from opsd_lightning.grading.final_answer import final_answer, last_boxed, strip_thinking
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, PositiveFloat, checked
 
 AUTO = "auto"
 """Value of ``answer_pattern`` that selects `final_answer`."""
@@ -46,6 +45,7 @@ class Grade(NamedTuple):
     problem: Problem = ""
 
 
+@checked
 @dataclass(frozen=True)
 class MathGrader:
     r"""Grader that compares the final answer of a completion with the reference.

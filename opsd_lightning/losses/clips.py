@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from jsonargparse.typing import PositiveFloat
 from torch import Tensor
+
+from opsd_lightning.types import PositiveFloat, checked
 
 
 class Clip(ABC):
@@ -34,9 +35,10 @@ class NoClip(Clip):
         return entries.sum(-1)
 
 
+@checked
 class _ClipAt(Clip):
     def __init__(self, tau: PositiveFloat) -> None:
-        self.tau = PositiveFloat(tau)
+        self.tau = tau
 
 
 class PointwiseClip(_ClipAt):

@@ -18,8 +18,9 @@ import warnings
 from abc import ABC, abstractmethod
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval
 from torch import Tensor
+
+from opsd_lightning.types import ClosedUnitInterval, checked
 
 
 class Divergence(ABC):
@@ -66,6 +67,7 @@ class ReverseKL(Divergence):
         return student_logprobs.exp() * (student_logprobs - teacher_logprobs)
 
 
+@checked
 class GeneralizedJSD(Divergence):
     """Generalized Jensen-Shannon divergence, beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.
 
@@ -85,7 +87,7 @@ class GeneralizedJSD(Divergence):
     """
 
     def __init__(self, beta: ClosedUnitInterval = 0.5) -> None:
-        self.beta = ClosedUnitInterval(beta)
+        self.beta = beta
         if 0 < beta < 0.02 or 0.98 < beta < 1:
             warnings.warn(
                 f"GeneralizedJSD with beta={beta} is close to zero for all distributions. Choose beta from 0.02 to 0.98, "

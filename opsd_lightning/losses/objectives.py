@@ -11,18 +11,17 @@ efficient matrix products in the head. It is processed in blocks of fewer rows, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from opsd_lightning.losses.clips import Clip, NoClip
 from opsd_lightning.losses.divergences import Divergence, ForwardKL
 from opsd_lightning.losses.position_weights import PositionWeight
 from opsd_lightning.losses.supports import FullVocabulary, Support
-from opsd_lightning.types import ConfigError, Rollouts, TokenStates
+from opsd_lightning.types import ConfigError, NonNegativeInt, PositiveFloat, PositiveInt, Rollouts, TokenStates, checked
 
 # Most elements of one tensor of a block on a CPU: 4 MiB in float32, a few of which fit the last-level cache.
 _BLOCK_ELEMENTS = 2**20
@@ -31,6 +30,7 @@ _BLOCK_ELEMENTS = 2**20
 _LOG_ZERO = -1e30
 
 
+@checked
 class Objective(ABC):
     """Base class of the losses that the student minimizes on completion tokens.
 
@@ -70,11 +70,11 @@ class Objective(ABC):
                 "model.objective.reduction",
                 "Choose token_mean or sequence_mean",
             )
-        self.temperature = PositiveFloat(temperature)
+        self.temperature = temperature
         self.reduction = reduction
-        self.skip_first_tokens = NonNegativeInt(skip_first_tokens)
+        self.skip_first_tokens = skip_first_tokens
         self.include_truncated = include_truncated
-        self.logits_memory_mib = PositiveInt(logits_memory_mib)
+        self.logits_memory_mib = logits_memory_mib
         self.position_weight = position_weight
 
     def check(self, vocabulary: int, setting: str) -> None:
@@ -331,14 +331,29 @@ def token_logprobs(states: TokenStates, targets: Tensor, logits_memory_mib: int 
         Log-probabilities in nats. Shape [T].
     """
     found = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+    for rows, logits in logit_chunks(states, logits_memory_mib, temperature):
+        found[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
+    return found
+
+
+def logit_chunks(states: TokenStates, logits_memory_mib: int, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """Compute logits in chunks of tokens.
+
+    Args:
+        states: States of T tokens.
+        logits_memory_mib: Approximate memory for logits, in MiB.
+        temperature: Temperature that divides the logits.
+
+    Yields:
+        The rows of a chunk, and their logits in float32. Shape [rows, V].
+    """
     start, chunk = 0, 8  # a small first chunk, since only its logits show the size of the vocabulary
-    while start < targets.numel():
+    while start < len(states.hidden):
         rows = slice(start, start + chunk)
         logits = states.head(states.hidden[rows]).float() / temperature
-        found[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
+        yield rows, logits
         start += chunk
-        chunk = max(logits_memory_mib * 2**20 // (3 * 4 * logits.shape[-1]), 1)  # three tensors of logits in float32
-    return found
+        chunk = max(logits_memory_mib * 2**20 // (3 * 4 * logits.shape[-1]), 1)  # three tensors of logits
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -448,19 +463,22 @@ class Term(NamedTuple):
     teacher_prompts: list[list[int]] | None = None
 
     def weighted(self, factors: list[Tensor]) -> Term:
-        """Multiply the weights by a factor of each token, for each completion a tensor of shape [C]."""
+        """Return the term with its weights multiplied by factors, one tensor of shape [C] per completion."""
         return self._replace(weights=[weight * factor for weight, factor in zip(self.weights, factors, strict=True)])
 
     def loss(
         self, student: TokenStates, targets: Tensor, rows: Sequence[int], sizes: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the term for some completions. See `Objective.__call__` for what is returned.
+        """Compute the term for some completions of the step.
 
         Args:
-            student: The student's states at these completions' tokens.
-            targets: These tokens. Shape [T].
-            rows: Indices of the completions among all of the step; none for an empty pass.
+            student: Student states at the tokens of these completions.
+            targets: Tokens of these completions. Shape [T].
+            rows: Indices of these completions in the step. Empty for a pass without completions.
             sizes: Number of tokens of each completion of the step.
+
+        Returns:
+            The loss and the measurements of each token, as in `Objective.__call__`.
         """
         weights = torch.cat([self.weights[row] for row in rows] or [torch.zeros(0)]).to(targets.device)
         teacher = self.teacher

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
+
+from opsd_lightning.types import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 
 
 class PositionWeight(ABC):
@@ -27,6 +28,7 @@ class PositionWeight(ABC):
         """
 
 
+@checked
 class DecayingPositions(PositionWeight):
     """Exponentially decaying weights, 2^(-n / half_life_tokens) for token n = 0, 1, ...
 
@@ -37,12 +39,13 @@ class DecayingPositions(PositionWeight):
     """
 
     def __init__(self, half_life_tokens: PositiveFloat = 256.0) -> None:
-        self.half_life_tokens = PositiveFloat(half_life_tokens)
+        self.half_life_tokens = half_life_tokens
 
     def weights(self, length: int) -> Tensor:
         return torch.exp2(-torch.arange(length, dtype=torch.float32) / self.half_life_tokens)
 
 
+@checked
 class FirstPositions(PositionWeight):
     """Weight 1 for the first tokens of a completion and another weight for the rest.
 
@@ -52,7 +55,7 @@ class FirstPositions(PositionWeight):
     """
 
     def __init__(self, tokens: PositiveInt, rest: NonNegativeFloat = 0.0) -> None:
-        self.tokens, self.rest = PositiveInt(tokens), NonNegativeFloat(rest)
+        self.tokens, self.rest = tokens, rest
 
     def weights(self, length: int) -> Tensor:
         weights = torch.full((length,), float(self.rest), dtype=torch.float32)

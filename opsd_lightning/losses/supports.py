@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, PositiveInt, checked
 
 
 class Support(ABC):
@@ -49,9 +48,10 @@ class FullVocabulary(Support):
         return student_logprobs, teacher_logprobs
 
 
+@checked
 class _TopK(Support):
     def __init__(self, k: PositiveInt) -> None:
-        self.k = PositiveInt(k)
+        self.k = k
 
     def check(self, vocabulary: int, setting: str) -> None:
         if self.k >= vocabulary:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse.typing import PositiveFloat
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -13,9 +12,10 @@ from opsd_lightning.losses.objectives import DivergenceObjective, Objective
 from opsd_lightning.models.policy import TEACHER, base_of
 from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.teachers import FixedTeacher, ReferenceTeacher, Teacher, TrustRegionTeacher, is_identity
-from opsd_lightning.types import ConfigError, Rollouts, TokenStates
+from opsd_lightning.types import ConfigError, PositiveFloat, Rollouts, TokenStates, checked
 
 
+@checked
 class Anchor:
     """A second term of the loss: a divergence from a reference that reads the student's own prompt.
 
@@ -37,7 +37,7 @@ class Anchor:
     def __init__(
         self, weight: PositiveFloat = 0.01, objective: Objective | None = None, teacher: ReferenceTeacher | None = None
     ) -> None:
-        self.weight = PositiveFloat(weight)
+        self.weight = weight
         self.objective = objective or DivergenceObjective(ReverseKL())
         self.teacher = teacher or FixedTeacher()
         self.teacher.setting = "model.anchor.teacher"

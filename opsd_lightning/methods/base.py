@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -55,57 +54,70 @@ from opsd_lightning.runs import early_signals, lock as run_lock, requeue
 from opsd_lightning.runs.resuming import record_pending_work, restore_pending_work
 from opsd_lightning.runs.saved_config import check_no_hidden_values
 from opsd_lightning.runs.signals import stop_if_signalled
-from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling, UserError
+from opsd_lightning.types import (
+    ConfigError,
+    DataRequirements,
+    PositiveFloat,
+    PositiveInt,
+    PromptBatch,
+    Rollouts,
+    Sampling,
+    checked,
+)
 from opsd_lightning.utils import disk_errors
 from opsd_lightning.utils.redaction import redact
 
-# Divergence of two roles, in nats, up to which they agree in float32: what is left of the gradient is rounding, which an
-# optimizer such as Adam scales up to full steps.
+# Divergence of student and teacher, in nats, below which they agree in float32. The gradient is then rounding error, which
+# an optimizer such as Adam would scale up to full steps.
 _ROUNDING = 1e-6
-# As much, on average over tokens, in bfloat16.
+# The same in bfloat16, as a mean over tokens.
 _HALF_ROUNDING = 1e-3
 # A larger loss is that of distributions with a token that only one of them rules out (see `objectives.log_softmax`).
 _INFINITE = 1e20
 _IN_PROGRESS_BAR = ("train/loss", "train/forward_kl", "train/completion_tokens", "train/truncated_fraction")
 
 
+@checked
 class PolicyModule(EvaluatedModule, ABC):
-    """A method of training the policy on completions.
+    """Base class of methods that train the policy on completions.
 
     Args:
         policy: The model.
-        rollouts: How completions are sampled: `TransformersEngine` unless given.
-        sampling: What is sampled to train on.
-        eval_sampling: What is sampled in validation, test and predict; as in training unless given.
-        grader: How completions are graded. On the command line taken from ``data.grader``.
+        rollouts: Rollout engine. Defaults to `TransformersEngine`.
+        sampling: Sampling of the training completions.
+        eval_sampling: Sampling in validation, test and predict. Defaults to ``sampling``.
+        grader: Grader of completions. On the command line linked to ``data.grader``.
         optimizer: Makes the optimizer of the trainable parameters.
-        lr_scheduler: Makes its learning-rate schedule, stepped after every optimizer step. Constant unless given.
-        max_grad_norm: Gradients with a larger norm are scaled down to it, above 0. Not clipped unless given.
-        token_budget: The most tokens, padding included, that one scoring pass works on, at least 1. It decides memory,
-            not the result (but for which inputs LoRA dropout drops).
-        updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. From the second on, tokens are weighted by
-            the ratio of their probabilities now and before the first.
-        seed: Of rollouts and dropout. On the command line taken from ``seed_everything``.
-        allow_checkpoint_changes: Load a checkpoint although it was made with another base model, LoRA settings, teacher,
-            kind of optimizer or schedule, batch size times devices, seed or data than this run's. All are listed.
+        lr_scheduler: Makes the learning-rate schedule, which is stepped after every optimizer step. Defaults to a constant
+            rate.
+        max_grad_norm: Norm to which larger gradients are clipped, above 0. Defaults to no clipping.
+        token_budget: Limit on the tokens of one scoring pass, padding included, at least 1. It bounds memory and does not
+            change the result, except for the inputs that LoRA dropout drops.
+        updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper makes 1. From the second step on,
+            tokens are weighted by the ratio of their probability to that before the first step. Make ``every_n_train_steps``
+            of a `ModelCheckpoint` a multiple of it.
+        seed: Seed of rollouts and dropout. On the command line linked to ``seed_everything``.
+        allow_checkpoint_changes: If True, load a checkpoint that was made with another base model, LoRA settings, teacher,
+            kind of optimizer or schedule, batch size times devices, seed or data. All differences are listed.
     """
 
-    #: What is logged of every token, as a mean over the step's tokens.
+    #: Measurements that are logged as means over the step's tokens.
     measured: ClassVar[tuple[str, ...]] = ("student_entropy",)
-    #: Steps in a row without anything to learn from which a run counts as idle.
+    #: Number of consecutive steps without learning after which a run counts as idle.
     idle_limit: ClassVar[int] = 10
-    #: Why a step has no gradient though its tokens have weights.
+    #: Likely reason for a zero gradient of weighted tokens.
     idle_reason: ClassVar[str] = "the gradient is 0"
     #: Record of the base model, for checkpoints. See `fingerprint.base_record`.
     base_record: dict[str, Any] | None = None
-    #: The training rows that were seen last, with their digests.
+    #: The training rows seen last, with their digests.
     rows_digest: tuple[PromptBatch, tuple[str, str]] | None = None
-    #: The run's own settings of the optimizer, once it is made.
+    #: Settings of this run's optimizer and schedule, once they are made.
     configured: Configured | None = None
 
     def __init__(
         self,
         policy: Policy,
+        *,
         rollouts: RolloutEngine | None = None,
         sampling: Sampling = Sampling(),
         eval_sampling: Sampling | None = None,
@@ -121,10 +133,10 @@ class PolicyModule(EvaluatedModule, ABC):
         super().__init__()
         self.save_hyperparameters()
         if any(not isinstance(value, (int, float, str, Mapping, type(None))) for value in dict(self.hparams).values()):
-            # Built in Python, not by the CLI: the parts are objects, which a safe checkpoint cannot hold.
+            # Built in Python and not by the CLI: a safe checkpoint cannot hold the parts, which are objects.
             self._hparams: Any = {}
             self._hparams_initial: Any = {}
-        else:  # checkpoints and loggers keep them
+        else:  # for checkpoints and loggers
             self._hparams = AttributeDict(redact(self._hparams, whole=True))
             self._hparams_initial = AttributeDict(redact(self._hparams_initial, whole=True))
         self.automatic_optimization = False
@@ -134,12 +146,12 @@ class PolicyModule(EvaluatedModule, ABC):
         self.sampling = sampling
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.max_grad_norm = max_grad_norm
-        self.token_budget = PositiveInt(token_budget)
-        self.updates_per_batch = PositiveInt(updates_per_batch)
+        self.token_budget = token_budget
+        self.updates_per_batch = updates_per_batch
         self.seed = seed
         self.allow_checkpoint_changes = allow_checkpoint_changes
-        self._resumed = False  # a checkpoint was loaded, and no step made since
-        self._settings_changed = False  # the checkpoint's optimizer settings are not this run's
+        self._resumed = False  # True from loading a checkpoint to the next optimizer step
+        self._settings_changed = False  # True if the checkpoint has other optimizer settings than this run
         self.tokens_generated = 0
         self.idle = IdleSteps(self.idle_limit)
         self._diverged: RuntimeError | None = None
@@ -171,7 +183,7 @@ class PolicyModule(EvaluatedModule, ABC):
     # -- the model ---------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lock the run's folders and prepare its checkpoints. Called by Lightning before every stage, first of all hooks."""
+        """Lock the run's folders and prepare its checkpoints. Lightning calls this hook first in every stage."""
         early_signals.start_join_timeout()
         run_lock.attach(self.trainer)
         checkpoint_io.install(self.trainer)
@@ -181,10 +193,10 @@ class PolicyModule(EvaluatedModule, ABC):
         return super().configure_callbacks()
 
     def configure_model(self) -> None:
-        """Build the policy and what the method keeps in it. Called by Lightning, once its devices are known.
+        """Build the policy and the weights that the method adds. Lightning calls this hook once devices are known.
 
         Raises:
-            UserError: The model cannot be loaded, or settings contradict it.
+            ConfigError: The model cannot be loaded, or does not fit the settings.
         """
         if hasattr(self, "model"):
             return
@@ -205,13 +217,13 @@ class PolicyModule(EvaluatedModule, ABC):
             self._trainer.strategy.shard(self.model)
 
     def on_fit_start(self) -> None:
-        self._check_trainer()  # also of a module that another trainer built
+        self._check_trainer()  # again, because another trainer may have built the module
         self.idle, self._diverged, self.validated = IdleSteps(self.idle_limit), None, 0
         self.check_policy()
 
     @property
     def _trains(self) -> bool:
-        """Whether the trainer fits the module; None is its stage where the doctor examines a fit."""
+        """True in a fit, and in the doctor's examination of a fit, where the trainer has no stage."""
         return self.trainer.state.fn in (TrainerFn.FITTING, None)
 
     def _check_trainer(self) -> None:
@@ -227,18 +239,20 @@ class PolicyModule(EvaluatedModule, ABC):
             names.add("first_token_forward_kl")
         if self.rollouts.max_importance_ratio is not None:
             names |= {"importance_ratio", "importance_ratio_max", "importance_ratio_clipped"}
-        own = type(self.rollouts).__module__.startswith("opsd_lightning.")  # another may bring log-probabilities unasked
+        # An engine from elsewhere may return log-probabilities without being asked.
+        own = type(self.rollouts).__module__.startswith("opsd_lightning.")
         if not own or (self.rollouts.logprob_tolerance, self.rollouts.max_importance_ratio) != (None, None):
             names |= {"rollout_logprob_difference", "rollout_logprob_difference_max"}
-        phases = {f"time/{phase}_{what}" for phase in ("rollout", "scoring") for what in ("seconds", "tokens_per_second")}
+        phases = {f"time/{phase}_{unit}" for phase in ("rollout", "scoring") for unit in ("seconds", "tokens_per_second")}
         return super().logged_names() | {f"train/{name}" for name in names} | phases
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.make_optimizer, [p for p in self.model.parameters() if p.requires_grad])
         if isinstance(self.trainer.strategy, FSDP2Strategy) and type(optimizer).__module__.startswith("bitsandbytes"):
-            raise UserError(
-                f"model.optimizer is bitsandbytes' {type(optimizer).__name__}, which cannot update weights that "
-                "trainer.strategy fsdp2 shards: use torch.optim.AdamW, whose state is then divided among devices, or ddp"
+            raise ConfigError(
+                f"bitsandbytes' {type(optimizer).__name__} cannot update weights that trainer.strategy fsdp2 shards",
+                "model.optimizer",
+                "Use torch.optim.AdamW, whose state fsdp2 shards too, or ddp",
             )
         self.configured = Configured(optimizer)
         if self.make_scheduler is None:
@@ -253,13 +267,13 @@ class PolicyModule(EvaluatedModule, ABC):
             self.configured.apply(self.trainer.optimizers[0], self.lr_schedulers(), self.global_step)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        stop_if_signalled(self.trainer, self.command)  # after callbacks, of which one may have saved this step
+        stop_if_signalled(self.trainer, self.command)  # after the callbacks, because one may save this step
 
     def on_fit_end(self) -> None:
         requeue.retire_after_fit(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # ragged lists; tensors are made where they are used
+        return batch  # ragged lists: tensors are made where they are used
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -528,7 +542,7 @@ class PolicyModule(EvaluatedModule, ABC):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapters' weights alone: never the base model's, but in full fine-tuning."""
+        """Return the adapters' weights, or all weights in full fine-tuning."""
         state = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if self.policy.trains_all or is_adapter_key(key)}
 
@@ -551,18 +565,18 @@ class PolicyModule(EvaluatedModule, ABC):
         weights_only: bool | None = None,
         **settings: Any,
     ) -> Self:
-        """Build a module from a checkpoint's file, with the settings that a command-line run wrote into it.
+        """Build a module from a checkpoint file and the settings that a command-line run saved in it.
 
         Args:
             checkpoint_path: A local file.
             map_location: As in ``torch.load``.
-            hparams_file: Not supported: give the settings themselves.
-            strict: Has to be left out: checkpoints hold the adapters alone.
-            weights_only: True, whether or not it is given.
-            **settings: Arguments of the class that take the place of the checkpoint's.
+            hparams_file: Not supported. Pass the settings themselves.
+            strict: Not supported. Checkpoints hold the adapters alone.
+            weights_only: Always True.
+            **settings: Arguments of the class that replace the checkpoint's.
 
         Raises:
-            ConfigError: The file is remote or not a safe checkpoint, or its settings would import other modules.
+            ConfigError: The file is remote or is not a safe checkpoint, or its settings would import other modules.
         """
         checkpoint_io.check_weights_only(weights_only)
         checkpoint_file.check_no_hparams(hparams_file)

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
 from opsd_lightning.grading.math_grader import PROBLEMS
@@ -27,7 +26,7 @@ from opsd_lightning.methods.step import StepOutput
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.online_contexts import Attempts, read_attempts
 from opsd_lightning.teachers import Teacher
-from opsd_lightning.types import ConfigError, DataRequirements, PromptBatch, Rollouts, Sampling
+from opsd_lightning.types import ConfigError, DataRequirements, PositiveFloat, PromptBatch, Rollouts, Sampling, checked
 
 
 class Reward(ABC):
@@ -45,6 +44,7 @@ class AnswerReward(Reward):
         return [float(correct) for correct in attempts.correct]
 
 
+@checked
 class GRPOModule(PolicyModule):
     """GRPO: sample several completions of each question, grade them, and raise the likelihood of the better ones.
 
@@ -72,8 +72,8 @@ class GRPOModule(PolicyModule):
     def __init__(
         self,
         policy: Policy,
-        *,
         reward: Reward | None = None,
+        *,
         likelihood: NegativeLogLikelihood | None = None,
         clip_ratio: PositiveFloat = 0.2,
         anchor: Anchor | None = None,
@@ -102,7 +102,7 @@ class GRPOModule(PolicyModule):
                 "model.likelihood.temperature",
                 "Set both to the same value",
             )
-        self.clip_ratio = PositiveFloat(clip_ratio)
+        self.clip_ratio = clip_ratio
         self.anchor = anchor
 
     @property

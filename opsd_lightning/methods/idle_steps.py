@@ -1,13 +1,13 @@
-"""Steps that teach nothing: no token to learn from, or no gradient."""
+"""A counter of training steps without a learning signal: steps without weighted tokens or without a gradient."""
 
 from __future__ import annotations
 
 
 class IdleSteps:
-    """Counts training steps in a row that taught nothing.
+    """A counter of consecutive idle training steps. A step is idle if nothing was learned in it.
 
     Args:
-        limit: Number of steps in a row from which the run counts as idle.
+        limit: Number of consecutive idle steps from which the run counts as idle.
     """
 
     def __init__(self, limit: int) -> None:
@@ -19,10 +19,10 @@ class IdleSteps:
         """Count a step.
 
         Args:
-            reason: Why it taught nothing; None for a step that did.
+            reason: Why the step was idle. None if it was not.
 
         Returns:
-            True where the limit is reached at this step.
+            True if this step reaches the limit, False before and after.
         """
         self.steps += 1
         self.streak = 0 if reason is None else self.streak + 1
@@ -31,14 +31,14 @@ class IdleSteps:
 
     @property
     def problem(self) -> str | None:
-        """Say why the latest steps taught nothing, from the limit on; None before."""
+        """The reason why the latest steps were idle, or None if there are fewer of them than the limit."""
         return self._text() if self.streak >= self.limit else None
 
     @property
     def verdict(self) -> str | None:
-        """As `problem`, for a run that has ended: also of one that is shorter than the limit and taught nothing at all."""
+        """The `problem` of a run that has ended. A run that is shorter than the limit has one if all its steps were idle."""
         return self._text() if self.streak and (self.streak >= self.limit or self.streak == self.steps) else None
 
     def _text(self) -> str:
-        which = f"the last {self.streak} steps" if self.streak < self.steps else f"all {self.steps} steps"
-        return f"nothing was learned in {which}: {self._reason}"
+        steps = f"the last {self.streak} steps" if self.streak < self.steps else f"all {self.steps} steps"
+        return f"nothing was learned in {steps}: {self._reason}"

@@ -9,14 +9,13 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from jsonargparse.typing import ClosedUnitInterval
-
 from opsd_lightning.methods.opsd import DistillationModule
 from opsd_lightning.methods.sft import traces_as_rollouts
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts
+from opsd_lightning.types import ClosedUnitInterval, DataRequirements, PromptBatch, Rollouts, checked
 
 
+@checked
 class MixedOPSDModule(DistillationModule):
     """OPSD with a share of steps on the data's traces.
 
@@ -26,9 +25,9 @@ class MixedOPSDModule(DistillationModule):
         common: Arguments of `DistillationModule`.
     """
 
-    def __init__(self, policy: Policy, *, trace_share: ClosedUnitInterval = 0.25, **common: Any) -> None:
+    def __init__(self, policy: Policy, trace_share: ClosedUnitInterval = 0.25, **common: Any) -> None:
         super().__init__(policy, **common)
-        self.trace_share = ClosedUnitInterval(trace_share)
+        self.trace_share = trace_share
 
     @property
     def data_requirements(self) -> DataRequirements:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
-from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
 from opsd_lightning.evaluation.evaluator import Evaluator
@@ -29,7 +28,7 @@ from opsd_lightning.prompts.online_contexts import OnlineContext, ReasonFirst, r
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import seed_for
 from opsd_lightning.teachers import FixedTeacher, GenerativeTeacher, Teacher
-from opsd_lightning.types import ConfigError, DataRequirements, PromptBatch, Rollouts, Sampling
+from opsd_lightning.types import ConfigError, DataRequirements, PositiveFloat, PromptBatch, Rollouts, Sampling, checked
 
 
 class TeacherPrompts(NamedTuple):
@@ -44,6 +43,7 @@ class TeacherPrompts(NamedTuple):
     has_context: list[bool]
 
 
+@checked
 class DistillationModule(PolicyModule):
     """Distillation of a teacher's distributions at every token of a completion.
 
@@ -107,7 +107,7 @@ class DistillationModule(PolicyModule):
                 "model.max_importance_ratio",
                 "Leave it out, or set model.updates_per_batch to 2 or more",
             )
-        self.max_importance_ratio = PositiveFloat(2.0 if max_importance_ratio is None else max_importance_ratio)
+        self.max_importance_ratio = 2.0 if max_importance_ratio is None else max_importance_ratio
         if context is not None:
             context.check(self.sampling)
             if not self.teacher.privileged:

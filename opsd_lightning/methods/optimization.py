@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule: made from settings, and refused where no training step can use them."""
+"""Creation and checks of the optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 
 
 def make_optimizer(make: MakeOptimizer, parameters: list[nn.Parameter]) -> Optimizer:
-    """Make an optimizer of the trainable parameters.
+    """Make the optimizer of the trainable parameters, and check that it can be used in training.
 
-    One step on a copy of a small part of them shows whether a plain ``step()`` on dense gradients is enough for it.
+    If the parameters are on the CPU, a second optimizer makes a trial step on a small parameter.
 
     Args:
-        make: Makes the optimizer of parameters.
+        make: Function that makes an optimizer of parameters.
         parameters: The trainable parameters.
 
     Raises:
-        ConfigError: Its settings are out of range, or it needs more than a plain ``step()``.
+        ConfigError: The settings of the optimizer are out of range, or the trial step fails, for example because the
+            optimizer needs a closure or sparse gradients.
     """
     try:
         optimizer = make(parameters)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"the optimizer refuses its settings ({error})", "model.optimizer", "Correct them") from error
+        raise ConfigError(f"the optimizer rejects its settings ({error})", "model.optimizer", "Correct them") from error
     name = type(optimizer).__name__
     if not any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
-        rank_zero_warn("model.optimizer.init_args.lr: the learning rate is 0, so that nothing trains. Set it above 0")
+        rank_zero_warn("model.optimizer.init_args.lr: the learning rate is 0, so nothing is trained. Set it above 0")
     if all(parameter.device.type == "cpu" for parameter in parameters):
         probe = nn.Parameter(torch.zeros(2, 2))
         probe.grad = torch.zeros_like(probe)
@@ -42,9 +43,9 @@ def make_optimizer(make: MakeOptimizer, parameters: list[nn.Parameter]) -> Optim
             make([probe]).step()
         except (TypeError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"{name} cannot make a plain step on dense gradients ({error})",
+                f"{name} fails in a step with dense gradients and without a closure ({error})",
                 "model.optimizer",
-                "Choose another, such as torch.optim.AdamW",
+                "Choose another optimizer, such as torch.optim.AdamW",
             ) from error
     return optimizer
 
@@ -53,32 +54,34 @@ def make_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer, max_s
     """Make a learning-rate schedule that is stepped once after every optimizer step.
 
     Args:
-        make: Makes the schedule of an optimizer.
+        make: Function that makes a schedule of an optimizer.
         optimizer: The optimizer.
-        max_steps: Optimizer steps of the run, or -1 for no limit.
+        max_steps: Number of optimizer steps of the run, or -1 for no limit.
 
     Raises:
-        ConfigError: Its settings are out of range, it needs a metric, or it ends before the run does.
+        ConfigError: The settings of the schedule are out of range, it needs a metric, or it ends before the run.
     """
     try:
         scheduler = make(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ConfigError(
-                "ReduceLROnPlateau needs a metric, and a step has none", "model.lr_scheduler", "Choose another"
+                "ReduceLROnPlateau needs a metric at every step, and training does not pass one",
+                "model.lr_scheduler",
+                "Choose another schedule",
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a schedule's step before the optimizer's
+            warnings.simplefilter("ignore")  # PyTorch warns, because the schedule is stepped before the optimizer
             make(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)).step()
     except ConfigError:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise ConfigError(f"the schedule refuses its settings ({error})", "model.lr_scheduler", "Correct them") from error
-    last = getattr(scheduler, "total_steps", None)
-    if last is not None and not 0 <= max_steps <= last:
+        raise ConfigError(f"the schedule rejects its settings ({error})", "model.lr_scheduler", "Correct them") from error
+    total_steps = getattr(scheduler, "total_steps", None)
+    if total_steps is not None and not 0 <= max_steps <= total_steps:
+        length = f"trainer.max_steps is {max_steps}" if max_steps >= 0 else "trainer.max_steps sets no limit"
         raise ConfigError(
-            f"the schedule ends after total_steps = {last}, before trainer.max_steps = "
-            f"{max_steps if max_steps >= 0 else 'unlimited'}",
+            f"the schedule ends after {total_steps} steps (total_steps), and {length}",
             "model.lr_scheduler",
-            "Make them equal",
+            "Set total_steps and trainer.max_steps to the same number",
         )
     return scheduler

@@ -39,7 +39,7 @@ class SFTModule(PolicyModule):
 
     idle_reason = "the gradient is 0: the model gives the traces a probability of 1 already, or no trace is left"
 
-    def __init__(self, policy: Policy, *, likelihood: NegativeLogLikelihood | None = None, **common: Any) -> None:
+    def __init__(self, policy: Policy, likelihood: NegativeLogLikelihood | None = None, **common: Any) -> None:
         super().__init__(policy, **common)
         self.likelihood = likelihood or NegativeLogLikelihood()
 

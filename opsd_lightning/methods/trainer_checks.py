@@ -1,8 +1,8 @@
-"""Refusals, before training, of the trainer's settings and callbacks that would not do here what they are called.
+"""Checks, before training, of the trainer's settings and callbacks.
 
-Optimization is manual, data loaders are this package's own, and an optimizer step is a whole batch: some of Lightning's
-settings and callbacks then have no effect, or another one. A callback that chooses by a metric is checked for its name and
-for the direction in which it is better.
+Some of Lightning's settings and callbacks have no effect or another effect here, because optimization is manual, the data
+module makes its own loaders, and one batch is one optimizer step or more. A callback that monitors a metric is checked for
+the metric's name and for its mode.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from opsd_lightning.evaluation.metric_directions import better
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.files import is_remote
 
-# Packages whose modules and callbacks log nothing but what is known here.
+# Packages in which `logged_names` covers every metric that a module or callback logs.
 _KNOWN_PACKAGES = {
     "opsd_lightning",
     "lightning",
@@ -48,39 +48,42 @@ _KNOWN_PACKAGES = {
     "typing",
 }
 
-_UNFIT: dict[type[Any], tuple[str, str]] = {
+_UNSUPPORTED: dict[type[Any], tuple[str, str]] = {
     StochasticWeightAveraging: (
-        "sets the rate by the epoch and adds a last epoch without backward passes, which manual optimization overrules",
-        "Leave it out. EMATeacher averages the adapter, and AdapterExport writes the best of the checkpoints",
+        "sets the learning rate by the epoch and adds an epoch without backward passes, which manual optimization ignores",
+        "Leave it out. EMATeacher averages the adapter, and AdapterExport writes the best checkpoint",
     ),
     WeightAveraging: (
-        "puts the averaged weights, the base model's included, in the place of the adapter in checkpoints",
+        "replaces the adapter in checkpoints by averages of all weights, including the base model",
         "Leave it out. EMATeacher averages the adapter",
     ),
     GradientAccumulationScheduler: (
         "has no effect: one training step is one optimizer step",
-        "Leave it out, and set data.batch_size to the questions of an optimizer step",
+        "Leave it out, and set data.batch_size to the number of questions of an optimizer step",
     ),
     LearningRateFinder: ("needs automatic optimization", "Leave it out, and set model.optimizer.init_args.lr"),
     BatchSizeFinder: (
-        "changes data.batch_size, the questions of an optimizer step, and so the result",
-        "Leave it out, and lower model.token_budget where memory runs out",
+        "changes data.batch_size, the number of questions of an optimizer step, and so changes the result",
+        "Leave it out, and lower model.token_budget if memory runs out",
     ),
-    ModelPruning: ("renames the weights that a checkpoint holds", "Leave it out"),
-    BackboneFinetuning: ("needs a module with a backbone", "Leave it out: the base model is frozen unless lora is null"),
+    ModelPruning: ("renames the weights in checkpoints", "Leave it out"),
+    BackboneFinetuning: (
+        "needs a module with a backbone",
+        "Leave it out. The base model is frozen unless model.policy.lora is null",
+    ),
 }
 
 
 def check_trainer(trainer: Trainer, module: EvaluatedModule, data: Any = None) -> None:
-    """Refuse a fit whose trainer or callbacks would not do what they say.
+    """Check that the trainer's settings and callbacks work with this package. Warn about validations that come too late.
 
     Args:
-        trainer: With its callbacks.
+        trainer: The trainer with its callbacks.
         module: The method.
-        data: The data module. Defaults to the one attached to the trainer, if any.
+        data: The data module. Defaults to the trainer's data module, if any.
 
     Raises:
-        ConfigError: The first problem.
+        ConfigError: A setting or a callback does not work. Only the first problem is raised.
     """
     data = data or getattr(trainer, "datamodule", None)
     for problem in trainer_problems(trainer, module, data):
@@ -90,82 +93,88 @@ def check_trainer(trainer: Trainer, module: EvaluatedModule, data: Any = None) -
 
 
 def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> Iterator[ConfigError]:
-    """Yield every problem that `check_trainer` would raise."""
+    """Yield the problems of which `check_trainer` raises the first."""
     if trainer.gradient_clip_algorithm == "value":
         yield ConfigError(
-            "gradients are clipped by their norm alone here",
+            "gradients can only be clipped by their norm",
             "trainer.gradient_clip_algorithm",
             "Leave it out, and set model.max_grad_norm",
         )
     if trainer.reload_dataloaders_every_n_epochs and isinstance(data, OPSDDataModule):  # type: ignore[attr-defined]
         yield ConfigError(
-            "data are read once, and a loader that is made anew begins with the order of the first epoch again",
+            "the data are read once, and a reloaded data loader would repeat the order of the first epoch",
             "trainer.reload_dataloaders_every_n_epochs",
             "Leave it out",
         )
     if trainer.max_steps == 0:
-        yield ConfigError("nothing would train", "trainer.max_steps", "Set it to 1 or more, or to -1 for no limit")
+        yield ConfigError("nothing would be trained", "trainer.max_steps", "Set it to 1 or more, or to -1 for no limit")
     if trainer.limit_train_batches == 0:
-        yield ConfigError("nothing would train", "trainer.limit_train_batches", "Set it above 0")
+        yield ConfigError("nothing would be trained", "trainer.limit_train_batches", "Set it above 0")
     validates = _validates(trainer, data)
     if validates and (found := _interval_problem(trainer, data)) is not None:
         yield found
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
-        for kind, (problem, fix) in _UNFIT.items():
+        for kind, (problem, fix) in _UNSUPPORTED.items():
             if isinstance(callback, kind):
                 yield ConfigError(f"{name} {problem}", "trainer.callbacks", fix)
         if trainer.barebones and getattr(callback, "reads_metrics", False):
-            text = f"nothing is logged, and {name} reads what is logged"
-            yield ConfigError(text, "trainer.barebones", "Set it to false, or leave the callback out")
+            text = f"no metrics are logged, and {name} needs them"
+            yield ConfigError(text, "trainer.barebones", f"Set it to false, or leave {name} out")
         for metric in getattr(callback, "watched_metrics", ()):
             if metric not in logged_names(trainer, module) and not _may_log_more(trainer, module, callback, metric):
                 text = f"{name} has a rule on {metric}, which nothing in this run logs"
-                yield ConfigError(text, "trainer.callbacks.rules", _nearest(metric, logged_names(trainer, module)))
+                yield ConfigError(text, "trainer.callbacks.rules", _similar_metrics(metric, logged_names(trainer, module)))
         saves = isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
         if saves and trainer.world_size > 1:
             yield ConfigError(
-                f"{name} saves where an exception is raised, and one that a single rank raises would leave the save waiting "
-                "for the others",
+                f"{name} saves a checkpoint when an exception is raised. If only one rank raises it, the save waits for the "
+                "other ranks forever",
                 "trainer.callbacks.save_on_exception" if isinstance(callback, ModelCheckpoint) else "trainer.callbacks",
-                "Leave it out. A run that a signal ends saves by itself",
+                "Leave it out. A run that is ended by a signal saves a checkpoint without it",
             )
         if isinstance(callback, ModelCheckpoint):
             yield from _checkpoint_problems(callback, trainer, module)
         found = monitor_problem(callback, trainer, module, validates)
-        if found is None and _is_of_validation(callback):
-            found = _every_batch_problem(callback, trainer)
+        if found is None and _monitors_validation(callback):
+            found = _missed_validations_problem(callback, trainer)
         if found is not None:
             yield found
 
 
 def late_validations(trainer: Trainer, module: EvaluatedModule, data: Any) -> Iterator[ConfigError]:
-    """Yield callbacks that wait for a validation beyond the run's end. A short trial of a recipe has some."""
+    """Yield a problem for each callback that monitors validation if the run ends before its first validation.
+
+    `check_trainer` only warns about these, so that a recipe can be tried for a few steps.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if _is_of_validation(callback) and (found := _timing_problem(callback, trainer, module, data)) is not None:
+        if (
+            _monitors_validation(callback)
+            and (found := _late_validation_problem(callback, trainer, module, data)) is not None
+        ):
             yield found
 
 
 def monitor_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, validates: bool) -> ConfigError | None:
-    """Return what is wrong with the metric that a callback chooses by, or with its mode; None where nothing is.
+    """Return the problem of a callback with the metric that it monitors or with its mode, or None if there is none.
 
     Args:
-        callback: Any callback; one with an attribute ``monitor`` is looked at, and its ``mode``, if any.
-        trainer: Its other callbacks may log the metric.
+        callback: A callback. It is checked if it has an attribute ``monitor``, and ``mode`` if it has that too.
+        trainer: The trainer, whose other callbacks may log the metric.
         module: The method.
-        validates: Whether there is anything to validate on.
+        validates: If True, the run has validations.
     """
     monitor = getattr(callback, "monitor", None)
     if not isinstance(monitor, str):
         return None
     name, n = type(callback).__name__, module.evaluator.sampling.n
     if monitor.startswith("val/") and not validates:
-        return ConfigError(f"{name} monitors {monitor}, and there is no validation", "data.val", "Give it a source")
+        return ConfigError(f"{name} monitors {monitor}, and the run has no validation", "data.val", "Set it to a source")
     found = re.fullmatch(r"val/(teacher_)?(avg|pass|maj)@(\d+)(_se|_se_samples)?", monitor)
     if found:
         sizes = pass_sizes(n) if found[2] == "pass" else [n]
         if int(found[3]) not in sizes:
-            text = f"{name} monitors {monitor}, and validation samples {n} completions of a question"
+            text = f"{name} monitors {monitor}, and validation samples {n} completions of each question"
             fix = f"Set it to {found[3]}, or monitor val/{found[1] or ''}{found[2]}@{n}"
             return ConfigError(text, "model.eval_sampling.n", fix)
         if found[1] and module.evaluator.teacher is None:
@@ -174,48 +183,48 @@ def monitor_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, va
     names = logged_names(trainer, module) | ({"step", "epoch"} if isinstance(callback, ModelCheckpoint) else set())
     if monitor not in names and not _may_log_more(trainer, module, callback, monitor):
         text = f"{name} monitors {monitor}, which nothing in this run logs"
-        return ConfigError(text, "trainer.callbacks.monitor", _nearest(monitor, names))
+        return ConfigError(text, "trainer.callbacks.monitor", _similar_metrics(monitor, names))
     mode, direction = getattr(callback, "mode", None), better(monitor)
     if mode in ("min", "max") and direction is not None and mode != direction:
-        worse = "keeps and exports the worst" if isinstance(callback, ModelCheckpoint) else "takes the worst for the best"
-        more = "more" if direction == "max" else "less"
-        text = f"{name} monitors {monitor}, of which {more} is better, with mode {mode} (the default is min): it {worse}"
+        effect = "keep and export the worst checkpoint" if isinstance(callback, ModelCheckpoint) else "prefer worse values"
+        order = "higher" if direction == "max" else "lower"
+        text = f"{name} with mode {mode} (the default is min) would {effect}, because {order} values of {monitor} are better"
         return ConfigError(text, "trainer.callbacks.mode", f"Set it to {direction}")
     return None
 
 
 def logged_names(trainer: Trainer, module: EvaluatedModule) -> set[str]:
-    """Names of all metrics that a fit logs, by the module and by those callbacks that have a method ``logged_names``."""
+    """Return the names of all metrics that the module and the callbacks with a method ``logged_names`` log in a fit."""
     found = set(module.logged_names())
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if (told := getattr(callback, "logged_names", None)) is not None:
-            found |= set(told(module))
+        if (names := getattr(callback, "logged_names", None)) is not None:
+            found |= set(names(module))
     return found
 
 
-def _nearest(metric: str, names: set[str]) -> str:
-    near = difflib.get_close_matches(metric, sorted(names), n=3, cutoff=0.4) or ["train/loss"]
-    return f"Set it to one that is logged, such as {', '.join(near)}"
+def _similar_metrics(metric: str, names: set[str]) -> str:
+    similar = difflib.get_close_matches(metric, sorted(names), n=3, cutoff=0.4) or ["train/loss"]
+    return f"Set it to a logged metric, such as {', '.join(similar)}"
 
 
 def _may_log_more(trainer: Trainer, module: EvaluatedModule, callback: Any, monitor: str) -> bool:
-    """Return whether a module or a callback from outside these packages could log the metric: its names are not known."""
+    """Return True if a module or callback whose metrics are not known may log the metric."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(other, LearningRateMonitor) for other in callbacks) and monitor.startswith("lr-"):
         return True
     replaced = any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
     if any(name.startswith("on_") for kind in _foreign(callback) for name in vars(kind)):
-        return True  # in a hook of its own
+        return True  # the callback may log the metric itself
     others = [other for other in callbacks if other is not callback]
     return replaced or any(isinstance(part, LambdaCallback) or _foreign(part) for part in (module, *others))
 
 
 def _foreign(part: Any) -> list[type]:
-    """The classes of an object that come from outside these packages."""
+    """Return the classes of an object that are not defined in the known packages."""
     return [kind for kind in type(part).__mro__ if kind.__module__.partition(".")[0] not in _KNOWN_PACKAGES]
 
 
-def _is_of_validation(callback: Any) -> bool:
+def _monitors_validation(callback: Any) -> bool:
     return isinstance(monitor := getattr(callback, "monitor", None), str) and monitor.startswith("val/")
 
 
@@ -223,7 +232,7 @@ def _validates(trainer: Trainer, data: Any) -> bool:
     if trainer.limit_val_batches == 0:
         return False
     rows, sources = getattr(data, "rows", None), getattr(data, "sources", None)
-    if not isinstance(rows, dict) or not isinstance(sources, dict):  # another data module: nobody knows
+    if not isinstance(rows, dict) or not isinstance(sources, dict):  # an unknown data module may have validation data
         return True
     return "val" in rows or sources.get("val") is not None
 
@@ -232,57 +241,60 @@ def _checkpoint_problems(callback: ModelCheckpoint, trainer: Trainer, module: Ev
     every, updates = int(callback._every_n_train_steps or 0), int(getattr(module, "updates_per_batch", 1))
     if is_remote(folder := callback.dirpath or trainer.default_root_dir):
         yield ConfigError(
-            f"checkpoints are written to {folder}, and no command loads a checkpoint from a remote folder",
+            f"checkpoints would be written to {folder}, and checkpoints cannot be loaded from a remote folder",
             "trainer.callbacks.dirpath" if callback.dirpath else "trainer.default_root_dir",
-            "Write to a local or shared folder, and copy it",
+            "Set it to a local or shared folder, and copy the checkpoints from there",
         )
     if callback._train_time_interval is not None:
         yield ConfigError(
-            "ModelCheckpoint never saves by time where optimization is manual, as it is here",
+            "ModelCheckpoint does not save by time in manual optimization",
             "trainer.callbacks.train_time_interval",
             "Set every_n_train_steps instead",
         )
     if every and every % updates and updates % every:
         yield ConfigError(
-            f"ModelCheckpoint would save every {every} optimizer steps, and they come {updates} at a time "
+            f"ModelCheckpoint would save every {every} optimizer steps, and a batch makes {updates} "
             "(model.updates_per_batch)",
             "trainer.callbacks.every_n_train_steps",
             f"Set it to a multiple of {updates}",
         )
-    if not _is_of_validation(callback):
+    if not _monitors_validation(callback):
         return
     if every:
         yield ConfigError(
-            f"ModelCheckpoint monitors {callback.monitor} and saves every {every} steps, before that step's validation: "
-            "it would rate weights by the validation before",
+            f"ModelCheckpoint monitors {callback.monitor} and saves every {every} steps, before the validation of the step: "
+            "it would rank checkpoints by an earlier validation",
             "trainer.callbacks.every_n_train_steps",
-            "Leave it out: without it a checkpoint is saved after each validation (trainer.val_check_interval)",
+            "Leave it out. ModelCheckpoint then saves after each validation (trainer.val_check_interval)",
         )
     at_epochs = trainer.check_val_every_n_epoch == 1 and _interval(trainer) == 1.0
     if callback._save_on_train_epoch_end and not at_epochs:
         yield ConfigError(
-            f"ModelCheckpoint monitors {callback.monitor} and saves at the end of each epoch, where there may be no "
-            "validation: it would rate weights by an earlier one",
+            f"ModelCheckpoint monitors {callback.monitor} and saves at the end of each epoch, which may have no validation: "
+            "it would rank checkpoints by an earlier validation",
             "trainer.callbacks.save_on_train_epoch_end",
             "Leave it out",
         )
 
 
-def _every_batch_problem(callback: Any, trainer: Trainer) -> ConfigError | None:
-    """Return why a callback sees only some validations; None where it sees all."""
+def _missed_validations_problem(callback: Any, trainer: Trainer) -> ConfigError | None:
+    """Return a problem if the callback does not receive every validation, otherwise None."""
     interval, every = _interval(trainer), trainer.check_val_every_n_epoch
     if not (isinstance(interval, int) and interval == 1 and every == 1) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     return ConfigError(
-        f"{type(callback).__name__} takes the validation after every batch (val_check_interval: 1) for one at the end of an "
-        "epoch, and would see that one alone",
+        f"{type(callback).__name__} would receive only the validation at the end of an epoch, although there is one after "
+        "every batch (trainer.val_check_interval is 1)",
         "trainer.check_val_every_n_epoch",
         "Set it to null",
     )
 
 
-def _timing_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, data: Any) -> ConfigError | None:
-    """Return why a callback never sees its validation metric; None where it does, or where the rows are not read yet."""
+def _late_validation_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, data: Any) -> ConfigError | None:
+    """Return a problem if the run ends before the first validation that the callback monitors.
+
+    Return None if it does not, or if the rows have not been read yet.
+    """
     if trainer.fast_dev_run or not isinstance(callback, (ModelCheckpoint, EarlyStopping)):  # type: ignore[attr-defined]
         return None
     name, interval, every = type(callback).__name__, _interval(trainer), trainer.check_val_every_n_epoch
@@ -295,19 +307,19 @@ def _timing_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, da
     else:
         within = interval if isinstance(interval, int) else max(int(batches * interval), 1)
         first = batches * (every - 1) + min(within, batches)
-    made = -(-steps // updates)
-    if first is not None and made < first:
+    total = -(-steps // updates)
+    if first is not None and total < first:
         return ConfigError(
-            f"{name} monitors {callback.monitor}, and the first validation would come after {first} batches, where the run "
-            f"has only {made} (trainer.max_steps {steps})",
+            f"{name} monitors {callback.monitor}, the first validation comes after {first} batches, and the run has "
+            f"{total} (trainer.max_steps is {steps})",
             "trainer.val_check_interval",
-            f"Set it to {made} or less, and trainer.check_val_every_n_epoch to null",
+            f"Set it to {total} or less, and trainer.check_val_every_n_epoch to null",
         )
     return None
 
 
 def _interval(trainer: Trainer) -> Any:
-    """Batches, or share of an epoch, between validations; None where it is a time."""
+    """Return the number of batches between validations, or the share of an epoch as a float. None if it is a duration."""
     return getattr(trainer, "val_check_interval", None)
 
 
@@ -316,14 +328,14 @@ def _interval_problem(trainer: Trainer, data: Any) -> ConfigError | None:
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or batches is None or interval <= batches:
         return None
     return ConfigError(
-        f"val_check_interval is {interval}, and an epoch has {batches} batches",
+        f"trainer.val_check_interval is {interval}, and an epoch has {batches} batches",
         "trainer.check_val_every_n_epoch",
         "Set it to null to count batches over epochs, or lower trainer.val_check_interval",
     )
 
 
 def _epoch_batches(trainer: Trainer, data: Any) -> int | None:
-    """Training batches of an epoch; None where the rows have not been read yet."""
+    """Return the number of training batches of an epoch, or None if the rows have not been read yet."""
     if not isinstance(data, OPSDDataModule) or "train" not in data.rows:
         return None
     batches = len(data.rows["train"].examples) // (data.batch_size * trainer.world_size)

@@ -174,7 +174,7 @@ def is_modified_linear(module: nn.Module) -> bool:
 
 
 def check_adapted(model: nn.Module, setting: str) -> None:
-    """Refuse an adapter on a layer that `excluded_modules` would exclude for its output.
+    """Refuse an adapter on a layer whose output differs from that of ``nn.Linear`` (see `is_modified_linear`).
 
     Raises:
         ConfigError: An adapter is on a subclass of ``nn.Linear`` with another output.

@@ -43,7 +43,7 @@ def write_adapter(
         state_dict: Weights to write, by their names in ``model``. Defaults to the current weights.
         tokenizer: Tokenizer to write into the folder as well. Defaults to none.
         setting: Name of the setting that the folder comes from, for errors.
-        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check`).
+        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check_replaceable`).
 
     Raises:
         ConfigError: The folder must not be replaced, or its contents, when read back, differ from the policy. An earlier
@@ -119,7 +119,7 @@ def merge_adapter(
         dequantize: If True, merge into base weights that are rounded to 4 bits, as in the training of a 4-bit policy,
             instead of the original ones. The merged model then gives the same results as in training.
         setting: Name of the setting that the folder comes from, for errors.
-        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check`).
+        kept: Files and folders that must not be overwritten, with a description of each (see `folders.check_replaceable`).
 
     Raises:
         ConfigError: ``dequantize`` is set for a policy that is not quantized to 4 bits, the folder must not be replaced, the

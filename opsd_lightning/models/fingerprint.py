@@ -1,4 +1,4 @@
-"""Fingerprints of models and settings: plain values and digests that tell whether two runs compute the same."""
+"""Fingerprints of models and settings: plain values and digests that are equal if two runs compute the same results."""
 
 from __future__ import annotations
 

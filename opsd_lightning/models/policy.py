@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
@@ -45,14 +44,13 @@ from opsd_lightning.models.base_checks import (
 )
 from opsd_lightning.models.gguf_header import check_gguf
 from opsd_lightning.models.rope import constant_length, fix_frequencies, row_limit
-from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.types import ConfigError, PositiveFloat, PositiveInt, Probability, checked
 
 STUDENT = "default"
 TEACHER = "teacher"
 
-Probability = restricted_number_type("Probability", float, [(">=", 0), ("<", 1)], docstring="from 0 to below 1")
 
-
+@checked
 @final
 @dataclass(frozen=True)
 class LoRA:
@@ -76,7 +74,7 @@ class LoRA:
 
     r: PositiveInt = 64
     alpha: PositiveFloat = 128.0
-    dropout: Probability = 0.05  # type: ignore[valid-type]
+    dropout: Probability = 0.05
     target_modules: str | list[str] = "all-linear"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -108,6 +106,7 @@ class LoRA:
             ) from None
 
 
+@checked
 @dataclass(frozen=True)
 class ModelSettings(ABC):
     """Abstract base class of the settings of a causal language model, which load it. `Policy` documents the fields."""
@@ -292,7 +291,9 @@ class ModelSettings(ABC):
                 "Set it to float32, or remove modules_to_save from model.policy.lora.options",
             )
         if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed the method.
+            name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+            getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
         # `from_pretrained` returns the model in evaluation mode, in which gradient checkpointing has no effect.
         model.train()
         return model
@@ -374,7 +375,7 @@ class ModelSettings(ABC):
             wrong = list(result.unexpected_keys) + missing
             if wrong:
                 raise ValueError(f"{len(wrong)} weights have no counterpart, such as {wrong[0]}")
-        except (torch.OutOfMemoryError, UserError):
+        except (torch.OutOfMemoryError, ConfigError):
             raise
         except Exception as error:  # the adapter's settings may have any type
             raise ConfigError(
@@ -386,6 +387,7 @@ class ModelSettings(ABC):
 
 
 @final
+@checked
 @dataclass(frozen=True)
 class Policy(ModelSettings):
     """Settings of the policy: a causal language model with a trainable LoRA adapter.

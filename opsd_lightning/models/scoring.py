@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from opsd_lightning.models.packing import join, micro_batches, pad_left, repeated
 from opsd_lightning.models.policy import base_of, below_head, device_of, evaluating, is_adapter_key
-from opsd_lightning.types import TokenStates, UserError
+from opsd_lightning.types import ConfigError, TokenStates
 
 
 def packs_rows(model: PeftModel) -> bool:
@@ -267,12 +267,16 @@ def has_adapted_head(model: PeftModel) -> bool:
 
 
 @torch.no_grad()
-def check_head(model: PeftModel) -> None:
+def check_head(model: PeftModel, setting: str = "model.policy") -> None:
     """Compare logits from `head_of` with the model's own on a few tokens.
 
+    Args:
+        model: The policy, or the network of a teacher.
+        setting: Prefix of the model's settings, for errors.
+
     Raises:
-        UserError: They differ, because the architecture computes something between hidden states and logits that `head_of`
-            does not know, or they are not finite.
+        ConfigError: They differ, because the architecture computes something between hidden states and logits that
+            `head_of` does not know, or they are not finite.
     """
     prompt = [list(range(4, 10))]
     with evaluating(model):
@@ -280,15 +284,18 @@ def check_head(model: PeftModel) -> None:
         ours = states.head(states.hidden).float()
         device = device_of(model)
         theirs = base_of(model)(input_ids=torch.tensor(prompt, device=device)[:, :-1]).logits[0].float()
+    name = type(base_of(model)).__name__
     if not torch.isfinite(theirs).all():
-        raise UserError(
-            f"{type(base_of(model)).__name__} gives logits that are not finite, of which no divergence can be taken: is its "
-            "checkpoint broken, or its padded vocabulary masked with -inf?"
+        raise ConfigError(
+            f"{name} computes logits that are not finite, for which no divergence is defined",
+            f"{setting}.model",
+            "Check for a broken checkpoint or a padded vocabulary masked with -inf, or choose another model",
         )
     tolerance = 1e-4 if states.hidden.dtype == torch.float32 else 5e-2
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
-        name = type(base_of(model)).__name__
-        raise UserError(
-            f"{name} does not make its logits from its hidden states and its head alone (largest difference "
-            f"{float((ours - theirs).abs().max()):.3g}): this model is not supported yet"
+        raise ConfigError(
+            f"{name} does not compute its logits from the hidden states and the head alone (largest difference "
+            f"{float((ours - theirs).abs().max()):.3g}), which is not supported",
+            f"{setting}.model",
+            "Choose another model",
         )

@@ -129,7 +129,7 @@ def check_model(
         tokens: Token ids. Shape [1, L].
         like: A model of the same class and dtype.
         setting: Name of the export, for errors.
-        fix: What to do, for errors.
+        fix: Remedy, for errors.
         weights: Weights that must be bit-identical in the folder, by their names in the model. Defaults to none.
 
     Raises:

@@ -9,11 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import regex
-from jsonargparse.typing import OpenUnitInterval
 
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.prompts.templates import UNIT
-from opsd_lightning.types import ConfigError, Example
+from opsd_lightning.types import ConfigError, Example, OpenUnitInterval, checked
 from opsd_lightning.utils.texts import NotTextError, normalize_text, text_of
 
 
@@ -64,6 +63,7 @@ class AnswerContext(PrivilegedContext):
         return f"The final answer is {answer}." if answer.strip() else ""
 
 
+@checked
 class HintContext(PrivilegedContext):
     """The beginning of the trace, never all of it.
 
@@ -81,7 +81,7 @@ class HintContext(PrivilegedContext):
     """
 
     def __init__(self, share: OpenUnitInterval = 0.5) -> None:
-        self.share = OpenUnitInterval(share)
+        self.share = share
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         trace = examples[index].trace.strip()

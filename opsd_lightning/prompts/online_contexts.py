@@ -12,11 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsonargparse.typing import OpenUnitInterval
-
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.prompts.templates import fill
-from opsd_lightning.types import ConfigError, Example, PromptBatch, Rollouts, Sampling
+from opsd_lightning.types import ConfigError, Example, OpenUnitInterval, PromptBatch, Rollouts, Sampling, checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,6 +158,7 @@ class ShortestCorrectContext(_OwnCompletionContext):
         return list(correct)
 
 
+@checked
 class MajorityContext(_OwnCompletionContext):
     """The shortest completion with the most frequent answer to the question. Needs neither answer nor trace.
 
@@ -172,7 +171,7 @@ class MajorityContext(_OwnCompletionContext):
     needs_answers = False
 
     def __init__(self, min_share: OpenUnitInterval = 0.5) -> None:
-        self.min_share = OpenUnitInterval(min_share)
+        self.min_share = min_share
 
     def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
         cast = grader.votes(answers, [False] * len(answers))  # the context may not use the reference

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import regex
-from jsonargparse.typing import PositiveInt
 
 from opsd_lightning.prompts.chat_template import SETTING, render
 from opsd_lightning.prompts.control_tokens import encode, encode_text, hide
-from opsd_lightning.types import ConfigError, Example
+from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +52,7 @@ class Prompt(list[int]):
     trace_was_cut: bool = False
 
 
+@checked
 @dataclass(frozen=True)
 class Prompts:
     """Templates of the prompts of student and teacher.

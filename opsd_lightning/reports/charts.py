@@ -11,8 +11,8 @@ from opsd_lightning.runs.reader import Point, Run
 _OTHER = "Other metrics"
 _MAX_POINTS = 1200  # points of a curve; longer curves show means of neighboring points
 
-# Each chart has a title, a unit, a flag for percent, and series of a metric's name and a label. Series whose name starts
-# with "+" are left out of reports of several runs.
+# Each chart has a title, a unit, a flag for percent, and series of a metric's name and a label. Names with a leading "+"
+# are left out of reports of several runs.
 _CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "", False, (("train/loss", "loss"),)),
     ("Reward", "mean over the completions of a step", False, (("train/reward", "reward"),)),

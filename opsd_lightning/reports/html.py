@@ -6,6 +6,8 @@ import json
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from opsd_lightning.types import ConfigError
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -41,6 +43,17 @@ def _environment() -> Environment:
     )
     environment.filters |= {"percent": percent, "count": count, "duration": duration, "shown": shown, "when": when}
     return environment
+
+
+def check_extension(path: str, callback: str) -> None:
+    """Refuse a path of a page without the extension of HTML files.
+
+    Raises:
+        ConfigError: The path does not end in ``.html`` or ``.htm``.
+    """
+    if not path.endswith((".html", ".htm")):
+        problem = f"{callback} writes an HTML page, and {path} has another extension"
+        raise ConfigError(problem, "trainer.callbacks.path", "Choose a path that ends in .html")
 
 
 def percent(value: float | None) -> str:

@@ -200,9 +200,8 @@ def _interval(share: float, error: float | None, questions: float | None) -> tup
 
     Args:
         share: The accuracy.
-        error: Its standard error over questions. The interval is then that of as many independent answers as have this
-            standard error.
-        questions: Number of questions, used without a standard error.
+        error: Its standard error over questions. It determines the effective number of independent answers.
+        questions: Number of questions. It is used if ``error`` is missing or 0.
     """
     if error:
         return wilson_interval(share, max(share * (1 - share) / error**2, 1.0))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
@@ -24,6 +23,7 @@ from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.evaluation.evaluator import Records
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.prompts.online_contexts import read_attempts
+from opsd_lightning.reports.html import check_extension
 from opsd_lightning.reports.page import write_report
 from opsd_lightning.runs.reader import RECORD_FOLDER, read_complete_lines
 from opsd_lightning.runs.record import (
@@ -41,7 +41,7 @@ from opsd_lightning.runs.record import (
 )
 from opsd_lightning.runs.resuming import starts_with_validation
 from opsd_lightning.runs.signals import Stopped
-from opsd_lightning.types import ConfigError, PromptBatch, Rollouts
+from opsd_lightning.types import PositiveInt, PromptBatch, Rollouts, checked
 from opsd_lightning.utils.disk_errors import record_failure, record_success, write_failures
 from opsd_lightning.utils.folders import check_page
 from opsd_lightning.utils.loggers import log_page
@@ -51,6 +51,7 @@ from opsd_lightning.utils.terminal import safe_text, say
 _MAX_CHARACTERS = 20_000  # of a completion in the record
 
 
+@checked
 class RunReport(Callback):
     """Callback that keeps a record of the run and writes its report as one HTML page.
 
@@ -86,10 +87,8 @@ class RunReport(Callback):
     reads_metrics = True
 
     def __init__(self, path: str = "report.html", questions: PositiveInt = 8) -> None:
-        if not path.endswith((".html", ".htm")):
-            problem = f"RunReport writes an HTML page, and {path!r} has another extension"
-            raise ConfigError(problem, "trainer.callbacks.path", "Choose a path that ends in .html")
-        self.path, self.questions = path, PositiveInt(questions)
+        check_extension(path, "RunReport")
+        self.path, self.questions = path, questions
         #: Command line of the run, set by `cli.command.OPSDCLI`. None for a run that was started from Python.
         self.arguments: list[str] | None = None
         self._record: Record | None = None

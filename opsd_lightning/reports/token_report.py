@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -24,11 +23,11 @@ from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
-from opsd_lightning.reports.html import render_template
+from opsd_lightning.reports.html import check_extension, render_template
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
 from opsd_lightning.runs.reader import RECORD_FOLDER
 from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run
-from opsd_lightning.types import ConfigError, PromptBatch, UserError
+from opsd_lightning.types import PositiveInt, PromptBatch, UserError, checked
 from opsd_lightning.utils.disk_errors import warn_on_write_error
 from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
@@ -42,6 +41,7 @@ MEASURED = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entr
 _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
+@checked
 class TokenReport(StepCallback):
     """Callback that writes an HTML page with the disagreement of student and teacher at each token of some rollouts.
 
@@ -81,11 +81,9 @@ class TokenReport(StepCallback):
         path: str = "tokens.html",
         pictures: bool = True,
     ) -> None:
-        self.every_n_steps, self.rows, self.keep = PositiveInt(every_n_steps), PositiveInt(rows), PositiveInt(keep)
-        self.max_tokens, self.path, self.pictures = PositiveInt(max_tokens), path, pictures
-        if not str(path).endswith((".html", ".htm")):
-            problem = f"TokenReport writes an HTML page, and {path} has another extension"
-            raise ConfigError(problem, "trainer.callbacks.path", "Choose a path that ends in .html")
+        self.every_n_steps, self.rows, self.keep = every_n_steps, rows, keep
+        self.max_tokens, self.path, self.pictures = max_tokens, path, pictures
+        check_extension(path, "TokenReport")
         self._steps: list[tuple[int, str]] = []  # the optimizer step, and its data as JSON
         self._shown: list[dict[str, Any]] | None = None  # rollouts of the current step
         self._pieces: Pieces | None = None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opsd_lightning.losses.objectives import logit_chunks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepRecord
 from opsd_lightning.models.policy import evaluating
@@ -65,16 +66,12 @@ def predictions(states: TokenStates, targets: Tensor, temperature: float, top: i
         logits_memory_mib: Approximate memory for logits, in MiB.
     """
     parts: list[Predictions] = []
-    start, chunk = 0, 8  # a small first chunk, since only its logits show the size of the vocabulary
-    while start < targets.numel():
-        rows = slice(start, start + chunk)
-        logprobs = torch.log_softmax(states.head(states.hidden[rows]).float() / temperature, dim=-1)
+    for rows, logits in logit_chunks(states, logits_memory_mib, temperature):
+        logprobs = torch.log_softmax(logits, dim=-1)
         own = logprobs.gather(-1, targets[rows, None])
         best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
         rank = (logprobs > own).sum(-1) + 1
         parts.append(Predictions(own[:, 0].cpu(), rank.cpu(), best.indices.cpu(), best.values.cpu()))
-        start += chunk
-        chunk = max(logits_memory_mib * 2**20 // (3 * 4 * logprobs.shape[-1]), 1)  # three tensors of logits in float32
     if not parts:
         nothing = torch.zeros(0, dtype=torch.long)
         return Predictions(torch.zeros(0), nothing, torch.zeros(0, top, dtype=torch.long), torch.zeros(0, top))
@@ -84,14 +81,14 @@ def predictions(states: TokenStates, targets: Tensor, temperature: float, top: i
 def score_tokens(
     module: PolicyModule, record: StepRecord, rows: Sequence[int], max_tokens: int, top: int = 5
 ) -> list[TokenScores]:
-    """The predictions of both roles for some completions of the step that runs. Every rank must call.
+    """Compute the predictions of both roles for some completions of the current step. Call it on every rank.
 
     Args:
-        module: The policy, its weights not updated yet.
+        module: Module of the run, before the step's update.
         record: Contents of the step.
-        rows: Which completions, at least one.
-        max_tokens: Only the first so many tokens of each, at least 1.
-        top: How many of the likeliest tokens, at least 1.
+        rows: Indices of the completions, at least one.
+        max_tokens: Number of first tokens of each completion, at least 1.
+        top: Number of most probable tokens to return, at least 1.
     """
     objective, teacher = record.terms[0].objective, record.terms[0].teacher
     completions = [record.rollouts.completions[row][:max_tokens] for row in rows]

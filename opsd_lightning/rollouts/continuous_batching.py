@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any, final
 
 import torch
-from jsonargparse.typing import OpenUnitInterval
 from peft import PeftModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -17,9 +16,10 @@ from opsd_lightning.models.sharding import unsharded
 from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter
 from opsd_lightning.rollouts.transformers_engine import generation_config_for
-from opsd_lightning.types import ConfigError, Rollouts, Sampling
+from opsd_lightning.types import ConfigError, OpenUnitInterval, Rollouts, Sampling, checked
 
 
+@checked
 @final
 class ContinuousBatchingEngine(LocalEngine):
     """Rollouts by transformers' ``generate_batch``, with continuous batching over a paged cache. For GPUs.
@@ -41,7 +41,7 @@ class ContinuousBatchingEngine(LocalEngine):
         merge_adapter: bool = True,
         options: dict[str, Any] | None = None,
     ) -> None:
-        self.max_memory_percent = OpenUnitInterval(max_memory_percent)
+        self.max_memory_percent = max_memory_percent
         self.merge_adapter = merge_adapter
         self.options = options or {}
         if reserved := {"max_memory_percent", "seed"} & set(self.options):

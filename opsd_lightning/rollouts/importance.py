@@ -2,11 +2,11 @@
 
     ratio_n = p_student(y_n) / p_sampler(y_n)
 
-Both probabilities are at temperature 1, or, between several updates on one batch, at the temperature of the loss. A ratio
-away from 1 shows a sampler with other weights: another model, a stale adapter, another precision, or rollouts sampled one
-step ahead. Truncated importance sampling then weights each token's loss by its ratio, limited above, which bounds the
-variance. The ratio corrects a token given its prefix, not the prefix itself. Where rollouts are sampled at another
-temperature or with top-k, top-p or min-p, it is not the ratio to the sampling distribution.
+Both probabilities are at temperature 1. Between several updates on one batch they are at the temperature of the loss. If a
+ratio differs from 1, the sampler has other weights: another model, a stale adapter, another precision, or rollouts sampled
+one step ahead. Truncated importance sampling weights the loss of each token by its ratio, up to a limit that bounds the
+variance. The ratio corrects for the choice of the token, but not for the choice of the tokens before it. It ignores top-k,
+top-p, min-p and any other temperature of the sampler.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def log_ratios(
         scorer: Scores with the student's adapter.
         prompts: The prompt of each row.
         rollouts: Completions with the sampler's log-probabilities.
-        objective: The objective, whose ``logits_memory_mib`` bounds memory.
+        objective: The objective. Its ``logits_memory_mib`` limits the memory for logits.
         temperature: Temperature of the rollouts' log-probabilities.
 
     Returns:

@@ -23,7 +23,7 @@ from opsd_lightning.models.scoring import Scorer, check_head, score
 from opsd_lightning.models.sharding import reshard_on_exit
 from opsd_lightning.rollouts.base import LocalEngine, RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.types import ConfigError, Sampling, UserError
+from opsd_lightning.types import ConfigError, Sampling
 
 #: Largest accepted difference of logits by the precision of the computation: the root mean square over the vocabulary,
 #: divided by the standard deviation of the logits. Measured values are in `docs/troubleshooting.md`.
@@ -82,7 +82,7 @@ def check_policy(
         _explained(name, setting),
         _reached(model) as reached,
     ):
-        check_head(model)
+        check_head(model, setting)
         found = _compare_scores(model)
         if isinstance(engine, LocalEngine):
             rollout, agreed, tokens = _compare_rollouts(model, engine, found.tolerance)
@@ -270,9 +270,7 @@ def _explained(name: str, setting: str) -> Iterator[None]:
     """Turn errors in a model's code into a ConfigError."""
     try:
         yield
-    except UserError:
-        raise
-    except torch.OutOfMemoryError:
+    except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = (str(error).strip() or "no message").splitlines()[0]

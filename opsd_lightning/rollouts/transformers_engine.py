@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,9 +25,10 @@ from opsd_lightning.models.scoring import hidden_states, selectable_cache
 from opsd_lightning.models.sharding import unsharded
 from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
-from opsd_lightning.types import ConfigError, Rollouts, Sampling
+from opsd_lightning.types import ConfigError, PositiveInt, Rollouts, Sampling, checked
 
 
+@checked
 class TransformersEngine(LocalEngine):
     """Rollouts by transformers' ``generate``, in segments: finished rows leave the batch, and waiting rows join it.
 
@@ -69,7 +69,7 @@ class TransformersEngine(LocalEngine):
                 "model.rollouts.init_args.compile",
                 "Set static_cache to true, or compile to false",
             )
-        self.max_rows = None if max_rows is None else PositiveInt(max_rows)
+        self.max_rows = max_rows
         self.merge_adapter = merge_adapter
         self.static_cache = static_cache
         self.compile = compile

@@ -22,34 +22,36 @@ class _EarlySignals:
     """State of the handlers: former handlers, received signal, wakeup pipe and timeouts."""
 
     def __init__(self) -> None:
-        self.before: dict[int, Any] = {}
-        self.asked, self.at, self.joins_at = 0, 0.0, 0.0
-        self.over = threading.Event()
+        self.former_handlers: dict[int, Any] = {}
+        self.received, self.received_at, self.joining_at = 0, 0.0, 0.0
+        self.ended = threading.Event()
         self.reader, self.writer = os.pipe()
         for descriptor in (self.reader, self.writer):
             os.set_blocking(descriptor, descriptor == self.reader)
-        self.wakeup = -1
+        self.former_wakeup_fd = -1
 
-    def look(self) -> None:
+    def read_signals(self) -> None:
         """Read signals in a thread, so that they are seen while the main thread waits for other ranks."""
-        while not self.over.is_set():
+        while not self.ended.is_set():
             for number in os.read(self.reader, 4096):
-                if number in self.before:
-                    self.note(number)
+                if number in self.former_handlers:
+                    self.handle(number)
 
-    def note(self, number: int) -> None:
+    def handle(self, number: int) -> None:
+        """Start the timeout at the first signal, and exit at a second one."""
         now = time.monotonic()
-        if self.asked:
-            if now - self.at >= SECOND_SIGNAL_SECONDS:
+        if self.received:
+            if now - self.received_at >= SECOND_SIGNAL_SECONDS:
                 _exit(number)
             return
-        self.asked, self.at = number, now
-        threading.Thread(target=self.wait, name="opsd-early-wait", daemon=True).start()
+        self.received, self.received_at = number, now
+        threading.Thread(target=self.exit_after_timeout, name="opsd-early-wait", daemon=True).start()
 
-    def wait(self) -> None:
-        while not self.over.wait(0.2):
-            if self.joins_at and time.monotonic() - max(self.joins_at, self.at) > WAIT_SECONDS:
-                _exit(self.asked)
+    def exit_after_timeout(self) -> None:
+        """Exit if the other ranks have not joined within `WAIT_SECONDS`."""
+        while not self.ended.wait(0.2):
+            if self.joining_at and time.monotonic() - max(self.joining_at, self.received_at) > WAIT_SECONDS:
+                _exit(self.received)
 
 
 _early: _EarlySignals | None = None
@@ -63,17 +65,17 @@ def install() -> None:
     early = _EarlySignals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
-            early.before[number] = before
+            early.former_handlers[number] = before
             signal.signal(number, _ignore_in_main_thread)
-    early.wakeup = signal.set_wakeup_fd(early.writer, warn_on_full_buffer=False)
-    threading.Thread(target=early.look, name="opsd-early-signals", daemon=True).start()
+    early.former_wakeup_fd = signal.set_wakeup_fd(early.writer, warn_on_full_buffer=False)
+    threading.Thread(target=early.read_signals, name="opsd-early-signals", daemon=True).start()
     _early = early
 
 
 def start_join_timeout() -> None:
     """Start the timeout of a signalled rank: from now on this rank waits for the others."""
     if _early is not None:
-        _early.joins_at = time.monotonic()
+        _early.joining_at = time.monotonic()
 
 
 def uninstall() -> int:
@@ -82,14 +84,14 @@ def uninstall() -> int:
     early, _early = _early, None
     if early is None:
         return 0
-    early.over.set()
+    early.ended.set()
     if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(early.wakeup)
-        for number, before in early.before.items():
+        signal.set_wakeup_fd(early.former_wakeup_fd)
+        for number, before in early.former_handlers.items():
             if signal.getsignal(number) is _ignore_in_main_thread:
                 signal.signal(number, before)
     os.write(early.writer, b"\0")
-    return early.asked
+    return early.received
 
 
 def _uninstall_in_child() -> None:
@@ -98,7 +100,7 @@ def _uninstall_in_child() -> None:
     early, _early = _early, None
     if early is not None:
         signal.set_wakeup_fd(-1)
-        for number, before in early.before.items():
+        for number, before in early.former_handlers.items():
             signal.signal(number, before)
 
 

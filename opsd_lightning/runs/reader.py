@@ -21,7 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
-from opsd_lightning.types import UserError
+from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.redaction import redact
 from opsd_lightning.utils.yaml_limits import check_yaml
 
@@ -29,6 +29,7 @@ RECORD_FOLDER = "record"
 # Entries of a graded completion that the report reads.
 _GRADED: dict[str, type] = {"question": str, "correct": int, "answer": object, "completion_tokens": int, "truncated": int}
 _SAMPLE: dict[str, type] = _GRADED | {"completion": str, "samples": int, "right": int}
+_FIX = "Give the folder of a run (trainer.default_root_dir or a CSVLogger version)"
 _FILES = ("run.json", "metrics.jsonl", "metrics.csv", "config.yaml", "samples.jsonl")
 
 
@@ -91,15 +92,16 @@ def read_run(path: str | Path) -> Run:
         path: The run's folder (``trainer.default_root_dir``), the folder of its record, or a version folder of CSVLogger.
 
     Raises:
-        UserError: The folder contains no run, or a file is damaged.
+        ConfigError: The folder contains no run.
+        UserError: A file is damaged.
     """
     given = Path(path)
     if not given.exists():
-        raise UserError(f"{given} does not exist. Give a run's folder (trainer.default_root_dir or a CSVLogger version)")
+        raise ConfigError(f"{given} does not exist", "runs", _FIX)
     folder = given.resolve()
     if folder.is_file():
         if folder.name not in _FILES:
-            raise UserError(f"{given} is a file. Give the folder of the run")
+            raise ConfigError(f"{given} is not a file of a run", "runs", _FIX)
         folder = folder.parent
     record = _find_record(folder)
     if record is not None:
@@ -107,13 +109,14 @@ def read_run(path: str | Path) -> Run:
     else:
         log = _find_csv_log(folder)
         if log is None:
-            raise UserError(
+            problem = (
                 f"{given} contains no run: it has neither {RECORD_FOLDER}/run.json (written by the RunReport callback) nor "
                 "a metrics.csv of training (written by CSVLogger)"
             )
+            raise ConfigError(problem, "runs", _FIX)
         run = _from_log(log, folder)
     if not run.train and not run.validations and not run.info:
-        raise UserError(f"{given} contains no training step or validation yet")
+        raise ConfigError(f"{given} contains no training step or validation yet", "runs", "Wait for the first step")
     run.held_out = _held_out(run.root)
     return run
 
@@ -122,12 +125,13 @@ def _exists(path: Path) -> bool:
     """Return True if a file of a run exists.
 
     Raises:
-        UserError: The path contains a symbolic link. The report of a downloaded run could show any file of this machine.
+        ConfigError: The path contains a symbolic link. The report of a downloaded run could show any file of this machine.
     """
     if not path.is_file():
         return False
     if path.resolve() != path:
-        raise UserError(f"{path} is or is inside a symbolic link, which is not followed. Give the folder that it points to")
+        problem = f"{path} is or is inside a symbolic link, which is not followed"
+        raise ConfigError(problem, "runs", "Give the folder that the link points to")
     return True
 
 

@@ -77,20 +77,20 @@ def check_record(folder: Path) -> None:
 
 
 class Record:
-    """Writer of a run's record, with the clock of the run.
+    """Writer of a run's record, which also measures the time of the run.
 
     The record of another run in the folder is renamed to ``record-1`` and so on. A resumed run removes the lines of the
-    steps that it repeats. If the run had finished, or resumes from another checkpoint than its newest, repeated lines may
-    differ, so a copy of the record is kept first.
+    steps that it repeats. The new lines may differ if the run had finished, or if it resumes from another checkpoint than
+    its newest one. In these cases a copy of the record is saved first.
 
     Lines that cannot be written to a full disk stay in memory and are written when there is room again.
 
     Args:
         folder: Folder of the files.
-        step: Optimizer steps made when this start begins, above 0 for a resumed run.
+        step: Number of optimizer steps made before this start, above 0 for a resumed run.
         validates: If True, the resumed run begins with the validation of that step, which replaces an earlier one.
         checkpoint: Identifier (`CHECKPOINT_ID`) of the checkpoint that the run resumes from, or None.
-        failed: Called with the name of a file and the error if the file cannot be written.
+        failed: Function that is called with the name of a file and the error if the file cannot be written.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Record:
         return round(self._before + time.monotonic() - self._started, 3)
 
     def start(self, start: dict[str, Any], logs: list[str], config: str) -> None:
-        """Write the beginning of a start.
+        """Record a start of the run.
 
         Args:
             start: Facts about this start, such as its command and versions.

@@ -59,7 +59,7 @@ class _ResumedFitLoop(_FitLoop):
         super().run()
 
     def _begin(self, saved: dict[str, bool]) -> None:
-        """Choose the pending work to begin with. The limits of this run apply, which may differ from the saved run's."""
+        """Choose the pending work to begin with. This run may have other limits than the run that saved the checkpoint."""
         loop, trainer = self.epoch_loop, self.trainer
         assert isinstance(loop, _ResumedEpochLoop)
         due = saved["validation_due"] and trainer.enable_validation and trainer.limit_val_batches != 0

@@ -77,17 +77,17 @@ class Signals(_SignalConnector):
     """Signal connector of the trainer. Replaces Lightning's, whose handlers wait for other ranks.
 
     Attributes:
-        asked: Number of the signal that stops the run, or 0.
+        received: Number of the signal that stops the run, or 0.
         agreed: True if all ranks have agreed to stop.
         requeued: True if SLURM has accepted to requeue the job, and so will end this one.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
-        self.asked, self.agreed, self._asked_at = 0, False, 0.0
+        self.received, self.agreed, self._received_at = 0, False, 0.0
         self.requeued = False
-        self._watch: _RankMonitor | None = None
-        self._previous: dict[int, Any] = {}
+        self._monitor: _RankMonitor | None = None
+        self._former_handlers: dict[int, Any] = {}
 
     @property
     def requeue_signal(self) -> int | None:
@@ -103,14 +103,14 @@ class Signals(_SignalConnector):
         Returns:
             True if this call connected them.
         """
-        if self._watch is None and self.trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            self._watch = _RankMonitor(self)
-            self._watch.connect(self.trainer)
+        if self._monitor is None and self.trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
+            self._monitor = _RankMonitor(self)
+            self._monitor.connect(self.trainer)
             return True
         return False
 
     def register_signal_handlers(self) -> None:
-        self.asked, self.agreed, self.requeued = 0, False, False
+        self.received, self.agreed, self.requeued = 0, False, False
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -123,38 +123,38 @@ class Signals(_SignalConnector):
                 )
         for number in numbers:
             if (before := signal.getsignal(number)) is not signal.SIG_IGN:  # ignored under nohup
-                self._previous[number] = before
-                signal.signal(number, self._note)
-        self._watch = self._watch or _RankMonitor(self)
-        self._watch.start(set(self._previous))
+                self._former_handlers[number] = before
+                signal.signal(number, self._handle)
+        self._monitor = self._monitor or _RankMonitor(self)
+        self._monitor.start(set(self._former_handlers))
 
-    def _note(self, number: int, frame: Any) -> None:
-        if self._watch is not None and self._watch.lost is not None:
-            if not self._watch.raised:
-                self._watch.raised = True
-                raise RankLost(self._watch.lost)
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._monitor is not None and self._monitor.lost is not None:
+            if not self._monitor.raised:
+                self._monitor.raised = True
+                raise RankLost(self._monitor.lost)
             return
-        if self.asked:
-            if time.monotonic() - self._asked_at >= SECOND_SIGNAL_SECONDS and not self.requeued:
+        if self.received:
+            if time.monotonic() - self._received_at >= SECOND_SIGNAL_SECONDS and not self.requeued:
                 raise Stopped(number)
             return
-        self.asked, self._asked_at = number, time.monotonic()
-        before = self._previous.get(number)
+        self.received, self._received_at = number, time.monotonic()
+        before = self._former_handlers.get(number)
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)
 
     def teardown(self) -> None:
         """Restore the former handlers, at the end of a run or after a failure."""
         if threading.current_thread() is threading.main_thread():
-            for number, before in self._previous.items():
+            for number, before in self._former_handlers.items():
                 signal.signal(number, signal.SIG_DFL if before is None else before)
-        self._previous = {}
-        if self._watch is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED:
+        self._former_handlers = {}
+        if self._monitor is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED:
             self.release()
 
     def release(self) -> None:
         """Close the connections to the other ranks."""
-        watch, self._watch = self._watch, None
+        watch, self._monitor = self._monitor, None
         if watch is not None:
             watch.close(failed=self.trainer.state.status == TrainerStatus.INTERRUPTED and not self.agreed)
 
@@ -196,19 +196,19 @@ def stop_if_signalled(trainer: Trainer, command: str | None = None) -> None:
         Stopped: A rank has received a signal. Raised on all ranks.
     """
     connector = trainer._signal_connector
-    asked = connector.asked if isinstance(connector, Signals) else 0
+    number = connector.received if isinstance(connector, Signals) else 0
     if trainer.world_size > 1:
-        asked = _max_over_ranks(trainer, asked)
-    if not asked or not isinstance(connector, Signals):
+        number = _max_over_ranks(trainer, number)
+    if not number or not isinstance(connector, Signals):
         return
-    connector.asked = asked
-    how = f"Stopped by {signal.Signals(asked).name}"
+    connector.received = number
+    how = f"Stopped by {signal.Signals(number).name}"
     if trainer.state.fn == "fit" and not trainer.sanity_checking:
         how += f" after step {trainer.global_step}. {_save_and_advise(trainer, connector, command)}"
     if trainer.is_global_zero:
         _write_stderr(how)
     connector.agreed = True
-    raise _stop_error(trainer, asked)
+    raise _stop_error(trainer, number)
 
 
 def _max_over_ranks(trainer: Trainer, number: int) -> int:
@@ -225,7 +225,7 @@ def _save_and_advise(trainer: Trainer, connector: Signals, command: str | None) 
     """Make sure that there is a checkpoint of this step, and return a text on how to resume. All ranks must call it."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return "fast_dev_run saves no checkpoint"
-    if connector.asked == connector.requeue_signal:
+    if connector.received == connector.requeue_signal:
         path = save_for_requeue(trainer)
         connector.requeued = trainer.is_global_zero and requeue_job(path)
         return f"The checkpoint is {path}"
@@ -280,22 +280,22 @@ class _RankMonitor:
         #: True once the main thread has raised `RankLost`.
         self.raised = False
         self._numbers: set[int] = set()
-        self._first = self._again_at = self._lost_at = 0.0
-        self._again = 0
-        self._failed = False  # the other ranks have been told that this rank fails
+        self._first_at = self._second_at = self._lost_at = 0.0
+        self._second_signal = 0
+        self._failure_announced = False
         self._aborted = False
         self._others: dict[socket.socket, int] = {}
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
         self._wakeup: int | None = None
-        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._ended, self._send_lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         _monitors.append(self)
 
     @property
-    def asked(self) -> int:
-        return self._signals.asked
+    def received(self) -> int:
+        return self._signals.received
 
     # -- connections -------------------------------------------------------------------------------------------------------
 
@@ -344,8 +344,8 @@ class _RankMonitor:
     def close(self, failed: bool) -> None:
         """End the thread and tell the other ranks whether this rank has failed."""
         if failed:
-            self._tell_failure()
-        with self._lock:
+            self._announce_failure()
+        with self._send_lock:
             for other in self._others:
                 with contextlib.suppress(OSError):
                     other.sendall(f"{_GOODBYE}\n".encode())
@@ -376,8 +376,8 @@ class _RankMonitor:
             signal.set_wakeup_fd(-1)
         for number in self._numbers:
             with contextlib.suppress(ValueError):
-                if signal.getsignal(number) == self._signals._note:
-                    before = self._signals._previous.get(number)
+                if signal.getsignal(number) == self._signals._handle:
+                    before = self._signals._former_handlers.get(number)
                     signal.signal(number, signal.SIG_DFL if before is None else before)
         self._close_all()
 
@@ -404,14 +404,14 @@ class _RankMonitor:
             if self.lost is not None or self._signals.requeued:
                 continue
             name = signal.Signals(number).name
-            if not self._first:
-                self._first = now
+            if not self._first_at:
+                self._first_at = now
                 _write_stderr(
                     f"rank {self.rank} received {name}: the run stops after this step. A second signal after "
                     f"{SECOND_SIGNAL_SECONDS:.0f} seconds ends it at once, without a checkpoint"
                 )
-            elif now - self._first >= SECOND_SIGNAL_SECONDS:
-                self._again, self._again_at = number, self._again_at or now
+            elif now - self._first_at >= SECOND_SIGNAL_SECONDS:
+                self._second_signal, self._second_at = number, self._second_at or now
 
     def _receive(self, other: socket.socket) -> bool:
         """Read a message of another rank, and return False once its connection is closed."""
@@ -433,7 +433,7 @@ class _RankMonitor:
         return bool(text)
 
     def _report_lost(self, rank: int, how: str) -> None:
-        if self.lost is not None or self._ended.is_set() or self._failed:
+        if self.lost is not None or self._ended.is_set() or self._failure_announced:
             return
         self.lost = f"rank {rank} {how}, and this rank cannot continue without it. The last checkpoint is still valid"
         self._lost_at = time.monotonic()
@@ -441,33 +441,33 @@ class _RankMonitor:
             self._send(f"failed {rank}")
         if self._signals.trainer.state.status != TrainerStatus.INTERRUPTED:
             _write_stderr(f"error: rank {rank} {how}: rank {self.rank} ends as well")
-            if signal.getsignal(signal.SIGTERM) == self._signals._note:
+            if signal.getsignal(signal.SIGTERM) == self._signals._handle:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # also interrupts a sleep
             else:  # before or after the run: the main thread may be about to report its own error
                 _thread.interrupt_main(signal.SIGTERM)
 
     def _send(self, text: str) -> None:
-        with self._lock:
+        with self._send_lock:
             for other in self._others:
                 with contextlib.suppress(OSError):
                     other.sendall(text.encode() + b"\n")
 
-    def _tell_failure(self) -> None:
-        if not self._failed and self.lost is None:
-            self._failed = True
+    def _announce_failure(self) -> None:
+        if not self._failure_announced and self.lost is None:
+            self._failure_announced = True
             self._send(f"failed {self.rank}")
 
     def _check_deadlines(self) -> None:
         now, trainer = time.monotonic(), self._signals.trainer
         interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
         if interrupted and not self._signals.agreed:
-            self._tell_failure()
-        if self._first and self.lost is None and now - self._first > DEADLINE_SECONDS:
+            self._announce_failure()
+        if self._first_at and self.lost is None and now - self._first_at > DEADLINE_SECONDS:
             _write_stderr(f"rank {self.rank} did not finish its step within {DEADLINE_SECONDS:.0f} seconds and ends at once")
-            os._exit(128 + (self._signals.asked or signal.SIGTERM))
-        if self._again and now - self._again_at > _STUCK_SECONDS:
+            os._exit(128 + (self._signals.received or signal.SIGTERM))
+        if self._second_signal and now - self._second_at > _STUCK_SECONDS:
             _write_stderr(f"rank {self.rank} is stuck and ends at once")
-            os._exit(128 + self._again)
+            os._exit(128 + self._second_signal)
         if self.lost is None:
             return
         if now - self._lost_at > (_LAST_SECONDS if interrupted else _END_SECONDS):
@@ -491,7 +491,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def stop_signal() -> int:
     """Return the number of the signal that stops a run of this process, or 0."""
-    return next((watch.asked for watch in list(_monitors) if watch.asked), 0)
+    return next((watch.received for watch in list(_monitors) if watch.received), 0)
 
 
 def _write_stderr(text: str) -> None:

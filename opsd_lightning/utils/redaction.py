@@ -140,12 +140,12 @@ def redact(value: Any, name: str = "", whole: bool = False) -> Any:
     """Return a copy of nested settings without secrets.
 
     Mappings, namespaces and dataclasses become dictionaries, and other collections become lists. Every value below a
-    secret's name is hidden. In prompts, templates and patterns, only known forms and values from the environment are.
+    secret's name is hidden. In prompts, templates and patterns, only known forms and values from the environment are hidden.
 
     Args:
         value: Collections and plain values.
         name: Name of the setting.
-        whole: If True, hide the whole text if any part of it is hidden, so that no run starts from the remainder.
+        whole: If True, hide a text as a whole if it contains a secret, so that no run can start with the incomplete text.
     """
     return _redact(value, name, bool(name) and is_secret(name), _is_prose(name), whole, 0)
 

@@ -24,6 +24,9 @@ from opsd_lightning.checkpoints.io import AtomicCheckpointIO, is_checkpoint, lin
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.types import ConfigError
 
+pytestmark = pytest.mark.integration
+
+
 MEGABYTES = 4
 
 

@@ -31,6 +31,9 @@ from opsd_lightning.runs.reader import read_run
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.limited_process import exceeded_limit
 
+pytestmark = pytest.mark.integration
+
+
 MESSAGES = [{"role": "user", "content": "1 + 1?"}]
 
 

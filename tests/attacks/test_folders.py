@@ -20,6 +20,9 @@ from opsd_lightning.runs.record import Record
 from opsd_lightning.utils.csv_tables import append_rows, prepare_table, unescape_formula
 from opsd_lightning.utils.folders import MANIFEST, replace_folder
 
+pytestmark = pytest.mark.integration
+
+
 COLUMNS = ("step", "completion")
 
 

@@ -6,10 +6,13 @@ import json
 import resource
 from pathlib import Path
 
+import pytest
 import torch
 
 from helpers.attack import Attack
 from helpers.whole_runs import configure, differences, fit, left_by, never_stopped
+
+pytestmark = pytest.mark.integration
 
 
 def test_nothing_is_lost_on_a_full_disk(attack: Attack, roomy: str, tmp_path: Path) -> None:

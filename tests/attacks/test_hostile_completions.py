@@ -16,6 +16,9 @@ from opsd_lightning.grading import math_grader as grading, math_pool
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.grading.math_worker import MEMORY
 
+pytestmark = pytest.mark.integration
+
+
 SECONDS = 0.5
 BATCH = 100
 LONG = 100_000

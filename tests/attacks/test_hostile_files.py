@@ -34,6 +34,9 @@ from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.types import ConfigError, UserError
 
+pytestmark = pytest.mark.integration
+
+
 SECONDS = 60  # in which each attack has to end
 
 

@@ -30,6 +30,9 @@ from helpers.vllm_protocol import ProtocolServer
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
+pytestmark = pytest.mark.integration
+
+
 SAMPLING = Sampling(max_new_tokens=6, n=2)
 SECONDS = 1.0  # timeout_seconds
 BOUND_SECONDS = 15.0  # two tries at each of four endpoints, and what else this machine does

@@ -13,6 +13,9 @@ from helpers.processes import Child
 from helpers.whole_runs import configure, differences, fit, left_by, never_stopped, on_two_ranks, wait_until_joined
 from opsd_lightning.cli.command import main
 
+pytestmark = pytest.mark.integration
+
+
 in_rounds = pytest.mark.skipif("OPSD_ATTACK_ROUND" not in os.environ, reason="takes a minute: `make attack`")
 FIT, RANKS, TEST = "kills of a fit", "kills of one of two ranks", "kills of test and predict"
 

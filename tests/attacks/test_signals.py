@@ -20,6 +20,9 @@ from helpers.whole_runs import STEPS, configure, differences, fit, left_by, neve
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.runs.signals import SECOND_SIGNAL_SECONDS
 
+pytestmark = pytest.mark.integration
+
+
 SECONDS = 20  # within which every rank ends, on a machine with other work
 GENTLE = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 

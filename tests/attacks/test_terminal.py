@@ -26,6 +26,9 @@ from opsd_lightning.doctor.findings import Diagnosis, Finding
 from opsd_lightning.reports import page as report
 from opsd_lightning.utils.terminal import SafeArgumentParser, escape_controls, safe_messages, safe_text, safe_tracebacks, say
 
+pytestmark = pytest.mark.integration
+
+
 PIECES = [
     "\x1b[2J", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\link\x1b]8;;\x1b\\", "\x1b]52;c;ZXZpbA==\x07", "\x9b31m", "\x9d0;t\x9c",
     "\x90q\x9c", "\r", "\r\n", "\b\b\b", "\x00", "\x7f", "\x0b\x0c", "\x85", "\u202e", "\u2066", "\u2069", "\u200b", "\u200d",

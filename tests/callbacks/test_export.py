@@ -24,6 +24,8 @@ from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.reports.token_report import TokenReport
 from opsd_lightning.types import ConfigError, Sampling
 
+pytestmark = pytest.mark.integration
+
 
 def tree(root: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
@@ -68,7 +70,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("setting", ["folder", "merged_folder"])
-def test_an_export_over_anything_else_is_refused_before_training(setting: str, world: Path) -> None:
+def test_export_over_other_files_is_refused_before_training(setting: str, world: Path) -> None:
     """Also over what the run is going to write itself."""
     home = Path("~").expanduser()
     for folder in OTHERS:
@@ -86,13 +88,13 @@ def test_an_export_over_anything_else_is_refused_before_training(setting: str, w
 
 
 @pytest.mark.parametrize(("folder", "merged"), [("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a/../b", "b")])
-def test_two_exports_inside_each_other_are_refused(folder: str, merged: str, world: Path) -> None:
+def test_nested_exports_are_refused(folder: str, merged: str, world: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         fit(str(world / "base"), world / "run", AdapterExport(folder, merged))
     assert caught.value.setting == "trainer.callbacks.merged_folder"
 
 
-def test_litter_hinders_no_export_and_what_may_be_wanted_is_kept(
+def test_hidden_files_do_not_block_an_export_and_are_kept(
     world: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also without a home, and in a current folder that is gone."""
@@ -107,7 +109,7 @@ def test_litter_hinders_no_export_and_what_may_be_wanted_is_kept(
     ):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text("x")
-    with pytest.warns(UserWarning, match="not removed whole"):
+    with pytest.warns(UserWarning, match=r"export\.old-"):
         write_adapter(model, place)
     (old,) = world.glob("export.old-*")
     assert {".gitattributes", ".ipynb_checkpoints/a"} <= tree(old).keys() and ".DS_Store" not in tree(old)
@@ -127,7 +129,7 @@ def test_litter_hinders_no_export_and_what_may_be_wanted_is_kept(
     write_adapter(model, world / "another")
 
 
-def test_exports_of_runs_replace_each_other_and_not_their_own_start(world: Path) -> None:
+def test_exports_replace_earlier_ones_but_not_the_starting_adapter(world: Path) -> None:
     base, root = str(world / "base"), world / "run"
     for _ in range(2):
         fit(base, root, AdapterExport(merged_folder="merged"))
@@ -144,7 +146,7 @@ def test_exports_of_runs_replace_each_other_and_not_their_own_start(world: Path)
     assert all(after.get(name, b"-") == content for name, content in before.items())
 
 
-def test_an_export_that_cannot_be_written_at_the_end_goes_beside(world: Path) -> None:
+def test_blocked_export_is_written_to_a_folder_beside(world: Path) -> None:
     class Spoils(Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             (world / "run" / "adapter").mkdir()
@@ -174,7 +176,7 @@ def test_merging_deletes_nothing(folder: Callable[[Path], Path], world: Path) ->
     assert tree(world) == before
 
 
-def test_pages_and_tables_of_others_are_refused(world: Path) -> None:
+def test_files_of_others_are_not_overwritten(world: Path) -> None:
     root = world / "run"
     for name, callback in [
         ("report.html", RunReport()), ("tokens.html", TokenReport(pictures=False)), ("rollouts.csv", RolloutTable()),

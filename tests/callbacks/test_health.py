@@ -37,7 +37,7 @@ def rounded(found: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: round(float(value), 5) for name, value in found.items()}
 
 
-def test_divergence_by_position() -> None:
+def test_divergence_is_averaged_by_position() -> None:
     """Eight tokens 1 .. 8 and two tokens 10, 20: quarters (1, 2), (3, 4), ...; of two tokens the first and the third."""
     metric = PositionDivergence()
     metric.update([torch.arange(1.0, 9.0), torch.tensor([10.0, 20.0]), torch.zeros(0)])
@@ -73,11 +73,11 @@ def test_divergence_by_position() -> None:
         (Piece("", "bytes", b"\xe2\x9c"), "word"),
     ],
 )
-def test_classes_of_tokens(piece: Piece, expected: str) -> None:
+def test_tokens_are_sorted_into_classes(piece: Piece, expected: str) -> None:
     assert token_class(piece) == expected
 
 
-def test_divergence_by_class() -> None:
+def test_divergence_is_averaged_by_token_class() -> None:
     metric = ClassDivergence()
     metric.update([torch.tensor([0.5, 3.0]), torch.tensor([0.5, 1.0, 1.0])], [["math", "style"], ["math", "style", "word"]])
     assert rounded(metric.compute()) == {
@@ -91,7 +91,7 @@ def test_divergence_by_class() -> None:
     }
 
 
-def test_the_gap_by_correctness() -> None:
+def test_teacher_gap_is_split_by_correctness() -> None:
     metric = CorrectnessGap()
     metric.update([torch.tensor([1.0, 3.0]), torch.tensor([-2.0]), torch.tensor([-5.0, 0.0])], [True, False, False])
     assert rounded(metric.compute()) == {"wrong": round(-7 / 3, 5), "correct": 2.0, "accuracy": round(1 / 3, 5)}
@@ -132,7 +132,7 @@ def test_diversity_within_and_between_completions() -> None:
     assert float(metric.compute()) == 0.75
 
 
-def test_lengths() -> None:
+def test_mean_lengths_are_counted_in_tokens() -> None:
     metric = MeanLength()
     metric.update([2, 4, 9], [True, True, False])
     assert rounded(metric.compute()) == {"all": 5.0, "terminated": 3.0}
@@ -155,7 +155,7 @@ class Seen(StepCallback):
         }
 
 
-def test_a_run_logs_them_and_is_not_changed(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_health_metrics_are_logged_without_changing_training(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     weights, losses, seen = [], [], Seen()
     for callbacks in ([], [Health(every_n_steps=2), seen]):
         torch.manual_seed(0)
@@ -177,7 +177,9 @@ def test_a_run_logs_them_and_is_not_changed(make_policy: Callable[..., Policy], 
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo"])
-def test_methods_without_a_teacher(method: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_methods_without_a_teacher_skip_the_divergence(
+    method: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
     policy = make_policy()
     _, data = parts(policy)
     settings: dict[str, Any] = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "lr_scheduler": None}
@@ -230,6 +232,7 @@ def test_two_ranks_log_the_values_of_all_completions(make_policy: Callable[..., 
     assert ranks[0]["fed"][0][0].tolist() != ranks[1]["fed"][0][0].tolist()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.optimization")
 def test_steps_on_traces_are_not_the_students(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     policy = make_policy()
     _, data = parts(policy)

@@ -31,7 +31,7 @@ def checkpoint(state: Any) -> dict[str, Any]:
     return _WHOLE | {"callbacks": {"Mine": {"state": state}, "Other": {"kept": 1}}}
 
 
-def test_plain_values_come_back(tmp_path: Path) -> None:
+def test_plain_values_survive_a_checkpoint(tmp_path: Path) -> None:
     now = datetime.datetime.now()
     shared: deque[Any] = deque([1, np.float32(2)], 5)
     state = {
@@ -59,7 +59,7 @@ def test_plain_values_come_back(tmp_path: Path) -> None:
     [Colour.RED, types.SimpleNamespace(a=1), np.array([{}], object), lambda: 1, defaultdict(lambda: 1), {"a": {1: Colour.RED}},
      np.zeros(2, [("a", "f4")]), np.random.default_rng(0), int, deque([Colour.RED])],
 )  # fmt: skip
-def test_what_could_not_be_loaded_is_refused_as_it_is_written(state: Any, tmp_path: Path) -> None:
+def test_unloadable_state_is_refused_when_it_is_saved(state: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint(checkpoint(1), path)
     before = path.read_bytes()
@@ -84,14 +84,14 @@ class Calls:
      Calls(np._core.multiarray.scalar, Calls(np.dtype, "U999999"), b"a"), Calls(np.ndarray, (2**40,)), Calls(str, b"a"),
      Calls(datetime.datetime, 1.5), Calls(int, "9" * 10_000)],
 )  # fmt: skip
-def test_classes_of_plain_values_are_not_called_with_others(state: Any, tmp_path: Path) -> None:
+def test_value_classes_with_other_arguments_are_refused(state: Any, tmp_path: Path) -> None:
     assert pickle.dumps(state, protocol=2)
     torch.save(checkpoint(state), tmp_path / "x.ckpt")
     with pytest.raises(ConfigError):
         load_file(tmp_path / "x.ckpt")
 
 
-def test_remote_names_of_a_downloaded_checkpoint_are_taken_out() -> None:
+def test_remote_names_are_removed_from_a_downloaded_checkpoint() -> None:
     score = torch.tensor(1.0)
     state: dict[str, Any] = {
         "best_model_path": "memory://bucket/a.ckpt", "kth_best_model_path": "/run/b.ckpt", "last_model_path": "s3://x/c.ckpt",

@@ -12,7 +12,19 @@ from opsd_lightning import __version__
 from opsd_lightning.cli.commands import COMMANDS, find_command
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ["torch", "transformers", "lightning", "peft", "bitsandbytes", "datasets", "torchmetrics", "matplotlib", "pandas", "sympy", "jinja2"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "lightning",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "torchmetrics",
+    "matplotlib",
+    "pandas",
+    "sympy",
+    "jinja2",
+]
 _PROGRAM = f"""
 import atexit, sys
 from opsd_lightning.__main__ import entry

@@ -13,6 +13,9 @@ from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.types import ConfigError
 
+pytestmark = pytest.mark.integration
+
+
 BASE = ["fit", "--model.policy.model", "x", "--data.train", "FileSource", "--data.train.init_args.path", "d.jsonl"]
 
 
@@ -73,7 +76,7 @@ COMMAND_LINES: dict[str, list[tuple[str, str, str, object]]] = {
 
 @pytest.mark.parametrize("name", COMMAND_LINES)
 @pytest.mark.parametrize("joined", [True, False])
-def test_value_below_a_class(name: str, joined: bool) -> None:
+def test_values_below_a_class_keep_their_text(name: str, joined: bool) -> None:
     options = [(f"--{option}", text) for option, text, _, _ in COMMAND_LINES[name]]
     config = parsed(*(["=".join(pair) for pair in options] if joined else [word for pair in options for word in pair]))
     for option, _, path, value in COMMAND_LINES[name]:
@@ -81,7 +84,7 @@ def test_value_below_a_class(name: str, joined: bool) -> None:
         assert found == value and isinstance(found, type(value)), option
 
 
-def test_values_of_the_same_name_do_not_mix() -> None:
+def test_options_of_the_same_name_keep_their_own_values() -> None:
     found = parsed(
         "--data.train.init_args.path=7", "--data.val=FileSource", "--data.val.init_args.path=007",
         "--model.policy.revision=null", "--data.test=HubSource", "--data.test.init_args.path=x",
@@ -91,7 +94,7 @@ def test_values_of_the_same_name_do_not_mix() -> None:
     assert at(found, f"{POLICY}.revision") is None
 
 
-def test_null_in_a_list_of_classes() -> None:
+def test_null_is_none_in_a_list_of_classes() -> None:
     found = parsed("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=null")
     assert found.trainer.callbacks[0].init_args.monitor is None
 
@@ -100,7 +103,7 @@ HEADINGS = ["# You are a tutor.", "#### (\\d+)", "# One\n# Two\n"]
 
 
 @pytest.mark.parametrize("text", HEADINGS)
-def test_text_that_reads_as_a_yaml_comment(text: str, tmp_path: Path) -> None:
+def test_text_like_a_yaml_comment_is_kept(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
         yaml.safe_dump({"data": {"prompts": {"system": text}}, "model": {"init_args": {"policy": {"revision": text}}}})
     )
@@ -111,7 +114,7 @@ def test_text_that_reads_as_a_yaml_comment(text: str, tmp_path: Path) -> None:
         assert at(found, "data.prompts.system") == text and at(found, f"{POLICY}.revision") == text
 
 
-def test_null_for_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_null_for_a_text_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         parsed("--data.prompts.teacher_response_prefix", "null")
     assert caught.value.setting == "data.prompts.teacher_response_prefix"
@@ -119,7 +122,7 @@ def test_null_for_a_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seed_out_of_range(seed: int) -> None:
+def test_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(ConfigError) as caught:
         parsed(f"--seed_everything={seed}")
     assert caught.value.setting == "seed_everything"
@@ -133,7 +136,7 @@ def test_seed_out_of_range(seed: int) -> None:
         ("torch.optim.AdamW", "config"),
     ],
 )
-def test_optimizers_that_bitsandbytes_has_too(name: str, form: str, tmp_path: Path) -> None:
+def test_short_optimizer_names_mean_torchs(name: str, form: str, tmp_path: Path) -> None:
     given: dict[str, list[str]] = {"option": ["--model.optimizer", name], "joined": [f"--model.optimizer={name}"]}
     for each, value in (("config", name), ("class_path", {"class_path": name, "init_args": {"lr": 0.5}})):
         path = tmp_path / f"{each}.yaml"
@@ -143,7 +146,7 @@ def test_optimizers_that_bitsandbytes_has_too(name: str, form: str, tmp_path: Pa
     assert (found.class_path, found.init_args.lr) == (f"torch.optim.{name.rpartition('.')[2]}", 0.25)
 
 
-def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+def test_duplicate_yaml_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("data:\n  batch_size: 4\n  seed: 1\n  batch_size: 2\n")
     with pytest.raises(SystemExit) as stopped:
         parsed("--config", str(tmp_path / "c.yaml"))

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from helpers.classes import subclasses
 from helpers.files import write_jsonl
+from helpers.messages import mentions
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
@@ -66,21 +67,21 @@ def test_every_file_format_gives_the_same_examples(tmp_path: Path) -> None:
         assert len(FileSource(str(path), split="train[:25%]", columns=MAPPED).examples()) == 3
 
 
-def test_datasets_from_disk(tmp_path: Path) -> None:
+def test_datasets_are_loaded_from_disk(tmp_path: Path) -> None:
     whole = Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / "one")
     DatasetDict({"train": whole, "held": whole.select(range(2))}).save_to_disk(tmp_path / "many")
     assert len(HubSource(str(tmp_path / "one")).examples()) == 12
     assert len(HubSource(str(tmp_path / "many"), split="held").examples()) == 2
-    with pytest.raises(UserError, match="no split 'test'; it has train, held"):
+    with pytest.raises(UserError, match=mentions("test", "train", "held")):
         HubSource(str(tmp_path / "many"), split="test").examples()
-    with pytest.raises(UserError, match="without splits"):
+    with pytest.raises(UserError, match="split"):
         HubSource(str(tmp_path / "one"), split="train[:2]").examples()
-    with pytest.raises(UserError, match="cannot load the dataset 'nobody/nothing'"):
+    with pytest.raises(UserError, match="nobody/nothing"):
         HubSource("nobody/nothing").examples()
 
 
-def test_reasoning_gym() -> None:
+def test_reasoning_gym_examples_repeat_for_a_seed() -> None:
     examples = ReasoningGymSource(size=5, seed=3).examples()
     assert len(examples) == 5 and all(e.question and e.trace and e.answer for e in examples)
     assert examples == ReasoningGymSource(size=5, seed=3).examples() != ReasoningGymSource(size=5, seed=4).examples()
@@ -181,7 +182,7 @@ def test_no_usable_row_and_too_few_rows(data: Callable[..., OPSDDataModule]) -> 
         data(INVALID[DropReason.EMPTY_TRACE]).setup("fit")
     with pytest.raises(ConfigError, match=r"^data\.batch_size: "):
         data(GOOD, batch_size=4).setup("fit")
-    with pytest.raises(UserError, match=r"^data\.test: .*`test`"):
+    with pytest.raises(UserError, match=mentions("data.test")):
         data(GOOD).setup(TrainerFn.TESTING)  # as the trainer does
 
 
@@ -236,7 +237,7 @@ def test_a_graded_teacher_needs_something_to_read(
     assert all(graded(context=AnswerContext()).rows["test"].teacher)
 
 
-def test_columns_without_traces(tmp_path: Path) -> None:
+def test_sources_without_traces_serve_evaluation(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "1+1?", "gold": 2}])
     (example,) = FileSource(str(path), columns=Columns(trace=None, answer="gold")).examples()
     assert example[:3] == ("1+1?", "", "2")

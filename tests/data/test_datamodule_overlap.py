@@ -58,13 +58,13 @@ def prepared(make_policy: Callable[..., Policy]) -> Callable[..., OPSDDataModule
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_the_same_question_is_kept_out(split: str, prepared: Callable[..., OPSDDataModule]) -> None:
+def test_held_out_questions_are_removed_from_training(split: str, prepared: Callable[..., OPSDDataModule]) -> None:
     data = prepared([*SAME.values(), *OTHER.values()], **{split: Asked(TEXT)})
     assert [example.question for example in data.rows["train"].examples] == list(OTHER.values())
     assert data.dropped["train"].total() == len(SAME)
 
 
-def test_the_doctor_counts_alike(prepared: Callable[..., OPSDDataModule]) -> None:
+def test_doctor_counts_the_same_overlap(prepared: Callable[..., OPSDDataModule]) -> None:
     asked = [*SAME.values(), *OTHER.values()]
     data = prepared(asked, val=Asked("another one?"))
     assert data_facts(data, "train")["repeated_questions"] == len(SAME) - 1

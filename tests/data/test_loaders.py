@@ -29,7 +29,7 @@ def ids(batch: PromptBatch) -> list[int]:
 
 @pytest.mark.parametrize(("limit", "batches"), [(1, 1), (3, 3), (99, 5), (0.4, 2), (1.0, 5)])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_an_epoch_ends_where_the_trainer_ends_it(limit: float, batches: int, shuffle: bool) -> None:
+def test_epoch_length_follows_the_trainers_limits(limit: float, batches: int, shuffle: bool) -> None:
     """The same batches each epoch in the data's order, or a new order each; every batch tells the one that follows it, and a
     restored loader goes on with it, also from an epoch's end. Two ranks share each batch."""
     loaders = [TrainLoader(rows(21), 2, 0, rank, 2, limit, shuffle) for rank in range(2)]
@@ -67,7 +67,7 @@ class Questions(Callback):
         self.validated.append(tuple(e.question for e in batch.examples))
 
 
-def test_overfitting_repeats_its_batches_also_after_a_resume(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_overfit_batches_repeats_the_same_batches_after_a_resume(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     policy, seen = make_policy(), []
     for steps in (3, 7):
         data = OPSDDataModule(

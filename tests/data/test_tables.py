@@ -64,14 +64,14 @@ def test_numbers_in_json_keep_their_digits(tmp_path: Path) -> None:
     assert read(tmp_path / "a.json", f"[{', '.join(rows)}]") == LITERALS
 
 
-def test_numbers_in_json_are_numbers_for_contexts(tmp_path: Path) -> None:
+def test_contexts_get_json_numbers_as_numbers(tmp_path: Path) -> None:
     """Parts of a user's own compute with them."""
     path = write_jsonl(tmp_path / "a.jsonl", [row(level=3, rate=0.50)])
     (example,) = FileSource(str(path), columns=COLUMNS).examples()
     assert example.columns["level"] + example.columns["rate"] == 3.5
 
 
-def test_other_values_in_json(tmp_path: Path) -> None:
+def test_json_booleans_and_nulls_are_read(tmp_path: Path) -> None:
     values = {"true": "true", "false": "false", "null": "", "NaN": "", '"2024-05-06"': "2024-05-06", '"nan"': "nan"}
     assert read(tmp_path / "a.jsonl", "\n".join(map(written, values))) == list(values.values())
 
@@ -101,13 +101,13 @@ def test_cells_of_csv_stay_as_they_are(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv") == [*CELLS, ""]
 
 
-def test_a_cell_longer_than_the_csv_module_allows(tmp_path: Path) -> None:
+def test_long_csv_cells_are_read(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     assert read(tmp_path / "a.csv", f"ask,work,gold\n1?,{'x' * 2 * before},5\n") == ["5"]
     assert csv.field_size_limit() == before
 
 
-def test_an_index_that_pandas_wrote(tmp_path: Path) -> None:
+def test_index_column_of_pandas_is_ignored(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv", ",ask,work,gold\n0,1?,so,5\n") == ["5"]
 
 
@@ -152,7 +152,7 @@ def test_typed_values_of_parquet_and_of_datasets(kind: str, tmp_path: Path) -> N
     assert read(tmp_path / "a.parquet") == answers(HubSource(str(tmp_path / "saved"), columns=COLUMNS)) == texts
 
 
-def test_dictionaries_of_parquet(tmp_path: Path) -> None:
+def test_parquet_dictionaries_are_decoded(tmp_path: Path) -> None:
     parquet.write_table(table(pa.array(["01", "02", "01"]).dictionary_encode()), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == ["01", "02", "01"]
 
@@ -176,7 +176,7 @@ def test_columns_of_any_type_matter_only_where_they_are_read(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["decimal32", "decimal64"])
-def test_small_decimals_of_parquet(kind: str, tmp_path: Path) -> None:
+def test_parquet_decimals_keep_their_digits(kind: str, tmp_path: Path) -> None:
     if not hasattr(pa, kind):
         pytest.skip(f"this pyarrow has no {kind}")
     parquet.write_table(table(pa.array([Decimal("2.50"), None], getattr(pa, kind)(5, 2))), tmp_path / "a.parquet")
@@ -215,7 +215,7 @@ def test_containers_are_refused_by_column_and_row(column: str, value: Any, tmp_p
 
 
 @pytest.mark.parametrize("values", [pa.array([b"5"]), pa.array([60], pa.duration("s"))], ids=["binary", "duration"])
-def test_what_is_no_text_is_refused(values: pa.Array, tmp_path: Path) -> None:
+def test_values_that_are_no_text_are_refused(values: pa.Array, tmp_path: Path) -> None:
     parquet.write_table(table(values), tmp_path / "a.parquet")
     assert refusal(lambda: read(tmp_path / "a.parquet")).setting == "columns.answer"
 
@@ -226,11 +226,11 @@ def test_half_a_surrogate_pair_is_refused_and_a_whole_one_read(tmp_path: Path) -
     assert error.setting == "columns.answer" and "line 2" in error.problem
 
 
-def test_a_worked_solution_that_is_a_list() -> None:
+def test_trace_key_of_a_list_is_refused() -> None:
     assert refusal(ReasoningGymSource(size=1, trace_key="variables").examples).setting == "trace_key"
 
 
-def test_a_context_from_a_column() -> None:
+def test_context_is_read_from_a_column() -> None:
     def shown(value: Any) -> str | None:
         return ColumnContext("tip").text(0, [Example("1?", "", "1", {"tip": value})])
 
@@ -286,7 +286,7 @@ def test_a_malformed_row_is_named(case: str, tmp_path: Path) -> None:
     assert error.setting == "path" and f"a.{ending}, {place}:" in error.problem
 
 
-def test_a_key_that_some_rows_lack(tmp_path: Path) -> None:
+def test_missing_keys_of_used_columns_are_refused(tmp_path: Path) -> None:
     rows = [row(), {"ask": "2?", "work": "so 2"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     error = refusal(lambda: read(path))
@@ -298,18 +298,18 @@ def test_a_key_that_some_rows_lack(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_rows(ending: str, content: str, tmp_path: Path) -> None:
+def test_file_without_rows_is_refused(ending: str, content: str, tmp_path: Path) -> None:
     assert refusal(lambda: read(tmp_path / f"a.{ending}", content)).setting == "path"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_parquet_file_that_was_cut(share: float, tmp_path: Path) -> None:
+def test_truncated_parquet_file_is_refused(share: float, tmp_path: Path) -> None:
     parquet.write_table(table(pa.array(["1"] * 50)), tmp_path / "whole.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()
     assert refusal(lambda: read(tmp_path / "a.parquet", whole[: int(len(whole) * share)])).setting == "path"
 
 
-def test_a_byte_order_mark_line_ends_and_separators_of_unicode(tmp_path: Path) -> None:
+def test_byte_order_mark_and_unicode_separators_are_read(tmp_path: Path) -> None:
     text = json.dumps(row("a\u2028b\x85c"), ensure_ascii=False)
     for content in (f"\ufeff{text}\n", f"{text}\r\n\r\n", f"\ufeff \n[{text}]"):
         assert read(tmp_path / "a.jsonl", content) == ["a\u2028b\x85c"]
@@ -337,7 +337,7 @@ def test_paths_are_literal(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_a_replaced_file_with_the_same_time_and_size(ending: str, tmp_path: Path) -> None:
+def test_replaced_file_is_read_again(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{ending}"
     for gold in ("1", "2"):
         if ending == "jsonl":
@@ -350,7 +350,7 @@ def test_a_replaced_file_with_the_same_time_and_size(ending: str, tmp_path: Path
         assert read(path) == [gold]
 
 
-def test_paths_that_are_no_readable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     for path in (tmp_path, tmp_path / "folder.jsonl", tmp_path / "nowhere.jsonl", tmp_path / ("x" * 300 + ".jsonl")):
         assert refusal(lambda path=path: read(path)).setting == "path"  # type: ignore[misc]

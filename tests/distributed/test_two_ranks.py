@@ -36,6 +36,7 @@ from helpers.distributed import (
     run,
     trainer,
 )
+from helpers.messages import mentions
 from helpers.models import EOS
 from helpers.processes import on_ranks
 from opsd_lightning.callbacks.export import AdapterExport
@@ -55,6 +56,8 @@ from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import ConfigError, Sampling, UserError
+
+pytestmark = pytest.mark.integration
 
 
 class ByLength(MathGrader):
@@ -136,7 +139,7 @@ def test_an_adapted_head_trains_under_sharding(make_policy: Callable[..., Policy
 
 
 @both
-def test_a_rank_without_a_token_counts_for_nothing(
+def test_rank_without_tokens_does_not_change_the_mean(
     strategy: str, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     policy = make_policy()
@@ -157,7 +160,7 @@ class NeverEnds(Callback):
 
 @both
 @pytest.mark.parametrize("gather", [True, False], ids=["gathered", "layer by layer"])
-def test_ranks_that_end_at_2_and_at_60_tokens(
+def test_ranks_with_different_completion_lengths_do_not_wait(
     strategy: str, gather: bool, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     policy = make_policy()
@@ -257,8 +260,8 @@ def test_shards_of_another_adapter_are_refused(make_policy: Callable[..., Policy
     def resume(rank: int) -> None:
         wider = make_policy(lora=LoRA(r=6, alpha=8, dropout=0.0))
         for path, message in (
-            ("saved/two.ckpt", "does not fit this configuration"),
-            ("saved", r"^ckpt_path: "),
+            ("saved/two.ckpt", mentions("model.policy.lora.r")),
+            ("saved", mentions(str(tmp_path / "saved"))),
         ):
             with pytest.raises(UserError, match=message):
                 run(wider, tmp_path, 2, fsdp2, steps=4, checkpoint=str(tmp_path / path))
@@ -294,7 +297,7 @@ def test_explicit_optimizer_settings_win_over_a_checkpoint(
         optimizer = go(4, slower, optimizer=lambda p: torch.optim.AdamW(p, lr=0.001))
         steps = {float(state["step"]) for state in optimizer.state.values()}
         sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "lr_scheduler": None}
-        with pytest.raises(UserError, match=r"AdamW -> torch\.SGD; model\.lr_scheduler torch\.LinearLR -> null"):
+        with pytest.raises(UserError, match=r"(?s)AdamW.*SGD.*model\.lr_scheduler.*LinearLR"):
             go(4, other, **sgd)
         go(4, other, allow_checkpoint_changes=True, **sgd)
         return slower.seen, steps, other.seen
@@ -354,7 +357,7 @@ def test_four_bits_and_checkpointing_on_two_ranks(
             assert_same(two, one)
 
 
-def test_weights_offloaded_to_the_host(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_offloaded_weights_give_the_same_training(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     policy = make_policy()
     settings = {"rollouts": Scripted([3, 8, 1, 5]), "teacher": EMATeacher(0.9)}
     one = joined(policy, tmp_path, **settings)
@@ -411,21 +414,21 @@ def test_strategies_under_which_a_step_would_be_wrong_are_refused(strategy: type
 def test_a_model_that_does_not_name_its_layers_is_refused(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     model = make_policy().build()
     model.get_base_model()._no_split_modules = None
-    with pytest.raises(UserError, match=r"^trainer\.strategy:"):
+    with pytest.raises(UserError, match=mentions("ddp")):
         FSDP2Strategy().shard(model)
 
 
 def test_full_fine_tuning_is_refused_under_sharding(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     def work(rank: int) -> None:
-        with pytest.raises(UserError, match=r"^trainer\.strategy:"):
+        with pytest.raises(UserError, match=mentions("model.policy.lora")):
             run(make_policy(lora=None), tmp_path, 2, fsdp2, teacher=LiveTeacher())
 
     on_ranks(work, tmp_path)
 
 
-def test_bitsandbytes_is_refused_where_it_knows_no_shards(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_bitsandbytes_optimizers_are_refused_under_sharding(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     def work(rank: int) -> None:
-        with pytest.raises(UserError, match="AdamW8bit, which cannot update weights"):
+        with pytest.raises(UserError, match=mentions("AdamW8bit")):
             run(make_policy(), tmp_path, 2, fsdp2, optimizer=lambda p: bitsandbytes.optim.AdamW8bit(p))
         with pytest.raises(UserError, match=r"^model\.policy\.quantization\.load_in_8bit:"):
             run(make_policy(quantization=BitsAndBytesConfig(load_in_8bit=True)), tmp_path, 2, fsdp2)

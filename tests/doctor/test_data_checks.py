@@ -54,7 +54,7 @@ def test_a_cut_is_advised_where_it_helps(student: int, context: int, limit: int,
         assert cut is not None and student + OVERHEAD + cut + NEW <= limit
 
 
-def test_a_student_without_a_teachers_prompt_has_nothing_to_cut() -> None:
+def test_no_cut_is_advised_without_a_teacher_prompt() -> None:
     finding = advice([(450, 0)] * 20, Room(512, NEW))
     assert finding is not None and CUT not in finding.fix and number(finding, SHORTER) == 62
 
@@ -66,7 +66,7 @@ def test_shorter_completions_are_advised_where_they_fit() -> None:
     assert finding is not None and SHORTER not in finding.fix
 
 
-def test_the_number_holds_for_every_limit() -> None:
+def test_advised_length_fits_for_every_limit() -> None:
     """A teacher with a shorter context than the policy's decides."""
     pairs = [(100, 300)] * 20
     teacher = Room(360, NEW, True, "a model.teacher")
@@ -79,7 +79,7 @@ def test_the_number_holds_for_every_limit() -> None:
     assert blind is not None and CUT not in blind.fix, "it reads the student's prompt, which fits"
 
 
-def test_one_row_in_a_hundred_may_be_lost() -> None:
+def test_advice_tolerates_one_dropped_row_in_a_hundred() -> None:
     pairs = [(100, 350)] * 198 + [(100, 5000)] * 2
     finding = advice([*pairs, *[(100, 500)] * 20], Room(512, NEW))
     assert finding is not None

@@ -42,6 +42,9 @@ from opsd_lightning.rollouts.self_checks import agreement
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.types import Sampling
 
+pytestmark = pytest.mark.integration
+
+
 Doctor = Callable[..., dict[str, Any]]
 
 
@@ -114,7 +117,7 @@ def lines(found: dict[str, Any], *levels: str) -> list[str]:
     ]
 
 
-def test_a_healthy_run(doctor: Doctor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_healthy_run_has_no_findings(doctor: Doctor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(tmp_path.rglob("*"))
     found = doctor()
     assert lines(found, "error", "warning") == []
@@ -151,7 +154,7 @@ def test_lengths_are_counted_in_tokens(doctor: Doctor) -> None:
     assert sum(count for _, _, count in lengths["traces"]["bins"]) == 8
 
 
-def test_the_command(
+def test_command_exits_with_the_number_of_errors(
     base: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def run(*arguments: str) -> int:
@@ -181,13 +184,9 @@ def test_the_command(
 # One of every place that refuses: the parser, a part, the data, the tokenizer, the model's configuration, its optimizer.
 _REFUSED = [
     "missing column",
-    "no training data",
-    "batch over the data",
     "context without its column",
-    "template without placeholder",
     "fsdp of the first kind",
     "unknown setting",
-    "missing model folder",
     "no chat template",
     "LoRA targets",
     "EMA without an adapter",
@@ -197,27 +196,26 @@ _REFUSED = [
 
 
 @pytest.mark.parametrize("mistake", _REFUSED)
-def test_what_fit_refuses_is_found(mistake: str, doctor: Doctor, folders: dict[str, str], tmp_path: Path) -> None:
+def test_errors_of_fit_are_found(mistake: str, doctor: Doctor, folders: dict[str, str], tmp_path: Path) -> None:
     """With one clear line each, and without the model's weights."""
-    make, message = MISTAKES[mistake]
     (tmp_path / "there").mkdir()
-    found = doctor("--no-model", *make(tmp_path / "there", folders))
+    found = doctor("--no-model", *MISTAKES[mistake].arguments(tmp_path / "there", folders))
     errors = lines(found, "error")
     said = [f"{each['setting']}: {each['text']}. {each['fix']}" for each in found["findings"]]
-    assert any(re.search(message, " ".join(line.split())) for line in [*errors, *said]), errors
+    assert any(all(word in " ".join(line.split()) for word in MISTAKES[mistake].words) for line in [*errors, *said]), errors
     assert not [line for line in errors if "\n" in line or "Traceback" in line]
 
 
-def test_refusals_of_the_loaded_model(doctor: Doctor) -> None:
+def test_errors_of_the_loaded_model_are_found(doctor: Doctor) -> None:
     found = doctor("--model.objective.support=TopKWithTail", "--model.objective.support.k=999")
     (error,) = [each for each in found["findings"] if each["level"] == "error"]
     assert error["setting"] == "model.objective.support.k"
 
 
-def test_several_things_at_once(doctor: Doctor) -> None:
+def test_several_errors_are_reported_together(doctor: Doctor) -> None:
     found = doctor("--data.val.path=nowhere.jsonl", "--trainer.gradient_clip_val=1", "--no-model")
     text = "\n".join(lines(found, "error"))
-    for phrase in ("nowhere.jsonl does not exist", "set model.max_grad_norm instead"):
+    for phrase in ("nowhere.jsonl", "model.max_grad_norm"):
         assert phrase in text
     assert found["facts"]["data"]["train"]["kept"] == 8, "the other split is read all the same"
 
@@ -373,14 +371,14 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_planted_defects(defect: str, doctor: Doctor, tmp_path: Path) -> None:
+def test_planted_defects_are_found(defect: str, doctor: Doctor, tmp_path: Path) -> None:
     plant, expected = DEFECTS[defect]
     (tmp_path / "planted").mkdir()
     found = lines(doctor("--no-model", *plant(tmp_path / "planted")))
     assert not [line for line in expected if not any(re.match(line, each) for each in found)], found
 
 
-def test_planted_defects_are_not_in_a_healthy_run(doctor: Doctor) -> None:
+def test_healthy_run_matches_no_planted_defect(doctor: Doctor) -> None:
     found = lines(doctor("--no-model"))
     planted = [line for _, expected in DEFECTS.values() for line in expected]
     assert not [line for line in planted if any(re.match(line, each) for each in found)]
@@ -416,7 +414,7 @@ def test_the_suggested_length_loses_less_than_a_hundredth(doctor: Doctor) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is one")
-def test_a_gpu_that_is_not_here(doctor: Doctor) -> None:
+def test_missing_gpu_is_reported(doctor: Doctor) -> None:
     found = doctor("--trainer.accelerator=gpu")
     assert len(lines(found, "error")) == 1 and "[trainer.accelerator]" in lines(found, "error")[0]
     assert "divergence" in found["facts"], "the rest is examined"
@@ -424,28 +422,28 @@ def test_a_gpu_that_is_not_here(doctor: Doctor) -> None:
     assert found["healthy"] and "[trainer.accelerator]" in lines(found, "warning")[0]
 
 
-def test_no_model_needs_no_weights(doctor: Doctor, folders: dict[str, str], tmp_path: Path) -> None:
+def test_no_model_option_reads_no_weights(doctor: Doctor, folders: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(folders["llama"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     found = doctor(f"--model.policy.model={tmp_path / 'bare'}", "--no-model")
     assert found["healthy"] and found["facts"]["memory"]["bytes"]["total"] > 0
     assert not {"divergence", "time"} & set(found["facts"])
-    assert "cannot load" in lines(doctor(f"--model.policy.model={tmp_path / 'bare'}"), "error")[0]
+    assert "model.policy.model" in lines(doctor(f"--model.policy.model={tmp_path / 'bare'}"), "error")[0]
 
 
 # -- what the model tells --------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_that_sees_nothing_more(doctor: Doctor, tmp_path: Path) -> None:
+def test_context_free_teacher_is_reported(doctor: Doctor, tmp_path: Path) -> None:
     full = tmp_path / "full.yaml"
     full.write_text("model: {policy: {lora: null}, teacher: ModelTeacher}\n")
     for change in ("--data.context=NoContext", f"--config={full}"):
         found = doctor(change)
         (line,) = [each for each in lines(found, "warning") if " divergence: " in each]
-        assert "nothing would be learned [data.context]" in line
+        assert "[data.context]" in line
         assert max(each["first_forward_kl"] for each in found["facts"]["divergence"]) < 1e-6
 
 
-def test_a_teacher_that_begins_otherwise(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_first_tokens_are_reported(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a sentence the teacher expects other tokens than at its start, by 2.6 nats of this model's."""
     monkeypatch.setattr(probe, "HUGE", 2.0)
     prefix = ["--data.prompts.teacher_response_prefix=zzz"]
@@ -456,7 +454,7 @@ def test_a_teacher_that_begins_otherwise(doctor: Doctor, monkeypatch: pytest.Mon
     assert not lines(doctor(*prefix, "--model.objective.skip_first_tokens=1"), "warning")
 
 
-def test_methods_without_a_teacher(doctor: Doctor) -> None:
+def test_methods_without_a_teacher_have_no_divergence(doctor: Doctor) -> None:
     for method in (["--model=SFTModule"], ["--model=GRPOModule", "--model.sampling.n=2"]):
         found = doctor(*method)
         assert found["healthy"], lines(found)
@@ -465,7 +463,7 @@ def test_methods_without_a_teacher(doctor: Doctor) -> None:
         assert found["facts"]["time"]["validation_seconds"] > 0
 
 
-def test_a_context_that_is_made_in_training(doctor: Doctor) -> None:
+def test_online_contexts_are_not_examined(doctor: Doctor) -> None:
     found = doctor("--model.context=FeedbackContext")
     assert found["healthy"] and "divergence" not in found["facts"]
     assert [each for each in found["findings"] if each["setting"] == "model.context" and each["level"] == "note"]
@@ -556,7 +554,7 @@ def test_a_machine_too_small_for_a_step_runs_none(doctor: Doctor, monkeypatch: p
     assert "divergence" in found["facts"] and "time" not in found["facts"]
 
 
-def test_disagreement_of_sampling_and_scoring_shows(make_policy: Callable[..., Policy]) -> None:
+def test_sampling_and_scoring_disagreement_is_reported(make_policy: Callable[..., Policy]) -> None:
     module = OPSDModule(make_policy())
     module.configure_model()
     prompts = [[20, 21, 22], [30, 31]]
@@ -574,9 +572,7 @@ def test_disagreement_of_sampling_and_scoring_shows(make_policy: Callable[..., P
 
 @pytest.mark.parametrize("lora", [LoRA(r=4, alpha=8), None], ids=["lora", "full"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_memory_of_weights_is_the_real_models(
-    architecture: str, lora: LoRA | None, make_policy: Callable[..., Policy]
-) -> None:
+def test_weight_memory_equals_the_models(architecture: str, lora: LoRA | None, make_policy: Callable[..., Policy]) -> None:
     policy = make_policy(architecture, lora=lora)
     thought, real = skeleton(policy), policy.build()
     assert {p.device.type for p in thought.parameters()} == {"meta"}
@@ -598,7 +594,7 @@ def test_memory_of_weights_is_the_real_models(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_memory_of_a_pass_is_near_the_real_models(architecture: str, make_policy: Callable[..., Policy]) -> None:
+def test_activation_memory_is_near_the_models(architecture: str, make_policy: Callable[..., Policy]) -> None:
     policy = make_policy(architecture, lora=LoRA(r=4, alpha=8, dropout=0.1))
     real = policy.build()
     assert kept_bytes_per_token(skeleton(policy)) == pytest.approx(kept_bytes_per_token(real), rel=0.1)
@@ -611,7 +607,7 @@ def test_memory_of_a_pass_is_near_the_real_models(architecture: str, make_policy
 
 
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])  # fmt: skip
-def test_memory_of_quantized_weights(settings: dict[str, Any], folders: dict[str, str]) -> None:
+def test_quantized_weight_memory_equals_the_models(settings: dict[str, Any], folders: dict[str, str]) -> None:
     pytest.importorskip("bitsandbytes")
     policy = Policy(folders["llama"], LoRA(r=4, alpha=8), dtype="float32", quantization=BitsAndBytesConfig(**settings))
     real = policy.build()
@@ -623,7 +619,7 @@ def test_memory_of_quantized_weights(settings: dict[str, Any], folders: dict[str
     assert weight_bytes(skeleton(policy), policy.quantization) == pytest.approx(held, rel=0.02)
 
 
-def test_memory_of_logits_and_of_the_whole(make_policy: Callable[..., Policy]) -> None:
+def test_memory_parts_add_up(make_policy: Callable[..., Policy]) -> None:
     objective = DivergenceObjective(logits_memory_mib=2)
     assert logits_bytes(objective, 1000, 10, 4) == 10 * 1000 * (12 * 4 + 2 * 4)
     assert logits_bytes(objective, 100_000, 10_000, 2) == 2 * 2**20
@@ -650,7 +646,7 @@ def test_memory_of_logits_and_of_the_whole(make_policy: Callable[..., Policy]) -
     assert shared["optimizer state"] == found["optimizer state"] // 4
 
 
-def test_too_little_memory(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "memory_of", lambda device: 2**16)
     found = doctor()
     (line,) = lines(found, "error")
@@ -661,7 +657,7 @@ def test_too_little_memory(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> N
 # -- numbers ---------------------------------------------------------------------------------------------------------------
 
 
-def test_quantiles_and_bins() -> None:
+def test_quantiles_and_bins_are_exact() -> None:
     values = list(range(1, 201))
     assert at_share(values, 0.99) == 198 and sum(v > 198 for v in values) / 200 <= 0.01
     assert at_share([5], 0.99) == 5 and at_share([], 0.5) == 0 and at_share([1, 2], 0.5) == 1

@@ -16,6 +16,8 @@ from helpers.processes import on_ranks
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.runs.signals import Stopped
 
+pytestmark = pytest.mark.integration
+
 
 class Some:
     """The first batches of a loader.

@@ -18,7 +18,7 @@ ROWS = [
 ]
 
 
-def test_verdicts_of_a_person() -> None:
+def test_grader_agrees_with_human_verdicts() -> None:
     """In both directions: none of the verdicts depends on which of the two is the reference."""
     assert len(ROWS) > 600 and len({(row[0], row[1]) for row in ROWS}) == len(ROWS)
     wrong = [
@@ -30,7 +30,7 @@ def test_verdicts_of_a_person() -> None:
     assert not wrong
 
 
-def test_equal_to_itself_and_never_when_empty() -> None:
+def test_answers_equal_themselves_and_empty_ones_never() -> None:
     for text in {text for row in ROWS for text in row[:2]}:
         assert GRADER.equal(text, text) is bool(text.strip()), text
         assert not GRADER.equal("", text) and not GRADER.equal(text, "") and not GRADER.equal(None, text)
@@ -56,7 +56,7 @@ def test_comparison_without_algebra_is_fast(text: str) -> None:
 
 
 @pytest.mark.slow
-def test_where_math_verify_decides_otherwise() -> None:
+def test_known_disagreements_with_math_verify() -> None:
     from math_verify import parse, verify
 
     def said(reference: str, answer: str) -> bool:

@@ -35,19 +35,19 @@ TEX = ["42", "-17", "1,234", "3.75", "\\frac{3}{8}", "5\\frac{2}{3}", "2^{12}", 
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
-def test_forms_in_a_phrase(phrase: str) -> None:
+def test_answer_forms_are_found_in_phrases(phrase: str) -> None:
     found = {form: GRADER.find_answer("First we add.\n" + phrase.format(form)) for form in FORMS}
     assert {form: answer for form, answer in found.items() if answer != form} == {}
 
 
 @pytest.mark.parametrize("phrase", IN_TEX)
-def test_forms_in_tex(phrase: str) -> None:
+def test_answer_forms_are_found_in_tex(phrase: str) -> None:
     found = {form: GRADER.find_answer(phrase.format(form)) for form in TEX}
     assert {form: answer for form, answer in found.items() if answer != form} == {}
 
 
 @pytest.mark.parametrize("form", ["42", "-17", "1,234", "3/4", "5 2/3", "$18", "2.5", "x + 3", "(2, 5)", "**42**", "$42$"])
-def test_last_line_as_in_gsm8k(form: str) -> None:
+def test_gsm8k_marker_is_read(form: str) -> None:
     assert final_answer(f"5 + 5 = 10\n#### {form}\n") == form.strip("*") if form != "$42$" else "42"
 
 
@@ -81,7 +81,7 @@ def test_no_answer_rather_than_a_fragment(text: str) -> None:
         ("答案是8个。", "8"), ("The answer is 7 km away.", "7 km away"), ("The answer is 4 dogs and 2 cats.", "4 dogs and 2 cats"), ("#### 6 eggs", "6"),
     ],
 )  # fmt: skip
-def test_reading(text: str, answer: str) -> None:
+def test_final_answers_are_read(text: str, answer: str) -> None:
     assert final_answer(text) == answer
 
 
@@ -90,7 +90,7 @@ def test_reading(text: str, answer: str) -> None:
     [("The answer is 5 2/3.", "5"), ("The answer is 8 or 9.", "8"), ("The answer is 2^5.", "2"), ("The answer is 4 out of 7.", "4"),
      ("The answer is 3 million.", "3"), ("The answer is x = 2 or x = 6.", "2"), ("The answer is 7:45.", "7"), ("The answer is (4, 9).", "4")],
 )  # fmt: skip
-def test_a_fragment_is_no_right_answer(completion: str, fragment: str) -> None:
+def test_fragments_are_not_graded_right(completion: str, fragment: str) -> None:
     assert GRADER.find_answer(completion) is not None and not GRADER.grade(completion, fragment)
 
 
@@ -106,14 +106,14 @@ def test_hostile_text_takes_bounded_time(text: str) -> None:
     assert time.perf_counter() - started < 15
 
 
-def test_a_pattern_of_the_user_runs_in_bounded_time() -> None:
+def test_user_pattern_runs_in_bounded_time() -> None:
     grader = MathGrader(answer_pattern=r"((?:\w+\s?)+)=", timeout_seconds=0.5)
     started = time.perf_counter()
     assert grader.find_answer("a" * 100_000) is None
     assert time.perf_counter() - started < 10
 
 
-def test_a_pattern_of_the_user() -> None:
+def test_user_pattern_is_matched() -> None:
     grader = MathGrader(answer_pattern=r"=> *(\w*)|end")
     assert grader.find_answer("=> 4 => 5 => end") == "end"
     assert grader.find_answer("=> 4 end") == "4", "a match without the group is none"

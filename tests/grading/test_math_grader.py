@@ -29,7 +29,7 @@ GRADER = MathGrader(timeout_seconds=3.0)
         ("", None),
     ],
 )
-def test_find_answer(text: str, answer: str | None) -> None:
+def test_final_answer_is_found(text: str, answer: str | None) -> None:
     assert GRADER.find_answer(text) == answer
 
 
@@ -60,20 +60,21 @@ def test_last_boxed_is_linear() -> None:
         (None, "42", False),
     ],
 )
-def test_equal(answer: str | None, reference: str, same: bool) -> None:
+def test_equality_of_answers(answer: str | None, reference: str, same: bool) -> None:
     assert GRADER.equal(answer, reference) is same
 
 
 @pytest.mark.parametrize("bomb", ["10^{10^{10}}", "10**10**10", "9!!!!!!", "2^{3^{4^{5^{6}}}}"])
-def test_a_bomb_is_wrong_and_over_in_time(bomb: str) -> None:
-    assert GRADER.equal("0.5", r"\frac{1}{2}")  # the worker runs
+def test_huge_powers_are_wrong_within_the_time_limit(bomb: str) -> None:
+    quick = MathGrader(timeout_seconds=1.0)
+    assert quick.equal("0.5", r"\frac{1}{2}")  # the worker runs
     started = time.perf_counter()
-    assert not GRADER.grade(rf"so it is \boxed{{{bomb}}}", "3")
-    assert time.perf_counter() - started < 3 * GRADER.timeout_seconds
+    assert not quick.grade(rf"so it is \boxed{{{bomb}}}", "3")
+    assert time.perf_counter() - started < 9
     assert GRADER.equal("0.5", r"\frac{1}{2}"), "the grader works on after a time-out"
 
 
-def test_from_another_thread() -> None:
+def test_grader_works_from_other_threads() -> None:
     """math-verify's own time limit raises there: signal only works in the main thread."""
     found: list[bool] = []
     threads = [threading.Thread(target=lambda: found.append(GRADER.equal("2/4", "0.5"))) for _ in range(3)]
@@ -91,7 +92,7 @@ def test_equal_answers_are_one_vote() -> None:
     assert GRADER.votes([], []) == []
 
 
-def test_bombs_vote_in_bounded_time() -> None:
+def test_huge_powers_vote_in_bounded_time() -> None:
     """Each different one may take its time once, not once for every other."""
     quick = MathGrader(timeout_seconds=1.0)
     assert quick.equal("0.5", r"\frac{1}{2}")
@@ -102,12 +103,12 @@ def test_bombs_vote_in_bounded_time() -> None:
     assert time.perf_counter() - started < 60  # a new process for each time-out
 
 
-def test_only_boxes() -> None:
+def test_boxed_answers_only_without_a_pattern() -> None:
     grader = MathGrader(answer_pattern=None)
     assert grader.find_answer("The answer is 3. #### 3") is None and grader.find_answer(r"\boxed{4}. The answer is 3") == "4"
 
 
-def test_pattern() -> None:
+def test_custom_pattern_is_used() -> None:
     grader = MathGrader(answer_pattern=r"=> (\d+)")
     assert grader.find_answer("=> 4 => 5") == "5"
     assert grader.find_answer("The answer is 3") is None

@@ -20,7 +20,10 @@ import pytest
 from opsd_lightning.grading import answer_forms, math_grader as grading, math_pool
 from opsd_lightning.grading.math_grader import Grade, MathGrader
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc"),
+]
 
 SLOW = ["10^{10^{10}}+x", "9!!!!!!", "2^{3^{4^{5^{6}}}}", "7^{7^{7^{7}}}x"]
 
@@ -99,7 +102,7 @@ def test_slow_answers_are_graded_side_by_side(monkeypatch: pytest.MonkeyPatch) -
     assert found == [Grade(answer, False, "timeout") for answer in answers] + [Grade("2x/4", True), Grade("x", False)]
 
 
-def test_what_is_written_alike_is_compared_once() -> None:
+def test_identical_comparisons_run_once() -> None:
     server()
     started = time.monotonic()
     found = MathGrader(timeout_seconds=1.0).grades([r"\boxed{9!!!!!!}"] * 50, ["3x"] * 50)
@@ -292,7 +295,7 @@ def test_verdicts_do_not_depend_on_the_number_of_workers(monkeypatch: pytest.Mon
     assert seen[0] == seen[1] and {correct for correct, _ in seen[0]} == {True, False}
 
 
-def test_workers_by_cores_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_workers_follows_cores_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for ranks, count in (("", 8), ("1", 8), ("16", 4), ("64", 1), ("1000", 1), ("0", 8), ("many", 8)):
@@ -328,7 +331,7 @@ class ByGrade(MathGrader):
         return completion.endswith(reference) or super().grade(completion, reference)
 
 
-def test_a_subclass_that_grades_whole_texts() -> None:
+def test_subclass_may_grade_whole_texts() -> None:
     found = ByGrade(timeout_seconds=1.0).grades(
         ["so it is a cat", r"\boxed{x/2}", r"\boxed{9!!!!!!}"], ["cat", "0.5x", "3x"]
     )
@@ -355,7 +358,7 @@ def test_a_slow_pattern_is_a_time_out_and_runs_beside_others(monkeypatch: pytest
     assert time.monotonic() - started < 8 * 0.5 - 0.2
 
 
-def test_the_first_time_out_is_told() -> None:
+def test_first_timeout_is_logged() -> None:
     server()
     grading._warned.clear()
     grader = MathGrader(timeout_seconds=0.3)
@@ -365,7 +368,7 @@ def test_the_first_time_out_is_told() -> None:
     assert ["grading_timeouts" in str(warning.message) for warning in told] == [True]
 
 
-def test_one_comparison_takes_its_time_once() -> None:
+def test_repeated_comparison_waits_once() -> None:
     """Also where it asks several questions: of a list, and each of them both ways."""
     server()
     left = []

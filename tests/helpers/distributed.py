@@ -49,8 +49,6 @@ both = pytest.mark.parametrize("strategy", STRATEGIES)
 class Scripted(RolloutEngine):
     """Gives every prompt the completions that were written down for it: the same on one process and on two."""
 
-    splits_layers = True
-
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
         self.order: list[tuple[int, ...]] = []

@@ -128,7 +128,7 @@ SUPPORTS: list[Support] = [FullVocabulary(), TopKRenormalized(6), TopKWithTail(6
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize("support", SUPPORTS, ids=lambda support: f"{type(support).__name__}{getattr(support, 'k', '')}")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda divergence: type(divergence).__name__)
-def test_entries_masked_in_both_roles_count_nothing(
+def test_entries_masked_in_both_roles_are_ignored(
     divergence: Divergence, support: Support, temperature: float, mask: float
 ) -> None:
     """A padded vocabulary against the vocabulary without its padding."""

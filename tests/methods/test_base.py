@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from helpers.messages import mentions
 from helpers.models import COMPLETIONS, PROMPTS, make_tokenizer
 from helpers.training import Recorder, adapters, metrics, parts, trainer
 from opsd_lightning.callbacks.baseline import BaselineEvaluation
@@ -108,7 +109,7 @@ def test_checkpoints_hold_adapters_and_never_the_base(
     assert all(torch.equal(value, expected[key]) for key, value in adapters(again).items())
 
 
-def test_load_from_checkpoint_of_a_command_line_run(folders: dict[str, str], tmp_path: Path) -> None:
+def test_checkpoint_of_a_command_line_run_loads_in_python(folders: dict[str, str], tmp_path: Path) -> None:
     """The parts come back from the checkpoint's own hyperparameters, links included."""
     from opsd_lightning.cli.command import main
 
@@ -140,7 +141,7 @@ class Scripted(RolloutEngine):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
-def test_grades_reach_the_right_question(batch: int, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_grades_belong_to_their_questions(batch: int, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Of four questions with three completions, question i gets i right ones; the teacher gets all right."""
     module, data = parts(make_policy(), eval_sampling=Sampling(max_new_tokens=8, n=3), evaluate_teacher=True)
     data.eval_batch_size = batch
@@ -172,7 +173,7 @@ def val_as_test(data: OPSDDataModule) -> OPSDDataModule:
 
 
 @pytest.mark.parametrize("empty", ["some", "all"])
-def test_empty_completions(empty: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_empty_completions_add_nothing_to_the_loss(empty: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """They add nothing to the loss, and a step without any token leaves the adapter alone."""
     module, data = parts(make_policy(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), lr_scheduler=None)
     module.rollouts = Scripted(lambda prompt, n: "" if n or empty == "all" else "so 3")
@@ -234,7 +235,7 @@ LOGGED = {
 }  # fmt: skip
 
 
-def test_what_is_logged_is_what_happened(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_logged_metrics_equal_recomputed_values(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Each logged number against one computed from the rollouts and scores themselves."""
     seen: list[Any] = []
 
@@ -323,7 +324,7 @@ def test_validation_selects_exports_and_keeps_the_best(make_policy: Callable[...
 @pytest.mark.parametrize(
     ("updates", "every", "steps"), [(2, 3, ["4", "6", "10"]), (3, 2, ["3", "6", "9", "10"]), (1, 4, ["4", "8"])]
 )
-def test_a_table_for_every_multiple_passed(
+def test_rollout_tables_are_written_at_every_multiple(
     updates: int, every: int, steps: list[str], make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     """Also on a run that goes on: a table that was written is not written again."""
@@ -340,7 +341,7 @@ def test_a_table_for_every_multiple_passed(
         assert [row["step"] for row in csv.DictReader(file)] == steps
 
 
-def test_validation_is_the_same_whatever_the_batches(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_validation_is_independent_of_batch_size(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Greedy accuracy and lengths do not depend on the evaluation batch size, and training goes on as before."""
     found = []
     for size in (1, 3, 4):
@@ -358,7 +359,7 @@ def test_loss_scaling_is_refused(make_policy: Callable[..., Policy], tmp_path: P
     from lightning.pytorch.plugins import MixedPrecision
 
     run = trainer(tmp_path, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
-    with pytest.raises(UserError, match=r"trainer\.precision: 16-mixed"):
+    with pytest.raises(UserError, match=mentions("trainer.precision", "16-mixed")):
         run.fit(*parts(make_policy()))
 
 
@@ -366,11 +367,11 @@ def test_the_trainers_own_quantization_is_refused() -> None:
     """It would convert the LoRA layers as well. Its plugin cannot be built without CUDA: a bare instance stands for it."""
     from lightning.pytorch.plugins import BitsandbytesPrecision
 
-    with pytest.raises(UserError, match=r"^trainer\.plugins: .*model\.policy\.quantization"):
+    with pytest.raises(UserError, match=mentions("trainer.plugins", "model.policy.quantization")):
         check_precision(object.__new__(BitsandbytesPrecision))
 
 
-def test_a_callback_sees_what_a_step_is_made_of(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_callbacks_can_read_the_parts_of_a_step(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """In the first update on a batch, before its weights change, and never else; the teacher's states give its numbers."""
     seen: list[int] = []
 

@@ -29,6 +29,9 @@ from opsd_lightning.prompts.online_contexts import ReasonFirst
 from opsd_lightning.teachers import EMATeacher, LiveTeacher, ModelTeacher, SyncTeacher
 from opsd_lightning.types import ConfigError, Example, PromptBatch, Sampling
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record")
+
+
 LORA = LoRA(r=4, alpha=8, dropout=0.0, target_modules=["q_proj"])
 
 
@@ -106,7 +109,7 @@ def test_the_record_of_a_part_is_its_constructors_arguments() -> None:
     assert described(ReasonFirst())["sampling"]["max_new_tokens"] == 256
 
 
-def test_updates_on_a_batch_are_no_other_teacher(base: str) -> None:
+def test_updates_per_batch_may_change_on_resume(base: str) -> None:
     assert fits(saved(built(base, updates_per_batch=2, evaluate_teacher=True)), built(base, evaluate_teacher=True))
 
 
@@ -167,7 +170,7 @@ def test_a_graded_fixed_teacher_needs_its_own_base(base: str, other_base: str) -
     assert fits(live, built(other_base, lora=None, teacher=LiveTeacher(), evaluate_teacher=True))
 
 
-def test_a_teachers_model_may_have_moved(base: str, other_base: str, tmp_path: Path) -> None:
+def test_moved_teacher_model_is_accepted(base: str, other_base: str, tmp_path: Path) -> None:
     checkpoint = saved(built(base, teacher=ModelTeacher(other_base)))
     moved = str(shutil.copytree(other_base, tmp_path / "moved"))
     assert refusal(checkpoint, built(base, teacher=ModelTeacher(moved))) is None
@@ -176,7 +179,7 @@ def test_a_teachers_model_may_have_moved(base: str, other_base: str, tmp_path: P
     assert "model.teacher.privileged " in str(refusal(checkpoint, built(base, teacher=ModelTeacher(moved, privileged=True))))
 
 
-def test_settings_that_change_how_training_goes_on_are_told(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_training_settings_are_reported(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def told(checkpoint: dict[str, Any], **settings: Any) -> list[str]:
         lines: list[str] = []
         monkeypatch.setattr("opsd_lightning.methods.checkpoint_record.rank_zero_info", lines.append)
@@ -240,7 +243,7 @@ def test_the_command_line_checks_the_file_first(tmp_path: Path, capsys: pytest.C
     assert left.value.code == 2 and "ckpt_path: " in capsys.readouterr().err
 
 
-def test_changes_are_offered_only_where_the_weights_can_be_loaded(base: str) -> None:
+def test_allowing_changes_is_offered_only_for_loadable_weights(base: str) -> None:
     checkpoint, offer = saved(built(base)), "model.allow_checkpoint_changes"
     assert offer in str(refusal(checkpoint, built(base, lora=LoRA(4, 9, 0.0, ["q_proj"]))))
     for lora, teacher, setting in (
@@ -289,7 +292,7 @@ def test_another_base_is_named_by_its_shapes() -> None:
     )
 
 
-def test_prompts_are_told_from_rows() -> None:
+def test_changed_prompts_and_rows_are_reported_separately() -> None:
     """See also the refusals of a whole run, in test_checkpoint_record."""
     rows = PromptBatch([[1, 2]], [[1, 2, 3]], [Example("q", "t", "a")], [])
     texts, tokens = rows_digest(rows)

@@ -70,9 +70,7 @@ def opsd(policy: Policy, **settings: Any) -> OPSDModule:
 
 @pytest.mark.parametrize("lr", [math.inf, math.nan, 1e38], ids=str)
 @pytest.mark.parametrize("teacher", [None, EMATeacher(0.5)], ids=["fixed", "ema"])
-def test_weights_that_are_not_finite_reach_no_checkpoint(
-    lr: float, teacher: Teacher | None, policy: Policy, tmp_path: Path
-) -> None:
+def test_non_finite_weights_are_not_saved(lr: float, teacher: Teacher | None, policy: Policy, tmp_path: Path) -> None:
     """Nor a teacher that follows the student. Callbacks that save on exceptions do not write them either."""
     module = opsd(policy, teacher=teacher, optimizer=lambda p: Breaks(p, lr, after=2))
     saved = [
@@ -81,9 +79,9 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(
         ),
         OnExceptionCheckpoint(tmp_path),
     ]
-    with pytest.raises(RuntimeError, match="norm of the trained weights") as error:
+    with pytest.raises(RuntimeError, match="norm") as error:
         fit(module, tmp_path, RunReport(), *saved)
-    assert "after step 3" in str(error.value)
+    assert "step 3" in str(error.value)
     with pytest.raises(RuntimeError):
         module.trainer.save_checkpoint(tmp_path / "by hand.ckpt")
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step=1.ckpt", "step=2.ckpt"]
@@ -119,11 +117,11 @@ class Infinite(DivergenceObjective):
 
 
 @pytest.mark.parametrize("offset", [math.inf, math.nan, -math.inf, 1e25])
-def test_a_loss_that_is_not_finite_makes_no_step(offset: float, policy: Policy, tmp_path: Path) -> None:
+def test_non_finite_loss_makes_no_step(offset: float, policy: Policy, tmp_path: Path) -> None:
     objective = Infinite()
     objective.offset = offset
     module = opsd(policy, objective=objective)
-    with pytest.raises(RuntimeError, match="the loss is"):
+    with pytest.raises(RuntimeError, match="loss"):
         fit(module, tmp_path, ModelCheckpoint(tmp_path, every_n_train_steps=1, save_on_exception=True))
     assert module.global_step == 0 and not list(tmp_path.glob("*.ckpt"))
     assert not any(bool(p.any()) for name, p in module.model.named_parameters() if "lora_B" in name)
@@ -165,7 +163,7 @@ def dead(name: str, policy: Policy) -> tuple[PolicyModule, Any, str]:
 
 
 @pytest.mark.parametrize("name", DEAD)
-def test_a_run_that_learns_nothing_is_noticed(name: str, policy: Policy, tmp_path: Path) -> None:
+def test_run_without_gradients_is_noticed(name: str, policy: Policy, tmp_path: Path) -> None:
     """It warns once and goes on, and the guard says the same."""
     module, context, cause = dead(name, policy)
     guard = CollapseGuard()
@@ -180,8 +178,10 @@ def test_a_run_that_learns_nothing_is_noticed(name: str, policy: Policy, tmp_pat
         assert not any(bool(p.any()) for p in moved)  # rounding is not scaled up to steps
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.base")
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.callbacks.collapse_guard")
 @pytest.mark.parametrize("guarded", [False, True], ids=["alone", "guarded"])
-def test_a_run_that_learns_nothing_is_not_finished(guarded: bool, policy: Policy, tmp_path: Path) -> None:
+def test_run_without_gradients_does_not_end_as_finished(guarded: bool, policy: Policy, tmp_path: Path) -> None:
     module, context, cause = dead("skipped", policy)
     fit(module, tmp_path, *([CollapseGuard("stop")] if guarded else []), RunReport(), steps=5, context=context)
     info = read_run(tmp_path).info
@@ -190,16 +190,14 @@ def test_a_run_that_learns_nothing_is_not_finished(guarded: bool, policy: Policy
     assert "finished after" not in (tmp_path / "report.html").read_text()
 
 
-def test_a_sound_run_finishes(policy: Policy, tmp_path: Path) -> None:
+def test_learning_run_ends_as_finished(policy: Policy, tmp_path: Path) -> None:
     module = opsd(policy)
     module.idle_limit = 2  # type: ignore[misc]
     fit(module, tmp_path, CollapseGuard("stop"), RunReport(), steps=4)
     assert module.idle.verdict is None and read_run(tmp_path).info["status"] == "finished"
 
 
-def test_one_rank_that_learns_keeps_all_from_being_idle(
-    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_learning_rank_is_enough(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts are summed over ranks before anything is decided, so that all decide alike."""
     module = opsd(policy, rollouts=Writes(EMPTY))
     # A second rank, which always has a little of everything.
@@ -209,7 +207,7 @@ def test_one_rank_that_learns_keeps_all_from_being_idle(
     assert module.idle.verdict is None
 
 
-def test_idle_steps_in_a_row() -> None:
+def test_idle_steps_are_counted_in_a_row() -> None:
     idle = IdleSteps(3)
     assert [idle.add(reason) for reason in ("a", "a", None, "b", "b", "b", "b")] == [False] * 5 + [True, False]
     assert idle.problem is not None and idle.problem == idle.verdict and "last 4 steps" in idle.problem
@@ -220,15 +218,15 @@ def test_idle_steps_in_a_row() -> None:
     assert short.problem is None and short.verdict is not None
 
 
-def test_methods_wait_as_long_as_their_signal_may_be_away() -> None:
+def test_patience_depends_on_the_method() -> None:
     assert GRPOModule.idle_limit > OPSDModule.idle_limit >= 5
 
 
-def test_a_rate_of_zero_teaches_nothing(policy: Policy, tmp_path: Path) -> None:
+def test_zero_learning_rate_is_noticed(policy: Policy, tmp_path: Path) -> None:
     def never(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.0, total_iters=100)
 
-    with pytest.warns(UserWarning, match="learning rate"):
+    with pytest.warns(UserWarning, match="rate"):
         fit(module := opsd(policy, lr_scheduler=never), tmp_path, steps=10)
     assert module.idle.verdict is not None
 

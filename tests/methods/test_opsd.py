@@ -73,7 +73,7 @@ def test_training_steps_equal_the_flat_reference(
     ],
     ids=["token_mean", "sequence_mean", "skips"],
 )
-def test_the_micro_batch_budget_changes_nothing(
+def test_gradient_is_independent_of_micro_batch_size(
     objective: Objective, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     """Loss and adapter gradient of one step, for every split of the same rollouts (gradient accumulation that averages

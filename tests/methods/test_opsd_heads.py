@@ -37,7 +37,7 @@ def logits(states: TokenStates) -> Tensor:
     ],
     ids=["fixed", "live", "ema", "sync", "trust region", "live, all", "fixed, all", "trust region, all"],
 )
-def test_logits_are_those_of_the_time_of_scoring(
+def test_teacher_logits_keep_the_head_of_scoring_time(
     make: Callable[[], Teacher], lora: LoRA | None, make_policy: Callable[..., Policy]
 ) -> None:
     for keeps in (True, False):
@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_time_of_scoring(
         assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 
 
-def test_the_method_asks_for_it_where_it_makes_several_updates(make_policy: Callable[..., Policy]) -> None:
+def test_heads_are_kept_for_several_updates(make_policy: Callable[..., Policy]) -> None:
     sampling = Sampling(max_new_tokens=4)
     for updates in (1, 3):
         teacher = LiveTeacher()

@@ -29,7 +29,7 @@ def parameters() -> list[nn.Parameter]:
         torch.optim.SparseAdam,
     ],
 )
-def test_optimizer_that_cannot_work(make: Any) -> None:
+def test_unusable_optimizers_are_refused(make: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         make_optimizer(make, parameters())
     assert caught.value.setting.startswith("model.optimizer")
@@ -38,7 +38,7 @@ def test_optimizer_that_cannot_work(make: Any) -> None:
 @pytest.mark.parametrize(
     "make", [torch.optim.AdamW, partial(torch.optim.SGD, lr=1.0), torch.optim.Adafactor, torch.optim.Rprop]
 )
-def test_optimizer_is_made_of_the_parameters_alone(make: Any) -> None:
+def test_optimizer_gets_the_parameters(make: Any) -> None:
     ours = parameters()
     optimizer = make_optimizer(make, ours)
     assert [p for group in optimizer.param_groups for p in group["params"]] == ours
@@ -55,7 +55,7 @@ def test_optimizer_is_made_of_the_parameters_alone(make: Any) -> None:
         partial(lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=5),
     ],
 )
-def test_schedule_that_cannot_work(make: Any) -> None:
+def test_unusable_schedules_are_refused(make: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         make_scheduler(make, torch.optim.AdamW(parameters()), max_steps=10)
     assert caught.value.setting == "model.lr_scheduler"

@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.files import write_jsonl
 from helpers.fixed_completions import BATCH, Fixed, sgd
+from helpers.messages import mentions
 from helpers.models import EOS, make_model, make_tokenizer
 from helpers.steps import fit, one_step
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.sources import FileSource
 from opsd_lightning.losses.objectives import DivergenceObjective, NegativeLogLikelihood
 from opsd_lightning.losses.supports import TopKWithTail
@@ -70,35 +70,35 @@ def with_teacher(method: str, policy: Policy, teacher: Teacher) -> OPSDModule | 
     return GRPOModule(policy, anchor=Anchor(teacher=teacher), **settings)
 
 
-WHERE = {"teacher": r"model\.teacher", "anchor": r"model\.anchor\.teacher", "grpo": r"model\.anchor\.teacher"}
+WHERE = {"teacher": "model.teacher", "anchor": "model.anchor.teacher", "grpo": "model.anchor.teacher"}
 everywhere = pytest.mark.parametrize("method", WHERE)
 
 
 @everywhere
-def test_a_teacher_with_fewer_logits_than_the_policy(method: str, tmp_path: Path) -> None:
+def test_teacher_with_fewer_logits_is_refused(method: str, tmp_path: Path) -> None:
     policy = Policy(padded(tmp_path / "policy"), dtype="float32")
     teacher = ModelTeacher(saved(tmp_path / "teacher", make_model("llama")))
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}\.model: .* gives 107 logits, model\.policy\.model 128"):
+    with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model", 107, "model.policy.model", 128)):
         with_teacher(method, policy, teacher).configure_model()
 
 
 @everywhere
-def test_a_teacher_with_more_logits_than_the_policy(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_teacher_with_more_logits_is_accepted(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
     teacher = ModelTeacher(padded(tmp_path / "teacher"))
     fit(with_teacher(method, make_policy(), teacher), 1, tmp_path, BATCH)  # type: ignore[arg-type]
 
 
 @everywhere
-def test_a_teacher_with_other_tokens(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_teacher_with_other_tokens_is_refused(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
     module = with_teacher(method, make_policy(), ModelTeacher(other_tokens(tmp_path / "other")))
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}\.model: the tokens of .* are not those of"):
+    with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model")):
         module.configure_model()
 
 
 @everywhere
-def test_a_teacher_that_does_not_exist(method: str, make_policy: MakePolicy) -> None:
+def test_missing_teacher_is_refused(method: str, make_policy: MakePolicy) -> None:
     module = with_teacher(method, make_policy(), ModelTeacher("./nowhere"))
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}\.model: \./nowhere does not exist"):
+    with pytest.raises(UserError, match=mentions(f"{WHERE[method]}.model", "./nowhere")):
         module.configure_model()
 
 
@@ -111,14 +111,14 @@ def test_a_teacher_needs_no_chat_template(method: str, make_policy: MakePolicy, 
 
 
 @pytest.mark.parametrize("teacher", [EMATeacher, SyncTeacher])
-def test_full_fine_tuning_has_no_adapter_to_follow(teacher: Any, make_policy: MakePolicy) -> None:
+def test_adapter_teachers_need_lora(teacher: Any, make_policy: MakePolicy) -> None:
     with pytest.raises(ConfigError) as caught:
         with_teacher("teacher", make_policy(lora=None), teacher()).configure_model()
     assert caught.value.setting == "model.teacher" and "FixedTeacher" in caught.value.fix
 
 
 @everywhere
-def test_a_teacher_with_a_shorter_context(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_rows_beyond_the_teachers_context_are_left_out(method: str, make_policy: MakePolicy, tmp_path: Path) -> None:
     """Rows that do not fit it are left out; where nothing else looks, scoring refuses them."""
     policy, folder = make_policy(), short(tmp_path / "short")
     rows = [
@@ -131,32 +131,31 @@ def test_a_teacher_with_a_shorter_context(method: str, make_policy: MakePolicy, 
     trainer = one_step(tmp_path)
     trainer.fit(with_teacher(method, policy, ModelTeacher(folder)), data)
     assert len(data.rows["train"].examples) == 4
-    assert data.dropped["train"] == {DropReason.TEACHER_TOO_LONG: 4}
-    assert data.limits["train"].teachers[-1][:2] == (WHERE[method].replace("\\", ""), SHORT)
+    (reason,) = data.dropped["train"]
+    assert WHERE[method] in str(reason) and str(SHORT) in str(reason)
     batch = BATCH._replace(student=[[20] * 80, *BATCH.student[1:]])
-    with pytest.raises(UserError, match=rf"^{WHERE[method]}: a prompt and completion of \d+ tokens do not fit its context"):
+    with pytest.raises(UserError, match=mentions(WHERE[method])):
         fit(with_teacher(method, policy, ModelTeacher(folder)), 1, tmp_path, batch)  # type: ignore[arg-type]
 
 
-def test_an_anchor_over_more_entries_than_there_are(make_policy: MakePolicy) -> None:
+def test_anchor_support_larger_than_the_vocabulary_is_refused(make_policy: MakePolicy) -> None:
     anchor = Anchor(objective=DivergenceObjective(support=TopKWithTail(500)))
     for module in (OPSDModule(make_policy(), anchor=anchor), GRPOModule(make_policy(), anchor=anchor)):
-        with pytest.raises(ConfigError) as refused:
+        with pytest.raises(UserError, match=mentions("model.anchor.objective.support.k", 500)):
             module.configure_model()
-        assert refused.value.setting == "model.anchor.objective.support.k"
 
 
-def test_greedy_groups_have_nothing_to_compare(make_policy: MakePolicy) -> None:
-    with pytest.raises(UserError, match=r"^model\.sampling\.temperature is 0"):
+def test_greedy_sampling_is_refused_for_grpo(make_policy: MakePolicy) -> None:
+    with pytest.raises(UserError, match=mentions("model.sampling.temperature")):
         GRPOModule(make_policy(), sampling=Sampling(n=2, temperature=0.0))
     GRPOModule(make_policy(), sampling=Sampling(n=2), eval_sampling=Sampling(temperature=0.0))
 
 
-def test_an_objective_that_leaves_the_teacher_out(make_policy: MakePolicy) -> None:
+def test_objective_without_a_teacher_is_refused(make_policy: MakePolicy) -> None:
     for method in (OPSDModule, MixedOPSDModule):
-        with pytest.raises(UserError, match=r"^model\.objective is NegativeLogLikelihood"):
+        with pytest.raises(UserError, match=mentions("model.objective", "NegativeLogLikelihood")):
             method(make_policy(), objective=NegativeLogLikelihood())
-    with pytest.raises(UserError, match=r"^model\.anchor\.objective NegativeLogLikelihood has no reference"):
+    with pytest.raises(UserError, match=mentions("model.anchor.objective", "NegativeLogLikelihood")):
         Anchor(objective=NegativeLogLikelihood())
 
 
@@ -164,15 +163,15 @@ class Weighing(Fixed):
     max_importance_ratio = 1.5
 
 
-def test_an_importance_ratio_without_effect(make_policy: MakePolicy) -> None:
-    with pytest.raises(UserError, match=r"^model\.max_importance_ratio has no effect with one update on a batch"):
+def test_importance_ratio_without_effect_is_refused(make_policy: MakePolicy) -> None:
+    with pytest.raises(UserError, match=mentions("model.max_importance_ratio")):
         OPSDModule(make_policy(), rollouts=Fixed(), max_importance_ratio=1.5)
     assert OPSDModule(make_policy(), max_importance_ratio=1.5, updates_per_batch=2).max_importance_ratio == 1.5
     assert OPSDModule(make_policy(), rollouts=Weighing()).max_importance_ratio == 2.0
 
 
 @pytest.mark.parametrize("method", ["data alone", "opsd", "sft", "sft, no EOS at all", "mixed"])
-def test_a_tokenizer_without_an_eos(method: str, tmp_path: Path) -> None:
+def test_tokenizer_without_eos_is_refused_where_texts_are_trained_on(method: str, tmp_path: Path) -> None:
     """Only texts that are trained on must end with one."""
     tokenizer, model = make_tokenizer(), make_model("llama")
     tokenizer.eos_token = None
@@ -191,7 +190,7 @@ def test_a_tokenizer_without_an_eos(method: str, tmp_path: Path) -> None:
     module: Any = {"opsd": OPSDModule, "mixed": MixedOPSDModule}.get(method, SFTModule)(policy, sampling=sampling)
     trainer = one_step(tmp_path)
     if method == "sft, no EOS at all":
-        with pytest.raises(UserError, match="names an EOS token, which must end every trace"):
+        with pytest.raises(UserError, match="EOS"):
             trainer.fit(module, data)
         return
     trainer.fit(module, data)

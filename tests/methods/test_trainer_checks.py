@@ -256,15 +256,12 @@ def test_the_names_that_are_told_are_those_that_are_logged(policy: Policy, tmp_p
         assert module.logged_names() <= logged, module.logged_names() - logged
 
 
-def test_python_and_the_command_line_refuse_before_the_model_is_loaded(policy: Policy, tmp_path: Path) -> None:
+def test_python_and_the_command_line_refuse_before_the_model_is_loaded(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded: list[str] = []
-
-    class Recipe(Policy):
-        def build(self, *args: Any) -> Any:
-            loaded.append("model")
-            raise AssertionError
-
-    recipe = Recipe(policy.model, policy.lora, dtype="float32")
+    monkeypatch.setattr(Policy, "build", lambda self, *args: loaded.append("model"))
+    recipe = Policy(policy.model, policy.lora, dtype="float32")
     run = trainer(EarlyStopping(monitor="val/avg@1"), default_root_dir=tmp_path)
     with pytest.raises(ConfigError) as error:
         run.fit(OPSDModule(recipe, sampling=Sampling(max_new_tokens=6)), data_of(recipe))

@@ -15,6 +15,11 @@ from opsd_lightning.models import adapter_checks
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.types import ConfigError, UserError
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`init_lora_weights` is:UserWarning:peft.tuners.lora.config"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning:peft.tuners.tuners_utils"),
+]
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:

@@ -180,6 +180,7 @@ EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning:peft.tuners.tuners_utils")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_mixtures_of_experts(name: str, tmp_path: Path) -> None:
     """With dropout they work, or the message says to leave it out; without it they work, and the doctor estimates them."""
@@ -196,6 +197,7 @@ def test_mixtures_of_experts(name: str, tmp_path: Path) -> None:
     assert kept_bytes_per_token(skeleton(recipe)) > 0
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.rollouts.self_checks")
 def test_a_vision_tower_has_no_adapter(tmp_path: Path) -> None:
     """It never sees text: its adapter would have no gradient, for which ddp waits."""
     config = Gemma3Config(

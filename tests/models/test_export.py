@@ -19,6 +19,18 @@ from opsd_lightning.models.export import merge_adapter, write_adapter
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.types import ConfigError
 
+pytestmark = [  # peft warns of adapters that it cannot merge exactly, of which these are some
+    pytest.mark.filterwarnings(f"ignore:{message}:UserWarning:peft")
+    for message in (
+        "`lora_bias=True` was passed",
+        "Model (has|with) `tie_word_embeddings=True`",
+        "Input and output embeddings are no longer tied",
+        "Setting `save_embedding_layers` to `True`",
+        "Adapter 'default'. .*invalid shape",
+    )
+]
+
+
 IDS = torch.tensor([[7, 106, *PROMPTS[0]]])
 Make = Callable[..., Policy]
 

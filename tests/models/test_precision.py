@@ -25,17 +25,17 @@ from opsd_lightning.types import ConfigError
 @pytest.mark.parametrize(
     "name", ["16-true", "bf16-true", "16-mixed", 16, "16", "transformer-engine", "transformer-engine-float16"]
 )
-def test_precisions_that_are_refused(name: str | int) -> None:
+def test_unsafe_precisions_are_refused(name: str | int) -> None:
     problem = precision_problem(name)
     assert problem is not None and problem.setting == "trainer.precision" and "bf16-mixed" in problem.fix
 
 
 @pytest.mark.parametrize("name", ["32-true", 32, "32", "bf16-mixed", "bf16", "64-true", 64, None])
-def test_precisions_that_are_right(name: str | int | None) -> None:
+def test_safe_precisions_are_accepted(name: str | int | None) -> None:
     assert precision_problem(name) is None
 
 
-def test_plugins_are_looked_at() -> None:
+def test_precision_plugins_are_checked() -> None:
     for plugin in (HalfPrecision("bf16-true"), HalfPrecision("16-true")):
         with pytest.raises(ConfigError) as error:
             check_precision(plugin)

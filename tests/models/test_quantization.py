@@ -54,7 +54,9 @@ def bases(module: OPSDModule) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("plain_four_bits")
 @pytest.mark.parametrize("teacher", [FixedTeacher, lambda: EMATeacher(0.8)], ids=["fixed", "ema"])
-def test_the_whole_cycle(teacher: Callable[[], Teacher], make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_quantized_policy_trains_exports_and_resumes(
+    teacher: Callable[[], Teacher], make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
     """Roll out, train, checkpoint, resume bit for bit, export, load with plain peft, merge."""
     policy = make_policy(quantization=NF4)
     straight = parts(policy, teacher=teacher())
@@ -97,7 +99,7 @@ def test_the_whole_cycle(teacher: Callable[[], Teacher], make_policy: Callable[.
     assert 0 < difference.mean() < 0.1
 
 
-def test_only_four_bits_are_dequantized(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_dequantize_needs_a_4_bit_base(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4-bit"):
         merge_adapter(make_policy(), tmp_path, tmp_path / "merged", dequantize=True)
 
@@ -122,8 +124,9 @@ def test_the_base_stays_as_it_was_quantized(
     assert 0 < error < original.abs().max() / 4
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning:bitsandbytes")
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
-def test_8_bit_optimizers(name: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_8_bit_optimizers_train_and_resume(name: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """They train the adapter, with states in 8 bits, and go on after a resume."""
     policy = make_policy(quantization=NF4)
     make = lambda p: getattr(bitsandbytes.optim, name)(p, lr=0.02, min_8bit_size=16)  # noqa: E731

@@ -116,7 +116,7 @@ def test_rows_do_not_depend_on_their_neighbours(name: str, max_length: int | Non
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_short_rows_are_those_of_transformers(name: str, saved: dict[str, str]) -> None:
+def test_short_rows_equal_transformers(name: str, saved: dict[str, str]) -> None:
     """Up to the limit, where the default stays, the policy is the model that an export will be."""
     recipe = policy(saved[name])
     assert recipe.context_length() == LIMIT and constant_length(recipe.load_config()) == LIMIT
@@ -127,7 +127,7 @@ def test_short_rows_are_those_of_transformers(name: str, saved: dict[str, str]) 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["phi3", "dynamic"])  # transformers' PhiMoE takes short factors for long rows
-def test_rows_of_the_full_length_are_those_of_transformers(name: str, saved: dict[str, str]) -> None:
+def test_full_length_rows_equal_transformers(name: str, saved: dict[str, str]) -> None:
     ours = policy(saved[name], max_length=60).build().eval()
     plain = plain_model(saved[name])
     ids = torch.tensor([[20 + 7 * i % 80 for i in range(60)]])
@@ -145,7 +145,7 @@ def test_copies_keep_their_frequencies(saved: dict[str, str]) -> None:
     assert logits(again, PROMPTS, COMPLETIONS).equal(logits(model, PROMPTS, COMPLETIONS))
 
 
-def test_limits(saved: dict[str, str]) -> None:
+def test_length_limits_are_found(saved: dict[str, str]) -> None:
     assert policy(saved["phi3"], 100).context_length() == 100 and policy(saved["phi3"], 10).context_length() == 10
     assert policy(saved["dynamic"], 500).context_length() == 500, "dynamic RoPE extends the model's positions"
     with pytest.raises(ConfigError) as refused:

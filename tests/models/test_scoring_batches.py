@@ -25,7 +25,7 @@ def plain_logits(model: PeftModel, prompt: list[int], completion: list[int]) -> 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_student_scores(architecture: str, built: Callable[..., PeftModel]) -> None:
+def test_student_scores_are_independent_of_the_batch(architecture: str, built: Callable[..., PeftModel]) -> None:
     model = built(architecture)
     check_head(model)
     states, targets = score(model, PROMPTS, COMPLETIONS)
@@ -36,7 +36,9 @@ def test_student_scores(architecture: str, built: Callable[..., PeftModel]) -> N
 
 @pytest.mark.parametrize("teacher", [FixedTeacher(), LiveTeacher(), EMATeacher()], ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_teacher_scores(architecture: str, teacher: Teacher, make_policy: Callable[..., object]) -> None:
+def test_teacher_scores_are_independent_of_the_batch(
+    architecture: str, teacher: Teacher, make_policy: Callable[..., object]
+) -> None:
     model = make_policy(architecture).build()  # type: ignore[attr-defined]
     perturb(model, seed=3)
     teacher.attach(model)
@@ -49,7 +51,7 @@ def test_teacher_scores(architecture: str, teacher: Teacher, make_policy: Callab
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_and_gradients(architecture: str, built: Callable[..., PeftModel]) -> None:
+def test_loss_and_gradients_are_independent_of_the_batch(architecture: str, built: Callable[..., PeftModel]) -> None:
     model, teacher, objective = built(architecture), FixedTeacher(), DivergenceObjective()
     weights = torch.full((sum(map(len, COMPLETIONS)),), 1 / 9)
 
@@ -74,7 +76,7 @@ def test_loss_and_gradients(architecture: str, built: Callable[..., PeftModel]) 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_rollout(architecture: str, built: Callable[..., PeftModel]) -> None:
+def test_greedy_rollouts_are_independent_of_the_batch(architecture: str, built: Callable[..., PeftModel]) -> None:
     model, engine, sampling = built(architecture), TransformersEngine(), Sampling(max_new_tokens=20, temperature=0)
     together = engine.generate(model, PROMPTS, sampling, seed=0)
     alone = [engine.generate(model, [prompt], sampling, seed=0) for prompt in PROMPTS]

@@ -15,6 +15,9 @@ import torch
 
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.integration
+
+
 BENCHMARKS = ROOT / "benchmarks"
 SMALL = {
     "objective": "--vocabulary 300 --hidden 16 --tokens 50 --divergences all",

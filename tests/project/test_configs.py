@@ -18,6 +18,9 @@ from helpers.paths import ROOT
 from opsd_lightning.cli.command import main
 from opsd_lightning.prompts.templates import STUDENT_TEMPLATE
 
+pytestmark = pytest.mark.integration
+
+
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))
@@ -277,7 +280,7 @@ def test_an_evaluation_that_the_model_cannot_hold(
     with pytest.raises(SystemExit):
         main(["test", f"--config={CONFIGS / 'eval' / 'aime24.yaml'}", *arguments, f"--trainer.default_root_dir={tmp_path}"])
     error = capsys.readouterr().err
-    assert "data.test, row 0: prompt and 38912 new tokens do not fit the model's context of 512 tokens" in error
+    assert all(part in error for part in ("data.test", "row 0", " 38912 ", " 512 "))
 
 
 def test_every_recipe_has_its_row_in_the_readme() -> None:

@@ -51,7 +51,7 @@ def mistake(command: str) -> str | None:
 
 
 @pages
-def test_commands(page: Path) -> None:
+def test_commands_name_existing_files_and_targets(page: Path) -> None:
     assert {c: wrong for c in commands(page.read_text(encoding="utf-8")) if (wrong := mistake(c))} == {}
 
 
@@ -70,7 +70,7 @@ def test_a_wrong_command_is_found(command: str) -> None:
 
 
 @pages
-def test_python_is_python_and_its_imports_exist(page: Path) -> None:
+def test_python_blocks_parse_and_import_public_names(page: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8"), {"python"}):
         for node in ast.walk(ast.parse(textwrap.dedent(block), str(page))):
             if isinstance(node, ast.ImportFrom) and node.module == "opsd_lightning":
@@ -86,7 +86,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pages
-def test_links(page: Path) -> None:
+def test_links_lead_to_files_and_headings(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith(("http://", "https://")):
@@ -140,7 +140,7 @@ def named(page: Path) -> set[str]:
 
 
 @pages
-def test_settings_exist(page: Path) -> None:
+def test_named_settings_exist(page: Path) -> None:
     assert [name for name in sorted(named(page)) if not is_setting(name)] == []
 
 
@@ -151,7 +151,7 @@ ELSEWHERE = ("lightning.pytorch", "lightning.pytorch.callbacks", "lightning.pyto
 
 
 @pages
-def test_classes_exist(page: Path) -> None:
+def test_named_classes_exist(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     words = set(re.findall(r"`(?:[a-z_.]+: )?([A-Z][A-Za-z0-9]*)(?:\([^`]*\))?`", text))
     names = {word for word in words if not word.isupper() and sum(letter.isupper() for letter in word) > 1}
@@ -169,7 +169,7 @@ def test_a_wrong_setting_is_found(name: str) -> None:
     )
 
 
-def test_the_names_of_trl_are_trls() -> None:
+def test_trl_names_and_defaults_are_current() -> None:
     """Every name in the left column of docs/coming_from.md is a setting of TRL's trainer, with the default that is told of."""
     sdft = pytest.importorskip("trl.experimental.sdft", reason="TRL is one of the extra dev")
     text = (ROOT / "docs" / "coming_from.md").read_text().split("## From")[1]

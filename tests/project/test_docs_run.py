@@ -31,6 +31,9 @@ from helpers.pages import PAGES, blocks, commands
 from helpers.paths import ROOT
 from opsd_lightning.__main__ import entry
 
+pytestmark = pytest.mark.integration
+
+
 CONFIG, QWEN = "configs/quickstart.yaml", "configs/qwen3_1.7b_qlora.yaml"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -177,7 +180,7 @@ def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("command", opsd_commands())
-def test_command(
+def test_opsd_commands_run(
     command: str, desk: Path, small: Callable[[str], list[str]], trained: Callable[[str], Path], roomy: str
 ) -> None:
     recipe = QWEN if QWEN in command or "RECIPE" in command else CONFIG
@@ -216,20 +219,20 @@ def test_command(
 
 
 @pytest.mark.parametrize("name", [name for name in PYTHON if name not in PARTS])
-def test_python(name: str, desk: Path, roomy: str) -> None:
+def test_python_blocks_run(name: str, desk: Path, roomy: str) -> None:
     assert "HuggingFaceTB" not in PYTHON[name].replace(HUB, "")
     exec(compile(PYTHON[name].replace(HUB, roomy), f"{name}.py", "exec"), {"__name__": name})
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_parts_of_ones_own_stand_alone(name: str) -> None:
+def test_user_defined_parts_import_what_they_use(name: str) -> None:
     """Each names all that it uses."""
     names: dict[str, object] = {"__name__": "my_parts"}
     exec(compile(PARTS[name], "my_parts.py", "exec"), names)
 
 
 @pytest.mark.parametrize("name", [name for name, block in YAML.items() if "VLLM" in block])
-def test_yaml_of_servers(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_yaml_parses(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is parsed: a step of its own needs vLLM (rollouts/vllm/test_engines.py)."""
     (desk / "snippet.yaml").write_text(YAML[name], encoding="utf-8")
     config = parsed(["fit", f"--config={CONFIG}", "--config=snippet.yaml"], monkeypatch)
@@ -237,7 +240,7 @@ def test_yaml_of_servers(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", [name for name, block in YAML.items() if "VLLM" not in block])
-def test_yaml(name: str, desk: Path, small: Callable[[str], list[str]]) -> None:
+def test_yaml_blocks_train_a_step(name: str, desk: Path, small: Callable[[str], list[str]]) -> None:
     """Laid over the quick start, it trains a step."""
     (desk / "snippet.yaml").write_text(YAML[name], encoding="utf-8")
     settings = small("mine.yaml" if "train:" in YAML[name] else "")
@@ -249,7 +252,7 @@ class _Parsed(Exception):
 
 
 @pytest.mark.parametrize("command", everywhere("python benchmarks", "python -m benchmarks"))
-def test_arguments_of_a_benchmark(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_arguments_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are its own; what it does with them is run elsewhere."""
     original = argparse.ArgumentParser.parse_args
 
@@ -272,13 +275,13 @@ def test_arguments_of_a_benchmark(command: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("command", everywhere("make ", least=2))
-def test_make_knows(command: str) -> None:
+def test_make_targets_exist(command: str) -> None:
     subprocess.run(
         [*command.partition(" ARGS")[0].split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True, timeout=60
     )
 
 
-def test_metrics_are_logged(trained: Callable[[str], Path]) -> None:
+def test_named_metrics_are_logged(trained: Callable[[str], Path]) -> None:
     """Every metric that a page names is one of the quick start's run, or of another method's, in whose file it stands."""
     (log,) = trained(CONFIG).rglob("metrics.csv")
     logged = set(log.read_text(encoding="utf-8").splitlines()[0].split(","))

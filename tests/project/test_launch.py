@@ -17,6 +17,8 @@ from helpers.paths import ROOT
 from helpers.processes import Child, free_port
 from opsd_lightning.cli.command import main
 
+pytestmark = pytest.mark.integration
+
 
 def arguments(folder: str, tmp_path: Path, rows: Path) -> list[str]:
     source = [

@@ -18,10 +18,14 @@ from transformers import AutoTokenizer
 from benchmarks.learning import methods, plots, quick, report, run, sweep, task
 from benchmarks.learning.bases import MAX_NEW_TOKENS, Base, Strong, batches, easier, make
 from benchmarks.learning.task import GRADER, PROMPTS, Chain, ChainProblems, draw, split_of
+from helpers.messages import mentions
 from helpers.paths import ROOT
 from opsd_lightning import NoContext, OPSDDataModule, Policy, ReverseKL
 from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.types import UserError
+
+pytestmark = pytest.mark.integration
+
 
 TINY = Base(steps=2, rows=4)
 
@@ -112,7 +116,7 @@ def test_tokenizer_round_trip(base: Path) -> None:
     ("text", "answer"),
     [("2+4=6;A6", "6"), ("636", "6"), ("6", "6"), ("2+4=6", None), ("2+4=6;A", None), ("", None), ("63=6", None)],
 )
-def test_answers(text: str, answer: str | None) -> None:
+def test_answers_are_graded(text: str, answer: str | None) -> None:
     assert GRADER.find_answer(text) == answer
 
 
@@ -133,7 +137,7 @@ def test_the_data_module_verifies_traces(style: task.Style, base: Path) -> None:
     dropping.setup("test")
     assert dropping.dropped["test"] == {DropReason.WRONG_ANSWER: 1}
     assert len(dropping.rows["test"].examples) == 19
-    with pytest.raises(UserError, match="row 0: trace contradicts"):
+    with pytest.raises(UserError, match=mentions("row 0")):
         data("error").setup("test")
 
 
@@ -143,11 +147,11 @@ def test_the_data_module_verifies_traces(style: task.Style, base: Path) -> None:
 @pytest.mark.parametrize(
     ("freedom", "value"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (14, 2.1448), (30, 2.0423), (1000, 1.9623)]
 )
-def test_t_quantile(freedom: int, value: float) -> None:
+def test_t_quantiles_equal_known_values(freedom: int, value: float) -> None:
     assert report.t_quantile(freedom) == pytest.approx(value, abs=2e-4)  # the textbook's table
 
 
-def test_estimates() -> None:
+def test_estimates_equal_hand_counts() -> None:
     found = report.estimate([1.0, 2.0, 3.0, 4.0])
     assert (found.mean, found.runs) == (2.5, 4)
     assert found.half == pytest.approx(3.18245 * (5 / 3) ** 0.5 / 2, abs=1e-4)
@@ -161,7 +165,7 @@ def test_estimates() -> None:
 CURVE = [{"accuracy": a, "tokens": t} for a, t in ((0.4, 0), (0.6, 100), (0.5, 200), (0.8, 300))]
 
 
-def test_reading_curves() -> None:
+def test_curves_are_read_from_records() -> None:
     assert [report.reached(CURVE, a) for a in (0.3, 0.5, 0.7, 0.9)] == [0, pytest.approx(50), pytest.approx(800 / 3), None]
     assert [report.at(CURVE, x) for x in (0, 50, 250, 301)] == [0.4, pytest.approx(0.5), pytest.approx(0.65), None]
 
@@ -189,7 +193,7 @@ def made_up() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def test_tables(made_up: dict[str, list[dict[str, Any]]]) -> None:
+def test_tables_hold_the_results(made_up: dict[str, list[dict[str, Any]]]) -> None:
     text = report.document(made_up, {"teacher": {"fixed": made_up["opsd"], "live": made_up["grpo"]}}, ["learning.png"])
     assert "| opsd | 4 | 40.0 ± 0.0 |" in text and "![](learning.png)" in text and "## Ablation: teacher" in text
     fifty = next(line for line in report.token_table(made_up).splitlines() if line.startswith("| 50 "))
@@ -206,7 +210,7 @@ def test_ablations_are_compared_in_pairs(made_up: dict[str, list[dict[str, Any]]
     assert "| 95.5 ± 2.8 |  |" in table[2] and "| -27.0 ± 0.0 |" in table[3]
 
 
-def test_pictures(made_up: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_pictures_are_drawn(made_up: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     paths = plots.curves(made_up, tmp_path / "learning", "title") + plots.retention(made_up, tmp_path / "retention", "title")
     assert [path.suffix for path in paths] == [".png", ".svg"] * 2 and all(path.stat().st_size > 5000 for path in paths)
 
@@ -321,7 +325,7 @@ def test_every_method_runs(name: str, base: Path) -> None:
     assert set(found["settings"].get("beside_base", ())) == strong
 
 
-def test_results_of_before_keep_their_names(base: Path) -> None:
+def test_earlier_results_keep_their_names(base: Path) -> None:
     kept = {"opsd": "c2a4df8d3b", "grpo": "2b041eb914", "sft-terse": "c4230b38bf", "sft-worked": "93dd863afb"}
     assert kept == {name: run.Job(methods.METHODS[name], "no/base0").path(Path()).stem[-10:] for name in kept}
     job = run.Job(methods.METHODS["distill"], str(base))
@@ -384,12 +388,12 @@ def test_the_sweep_from_bases_to_report(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("benchmarks.learning.bases.Base", lambda seed: Base(seed, steps=1, rows=2))
     monkeypatch.setattr("benchmarks.learning.bases.Strong", lambda: Strong(steps=1, rows=2))
     options = ["--output", str(tmp_path), "--bases", "2", "--seeds", "2", "--methods", "opsd", "grpo"]
-    with pytest.raises(SystemExit, match="run the stage `bases` first"):
+    with pytest.raises(SystemExit, match=mentions("bases")):
         sweep.main(["main", *options])
     sweep.main(["all", *options, "--tables", "teacher", "clip"])
-    with pytest.raises(SystemExit, match="--methods: no oopsd; there are opsd, grpo"):
+    with pytest.raises(SystemExit, match=mentions("--methods", "oopsd", "opsd", "grpo")):
         sweep.main(["tune", *options, "oopsd"])
-    with pytest.raises(SystemExit, match="strong does not exist: run the stage `bases` first"):
+    with pytest.raises(SystemExit, match=mentions("strong", "bases")):
         sweep.main(["tune", *options, "distill"])
     for stage in ("bases", "main", "report"):
         sweep.main([stage, *options, "distill"])
@@ -404,7 +408,9 @@ def test_the_sweep_from_bases_to_report(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_make_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_learning_run_prints_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
     quick.main(["--short", "--output", str(tmp_path)])
     printed = capsys.readouterr().out

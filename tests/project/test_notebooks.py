@@ -20,6 +20,9 @@ from traitlets.config import Config
 
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.integration
+
+
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
@@ -49,7 +52,9 @@ def run(path: Path) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("plain_four_bits")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path: Path, settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notebooks_run(
+    path: Path, settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.syspath_prepend(settings)  # as Jupyter has the notebook's folder
     before = set(sys.modules)
@@ -62,7 +67,7 @@ def test_notebook(path: Path, settings: Path, monkeypatch: pytest.MonkeyPatch, c
     CHECKS[path.stem](names, "".join(capsys.readouterr()), settings)
 
 
-def test_reading_a_run_of_ones_own(
+def test_reading_notebook_runs_on_a_users_run(
     settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The third notebook made a run; told of it, it reads it and trains nothing."""
@@ -79,7 +84,7 @@ def test_reading_a_run_of_ones_own(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_in_jupyter(path: Path, settings: Path) -> None:
+def test_notebooks_run_in_jupyter(path: Path, settings: Path) -> None:
     """The same in a kernel of its own, which takes longest to import the libraries."""
     notebook = nbformat.read(path, as_version=4)
     try:

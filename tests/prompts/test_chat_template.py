@@ -35,7 +35,7 @@ PAD, EOS, END = "<pad>", "<|im_end|>", "<|end|>"  # the last is what templates b
         ("", [EOS]),
     ],
 )
-def test_the_templates_own_end(ending: str, expected: list[str]) -> None:
+def test_traces_end_like_the_chat_template(ending: str, expected: list[str]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TURN.replace("ENDING", ending)
     eos = tokenizer.convert_tokens_to_ids([EOS, END])
@@ -43,7 +43,7 @@ def test_the_templates_own_end(ending: str, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize("ending", ["{{ '<pad>' }}", " [/A]\n", "{{ '<pad>\n### User:' }}"])
-def test_an_end_at_which_nothing_stops_is_refused(ending: str) -> None:
+def test_unknown_end_of_turn_is_refused(ending: str) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TURN.replace("ENDING", ending)
     with pytest.raises(ConfigError) as caught:
@@ -54,7 +54,7 @@ def test_an_end_at_which_nothing_stops_is_refused(ending: str) -> None:
 @pytest.mark.parametrize(
     "template", ["{{ messages[0]['content'] }}", "{{ raise_exception('no') if messages | length > 1 }}"]
 )
-def test_a_template_for_questions_alone(template: str) -> None:
+def test_template_without_assistant_turns_ends_with_eos(template: str) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     assert Prompts().end(tokenizer, [7, 3]) == [7]
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pol
     return make
 
 
-def test_rows_end_so(folder: Callable[[str, str], Policy], tmp_path: Path) -> None:
+def test_training_rows_end_like_the_chat_template(folder: Callable[[str, str], Policy], tmp_path: Path) -> None:
     """The tokenizer's EOS is another token than that which ends a turn, as of base models that were tuned to chat."""
     path = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "1+1?", "solution": "1 and <|end|> 1. The answer is 2."}])
     module = SimpleNamespace(data_requirements=DataRequirements(trace_completions=True))
@@ -92,13 +92,13 @@ def test_rows_end_so(folder: Callable[[str, str], Policy], tmp_path: Path) -> No
         assert trace[-1] == make_tokenizer().convert_tokens_to_ids(end) and not set(trace[:-1]) & set(stops)
 
 
-def test_the_ends_that_are_read_are_those_of_the_built_model(folder: Callable[[str, str], Policy]) -> None:
+def test_end_tokens_are_the_models(folder: Callable[[str, str], Policy]) -> None:
     policy = folder(CHAT_TEMPLATE, "<pad>")
     found = policy.end_ids(policy.load_tokenizer())
     assert set(found) == eos_ids(policy.build()) and found[0] == make_tokenizer().convert_tokens_to_ids("<pad>")
 
 
-def test_a_model_without_any_end_is_refused(tmp_path: Path) -> None:
+def test_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
     tokenizer.eos_token = model.config.eos_token_id = model.generation_config.eos_token_id = None
     tokenizer.pad_token = "<pad>"

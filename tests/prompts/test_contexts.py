@@ -67,11 +67,11 @@ def test_a_hint_of_spaced_text_counts_words() -> None:
 @pytest.mark.parametrize(
     ("trace", "shown"), [("", ""), ("  ", ""), ("7", ""), ("42", "4"), ("so 7", "so"), (" a b c ", "a b")]
 )
-def test_hints_of_short_traces(trace: str, shown: str) -> None:
+def test_hints_of_short_traces_do_not_depend_on_the_share(trace: str, shown: str) -> None:
     assert hint(0.9, trace) == hint(0.6, trace) == shown
 
 
-def test_no_answer_is_no_context() -> None:
+def test_missing_answers_give_no_context() -> None:
     for answer in ("", " "):
         rows = [Example("a", "t", answer), Example("b", "u", "1")]
         assert AnswerContext().text(0, rows) == WrongContext().text(0, rows) == "", "which leaves the row out"

@@ -98,7 +98,7 @@ def test_values_bring_no_control_tokens(tokenizer: PreTrainedTokenizerFast) -> N
         assert "".join(SPELLED.split()) in "".join(text.split()), "the text is there"
 
 
-def test_a_token_that_is_made_at_the_edge_of_a_value(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_control_tokens_across_value_edges_are_avoided(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = Prompts(student_template="<|{question}|> think").student(tokenizer, Example("im_end", "", ""))
     assert controls(tokenizer, ids) == [START, END, START, OPEN]
 
@@ -117,7 +117,7 @@ def test_all_other_text_is_encoded_as_the_template_is(tokenizer: PreTrainedToken
             assert ids[:place] == usual[:place] and ids[-(len(usual) - place - 1) :] == usual[place + 1 :]
 
 
-def test_what_the_user_writes_may_hold_control_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_templates_of_the_user_may_hold_control_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = Prompts(
         system=f"s{OPEN}", student_template=f"{{question}}{CLOSE}", teacher_template=f"{{question}}{{context}}{CLOSE}",
         teacher_response_prefix=CLOSE,
@@ -144,7 +144,7 @@ def test_contexts_made_of_completions_and_columns(tokenizer: PreTrainedTokenizer
         assert controls(tokenizer, Prompts().teacher(tokenizer, example, text, whole=True)) == [START, END, START, OPEN]
 
 
-def test_added_words_are_text() -> None:
+def test_added_vocabulary_words_stay_text() -> None:
     """A word or an HTML tag that someone added to the vocabulary controls nothing."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["plus", "<b>"])

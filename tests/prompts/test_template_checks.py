@@ -63,7 +63,7 @@ def found(template: str, **settings: Any) -> list[str]:
 
 @pytest.mark.parametrize("template", HEALTHY)
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_healthy_templates_bring_everything_through(template: str, system: str | None) -> None:
+def test_healthy_templates_keep_all_content(template: str, system: str | None) -> None:
     assert found(HEALTHY[template], system=system) == []
     tokenizer = make_tokenizer()
     tokenizer.chat_template = HEALTHY[template]
@@ -96,11 +96,11 @@ def test_healthy_templates_bring_everything_through(template: str, system: str |
         "m['text']",
     ],
 )
-def test_content_that_does_not_come_through_is_refused(content: str) -> None:
+def test_dropped_content_is_refused(content: str) -> None:
     assert set(found(turns(content))) == {TEMPLATE}
 
 
-def test_the_teachers_turn_is_looked_at_on_its_own() -> None:
+def test_teacher_turn_is_checked_separately() -> None:
     short = turns("m['content'].split('=== Reference')[0]")  # the student's wording has no such line
     assert found(short) == [TEMPLATE]
     tokenizer = make_tokenizer()
@@ -119,7 +119,7 @@ def test_the_teachers_turn_is_looked_at_on_its_own() -> None:
         "{{ raise_exception('no such role') if messages[0]['role'] == 'system' }}{{ messages[0]['content'] }}",
     ],
 )
-def test_a_system_message_that_does_not_come_through_is_refused(template: str) -> None:
+def test_dropped_system_message_is_refused(template: str) -> None:
     assert found(template, system="Answer in French.") == [SYSTEM]
 
 
@@ -302,7 +302,7 @@ def test_a_template_gets_the_same_day_always(monkeypatch: pytest.MonkeyPatch) ->
         ("{% macro day() %}{{ strftime_now('%j') }}{% endmacro %}{{ day() }}", "063"),
     ],
 )
-def test_dates_in_any_format(call: str, shown: str) -> None:
+def test_templates_show_the_given_date_in_any_format(call: str, shown: str) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "  {% if true %}\n  {{ messages[0]['content'] }}{% endif %}|" + call
     text = tokenizer.decode(Prompts("{question}", date="2025-03-04").student(tokenizer, Example("1?", "", "")))
@@ -311,7 +311,7 @@ def test_dates_in_any_format(call: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("date", ["26 July 2024", "", "2024-02-30", "today"])
-def test_what_is_no_date_is_refused(date: str) -> None:
+def test_invalid_dates_are_refused(date: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Prompts(date=date)
     assert caught.value.setting == "data.prompts.date"

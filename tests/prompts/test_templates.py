@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.classes import subclasses
+from helpers.messages import mentions
 from helpers.models import make_tokenizer
 from opsd_lightning.prompts.contexts import (
     AnswerContext,
@@ -17,7 +18,7 @@ from opsd_lightning.prompts.contexts import (
     WrongContext,
 )
 from opsd_lightning.prompts.templates import Prompts
-from opsd_lightning.types import Example, UserError
+from opsd_lightning.types import ConfigError, Example, UserError
 
 TOKENIZER = make_tokenizer()
 EXAMPLES = [
@@ -42,14 +43,14 @@ def test_every_context_is_under_test() -> None:
 
 
 @pytest.mark.parametrize("context", [c for c in CONTEXTS if CONTEXTS[c]], ids=lambda c: type(c).__name__)
-def test_contexts(context: PrivilegedContext) -> None:
+def test_contexts_give_their_text(context: PrivilegedContext) -> None:
     assert context.text(1, EXAMPLES) == CONTEXTS[context] == context.text(1, EXAMPLES)
 
 
 def test_other_problem_is_never_the_own_trace() -> None:
     seen = {OtherProblemContext(seed).text(0, EXAMPLES) for seed in range(20)}
     assert seen == {EXAMPLES[1].trace, EXAMPLES[2].trace}
-    with pytest.raises(UserError, match="differ in their question"):
+    with pytest.raises(ConfigError, match=r"^data\.context: "):
         OtherProblemContext().text(0, EXAMPLES[:1])
 
 
@@ -59,17 +60,17 @@ def test_wrong_context_has_no_right_answer() -> None:
         assert text is not None and example.answer not in text
     half = Example("half of 1?", r"so \boxed{\frac{1}{2}}", "0.5")
     assert WrongContext().text(0, [half, EXAMPLES[0]]) == "The final answer is 2."
-    with pytest.raises(UserError, match="differ in their answer"):
+    with pytest.raises(ConfigError, match=r"^data\.context: "):
         WrongContext().text(0, EXAMPLES[1:])
 
 
-def test_column_context() -> None:
+def test_column_context_reads_its_column() -> None:
     assert [ColumnContext("tip").text(i, EXAMPLES) for i in range(3)] == ["count", "", "fingers"]
-    with pytest.raises(UserError, match=r"no column 'hint'; they have tip"):
+    with pytest.raises(ConfigError, match=r"^data\.context\.column: .*'hint'.* tip"):
         ColumnContext("hint").text(0, EXAMPLES)
 
 
-def test_both_roles() -> None:
+def test_prompts_of_both_roles() -> None:
     prompts = Prompts(student_template="S {question}", teacher_template="T {question} <{context}>")
     student = TOKENIZER.decode(prompts.student(TOKENIZER, EXAMPLES[0]))
     teacher = TOKENIZER.decode(prompts.teacher(TOKENIZER, EXAMPLES[0], "ref"))
@@ -77,7 +78,7 @@ def test_both_roles() -> None:
     assert teacher == "<|im_start|>user\nT 1+1? <ref><|im_end|><|im_start|>assistant\n"
 
 
-def test_the_default_wording() -> None:
+def test_default_wording_is_pinned() -> None:
     """Question, reference between markers, and the boxed instruction, all inside the one user turn."""
     student = TOKENIZER.decode(Prompts().student(TOKENIZER, EXAMPLES[0]))
     teacher = TOKENIZER.decode(Prompts().teacher(TOKENIZER, EXAMPLES[0], "THE TRACE"))
@@ -149,8 +150,8 @@ def test_templates_must_have_their_placeholders(settings: dict[str, str], messag
         Prompts(**settings)
 
 
-def test_a_template_that_refuses_is_a_clear_message() -> None:
+def test_errors_of_a_chat_template_name_the_setting() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' else 'x' }}"
-    with pytest.raises(UserError, match=r"no system turn.*data\.prompts\.system"):
+    with pytest.raises(UserError, match=mentions("no system turn", "data.prompts.system")):
         Prompts(system="Be brief.").student(tokenizer, EXAMPLES[0])

@@ -38,6 +38,9 @@ from opsd_lightning.types import ConfigError, Sampling
 from opsd_lightning.utils.redaction import redact, redact_arguments, redact_text
 from opsd_lightning.utils.statistics import wilson_interval
 
+pytestmark = pytest.mark.integration
+
+
 VALIDATED = {"num_sanity_val_steps": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
 CLI = [
     "--trainer.callbacks=RunReport",
@@ -104,7 +107,7 @@ def log_of(folder: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def test_the_page_of_a_run_on_the_command_line(
+def test_command_line_run_writes_its_page(
     base: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -153,7 +156,7 @@ def test_the_page_of_a_run_on_the_command_line(
     assert "@import" not in page.source and "fetch(" not in page.source and "url(" not in page.source
 
 
-def test_completions_before_and_after(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_page_compares_completions_before_and_after(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     module, data = parts(make_policy())
     seen = Seen()
     trainer(tmp_path, RunReport(questions=3), seen, max_steps=4, **VALIDATED).fit(module, data)
@@ -187,7 +190,7 @@ def test_without_validation_the_first_and_last_step_stand_in(make_policy: Callab
     assert "Completions of the first and the last training step" in page.text and "step 3" in page.text
 
 
-def test_other_methods_and_several_updates(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_page_shows_other_methods_and_several_updates(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     settings = {"sampling": Sampling(max_new_tokens=6, n=4), "updates_per_batch": 2}
     grpo = GRPOModule(make_policy(), reward=AnswerReward(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **settings)
     trainer(tmp_path / "grpo", RunReport(), max_steps=5).fit(grpo, parts(make_policy())[1])
@@ -200,7 +203,7 @@ def test_other_methods_and_several_updates(make_policy: Callable[..., Policy], t
     assert {"Reward", "Loss"} <= {chart["title"] for chart in page.data["charts"]}
 
 
-def test_runs_side_by_side(base: list[str], tmp_path: Path) -> None:
+def test_page_compares_runs_and_their_settings(base: list[str], tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("one", "two", "three")]
     changes = [[], ["--model.teacher=EMATeacher", "--model.teacher.decay=0.5"], ["--model.token_budget=99"]]
     for folder, change in zip(folders, changes, strict=True):
@@ -359,7 +362,7 @@ def test_only_the_first_of_two_ranks_writes(make_policy: Callable[..., Policy], 
     assert [point.step for point in run.validations] == [0, 2] and run.samples
 
 
-def test_a_run_without_a_record(base: list[str], tmp_path: Path) -> None:
+def test_csv_log_is_read_without_a_record(base: list[str], tmp_path: Path) -> None:
     """An older run: a CSV log and the configuration that Lightning left beside it."""
     settings = [argument for argument in CLI if "callbacks" not in argument] + ["--trainer.callbacks=BaselineEvaluation"]
     main(["fit", *base, *settings])
@@ -413,7 +416,7 @@ def line(kind: str, step: int, **values: float) -> dict[str, Any]:
     return {"kind": kind, "step": step, "tokens": 10 * step, "seconds": 1.0 * step, "metrics": values}
 
 
-def test_the_headline_and_its_intervals(tmp_path: Path) -> None:
+def test_headline_shows_accuracy_with_intervals(tmp_path: Path) -> None:
     def accuracy(step: int, right: int, n: int) -> dict[str, Any]:
         share = right / n
         error = math.sqrt(share * (1 - share) / (n - 1))
@@ -429,7 +432,7 @@ def test_the_headline_and_its_intervals(tmp_path: Path) -> None:
     assert "last 60.0 %" in text and "3 validations" in text
 
 
-def test_held_out_questions_of_the_quick_start(tmp_path: Path) -> None:
+def test_quickstart_page_shows_held_out_questions(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", metrics=[line("train", 1, **{"train/loss": 1.0})])
     for when, right in (("before", {0, 1, 2}), ("after", {1, 2, 3, 4, 5, 6, 7})):
         (folder / when).mkdir()
@@ -452,7 +455,7 @@ def test_held_out_questions_of_the_quick_start(tmp_path: Path) -> None:
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 \u2029 & <b>bold</b> {{ 7 * 7 }} ]]>"
 
 
-def test_text_of_a_run_is_only_text(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     record = {
         "index": 0,
         "question": HOSTILE,
@@ -476,7 +479,7 @@ def test_text_of_a_run_is_only_text(tmp_path: Path) -> None:
     assert page.text.count("alert(1)") >= 6 and "49" not in page.text
 
 
-def test_a_long_run_is_thinned_and_keeps_its_means(tmp_path: Path) -> None:
+def test_long_runs_are_thinned_without_changing_means(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", metrics=[line("train", s, **{"train/loss": float(s)}) for s in range(1, 5001)])
     train = Page(write_report([folder], tmp_path / "page.html")).data["runs"][0]["train"]
     assert len(train["step"]) == 1000 and train["step"][:2] == [5, 10] and train["values"]["train/loss"][:2] == [3, 8]
@@ -520,7 +523,7 @@ def test_secrets_are_left_out(base: list[str], tmp_path: Path, monkeypatch: pyte
     assert "topsecret" not in write_report([older], tmp_path / "older.html").read_text()
 
 
-def test_what_is_a_secret() -> None:
+def test_secret_settings_are_recognized() -> None:
     settings = {"api_key": "x", "hub_token": "y", "pad_token": "<pad>", "token_budget": 5, "max_new_tokens": 6, "password": None,
                 "api_key_env": "VLLM_API_KEY", "nested": [{"secret_key": "z"}], "tokens_generated": 7}  # fmt: skip
     assert redact(settings) == settings | {"api_key": "***", "hub_token": "***", "nested": [{"secret_key": "***"}]}
@@ -533,7 +536,7 @@ def test_what_is_a_secret() -> None:
 # -- mistakes ------------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("")
     good = written(tmp_path / "good", metrics=[line("train", 1, **{"train/loss": 1.0})])
@@ -541,10 +544,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (damaged / "record" / "run.json").write_text('{"starts": [')
     blocked = tmp_path / "note.txt" / "page.html"
     for arguments, message in (
-        (["nowhere"], "nowhere does not exist: give a run's folder"),
-        ([str(tmp_path / "empty")], "empty holds no run: there is neither record/run.json"),
-        ([str(tmp_path / "note.txt")], "is a file: give the folder of the run"),
-        ([str(damaged)], "run.json is damaged"),
+        (["nowhere"], "runs: nowhere"),
+        ([str(tmp_path / "empty")], f"runs: {tmp_path / 'empty'}"),
+        ([str(tmp_path / "note.txt")], f"runs: {tmp_path / 'note.txt'}"),
+        ([str(damaged)], "run.json"),
         ([str(good), "--output", str(tmp_path)], "output: "),
         ([str(good), "--output", str(blocked)], "output: "),
     ):
@@ -591,10 +594,12 @@ def test_damaged_files_are_named(name: str, tmp_path: Path, capsys: pytest.Captu
         with pytest.raises(SystemExit) as stop:
             report([str(folder), "--output", str(tmp_path / "page.html")])
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and f"{name} is damaged" in error and error.count("\n") == 1, content
+        assert stop.value.code == 2 and name in error and error.count("\n") == 1, content
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_writes_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = written(tmp_path / "run", metrics=[line("train", 1, **{"train/loss": 1.0})])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -629,7 +634,7 @@ MEASURE = """(() => {
 
 @pytest.mark.browser
 @needs_browser
-def test_in_a_browser(tmp_path: Path) -> None:
+def test_page_works_in_a_browser(tmp_path: Path) -> None:
     """On a phone's width: every chart is drawn, nothing is wider than the screen, and the read-out tells the value."""
     folders = []
     for name, gain in (("low", 0.1), ("high", 0.3)):

@@ -42,6 +42,9 @@ from opsd_lightning.types import ConfigError, Rollouts, Sampling, UserError
 from opsd_lightning.utils.files import script_json
 from opsd_lightning.utils.token_text import Pieces
 
+pytestmark = pytest.mark.integration
+
+
 NASTY = "</script><script>alert(1)</script><!-- <b>&amp; \u2028\u2029 \u202eleft $x_1^2$ 'q' \"q\" \\ {{data}} 答え 😀"
 
 
@@ -152,7 +155,9 @@ def test_probabilities_give_the_measured_divergence(
 
 
 @pytest.mark.parametrize("method", [SFTModule, GRPOModule])
-def test_methods_without_a_teacher(method: Any, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_methods_without_a_teacher_show_the_student_alone(
+    method: Any, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
     _, data = parts(make_policy())
     module = method(make_policy(), sampling=Sampling(max_new_tokens=8, n=2))
     trainer(tmp_path, TokenReport(rows=2), max_steps=1).fit(module, data)
@@ -166,7 +171,9 @@ def test_methods_without_a_teacher(method: Any, make_policy: Callable[..., Polic
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_does_not_notice(checkpointing: bool, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_training_is_unchanged_by_the_report(
+    checkpointing: bool, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
     """Weights bit for bit, with dropout, sampling, several updates on a batch and gradient checkpointing."""
     policy = make_policy(lora=LoRA(r=4, alpha=8, dropout=0.3), gradient_checkpointing=checkpointing)
     found = []
@@ -180,7 +187,7 @@ def test_training_does_not_notice(checkpointing: bool, make_policy: Callable[...
 
 
 @both
-def test_ranks_train_the_same_with_it(strategy: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_ranks_train_the_same_with_the_report(strategy: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """The second has only empty completions, and fewer passes to make. Under sharding the head, which trains here, must not
     stay gathered from the look at it to the next step. One page is written, of the first rank."""
     policy = make_policy(lora=LoRA(r=4, alpha=8, dropout=0.3, target_modules=["q_proj", "lm_head"]))
@@ -225,7 +232,7 @@ def test_the_latest_steps_are_kept_and_a_resumed_run_goes_on(make_policy: Callab
     assert [step["step"] for step in fit(1)] == [1]  # a run of its own
 
 
-def test_settings_that_cannot_work() -> None:
+def test_unusable_settings_are_refused() -> None:
     for settings in ({"every_n_steps": 0}, {"rows": 0}, {"keep": 0}, {"max_tokens": 0}):
         with pytest.raises((TypeError, ValueError)):
             TokenReport(**settings)  # type: ignore[arg-type]
@@ -237,7 +244,7 @@ def test_settings_that_cannot_work() -> None:
             read_tokens(found)
 
 
-def test_it_is_named_shortly_on_the_command_line(folders: dict[str, str], tmp_path: Path) -> None:
+def test_command_line_accepts_the_short_name(folders: dict[str, str], tmp_path: Path) -> None:
     from opsd_lightning.cli.command import main
 
     main(
@@ -297,7 +304,7 @@ def test_sentencepiece_keeps_its_spaces() -> None:
 # -- pictures and pages for loggers ----------------------------------------------------------------------------------------
 
 
-def test_pictures(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_pictures_are_logged(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install 'opsd-lightning[plots]'")
     from PIL import Image
 
@@ -516,7 +523,7 @@ def test_a_token_tells_what_both_roles_expected(nasty_page: Path, tab: Browser) 
 
 @pytest.mark.browser
 @needs_browser
-def test_filters_and_measures(nasty_page: Path, tab: Browser) -> None:
+def test_page_filters_rollouts_and_changes_measures(nasty_page: Path, tab: Browser) -> None:
     tab.open(nasty_page)
     steps = read_tokens(nasty_page)["steps"]
 
@@ -580,7 +587,7 @@ CONTRAST = """(() => {
 @pytest.mark.browser
 @needs_browser
 @pytest.mark.parametrize("width", [390, 768, 1280])
-def test_it_fits_and_can_be_read(width: int, nasty_page: Path, tab: Browser) -> None:
+def test_page_fits_narrow_screens(width: int, nasty_page: Path, tab: Browser) -> None:
     """No sideways scroll whatever is open, by day and by night; a token's panel covers neither it nor the whole screen."""
     papers = []
     for dark in (False, True):
@@ -641,7 +648,7 @@ def test_a_full_page_stays_quick(nasty_page: Path, tab: Browser, tmp_path: Path)
 
 @pytest.mark.browser
 @needs_browser
-def test_a_page_without_a_teacher(make_policy: Callable[..., Policy], tab: Browser, tmp_path: Path) -> None:
+def test_page_of_a_method_without_a_teacher(make_policy: Callable[..., Policy], tab: Browser, tmp_path: Path) -> None:
     _, data = parts(make_policy())
     trainer(tmp_path, TokenReport(), max_steps=1).fit(SFTModule(make_policy()), data)
     tab.open(tmp_path / "tokens.html")

@@ -110,14 +110,14 @@ def built_of(make: Callable[[], PreTrainedModel], folder: Path) -> PeftModel:
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_models_pass(name: str, tmp_path: Path) -> None:
+def test_consistent_models_pass(name: str, tmp_path: Path) -> None:
     found = check_policy(built_of(RIGHT[name], tmp_path), TransformersEngine(), every_adapter=True)
     assert found.agreed == found.tokens > 0 and found.rollout is not None
     assert max(found.batch, found.shared, found.rollout) < 1e-4
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_models_are_refused(name: str, tmp_path: Path) -> None:
+def test_inconsistent_models_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         check_policy(built_of(WRONG[name], tmp_path), TransformersEngine())
 
@@ -229,7 +229,7 @@ def test_an_error_of_the_model_names_the_setting(built: Callable[..., PeftModel]
     assert refused.value.setting == "model.teacher.model" and "unexpected keyword" in refused.value.problem
 
 
-def test_nothing_is_left_behind(make_policy: Callable[..., Policy]) -> None:
+def test_check_leaves_the_model_unchanged(make_policy: Callable[..., Policy]) -> None:
     """Weights, modes, gradients, hooks and random numbers."""
     model = make_policy(lora=LoRA(r=2, alpha=2, dropout=0.3), gradient_checkpointing=True).build()
     hooks = [len(module._forward_hooks) for module in model.modules()]
@@ -251,7 +251,7 @@ def test_nothing_is_left_behind(make_policy: Callable[..., Policy]) -> None:
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
-def test_every_stage_begins_with_it(
+def test_every_stage_starts_with_the_check(
     stage: str, make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, under the run's precision, and before anything is sampled; the teacher's own network in training alone."""

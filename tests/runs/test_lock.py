@@ -34,6 +34,8 @@ from opsd_lightning.runs import lock as run_lock
 from opsd_lightning.types import ConfigError, Sampling, UserError
 from opsd_lightning.utils.disk_errors import guard_loggers
 
+pytestmark = pytest.mark.integration
+
 
 def tree(root: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
@@ -181,7 +183,7 @@ def test_runs_of_two_folders_share_no_checkpoints_and_no_log(
         trainer(tmp_path / "c", logger=CSVLogger(tmp_path / "logs")).fit(*parts(folders["llama"]))  # a version of its own
 
 
-def test_evaluations_beside_a_fit(folders: dict[str, str], tmp_path: Path, impatient: None) -> None:
+def test_evaluations_may_run_beside_a_fit(folders: dict[str, str], tmp_path: Path, impatient: None) -> None:
     """They are not refused, but a second one of the same completions is."""
     root, model = tmp_path / "run", folders["llama"]
     with elsewhere(lambda ready: trainer(root, Waits(ready)).fit(*parts(model)), tmp_path):
@@ -205,7 +207,7 @@ def test_evaluations_beside_a_fit(folders: dict[str, str], tmp_path: Path, impat
     assert sorted(path.name for path in (root / "results").iterdir()) == [results.name]
 
 
-def test_runs_one_after_another_in_one_process(folders: dict[str, str], tmp_path: Path) -> None:
+def test_consecutive_runs_in_one_process_are_allowed(folders: dict[str, str], tmp_path: Path) -> None:
     """As in a notebook: also after an exception, twice with one trainer, and with an evaluation behind."""
 
     class Fails(Callback):
@@ -267,11 +269,11 @@ def test_a_file_system_without_locks_is_warned_of(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuses)
-    with pytest.warns(UserWarning, match="cannot be locked"):
+    with pytest.warns(UserWarning, match="No locks available"):
         trainer(tmp_path / "run").fit(*parts(folders["llama"]))
 
 
-def test_the_file_that_a_run_was_given_is_kept(folders: dict[str, str], tmp_path: Path) -> None:
+def test_config_file_given_to_a_run_is_kept(folders: dict[str, str], tmp_path: Path) -> None:
     """Without a logger the run's own ``config.yaml`` goes to the same place."""
     mine = tmp_path / "config.yaml"
     mine.write_text("# mine\ntrainer:\n  logger: false\n  enable_checkpointing: false\n  enable_progress_bar: false\n")
@@ -298,7 +300,7 @@ def test_runs_that_share_nothing_are_not_refused(folders: dict[str, str], tmp_pa
         trainer(tmp_path, fast_dev_run=True).fit(*parts(model))
 
 
-def test_two_runs_that_choose_the_same_version_together(tmp_path: Path) -> None:
+def test_concurrent_runs_get_different_log_versions(tmp_path: Path) -> None:
     one, other = (plain(tmp_path, logger=CSVLogger(tmp_path)) for _ in range(2))
     assert not (tmp_path / "lightning_logs").exists()
 
@@ -331,7 +333,7 @@ def test_an_evaluation_beside_a_fit_leaves_its_log(folders: dict[str, str], tmp_
     assert not list(tmp_path.rglob(".version_1.lock"))
 
 
-def test_columns_of_another_writer_stay(tmp_path: Path) -> None:
+def test_csv_columns_of_another_writer_stay(tmp_path: Path) -> None:
     log = CSVLogger(tmp_path, version=0)
     guard_loggers([log])
     log.log_metrics({"a": 1.0}, 0)

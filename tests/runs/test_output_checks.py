@@ -15,6 +15,8 @@ from opsd_lightning.distributed.checks import check_strategy_name
 from opsd_lightning.runs.output_checks import check_checkpoint_alias, check_folders, open_loggers
 from opsd_lightning.types import ConfigError
 
+pytestmark = pytest.mark.integration
+
 
 def trainer(folder: Path, **settings: Any) -> Trainer:
     settings = {"logger": False, "enable_checkpointing": False} | settings
@@ -28,7 +30,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_folder_that_cannot_be_written(tmp_path: Path, file: Path) -> None:
+def test_unwritable_folder_is_refused(tmp_path: Path, file: Path) -> None:
     below = file / "below"
     runs = {
         "trainer.default_root_dir": trainer(below),
@@ -52,7 +54,7 @@ class NotLoggedIn(CSVLogger):
         raise PermissionError("no key")
 
 
-def test_logger_that_cannot_start(tmp_path: Path) -> None:
+def test_failing_logger_is_refused(tmp_path: Path) -> None:
     loggers: list[Logger] = [CSVLogger(tmp_path), NotLoggedIn(tmp_path)]
     with pytest.raises(ConfigError) as caught:
         open_loggers(trainer(tmp_path, logger=loggers))
@@ -60,19 +62,19 @@ def test_logger_that_cannot_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["best", "last", "hpc"])
-def test_evaluation_of_a_checkpoint_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_missing_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         check_checkpoint_alias(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), name)
     assert caught.value.setting == "ckpt_path"
 
 
-def test_evaluation_of_the_last_checkpoint(tmp_path: Path) -> None:
+def test_last_checkpoint_is_found(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").touch()
     check_checkpoint_alias(trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True), "last")
 
 
 @pytest.mark.parametrize("name", ["fsdp3", "ddpp", "model_parallel"])
-def test_strategy_that_does_not_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_strategy_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         check_strategy_name(name)
     assert caught.value.setting == "trainer.strategy" and "FSDP1" not in str(caught.value)
@@ -81,7 +83,7 @@ def test_strategy_that_does_not_exist(name: str, capsys: pytest.CaptureFixture[s
     assert stopped.value.code == 2 and "error: trainer.strategy: " in capsys.readouterr().err
 
 
-def test_config_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_that_is_not_utf8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_bytes("trainer: {default_root_dir: caf\xe9}\n".encode("latin-1"))
     with pytest.raises(SystemExit) as stopped:
         main(["fit", f"--config={tmp_path / 'config.yaml'}"])
@@ -89,7 +91,7 @@ def test_config_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(("command", "setting"), [("validate", "data.val"), ("test", "data.test"), ("predict", "data.test")])
-def test_stage_without_a_source(command: str, setting: str, roomy: str, tmp_path: Path, capsys: Any) -> None:
+def test_stage_without_a_source_is_refused(command: str, setting: str, roomy: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(
             [command, f"--model.policy.model={roomy}", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]

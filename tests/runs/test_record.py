@@ -27,6 +27,8 @@ from opsd_lightning.runs.reader import read_complete_lines
 from opsd_lightning.types import ConfigError, Sampling
 from opsd_lightning.utils.csv_tables import append_rows, check_table, escape_formula, prepare_table, unescape_formula
 
+pytestmark = pytest.mark.integration
+
 
 class Stops(Callback):
     """Ends a run before a step, as a kill does: without a checkpoint."""
@@ -83,7 +85,7 @@ def twice(last: int) -> list[int]:
     return [step for step in range(1, last + 1) for _ in range(2)]
 
 
-def test_going_on_from_the_newest_checkpoint_and_from_an_earlier_one(folders: dict[str, str], tmp_path: Path) -> None:
+def test_resuming_keeps_or_cuts_the_record(folders: dict[str, str], tmp_path: Path) -> None:
     root, model = tmp_path / "run", folders["llama"]
     fit(model, root, stop=5)
     assert steps(root / "record") == [1, 2, 3, 4, 5] and rows(root / "rollouts.csv") == twice(5)
@@ -102,7 +104,7 @@ def test_going_on_from_the_newest_checkpoint_and_from_an_earlier_one(folders: di
     assert not [path.name for path in root.rglob("*") if "partial" in path.name or path.name == ".reserve"]
 
 
-def test_going_on_from_a_checkpoint_of_another_run(folders: dict[str, str], tmp_path: Path) -> None:
+def test_resuming_another_runs_checkpoint_starts_a_record(folders: dict[str, str], tmp_path: Path) -> None:
     """Its steps are not put behind those of the run that the folder holds; going on again from its own checkpoint is."""
     mine, other = tmp_path / "mine", tmp_path / "other"
     fit(folders["llama"], mine, 6)

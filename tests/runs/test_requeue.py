@@ -16,6 +16,9 @@ from helpers.whole_runs import configure, fit
 from opsd_lightning.cli.command import main
 from opsd_lightning.runs.requeue import retire_checkpoints, save_for_requeue
 
+pytestmark = pytest.mark.integration
+
+
 SLURM = {
     "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "opsd", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "7",
@@ -38,7 +41,7 @@ def wait_for(child: Child, condition: Callable[[], bool]) -> None:
         assert not child.ended(0.02), child.said()
 
 
-def test_the_same_command_goes_on(slurm: Path, roomy: str, tmp_path: Path) -> None:
+def test_same_command_resumes_after_a_requeue(slurm: Path, roomy: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = configure(folder, roomy, every=100)  # no checkpoints but the requeue's
     child = fit(folder, arguments, SLURM)
@@ -61,7 +64,7 @@ def test_the_same_command_goes_on(slurm: Path, roomy: str, tmp_path: Path) -> No
     assert not list(folder.glob("hpc_ckpt_*")) and list(folder.glob("requeue-of-job-7-1.ckpt"))
 
 
-def test_what_another_job_left_is_not_resumed(slurm: Path, roomy: str, tmp_path: Path) -> None:
+def test_checkpoints_of_other_jobs_are_not_resumed(slurm: Path, roomy: str, tmp_path: Path) -> None:
     """Nor is a checkpoint of this job that is older than its last."""
     folder = tmp_path / "run"
     arguments = [*configure(folder, roomy), "--trainer.max_steps=2"]
@@ -79,7 +82,7 @@ def test_what_another_job_left_is_not_resumed(slurm: Path, roomy: str, tmp_path:
     assert torch.load(folder / "steps" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
-def test_nothing_of_the_users_is_removed_or_replaced(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_user_are_kept(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     root = tmp_path / "run"
     mine, aside = root / "hpc_ckpt_1.ckpt" / "notes.txt", root / "requeue-of-job-7-2.ckpt"

@@ -15,6 +15,8 @@ from helpers.training import adapters, parts, trainer
 from opsd_lightning.callbacks.collapse_guard import Ceiling, CollapseGuard
 from opsd_lightning.models.policy import Policy
 
+pytestmark = pytest.mark.integration
+
 
 class Seen(Callback):
     """Record the events of a run, and raise at a chosen one."""
@@ -77,7 +79,7 @@ def never_killed() -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_what_was_due_is_done(
+def test_pending_validation_runs_after_a_resume(
     when: str, die_at: tuple[str, int], never_killed: dict[str, Any], make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     """Within an epoch, at its end, at the run's end: steps, validations, hooks, the best checkpoint."""
@@ -137,7 +139,7 @@ def test_a_validation_is_not_repeated(make_policy: Callable[..., Policy], tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["EarlyStopping", "CollapseGuard"])
-def test_a_run_that_was_to_stop_stops(kind: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_pending_stop_happens_after_a_resume(kind: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Killed in the validation at which it ends early."""
     policy = make_policy()
 

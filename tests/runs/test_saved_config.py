@@ -22,7 +22,7 @@ def files(root: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in root.iterdir()}
 
 
-def test_what_lies_there_is_kept_and_a_fits_config_stays_with_its_fit(tmp_path: Path) -> None:
+def test_existing_files_and_configs_of_a_fit_are_kept(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("mine: 1\n")
     for _ in range(2):
         save(tmp_path, "fit", 1)

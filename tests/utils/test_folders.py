@@ -104,7 +104,7 @@ def test_what_is_added_while_an_export_is_written_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_places_that_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protected_places_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, home = tmp_path / "a" / "here", tmp_path / "home"
     here.mkdir(parents=True)
     home.mkdir()

@@ -13,6 +13,9 @@ from helpers.paths import ROOT
 from opsd_lightning.runs.record import git_commit
 from opsd_lightning.utils.import_path import add_current_folder, without_current_folder
 
+pytestmark = pytest.mark.integration
+
+
 # Modules of the standard library and of dependencies, some of which are absent from the environment.
 ELSEWHERE = (
     "torch lightning yaml rich transformers peft datasets httpx jinja2 markupsafe jsonargparse numpy wandb tensorflow flax comet_ml vllm "
@@ -56,11 +59,11 @@ def opsd(folder: Path, *words: str, path: str = str(ROOT), module: bool = False,
 
 
 @pytest.mark.parametrize("module", [False, True])
-def test_a_report_in_a_hostile_folder(hostile: Path, module: bool) -> None:
+def test_report_imports_nothing_from_the_folder(hostile: Path, module: bool) -> None:
     assert "report.html" in opsd(hostile, "report", "run", module=module)
 
 
-def test_an_own_part_in_a_hostile_folder(hostile: Path) -> None:
+def test_named_part_is_the_only_import_from_the_folder(hostile: Path) -> None:
     """Named in YAML, it is imported from there, and nothing that the environment has."""
     assert "own_parts.MyTeacher" in opsd(hostile, "fit", "--config", "own.yaml", "--print_config")
 
@@ -115,7 +118,7 @@ def test_processes_that_are_spawned_import_nothing_from_the_folder(here: Path) -
     assert not (here / "MARK").exists()
 
 
-def test_a_folder_that_is_gone(here: Path) -> None:
+def test_removed_working_folder_is_tolerated(here: Path) -> None:
     gone = here / "gone"
     gone.mkdir()
     os.chdir(gone)

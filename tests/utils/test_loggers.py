@@ -18,6 +18,9 @@ from opsd_lightning.callbacks.rollouts import RolloutTable
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.utils.loggers import accepts_figures, log_figure, log_page, log_table
 
+pytestmark = pytest.mark.integration
+
+
 pytest.importorskip("matplotlib", reason="pip install 'opsd-lightning[plots]'")
 
 NASTY = "a | b\nπ = 3.14, \"so\" <b>it</b> is"  # fmt: skip
@@ -39,6 +42,18 @@ class Show(Callback):
         log_page(trainer.loggers, "page", path, step)
 
 
+def table_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.size
+
+
 def fit(logger: Logger, policy: Policy, folder: Path) -> dict[str, float]:
     """Two steps with a validation after each; what the trainer logged last."""
     run = trainer(folder, Show(), RolloutTable(every_n_steps=1, rows=2), logger=logger, max_steps=2, val_check_interval=1)
@@ -46,23 +61,21 @@ def fit(logger: Logger, policy: Policy, folder: Path) -> dict[str, float]:
     return {name: float(value) for name, value in run.logged_metrics.items()}
 
 
-def test_csv(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    from PIL import Image
-
+def test_csv_logger_gets_tables_and_pages(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path / "logs")
     logged = fit(logger, make_policy(), tmp_path)
     folder = Path(logger.log_dir)
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    rows = table_of(folder / "metrics.csv")
     assert [float(row["train/loss"]) for row in rows if row["train/loss"]][-1] == pytest.approx(logged["train/loss"])
-    table = list(csv.DictReader((folder / "answers.csv").open(newline="", encoding="utf-8")))
+    table = table_of(folder / "answers.csv")
     assert [row["step"] for row in table] == ["1", "1", "2", "2"] and table[0]["text"] == NASTY and table[1]["text"] == ""
-    assert len(list(csv.DictReader((folder / "rollouts.csv").open(newline="", encoding="utf-8")))) == 4
+    assert len(table_of(folder / "rollouts.csv")) == 4
     pictures = sorted((folder / "tokens").iterdir())
     assert [path.name for path in pictures] == ["step-000001.png", "step-000002.png"]  # and nothing half-written
-    assert Image.open(pictures[0]).size == (100, 50)
+    assert size_of(pictures[0]) == (100, 50)
 
 
-def test_tensorboard(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_tensorboard_gets_scalars_tables_and_pictures(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="pip install 'opsd-lightning[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -80,10 +93,10 @@ def test_tensorboard(make_policy: Callable[..., Policy], tmp_path: Path) -> None
     assert [(picture.step, picture.width, picture.height) for picture in pictures] == [(1, 100, 50), (2, 100, 50)]
 
 
-def test_weights_and_biases(make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_gets_scalars_tables_and_pages(
+    make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wandb = pytest.importorskip("wandb", reason="pip install 'opsd-lightning[wandb]'")
-    from PIL import Image
-
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(offline=True, save_dir=tmp_path)
     logged = fit(logger, make_policy(), tmp_path)
@@ -94,7 +107,7 @@ def test_weights_and_biases(make_policy: Callable[..., Policy], tmp_path: Path, 
     assert sorted(table["data"] for table in tables) == [[[1, NASTY], [1, None]], [[2, NASTY], [2, None]]]
     rollouts = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.rglob("media/table/rollouts*.table.json")]
     assert [len(table["data"]) for table in rollouts] == [2, 2] and rollouts[0]["columns"] == list(RolloutTable.COLUMNS)
-    assert [Image.open(path).size for path in tmp_path.rglob("media/images/tokens*.png")] == [(100, 50)] * 2
+    assert [size_of(path) for path in tmp_path.rglob("media/images/tokens*.png")] == [(100, 50)] * 2
     pages = {path.read_text(encoding="utf-8").split("<p>")[1] for path in tmp_path.rglob("media/html/page*.html")}
     assert pages == {"step 1</p>", "step 2</p>"}
 
@@ -105,10 +118,10 @@ def mlflow_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return (tmp_path / "mlruns").as_uri()
 
 
-def test_mlflow(make_policy: Callable[..., Policy], tmp_path: Path, mlflow_uri: str) -> None:
+@pytest.mark.filterwarnings("ignore:MLFlow only allows:RuntimeWarning:lightning.pytorch.loggers.mlflow")
+@pytest.mark.filterwarnings("ignore:For backward compatibility:DeprecationWarning:mlflow")
+def test_mlflow_gets_scalars_tables_and_pages(make_policy: Callable[..., Policy], tmp_path: Path, mlflow_uri: str) -> None:
     pytest.importorskip("mlflow", reason="pip install 'opsd-lightning[mlflow]'")
-    from PIL import Image
-
     logger = MLFlowLogger("opsd", tracking_uri=mlflow_uri)
     logged = fit(logger, make_policy(), tmp_path)
     client, run = logger.experiment, logger.run_id
@@ -120,7 +133,7 @@ def test_mlflow(make_policy: Callable[..., Policy], tmp_path: Path, mlflow_uri: 
     assert len(json.loads(Path(client.download_artifacts(run, "rollouts.json")).read_text(encoding="utf-8"))["data"]) == 4
     pictures = [item.path for item in client.list_artifacts(run, "images") if item.path.endswith(".png")]
     assert sorted(path.split("step")[1].lstrip("+%")[0] for path in pictures) == ["1", "2"]
-    assert Image.open(client.download_artifacts(run, pictures[0])).size == (100, 50)
+    assert size_of(client.download_artifacts(run, pictures[0])) == (100, 50)
     assert Path(client.download_artifacts(run, "pages/page.html")).read_text(encoding="utf-8") == "<p>step 2</p>"
 
 

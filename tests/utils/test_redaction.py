@@ -90,7 +90,7 @@ def test_tokens_of_services_are_hidden_whatever_they_are(name: str) -> None:
         {"cmd": ["curl", "-su", "b:hunter22"]}, {"cmd": ["sshpass", "-p", "hunter22"]}, {"cmd": ["wandb", "login", "hunter22" * 5]},
     ],
 )  # fmt: skip
-def test_further_settings_that_hold_secrets(settings: dict[str, Any]) -> None:
+def test_further_secret_settings_are_hidden(settings: dict[str, Any]) -> None:
     for whole in (False, True):
         found = redact(settings, whole=whole)
         assert "hunter22" not in str(found) and HIDDEN in str(found)
@@ -205,7 +205,7 @@ def test_names_of_secrets() -> None:
     assert [name for name in secret if not is_secret(name)] == [] and [name for name in plain if is_secret(name)] == []
 
 
-def test_commands() -> None:
+def test_secrets_in_commands_are_hidden() -> None:
     assert redact_arguments(["fit", "--a.api_key", "x", "-v", "--b.token=y", "--c.path=p", "--d={password: z}"]) == [
         "fit", "--a.api_key", "***", "-v", "--b.token=***", "--c.path=p", "--d={password: ***}",
     ]  # fmt: skip
@@ -214,7 +214,7 @@ def test_commands() -> None:
     ]  # fmt: skip
 
 
-def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "MY_TOKEN": "canary-value-1",
         "B_PASSWORD": "pass w/rd&2é",

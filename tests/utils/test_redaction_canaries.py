@@ -20,6 +20,9 @@ from opsd_lightning.rollouts.vllm.client import check_urls
 from opsd_lightning.runs.saved_config import SavedConfig
 from opsd_lightning.types import ConfigError
 
+pytestmark = pytest.mark.integration
+
+
 PARTS = '''
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -153,7 +156,7 @@ def test_a_config_without_secrets_is_lightnings_own(base: list[str], tmp_path: P
     assert saved.endswith(callback.parser.dump(callback.config, skip_none=False)) and "Hidden" not in saved
 
 
-def test_a_run_that_fails(
+def test_failing_run_shows_no_secret(
     base: list[str],
     parts: Path,
     tmp_path: Path,
@@ -177,8 +180,9 @@ def server(folders: dict[str, str]) -> Iterator[ProtocolServer]:
     found.kill()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:opsd_lightning.rollouts.vllm.engines")
 @pytest.mark.parametrize("status", [400, 500])
-def test_the_answer_of_a_failing_server(
+def test_server_errors_show_no_secret(
     base: list[str],
     parts: Path,
     tmp_path: Path,
@@ -219,7 +223,7 @@ def test_an_address_with_a_password_is_refused_without_it() -> None:
     assert refused.value.setting == "model.rollouts.init_args.urls" and "canary" not in str(refused.value)
 
 
-def test_the_doctor(
+def test_doctor_shows_no_secret(
     base: list[str],
     parts: Path,
     tmp_path: Path,

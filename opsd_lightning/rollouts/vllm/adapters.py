@@ -139,7 +139,7 @@ class AdapterVersions:
         return [adapter for adapter in self.written if adapter not in newest and adapter not in keep]
 
     def stale(self, keep: Sequence[Adapter | None] = ()) -> Callable[[str, str], bool]:
-        """Return a function of an adapter's name and folder, which is True for outdated versions.
+        """Return a function that is given the name and the folder of an adapter and returns True if the version is outdated.
 
         Outdated versions are those that `outdated` returns, removed versions of this run, and versions of dead runs in
         ``parent``.
@@ -207,7 +207,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _create_run_folder(folder: Path) -> int:
-    """Create a run's folder and lock it. Return the open lock file, whose closing releases the lock."""
+    """Create a run's folder and lock it. Return the open lock file. Closing it releases the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / _OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
     host: str | None = _boot_id()

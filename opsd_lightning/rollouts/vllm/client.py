@@ -257,7 +257,7 @@ class ServerPool:
                     for name in old[:_MAX_UNLOADS]:
                         self._unload(server, name, self._deadline(_QUERY_SECONDS))
                 except _Unavailable as error:
-                    self._failed(server, began, error)
+                    self._record_failure(server, began, error)
         self._emit_warnings()
         self._require_one()
 
@@ -320,12 +320,12 @@ class ServerPool:
             try:
                 action(server)
             except _Unavailable as error:
-                self._failed(server, began, error)
+                self._record_failure(server, began, error)
             else:
                 server.failures = 0
                 return
 
-    def _failed(self, server: Server, began: float, error: Exception) -> None:
+    def _record_failure(self, server: Server, began: float, error: Exception) -> None:
         reason = str(error) if isinstance(error, _Unavailable) else f"{type(error).__name__}: {self._sanitize(error)}"
         with server.lock:
             server.error = error
@@ -444,7 +444,7 @@ class ServerPool:
                 found = read(bodies[index], asked, answer)
             except Exception as error:  # any error counts as a failure of the server
                 if not queue.stop.is_set():
-                    self._failed(server, began, error)
+                    self._record_failure(server, began, error)
                 queue.requeue(index, server)
             else:
                 server.failures, server.returned = 0, False

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 from peft import PeftModel
 from torch import Tensor
 
@@ -29,11 +28,21 @@ from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.vllm.adapters import AdapterVersions
 from opsd_lightning.rollouts.vllm.client import Adapter, Server, ServerPool, check_urls
 from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts, check_length, read_answer, sampling_fields
-from opsd_lightning.types import ConfigError, Rollouts, Sampling
+from opsd_lightning.types import (
+    ConfigError,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    Rollouts,
+    Sampling,
+    checked,
+)
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
 
 
+@checked
 @final
 class VLLMServerEngine(RolloutEngine):
     """Rollouts by vLLM servers on this or other machines. Completions are distributed over all servers that answer.
@@ -102,14 +111,14 @@ class VLLMServerEngine(RolloutEngine):
         self.urls = list(urls)
         check_urls(self.urls)
         self.adapter_folder, self.adapter_name = adapter_folder, adapter_name
-        self.timeout_seconds = PositiveFloat(timeout_seconds)
-        self.retries = NonNegativeInt(retries)
-        self.max_concurrency = PositiveInt(max_concurrency)
-        self.logprob_tolerance = None if logprob_tolerance is None else PositiveFloat(logprob_tolerance)
+        self.timeout_seconds = timeout_seconds
+        self.retries = retries
+        self.max_concurrency = max_concurrency
+        self.logprob_tolerance = logprob_tolerance
         self.overlap = overlap
         self.max_importance_ratio = 2.0 if overlap else None
         if max_importance_ratio is not None:
-            self.max_importance_ratio = PositiveFloat(max_importance_ratio)
+            self.max_importance_ratio = max_importance_ratio
         self.api_key_env = api_key_env
         self._pool: ServerPool | None = None
         self._versions: AdapterVersions | None = None
@@ -235,6 +244,7 @@ class VLLMServerEngine(RolloutEngine):
         return adapter
 
 
+@checked
 @final
 class VLLMEngine(RolloutEngine):
     """Rollouts by vLLM in this process, on the trainer's GPU, with one vLLM instance on each rank.
@@ -266,12 +276,12 @@ class VLLMEngine(RolloutEngine):
         max_importance_ratio: PositiveFloat | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        self.gpu_memory_utilization = OpenUnitInterval(gpu_memory_utilization)
+        self.gpu_memory_utilization = gpu_memory_utilization
         self.sleep = sleep
-        self.max_model_len = None if max_model_len is None else PositiveInt(max_model_len)
+        self.max_model_len = max_model_len
         self.adapter_folder = adapter_folder
-        self.logprob_tolerance = None if logprob_tolerance is None else PositiveFloat(logprob_tolerance)
-        self.max_importance_ratio = None if max_importance_ratio is None else PositiveFloat(max_importance_ratio)
+        self.logprob_tolerance = logprob_tolerance
+        self.max_importance_ratio = max_importance_ratio
         self.options = options or {}
         reserved = {
             "model",

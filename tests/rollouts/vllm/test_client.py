@@ -19,6 +19,7 @@ import pytest
 from lightning.pytorch import Callback
 from peft import PeftModel
 
+from helpers.messages import mentions
 from helpers.models import PROMPTS, perturb
 from helpers.training import parts, trainer
 from helpers.vllm_protocol import ProtocolServer, hang
@@ -27,6 +28,9 @@ from opsd_lightning.rollouts.vllm import client as vllm_servers
 from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, sanitize
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import ConfigError, Sampling
+
+pytestmark = pytest.mark.integration
+
 
 SAMPLING = Sampling(max_new_tokens=4)
 
@@ -143,16 +147,16 @@ def test_an_error_leaves_no_adapter(
     assert server.adapters == {} and left(tmp_path / "adapters") == []
 
 
-def test_an_engine_that_nobody_closes(server: ProtocolServer, built: Callable[..., PeftModel], tmp_path: Path) -> None:
+def test_unclosed_engine_is_cleaned_up(server: ProtocolServer, built: Callable[..., PeftModel], tmp_path: Path) -> None:
     engine = VLLMServerEngine([server.url], str(tmp_path / "adapters"))
     engine.generate(built(), PROMPTS, SAMPLING, seed=0)
-    assert server.adapters and engine._end is not None and engine._end.atexit
+    assert server.adapters and engine._finalizer is not None and engine._finalizer.atexit
     del engine
     gc.collect()
     assert server.adapters == {} and left(tmp_path / "adapters") == []
 
 
-def test_what_killed_runs_left_is_swept_and_nothing_else(
+def test_only_adapters_of_killed_runs_are_removed(
     server: ProtocolServer, engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel], tmp_path: Path
 ) -> None:
     model, folder = built(), tmp_path / "adapters"
@@ -215,12 +219,12 @@ def test_a_forked_copy_ends_nothing(
 ) -> None:
     own = engine()
     own.generate(built(), PROMPTS, SAMPLING, seed=0)
-    assert own._end is not None
-    end(in_a_child(own._end))
+    assert own._finalizer is not None
+    end(in_a_child(own._finalizer))
     assert server.adapters and left(tmp_path / "adapters")
 
 
-def test_versions_that_a_server_missed_the_end_of(
+def test_missed_adapter_versions_are_unloaded_later(
     folders: dict[str, str], server: ProtocolServer, engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel]
 ) -> None:
     """It was away while newer ones came: those that it still holds are unloaded when it is back."""
@@ -229,7 +233,7 @@ def test_versions_that_a_server_missed_the_end_of(
     own.generate(model, PROMPTS, SAMPLING, seed=0)
     other.hook = lambda path: (503, "busy")
     perturb(model, 0.1, seed=1)
-    with pytest.warns(RuntimeWarning, match="is given up"):
+    with pytest.warns(RuntimeWarning, match=mentions(other.url)):
         own.generate(model, PROMPTS, SAMPLING, seed=0)
     perturb(model, 0.1, seed=2)
     own.generate(model, PROMPTS, SAMPLING, seed=0)
@@ -251,7 +255,7 @@ def test_a_server_that_is_given_up_costs_one_failure_a_step(
     server.hook = lambda path: time.sleep(0.4) if path == "/v1/completions" else None  # leaves the other one time to fail
     tries = []
     for step in range(2):
-        with pytest.warns(RuntimeWarning, match="is given up"):
+        with pytest.warns(RuntimeWarning, match=mentions(other.url)):
             rollouts = own.generate(model, PROMPTS * 2, SAMPLING, seed=step)
         assert len(rollouts.completions) == 2 * len(PROMPTS)
         tries.append(other.paths.count("/v1/completions"))
@@ -264,7 +268,7 @@ def test_a_server_with_too_short_a_context_leaves_the_work_to_others(
     folders: dict[str, str], server: ProtocolServer, engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel]
 ) -> None:
     short = ProtocolServer(folders["llama"], max_model_len=8)
-    with pytest.warns(RuntimeWarning, match="--max-model-len 11"):
+    with pytest.warns(RuntimeWarning, match=mentions("--max-model-len 11")):
         rollouts = engine(short.url, server.url).generate(built(), PROMPTS, SAMPLING, seed=0)
     assert len(rollouts.completions) == len(PROMPTS) and not short.requests
     short.kill()
@@ -273,7 +277,7 @@ def test_a_server_with_too_short_a_context_leaves_the_work_to_others(
 # -- what servers say ----------------------------------------------------------------------------------------------------
 
 
-def test_retry_after() -> None:
+def test_retry_after_is_parsed() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
     assert retry_after("7") == 7 and retry_after(" 1.5 ") == 1.5 and 15 < retry_after(soon) <= 20
     for hostile in (None, "", "-1", "1e9", "NaN", "inf", "٣", "soon", "Thu, 01 Jan 1970 00:00:00 GMT", "\x00", "0x10"):
@@ -325,7 +329,7 @@ def test_keys_and_passwords_are_in_no_message(
     assert key not in str(refused.value) and refused.value.setting == "model.rollouts.init_args.api_key_env"
 
 
-def test_addresses() -> None:
+def test_server_addresses_are_checked() -> None:
     assert check_urls(["http://a:1/v1/", "https://b/x", "http://[::1]:8000"]) == [
         "http://a:1",
         "https://b/x",
@@ -346,14 +350,14 @@ def test_addresses() -> None:
         check_urls(["http://a", "http://a/v1"])
 
 
-def test_words_of_a_server() -> None:
+def test_server_messages_are_shortened_and_escaped() -> None:
     for text in ("\x1b[2J\x1b]0;title\x07", "a\r\nb", "\u202eabc", "\ud800", "x" * 10**6, {"a": "\x00"}, None, 5):
         found = sanitize(text)
         assert found.isprintable() and len(found) <= 300
 
 
 @pytest.mark.parametrize("name", ["../up", "", "a/b", ".hidden", "a" * 65, "a\n", "ä"])
-def test_names_that_are_no_folders(
+def test_unusable_adapter_names_are_refused(
     name: str, engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel]
 ) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -372,7 +376,7 @@ def test_a_full_or_closed_folder_is_one_message(
     engine.close()
 
 
-def test_a_name_that_never_resolves(
+def test_unresolvable_name_times_out(
     monkeypatch: pytest.MonkeyPatch, built: Callable[..., PeftModel], tmp_path: Path
 ) -> None:
     """The system's resolver takes no time limit of ours."""
