@@ -40,8 +40,8 @@ class Teacher(ABC):
     Attributes:
         privileged: If True, the teacher reads the privileged context. If False, it reads the student's prompt.
         setting: Dotted name of the teacher in the configuration, for messages.
-        keeps_head: If True, states keep the head's weights of the time of scoring, for several optimizer steps on the same
-            states.
+        keeps_head: If True, states contain a copy of the trainable weights of the head, because several optimizer steps use
+            the same states.
     """
 
     privileged: bool = True
@@ -52,7 +52,7 @@ class Teacher(ABC):
         """Raise `ConfigError` if the teacher does not fit the policy's tokenizer. Called before `attach`."""
 
     def attach(self, model: PeftModel) -> None:
-        """Add what the teacher keeps to the freshly built policy. Called once, before training and sharding."""
+        """Add the teacher's own weights to the newly built policy. Called once, before training and sharding."""
 
     def context_length(self) -> int | None:
         """Return the largest number of tokens, prompt and completion, that fits. None if only the policy's limit holds."""

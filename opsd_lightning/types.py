@@ -152,9 +152,9 @@ class DataRequirements:
             the trace that this context is made of is dropped.
         traces: If True, every training question needs a trace, whatever ``data.context`` is.
         answers: If True, every training question needs an answer or a trace that ends with one.
-        trace_completions: If True, traces are trained on in the place of completions: every training question needs one,
-            and it must fit the model's context behind the student's prompt.
-        privileged: If True, training reads the teacher's prompts, and they are checked before it starts.
+        trace_completions: If True, the method trains on traces instead of completions. Every training question then needs a
+            trace that fits the model's context after the student's prompt.
+        privileged: If True, training uses the teacher's prompts, which are checked before it starts.
         graded_teacher: If True, evaluation samples completions of the teacher too, and needs its prompts.
         max_new_tokens: Longest completion that is sampled in training, in tokens.
         teachers: Teachers that score completions. Each must have room for a prompt and its completion.

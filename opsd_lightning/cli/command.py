@@ -176,8 +176,8 @@ class OPSDCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunReport):
                     callback.arguments = self.arguments
-        except (ValueError, TypeError, ImportError) as error:  # a part's own check of its settings
-            reason = _reason(error)
+        except (ValueError, TypeError, ImportError) as error:  # raised by a part that checks its settings
+            reason = _root_cause(error)
             if isinstance(reason, UserError):
                 raise reason from None
             raise UserError(str(reason)) from error
@@ -233,7 +233,7 @@ class OPSDCLI(LightningCLI):
         open_loggers(self.trainer)
 
 
-def _reason(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """Return the error of a part itself, which jsonargparse wraps in errors about types."""
     cause: BaseException | None = error
     while cause is not None:

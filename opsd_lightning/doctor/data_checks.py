@@ -92,7 +92,7 @@ def data_findings(
         data: The data module after ``setup``.
         split: ``train`` or ``val``.
         facts: The result of `data_facts`.
-        refuses: If True, ``data.on_invalid`` is ``error``, and one invalid row ends the run.
+        refuses: If True, an invalid row is an error (``data.on_invalid: error``).
         rooms: Context lengths that prompts and completions of each split must fit.
         overhead: Tokens of the teacher's prompt in addition to the student's prompt and the context.
     """
@@ -168,7 +168,7 @@ def length_findings(
     objective: Objective,
     sampled: bool,
 ) -> Iterator[Finding]:
-    """Find prompts and completions that are too long, and settings with which less than 1 % are.
+    """Find prompts and completions that are too long, and settings with which less than 1 % of them are too long.
 
     Args:
         data: The data module after ``setup``.
@@ -201,7 +201,8 @@ def length_findings(
 
 
 def _to_fit(data: OPSDDataModule, split: str, rooms: Rooms, overhead: int) -> tuple[str, str]:
-    """Return the setting and the advice with which all but 1 % of a split's prompts fit, by computation."""
+    """Return the setting to change, and a fix after which 99 % of a split's prompts fit. Values in the fix are computed from
+    the data."""
 
     def longest(each: Room, of: str) -> int:
         pairs = data.lengths.get(of, [])
@@ -230,7 +231,8 @@ def _to_fit(data: OPSDDataModule, split: str, rooms: Rooms, overhead: int) -> tu
 
 
 def _cut_that_fits(student: int, teacher: int, room: Sequence[Room], overhead: int) -> float:
-    """Return how many tokens of its context a row may keep: infinity without a cut, minus infinity if no cut helps."""
+    """Return the largest number of context tokens with which a row fits: inf if no cut is needed, -inf if no cut is
+    enough."""
     context = teacher - student - overhead
     cuts = []
     for each in room:

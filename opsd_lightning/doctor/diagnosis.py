@@ -172,7 +172,7 @@ class _Examination:
     # -- data and prompts --------------------------------------------------------------------------------------------------
 
     def _renders(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Find all texts that do not reach the prompts, where `fit` stops at the first.
+        """Find all texts that do not reach the prompts. ``fit`` reports only the first.
 
         Returns:
             True if prompts can be made.
@@ -393,7 +393,7 @@ class _Examination:
             self.memory_findings = list(memory_findings(self.estimate(step), memory_of(self.device), self.name, measured))
 
     def _fits(self, step: Step) -> bool:
-        """Return whether a step may be run here: on a CPU, too little memory would end the process."""
+        """Return True if a trial step fits into memory. On a CPU the system would kill a process that needs too much."""
         return self.device.type == "cuda" or self.estimate(step)["total"] < 0.9 * memory_of(self.device)
 
     def _examples(self, rows: PromptBatch) -> tuple[Examples, Teacher | None]:

@@ -150,7 +150,7 @@ def cache_bytes(config: PretrainedConfig, tokens: int, element_size: int) -> int
 
 
 def kept_bytes_per_token(model: PeftModel) -> float:
-    """Return the bytes that autograd saves for one more token of a row, in all layers, without gradient checkpointing.
+    """Return the bytes that autograd saves for each token of a row, without gradient checkpointing.
 
     Args:
         model: A skeleton, or a model with its weights.

@@ -119,7 +119,7 @@ def _answered(
     eos: frozenset[int],
     traces: Sequence[str],
 ) -> Iterator[Finding]:
-    """Find a template that places an answer elsewhere than completions, or ends it with another token."""
+    """Check that the template puts an answer directly after the prompt, and that the answer ends with an EOS token."""
     messages = prompts.messages(role.contents[0])
     opened = prompts.rendered(tokenizer, messages, role.kwargs)
     answered = [*messages, {"role": "assistant", "content": _PROBE}]
@@ -186,7 +186,7 @@ def injected_findings(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exa
 def context_findings(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, context: PrivilegedContext, reads_teacher: bool
 ) -> Iterator[Finding]:
-    """Find prompts that differ from their settings' intention, without being wrong."""
+    """Find valid prompts that probably differ from the intended ones."""
     if reads_teacher and isinstance(context, NoContext) and not is_null_control(tokenizer, prompts):
         text = (
             "the roles' prompts differ even without a context: the teacher trains the student, and this is no null control"
@@ -233,7 +233,7 @@ def thinking_findings(
         roles: The roles of `roles_of`.
         facts: The result of `thinking_facts`.
         skipped: ``skip_first_tokens`` of the objective.
-        in_place: If True, traces are trained on in the place of completions.
+        in_place: If True, the method trains on traces.
     """
     messages = prompts.messages("1+1?")
     for role in roles:

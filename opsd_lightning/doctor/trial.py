@@ -1,8 +1,8 @@
 """Trial training steps: real steps of bounded size, whose time and peak memory are measured. No weight changes.
 
 Lightning runs the method's own ``training_step`` on a few questions with short completions, with an optimizer that leaves
-the weights alone. What a step of the run takes is extrapolated from these steps in two ways only, both linear: the length of
-completions, and the number of rows where a whole batch would take too long to try.
+the weights alone. Time and memory of a step of the run are extrapolated linearly in the length of completions, and in the
+number of rows if a whole batch would take too long.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TrialStep(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Times that steps of other sizes are extrapolated from.
+    """Measured times from which the time of a step of any size is computed.
 
     Args:
         decoding: Seconds of one decoding step, by the number of rows that are sampled at one time. Empty without sampling.
@@ -72,7 +72,7 @@ class Speed(NamedTuple):
         return rows * self.prefill + rows / at_once * completion * self._decoding_seconds(at_once)
 
     def _decoding_seconds(self, rows: int) -> float:
-        """Return the seconds of one decoding step. Linear in the rows between measured numbers of rows and beyond."""
+        """Return the seconds of one decoding step. Interpolated and extrapolated linearly in the number of rows."""
         (fewer, one), (more, other) = min(self.decoding.items()), max(self.decoding.items())
         if rows <= fewer:
             return one
@@ -92,10 +92,10 @@ def run_trials(
     """Run trial steps and derive `Speed` from them.
 
     Args:
-        module: A `PolicyModule` with its model. Weights, settings and random numbers are the same after as before.
+        module: A `PolicyModule` with its model. Its weights, settings and random state are restored.
         rows: The training rows.
         questions: Questions of the small steps, at least 1.
-        most_questions: Questions of a larger step, which is run with as many of them as take some 15 seconds.
+        most_questions: Upper limit on the questions of a larger step, which is chosen to take about 15 seconds.
         step: Sizes of a step of the run.
         device: The device of the model.
 
@@ -119,8 +119,9 @@ def speed_of(steps: Sequence[TrialStep], sampled: Sequence[TrialStep], rows_at_o
     """Derive the times of steps of other sizes.
 
     Args:
-        steps: Steps, of which the last has the most rows.
-        sampled: Steps that sample: two with the same rows, the first with shorter completions, and possibly more rows last.
+        steps: Measured steps. The last one has the most rows.
+        sampled: Measured steps with sampling. The first two have the same rows, and the first has shorter completions. A
+            third step may have more rows.
         rows_at_once: Completions that the engine samples at one time. 0 if nothing is sampled in this process.
     """
     scoring = steps[-1].scoring_seconds / max(steps[-1].tokens, 1)
@@ -195,7 +196,8 @@ def time_facts(
 def measured_memory(estimate: Callable[[Step], dict[str, int]], step: Step, trial: TrialStep) -> dict[str, int]:
     """Extrapolate the measured peak memory of a trial step to a step of the run.
 
-    The estimate serves for the difference between both steps only, and for the optimizer's state, which a trial step lacks.
+    The estimate is used only for the difference between the two steps, and for the optimizer state, which a trial step does
+    not have.
 
     Args:
         estimate: Returns the estimated bytes of a step, as `memory` does.
@@ -247,7 +249,7 @@ def _run(module: Any, batches: Sequence[PromptBatch], lengths: Sequence[int], de
 
 @contextmanager
 def _unchanged(module: Any) -> Iterator[None]:
-    """Put a module's attributes, its adapters' weights and its trainer back, and drop gradients."""
+    """Restore the module's attributes, adapter weights and trainer after the block, and remove gradients."""
     attributes = dict(vars(module))
     # In full fine-tuning no weight moves: the optimizer does not, and no teacher averages weights.
     adapters = {name: p.detach().clone() for name, p in module.model.named_parameters() if is_adapter_key(name)}
@@ -308,7 +310,7 @@ class _NoUpdate(torch.optim.Optimizer):
 
 
 class _FirstTokens(RolloutEngine):
-    """The engine in place of one that samples in another process: the first tokens of the prompts."""
+    """Rollout engine that returns the first tokens of the prompts. It replaces an engine that samples in another process."""
 
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         rows = [list(prompt[: sampling.max_new_tokens]) for prompt in prompts for _ in range(sampling.n)]

@@ -1,8 +1,8 @@
 """Accuracy of several completions per question, with standard errors.
 
-The standard error over questions is that of another set of similar questions: it includes the variance of questions and of
-samples. The standard error over samples is that of other samples for the same questions. Use the latter to compare two runs
-on the same questions.
+The standard error over questions estimates the change of a value with another set of similar questions. It includes the
+variance of questions and of samples. The standard error over samples estimates the change with other samples for the same
+questions. Use the latter to compare two runs on the same questions.
 """
 
 from __future__ import annotations

@@ -60,10 +60,10 @@ class Anchor:
         Args:
             model: The policy.
             tokenizer: The policy's tokenizer.
-            beside: The method's own teacher, already attached.
+            beside: The method's teacher, which is attached first.
 
         Raises:
-            ConfigError: A part does not fit the policy, or both teachers would keep an adapter; there is one place.
+            ConfigError: A part does not fit the policy, or both teachers need an adapter, and the policy has room for one.
         """
         self.objective.check(base_of(model).config.get_text_config().vocab_size, "model.anchor.objective")
         self.teacher.check(tokenizer)

@@ -7,8 +7,8 @@ A method (`opsd.OPSDModule`, `sft.SFTModule`, `grpo.GRPOModule`) writes its own 
         self.update(step, terms)
     return self.finish_step(step)
 
-Optimization is manual. One call of ``training_step`` samples all completions of an optimizer step, and only then is the
-number of completion tokens known that the loss of every micro-batch is divided by.
+Optimization is manual. The loss of every micro-batch is divided by the number of completion tokens of the whole step, which
+is known only after ``training_step`` has sampled them.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class PolicyModule(EvaluatedModule, ABC):
         token_budget: Limit on the tokens of one scoring pass, padding included, at least 1. It bounds memory and does not
             change the result, except for the inputs that LoRA dropout drops.
         updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper makes 1. From the second step on,
-            tokens are weighted by the ratio of their probability to that before the first step. Make ``every_n_train_steps``
-            of a `ModelCheckpoint` a multiple of it.
+            the loss of a token is weighted by p_now / p_before, where p_before is its probability before the first step.
+            Make ``every_n_train_steps`` of a `ModelCheckpoint` a multiple of it.
         seed: Seed of rollouts and dropout. On the command line linked to ``seed_everything``.
         allow_checkpoint_changes: If True, load a checkpoint that was made with another base model, LoRA settings, teacher,
             kind of optimizer or schedule, batch size times devices, seed or data. All differences are listed.

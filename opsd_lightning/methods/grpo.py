@@ -3,9 +3,9 @@
     A_i = (r_i - mean r) / (std r + 1e-4)          over the n completions of one question, std with n - 1
     L = -mean over tokens of min(rho A, clip(rho, 1 - eps, 1 + eps) A),   rho = p_now(y_n) / p_old(y_n)
 
-A verifier's reward of the whole completion takes the place of OPSD's teacher. A token whose rho is clipped has no gradient.
-Elsewhere the gradient is that of -rho A log p(y_n) with rho detached, so that the loss here is a likelihood weighted by
-rho A. p_old is the student before the first update on a batch, in which rho is 1.
+The reward of a verifier for the whole completion replaces OPSD's teacher. A token whose rho is clipped has no gradient.
+Elsewhere the gradient is that of -rho A log p(y_n) with rho detached, so that the loss here is a likelihood weighted by rho
+A. p_old is the student before the first update on a batch, in which rho is 1.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class GRPOModule(PolicyModule):
         reward: Reward of a completion. Defaults to `AnswerReward`.
         likelihood: Tokens that count and their weights. Defaults to `NegativeLogLikelihood` at the sampling temperature, the
             only one allowed. ``sequence_mean`` is the paper's reduction, ``token_mean`` (the default) that of DAPO.
-        clip_ratio: eps, the change of a token's probability above which its gradient is cut off. Above 0.
+        clip_ratio: Largest relative change eps of a token's probability, above 0. Tokens beyond it have no gradient.
         anchor: A KL term against a reference. Defaults to none, as in the comparison of arXiv 2601.18734.
         sampling: Sampling of the training completions. Defaults to 8 completions of each question.
         common: Arguments of `PolicyModule`.

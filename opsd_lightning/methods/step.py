@@ -1,4 +1,4 @@
-"""Records of a training step: what callbacks receive, and what a method carries from one update to the next."""
+"""Records of a training step, for callbacks (`StepRecord`, `StepOutput`) and for the method itself (`Step`)."""
 
 from __future__ import annotations
 

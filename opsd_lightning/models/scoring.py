@@ -1,8 +1,8 @@
 """Scoring: hidden states that predict completion tokens, with gradient for the student and without for a teacher.
 
-Rows are packed where attention takes their lengths (flash attention) and grouped by length otherwise, so that little of a
-pass is padding. Only the hidden states at completion tokens reach the head. Without gradient, a prompt with several
-completions is run once, and its key-value cache serves them all.
+Flash attention gets packed rows. Otherwise rows of similar length are grouped, so that a pass contains little padding. Only
+the hidden states at completion tokens reach the head. Without gradient, a prompt with several completions is run once, and
+its key-value cache serves them all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def split_rows(model: PeftModel, lengths: Sequence[int], token_budget: int) -> l
 def score(
     model: PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> tuple[TokenStates, Tensor]:
-    """Score completions in one pass under the active adapter, with gradient where the caller records it.
+    """Score completions in one pass under the active adapter, with gradient if autograd is enabled.
 
     Args:
         model: The policy. Its mode (training or evaluation) stays as it is.
@@ -87,7 +87,7 @@ class Scorer:
     """Score completions without gradient, in passes of bounded size.
 
     Args:
-        model: The policy, or another causal LM. The adapter that is active when a method is called is the one that scores.
+        model: The policy, or another causal LM. Methods use the adapter that is active when they are called.
         token_budget: Limit on the tokens of one pass, padding and cached tokens included. At least 1.
         ranks: Ranks that must make the same number of passes, as sharding requires.
 
@@ -251,7 +251,7 @@ def head_of(model: PeftModel, kept: Mapping[str, Tensor] | None = None) -> Calla
 
 
 def moving_weights(model: PeftModel) -> dict[str, Tensor]:
-    """Copy the weights of the head that optimizer steps change: its adapter's, or all in full fine-tuning.
+    """Copy the trainable weights of the head: those of its adapter, or all weights in full fine-tuning.
 
     Every rank must call, because sharded weights are gathered.
     """

@@ -128,7 +128,7 @@ class _OwnCompletionContext(OnlineContext):
     def check(self, sampling: Sampling) -> None:
         if sampling.n < 2:
             raise ConfigError(
-                f"it is {sampling.n}, and {type(self).__name__} shows the teacher another completion of the same question",
+                f"it is {sampling.n}, and model.context {type(self).__name__} shows another completion of the same question",
                 "model.sampling.n",
                 "Set it to 4, for example, and divide data.batch_size by 4",
             )

@@ -194,7 +194,7 @@ MISTAKES = {
             "--model.lr_scheduler.max_lr=0.1",
             "--model.lr_scheduler.total_steps=1",
         ],
-        ["model.lr_scheduler", "total_steps = 1", "trainer.max_steps = 2"],
+        ["model.lr_scheduler", "total_steps", "trainer.max_steps"],
     ),
     "schedule by a metric": Mistake(lambda p, f: ["--model.lr_scheduler=ReduceLROnPlateau"], ["ReduceLROnPlateau"]),
     "a step budget in the data": Mistake(lambda p, f: ["--trainer.max_steps=two"], ["trainer.max_steps", "two"]),

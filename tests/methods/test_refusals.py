@@ -16,6 +16,7 @@ from helpers.messages import mentions
 from helpers.models import EOS, make_model, make_tokenizer
 from helpers.steps import fit, one_step
 from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.sources import FileSource
 from opsd_lightning.losses.objectives import DivergenceObjective, NegativeLogLikelihood
 from opsd_lightning.losses.supports import TopKWithTail
@@ -131,8 +132,9 @@ def test_rows_beyond_the_teachers_context_are_left_out(method: str, make_policy:
     trainer = one_step(tmp_path)
     trainer.fit(with_teacher(method, policy, ModelTeacher(folder)), data)
     assert len(data.rows["train"].examples) == 4
-    (reason,) = data.dropped["train"]
-    assert WHERE[method] in str(reason) and str(SHORT) in str(reason)
+    assert data.dropped["train"] == {DropReason.TEACHER_TOO_LONG: 4}
+    text = data.limits["train"].text(DropReason.TEACHER_TOO_LONG)
+    assert WHERE[method] in text and str(SHORT) in text
     batch = BATCH._replace(student=[[20] * 80, *BATCH.student[1:]])
     with pytest.raises(UserError, match=mentions(WHERE[method])):
         fit(with_teacher(method, policy, ModelTeacher(folder)), 1, tmp_path, batch)  # type: ignore[arg-type]

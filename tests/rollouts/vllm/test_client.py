@@ -29,7 +29,15 @@ from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, sanitiz
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import ConfigError, Sampling
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    # Servers fail here on purpose. Killed ones leave sockets.
+    pytest.mark.filterwarnings("ignore:vLLM server http:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+    # `pytest.warns` issues this one again, without the module by which pyproject.toml ignores it.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 SAMPLING = Sampling(max_new_tokens=4)
@@ -268,7 +276,7 @@ def test_a_server_with_too_short_a_context_leaves_the_work_to_others(
     folders: dict[str, str], server: ProtocolServer, engine: Callable[..., VLLMServerEngine], built: Callable[..., PeftModel]
 ) -> None:
     short = ProtocolServer(folders["llama"], max_model_len=8)
-    with pytest.warns(RuntimeWarning, match=mentions("--max-model-len 11")):
+    with pytest.warns(RuntimeWarning, match=mentions("--max-model-len", "11")):
         rollouts = engine(short.url, server.url).generate(built(), PROMPTS, SAMPLING, seed=0)
     assert len(rollouts.completions) == len(PROMPTS) and not short.requests
     short.kill()

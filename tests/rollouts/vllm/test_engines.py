@@ -43,7 +43,15 @@ from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts
 from opsd_lightning.teachers import EMATeacher, FixedTeacher
 from opsd_lightning.types import Rollouts, Sampling, UserError
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    # Servers fail here on purpose. Killed ones leave sockets.
+    pytest.mark.filterwarnings("ignore:vLLM server http:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+    # `pytest.warns` issues this one again, without the module by which pyproject.toml ignores it.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 class Watch(Callback):
@@ -349,6 +357,7 @@ def test_unusable_settings_are_refused(
         make_engine(server).generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
 
 
+@pytest.mark.filterwarnings("ignore:model.optimizer.init_args.lr:UserWarning")  # a rate of 0 on purpose
 def test_overlap_samples_a_step_ahead_and_weighs_by_it(
     servers: Callable[..., ProtocolServer],
     make_engine: Callable[..., VLLMServerEngine],
