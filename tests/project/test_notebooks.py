@@ -20,7 +20,11 @@ from traitlets.config import Config
 
 from helpers.paths import ROOT
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    # The first notebook compares two steps with a learning rate of 0.
+    pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.optimization"),
+]
 
 
 FOLDER = ROOT / "notebooks"
