@@ -107,7 +107,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     assert {"model.policy.dtype", "model.sampling.top_p", "model.token_budget", "data.prompts.system"} <= names
     assert not [name for name, text in found if len(text.split()) < 3]
     for part, name in (("teacher.help=EMATeacher", "decay"), ("objective.clip.help=TokenClip", "tau")):
-        (text,) = re.findall(rf"--[\w.]*\b{name} [A-Z_]+ (.*?)\(type:", shown("fit", f"--model.{part}"))
+        (text,) = re.findall(rf"--[\w.]*\b{name} [A-Z_]+ (.*?)\((?:required, )?type:", shown("fit", f"--model.{part}"))
         assert len(text.split()) >= 3
 
 
