@@ -299,7 +299,7 @@ def told(recorded: Any) -> list[str]:
 def test_checkpoint_changes_can_be_allowed(base: str, checkpoint: Path, tmp_path: Path) -> None:
     """All are told of, and a state that fits another optimizer is not used."""
     changes = {"optimizer": lambda p: SGD(p, lr=0.5), "lora": LoRA(4, 9, 0.0, ["q_proj"]), "seed": 3}
-    with pytest.warns(UserWarning, match="ckpt_path") as warned:
+    with pytest.warns(UserWarning, match="ckpt_path|optimizer") as warned:
         fit, _ = resume(tmp_path, checkpoint, base, 3, allow_checkpoint_changes=True, **changes)
     assert all(part in told(warned)[0] for part in ("alpha 8 -> 9", "AdamW -> torch.SGD", "seed_everything 0 -> 3"))
     assert fit.global_step == 3 and fit.optimizers[0].param_groups[0]["lr"] == 0.5

@@ -1,10 +1,11 @@
 """Tests that every benchmark runs on a tiny model, and of the results that do not depend on the machine."""
 
-from __future__ import annotations
+from __future__ import subprocess
 
 import importlib
 import json
 import multiprocessing
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def test_every_benchmark_is_run_here() -> None:
     assert {path.stem for path in BENCHMARKS.glob("*.py")} - {"__init__", "common"} == set(SMALL) | {
         "servers",  # test_vllm
         "real_model",  # test_quickstart
+        "structure",
+        "structure_step",
     }
 
 
@@ -172,3 +175,13 @@ def test_step(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: forking)
     ours, theirs, _ = rows(run("step"))
     assert float(ours["first loss"]) == pytest.approx(float(theirs["first loss"]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_structure_of_this_tree_is_measured() -> None:
+    found = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "structure.py")], check=True, capture_output=True, text=True, timeout=300
+    ).stdout
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in found.splitlines())
+    assert int(rows["imports in cycles of units"]) == 0 and int(rows["public names"]) > 90
+    assert re.fullmatch(r"\d+ pairs of files; base to method \d+, method to base \d+", rows["calls between files in a step"])
