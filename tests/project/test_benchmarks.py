@@ -1,12 +1,13 @@
 """Tests that every benchmark runs on a tiny model, and of the results that do not depend on the machine."""
 
-from __future__ import subprocess
+from __future__ import annotations
 
 import importlib
 import json
 import multiprocessing
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any

@@ -36,11 +36,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_text(f"open({str(folder / 'MARK')!r}, 'a').write({name!r} + ' ')\n")
     (folder / "run" / "record").mkdir(parents=True)
     (folder / "run" / "record" / "run.json").write_text('{"starts": [{}], "logs": []}')
-    (folder / "own_parts.py").write_text(
+    (folder / "hostile_folder_parts.py").write_text(
         "import own_helper\nfrom opsd_lightning import LiveTeacher\nclass MyTeacher(LiveTeacher):\n    'Mine.'\n"
     )
     (folder / "own_helper.py").write_text("")
-    (folder / "own.yaml").write_text("model: {init_args: {teacher: {class_path: own_parts.MyTeacher}}}\n")
+    (folder / "own.yaml").write_text("model: {init_args: {teacher: {class_path: hostile_folder_parts.MyTeacher}}}\n")
     return folder
 
 
@@ -65,7 +65,7 @@ def test_report_imports_nothing_from_the_folder(hostile: Path, module: bool) -> 
 
 def test_named_part_is_the_only_import_from_the_folder(hostile: Path) -> None:
     """Named in YAML, it is imported from there, and nothing that the environment has."""
-    assert "own_parts.MyTeacher" in opsd(hostile, "fit", "--config", "own.yaml", "--print_config")
+    assert "hostile_folder_parts.MyTeacher" in opsd(hostile, "fit", "--config", "own.yaml", "--print_config")
 
 
 @pytest.mark.slow
