@@ -241,7 +241,8 @@ def _run(module: Any, batches: Sequence[PromptBatch], lengths: Sequence[int], de
         if not isinstance(module.rollouts, LocalEngine):
             module.rollouts = _FirstTokens()
         try:
-            trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch))  # type: ignore[arg-type]
+            loader: Any = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+            trainer.fit(module, loader)
         finally:
             module.model.to(device)  # the end of a fit moves it to the CPU
     return record.steps
