@@ -315,6 +315,7 @@ def test_concurrent_runs_get_different_log_versions(tmp_path: Path) -> None:
     assert other.logger is not None and other.logger.version == 1
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.runs.lock")
 def test_an_evaluation_beside_a_fit_leaves_its_log(folders: dict[str, str], tmp_path: Path, impatient: None) -> None:
     """Though it was given the same version."""
     model, log = folders["llama"], CSVLogger(tmp_path, version=0)

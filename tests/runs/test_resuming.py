@@ -138,6 +138,7 @@ def test_a_validation_is_not_repeated(make_policy: Callable[..., Policy], tmp_pa
     assert [h for h in happened if h[0] in ("step", "validation")] == [("step", 6), ("validation", 6), ("step", 7)]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.callbacks.collapse_guard")
 @pytest.mark.parametrize("kind", ["EarlyStopping", "CollapseGuard"])
 def test_pending_stop_happens_after_a_resume(kind: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Killed in the validation at which it ends early."""
