@@ -180,7 +180,7 @@ EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning:peft.tuners.tuners_utils")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_mixtures_of_experts(name: str, tmp_path: Path) -> None:
     """With dropout they work, or the message says to leave it out; without it they work, and the doctor estimates them."""

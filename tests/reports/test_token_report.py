@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -312,7 +313,8 @@ def test_pictures_are_logged(make_policy: Callable[..., Policy], tmp_path: Path)
     trainer(tmp_path, report, logger=logger, max_steps=2).fit(*parts(make_policy()))
     pictures = sorted((Path(logger.log_dir) / "tokens").iterdir())
     assert [path.name for path in pictures] == ["step-000001.png", "step-000002.png"]
-    pixels = torch.tensor(list(Image.open(pictures[0]).convert("RGB").getdata()))
+    with Image.open(pictures[0]) as picture:
+        pixels = torch.tensor(np.asarray(picture.convert("RGB"))).reshape(-1, 3)
     assert len(pixels.unique(dim=0)) > 50  # shades and letters, not an empty sheet
     silent = CSVLogger(tmp_path / "silent")
     trainer(tmp_path, TokenReport(pictures=False), logger=silent, max_steps=1).fit(*parts(make_policy()))

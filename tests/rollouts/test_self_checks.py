@@ -109,6 +109,7 @@ def built_of(make: Callable[[], PreTrainedModel], folder: Path) -> PeftModel:
     return Policy(str(folder), lora=LoRA(r=2, alpha=2, dropout=0.0), dtype="float32").build()
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("name", RIGHT)
 def test_consistent_models_pass(name: str, tmp_path: Path) -> None:
     found = check_policy(built_of(RIGHT[name], tmp_path), TransformersEngine(), every_adapter=True)
