@@ -32,7 +32,11 @@ from helpers.pages import PAGES, blocks, commands
 from helpers.paths import ROOT
 from opsd_lightning.__main__ import entry
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    # The commands share one run, whose data other pages change.
+    pytest.mark.filterwarnings("ignore:ckpt_path. the checkpoint does not fit this configuration"),
+]
 
 
 CONFIG, QWEN = "configs/quickstart.yaml", "configs/qwen3_1.7b_qlora.yaml"

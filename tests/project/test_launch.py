@@ -78,6 +78,7 @@ def test_torchrun_on_two_nodes(folders: dict[str, str], tmp_path: Path, rows: Pa
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:scontrol is not on PATH")
 def test_slurm_on_two_nodes(folders: dict[str, str], tmp_path: Path, rows: Path) -> None:
     """The batch file's own command, in the environment that srun gives to its tasks, without srun."""
     line = (ROOT / "configs" / "launch" / "slurm.sbatch").read_text().splitlines()[-1]
