@@ -24,7 +24,11 @@ from opsd_lightning.checkpoints.io import AtomicCheckpointIO, is_checkpoint, lin
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.types import ConfigError
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.checkpoints"),
+]
 
 
 MEGABYTES = 4

@@ -31,7 +31,7 @@ from opsd_lightning.runs.reader import read_run
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.limited_process import exceeded_limit
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")]
 
 
 MESSAGES = [{"role": "user", "content": "1 + 1?"}]

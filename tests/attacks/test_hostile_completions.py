@@ -16,7 +16,7 @@ from opsd_lightning.grading import math_grader as grading, math_pool
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.grading.math_worker import MEMORY
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")]
 
 
 SECONDS = 0.5

@@ -9,6 +9,9 @@ import pytest
 from opsd_lightning.grading.final_answer import final_answer
 from opsd_lightning.grading.math_grader import MathGrader
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")
+
+
 GRADER = MathGrader()
 FORMS = [
     "42", "7", "-17", "−8", "+3", "1,234", "1,234,567", "12 000", "3.75", ".5", "-0.25", "3/4", "-7/8", "5 2/3", "2½", "\\frac{3}{8}",

@@ -11,6 +11,9 @@ from opsd_lightning.grading import math_pool
 from opsd_lightning.grading.final_answer import last_boxed
 from opsd_lightning.grading.math_grader import MathGrader
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")
+
+
 GRADER = MathGrader(timeout_seconds=3.0)
 
 

@@ -15,7 +15,7 @@ import pytest
 from helpers.paths import ROOT
 from opsd_lightning.grading.math_grader import MathGrader
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")]
 
 
 SLOW = r"\boxed{10^{10^{%d}}}"  # sympy never ends

@@ -23,6 +23,7 @@ from opsd_lightning.grading.math_grader import Grade, MathGrader
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc"),
+    pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading"),
 ]
 
 SLOW = ["10^{10^{10}}+x", "9!!!!!!", "2^{3^{4^{5^{6}}}}", "7^{7^{7^{7}}}x"]
