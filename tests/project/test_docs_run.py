@@ -36,7 +36,6 @@ pytestmark = [
     pytest.mark.integration,
     # The commands share one run, whose data other pages change.
     pytest.mark.filterwarnings("ignore:ckpt_path. the checkpoint does not fit this configuration"),
-    pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record"),
 ]
 
 
