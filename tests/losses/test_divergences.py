@@ -205,6 +205,7 @@ def test_objectives_equal_a_float64_oracle(
         np.testing.assert_allclose(tokens["student_logprob"], s[np.arange(rows), targets], atol=1e-10)
 
 
+@pytest.mark.integration
 @settings(max_examples=120, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     seed=st.integers(0, 2**31),

@@ -36,6 +36,8 @@ from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import Rollouts, Sampling, UserError
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize("teacher", [FixedTeacher, lambda: EMATeacher(0.8), LiveTeacher], ids=["fixed", "ema", "live"])
 @pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "at its end"])

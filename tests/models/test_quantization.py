@@ -27,6 +27,9 @@ from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, Teacher
 from opsd_lightning.types import Sampling, UserError
 
+pytestmark = pytest.mark.integration
+
+
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
 )
