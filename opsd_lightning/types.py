@@ -16,8 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -237,7 +236,8 @@ def checked(cls: type[_Class]) -> type[_Class]:
         opsd_lightning.types.ConfigError: Sampling.n: it is 0. Give an int restricted to be >0
     """
     init = cls.__init__
-    names = list(inspect.signature(init).parameters)[1:]
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     numbers: dict[str, _Number] = {}
 
     def convert(owner: object, name: str, value: Any) -> Any:
@@ -247,7 +247,8 @@ def checked(cls: type[_Class]) -> type[_Class]:
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if not numbers:  # on first use: annotations may name classes that are defined later
             numbers.update(_numbers_of(init))
-        args = tuple(convert(self, name, value) for name, value in zip_longest(names[: len(args)], args))
+        known = zip(positional, args, strict=False)
+        args = (*(convert(self, name, value) for name, value in known), *args[len(positional) :])
         init(self, *args, **{name: convert(self, name, value) for name, value in kwargs.items()})
 
     cls.__init__ = checked_init  # type: ignore[method-assign]
@@ -272,7 +273,12 @@ class _Number(NamedTuple):
 def _numbers_of(function: Callable[..., Any]) -> dict[str, _Number]:
     """Return the arguments of a function that are restricted numbers."""
     found: dict[str, _Number] = {}
-    for name, hint in get_type_hints(function).items():
+    names = function.__globals__  # type: ignore[attr-defined]
+    for name, annotation in function.__annotations__.items():
+        try:
+            hint = get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names)[name]
+        except NameError:  # a name for type checkers only is no restricted number
+            continue
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         numbers = [kind for kind in kinds if kind is not NoneType]
         kind = numbers[0] if len(numbers) == 1 else None

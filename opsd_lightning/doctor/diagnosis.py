@@ -61,7 +61,7 @@ from opsd_lightning.doctor.prompt_checks import (
 )
 from opsd_lightning.doctor.trial import TRIAL_TOKENS, measured_memory, run_trials, time_facts
 from opsd_lightning.methods.base import PolicyModule
-from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.opsd import DistillationModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy, eos_ids
 from opsd_lightning.models.precision import check_dtypes
@@ -404,7 +404,7 @@ class _Examination:
         tokenizer = module.tokenizer
         texts = [rows.examples[i].trace or rows.examples[i].answer or "The answer" for i in picked]
         completions = [tokenizer.encode(text, add_special_tokens=False)[:LOOKED_AT] for text in texts]
-        teacher, context = (module.teacher, module.context) if isinstance(module, OPSDModule) else (None, None)
+        teacher, context = (module.teacher, module.context) if isinstance(module, DistillationModule) else (None, None)
         needs = module.data_requirements
         reads = needs.privileged and needs.teacher_prompts
         if context is not None:

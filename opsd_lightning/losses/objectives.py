@@ -67,7 +67,7 @@ class Objective(ABC):
         if reduction not in ("token_mean", "sequence_mean"):
             raise ConfigError(
                 f"the reduction {reduction!r} does not exist",
-                "model.objective.reduction",
+                f"{type(self).__name__}.reduction",
                 "Choose token_mean or sequence_mean",
             )
         self.temperature = temperature

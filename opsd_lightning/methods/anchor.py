@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,12 @@ from opsd_lightning.models.policy import TEACHER, base_of
 from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.teachers import FixedTeacher, ReferenceTeacher, Teacher, TrustRegionTeacher, is_identity
 from opsd_lightning.types import ConfigError, PositiveFloat, Rollouts, TokenStates, checked
+
+# Type checkers refuse other teachers. The command line accepts any, and shows the reason for refusing it.
+if not TYPE_CHECKING:
+    _Reference = Teacher
+else:
+    _Reference = ReferenceTeacher
 
 
 @checked
@@ -35,13 +42,13 @@ class Anchor:
     """
 
     def __init__(
-        self, weight: PositiveFloat = 0.01, objective: Objective | None = None, teacher: ReferenceTeacher | None = None
+        self, weight: PositiveFloat = 0.01, objective: Objective | None = None, teacher: _Reference | None = None
     ) -> None:
         self.weight = weight
         self.objective = objective or DivergenceObjective(ReverseKL())
         self.teacher = teacher or FixedTeacher()
         self.teacher.setting = "model.anchor.teacher"
-        if not isinstance(self.teacher, ReferenceTeacher):  # callers whose types nothing checks
+        if not isinstance(self.teacher, ReferenceTeacher):
             raise ConfigError(
                 f"{type(self.teacher).__name__} follows the student, and an anchor needs a reference that never changes",
                 "model.anchor.teacher",
@@ -69,22 +76,23 @@ class Anchor:
         self.teacher.check(tokenizer)
         if isinstance(beside, TrustRegionTeacher):
             beside = beside.fixed
-        fixed, fixed_beside = isinstance(self.teacher, FixedTeacher), isinstance(beside, FixedTeacher)
-        if isinstance(self.teacher, FixedTeacher) and isinstance(beside, FixedTeacher) and not isinstance(model, PeftModel):
-            self.teacher.share(beside)
-        elif fixed and fixed_beside and TEACHER in model.peft_config:
-            return  # both score with the same frozen copy
-        elif isinstance(self.teacher, FixedTeacher) and isinstance(model, PeftModel) and TEACHER in model.peft_config:
-            if not is_identity(model):
-                raise ConfigError(
-                    "the reference is the adapter that training starts from (model.policy.adapter), and model.teacher keeps "
-                    "another adapter; there is one place",
-                    "model.anchor.teacher",
-                    "Use ModelTeacher here, or FixedTeacher as model.teacher",
-                )
+        if not isinstance(self.teacher, FixedTeacher) or (isinstance(model, PeftModel) and TEACHER not in model.peft_config):
+            self.teacher.attach(model)
+        elif isinstance(beside, FixedTeacher):
+            if not isinstance(model, PeftModel):
+                self.teacher.share(beside)
+            # With an adapter, both score with the same frozen copy.
+        elif not isinstance(model, PeftModel):
+            self.teacher.attach(model)
+        elif is_identity(model):
             self.teacher.use_base_weights()
         else:
-            self.teacher.attach(model)
+            raise ConfigError(
+                "the reference is the adapter that training starts from (model.policy.adapter), and model.teacher keeps "
+                "another adapter. The policy has room for one",
+                "model.anchor.teacher",
+                "Use ModelTeacher here, or FixedTeacher as model.teacher",
+            )
 
     def score(self, scorer: Scorer, prompts: Sequence[list[int]], rollouts: Rollouts) -> TokenStates:
         """Return the reference's states at all completion tokens. Every rank must call.

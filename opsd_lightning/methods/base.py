@@ -322,6 +322,8 @@ class PolicyModule(EvaluatedModule, ABC):
                 return
             self._optimizer.zero_grad()
             torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.trainer.global_rank))
+            if number:
+                self._clock.restart()
             ratios = None
             if number and step.rollouts.sampled:
                 found = log_ratios(
@@ -373,7 +375,7 @@ class PolicyModule(EvaluatedModule, ABC):
         values["train/tokens_generated"] = float(self.tokens_generated)
         for phase, seconds in self._clock.seconds.items():
             values[f"time/{phase}_seconds"] = seconds
-            values[f"time/{phase}_tokens_per_second"] = step.rollouts.tokens / max(seconds, 1e-9)
+            values[f"time/{phase}_tokens_per_second"] = step.rollouts.tokens / seconds if seconds else 0.0
         shown = {name: values.pop(name) for name in _IN_PROGRESS_BAR if name in values}
         self.log_dict(shown, prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)

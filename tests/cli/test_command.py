@@ -130,6 +130,7 @@ def test_both_entry_points_print_the_version() -> None:
         (["--model.context=MajorityContext"], "model.sampling.n"),
         (["--model.context=ReasonFirst", "--model.context.template=hi"], "model.context.init_args.template"),
         (["--data.train=WordProblems", "--data.train.size=1", "--data.train.largest=4"], "largest"),
+        (["--model.anchor.weight=0.1", "--model.anchor.teacher=EMATeacher"], "model.anchor.teacher: "),
     ],
 )
 def test_errors_of_parts_are_one_short_line(

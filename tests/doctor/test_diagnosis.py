@@ -465,6 +465,10 @@ def test_methods_without_a_teacher_have_no_divergence(doctor: Doctor) -> None:
         assert found["facts"]["time"]["validation_seconds"] > 0
 
 
+def test_mixed_steps_have_a_divergence(doctor: Doctor) -> None:
+    assert doctor("--model=MixedOPSDModule")["facts"]["divergence"]
+
+
 def test_online_contexts_are_not_examined(doctor: Doctor) -> None:
     found = doctor("--model.context=FeedbackContext")
     assert found["healthy"] and "divergence" not in found["facts"]

@@ -55,6 +55,7 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} has a relative import"
             found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "opsd_lightning" else {node.module}
     return found
 
