@@ -80,7 +80,7 @@ def test_progress_bars_of_libraries_are_for_terminals(terminal: bool, monkeypatc
     stream = io.StringIO()
     stream.isatty = lambda: terminal  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", stream)
-    assert transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
     with hide_library_messages():
         assert transformers_logging.is_progress_bar_enabled() == terminal
     assert transformers_logging.is_progress_bar_enabled()
