@@ -206,6 +206,7 @@ def test_a_resumed_run_compares_with_its_own_start(make_policy: Callable[..., Po
     assert len(first.state_dict()["lengths"]) == 2 and second.state_dict() == first.state_dict()
 
 
+@pytest.mark.integration
 def test_two_ranks_log_the_values_of_all_completions(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     """Each rank tells what it fed; the logged values are those of both together."""
     policy = make_policy()

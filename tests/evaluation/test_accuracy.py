@@ -65,6 +65,7 @@ def drawn(skills: list[float], k: int, draw: random.Random) -> list[Question]:
     return questions
 
 
+@pytest.mark.integration
 def test_sample_errors_agree_with_repeated_sampling() -> None:
     """The same questions sampled 200 times: each reported error, on average, near the spread of what it belongs to."""
     draw = random.Random(0)
@@ -77,6 +78,7 @@ def test_sample_errors_agree_with_repeated_sampling() -> None:
     assert all(run["avg@12_se_samples"] < run["avg@12_se"] for run in runs)
 
 
+@pytest.mark.integration
 def test_question_errors_agree_with_a_bootstrap() -> None:
     draw = random.Random(0)
     questions = drawn([draw.random() for _ in range(150)], 4, draw)

@@ -137,10 +137,17 @@ ENGINES = [
 def test_every_engine_is_under_test() -> None:
     found = {*RolloutEngine.__subclasses__(), *LocalEngine.__subclasses__()} - {LocalEngine}
     ours = {cls for cls in found if cls.__module__.startswith("opsd_lightning") and not cls.__name__.startswith("_")}
-    assert ours == {type(engine) for engine in ENGINES} | {VLLMServerEngine, VLLMEngine}  # these two in test_vllm.py
+    assert ours == {type(engine) for engine in ENGINES} | {VLLMServerEngine, VLLMEngine}  # tested in rollouts/vllm
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: f"{type(e).__name__}-{vars(e)}")
+@pytest.mark.parametrize(
+    "engine",
+    [  # continuous batching takes seconds to start on a CPU
+        pytest.param(engine, marks=[pytest.mark.integration] * isinstance(engine, ContinuousBatchingEngine))
+        for engine in ENGINES
+    ],
+    ids=lambda e: f"{type(e).__name__}-{vars(e)}",
+)
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_greedy_rollouts_of_ragged_rows_are_those_of_each_row_alone(
     engine: RolloutEngine, architecture: str, built: Callable[..., PeftModel]
