@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_every_benchmark_is_run_here() -> None:
 def run(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def call(name: str) -> dict[str, Any]:
         out = tmp_path / f"{name}.json"
-        options = SMALL[name].format(**folders, folder=tmp_path, root=BENCHMARKS.parent).split()
+        options = shlex.split(SMALL[name].format(**folders, folder=tmp_path, root=shlex.quote(str(BENCHMARKS.parent))))
         script = BENCHMARKS / f"{name}.py"
         monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--repeats", "1", "--json", str(out), *options])
         monkeypatch.syspath_prepend(str(BENCHMARKS))
