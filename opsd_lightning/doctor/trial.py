@@ -154,7 +154,7 @@ def time_facts(
         data: Set up.
         trainer: As configured.
         step: Sizes of a step of the run.
-        trials: What `run_trials` returned.
+        trials: Results of `run_trials`.
         traces: Tokens of each trace, as an estimate of completions.
     """
     measured, speed = trials
