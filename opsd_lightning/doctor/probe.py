@@ -47,7 +47,7 @@ def divergence_facts(module: Any, teacher: Teacher, found: Examples) -> list[dic
         found: Prompts and completions.
     """
     model = module.model
-    scorer = Scorer(model, module.token_budget)
+    scorer = Scorer(model, module.scoring_budget)
     student = scorer.score(found.students, found.completions)
     states = teacher.score(scorer, found.teachers, found.completions)
     targets = torch.tensor([t for row in found.completions for t in row], device=device_of(model))

@@ -21,6 +21,7 @@ from opsd_lightning.evaluation.accuracy import AccuracyAtK, pass_sizes
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.models.scoring import Scorer
+from opsd_lightning.models.token_budget import TokenBudget
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios
 from opsd_lightning.rollouts.self_checks import Agreement, check_policy
@@ -186,7 +187,7 @@ class EvaluatedModule(LightningModule):
         rollouts: Engine that samples completions.
         evaluator: Grades completions and computes metrics.
         objective: The method's objective. Its ``logits_memory_mib`` limits the memory of logits.
-        token_budget: Tokens of one scoring pass.
+        scoring_budget: Tokens of one scoring pass.
         seed: Seed for rollouts.
         command: Command line of the run, for the message on how to resume. None for a run from Python.
         validated: Number of training batches before the last validation of a fit.
@@ -198,7 +199,7 @@ class EvaluatedModule(LightningModule):
     rollouts: RolloutEngine
     evaluator: Evaluator
     objective: Any
-    token_budget: int
+    scoring_budget: TokenBudget
     seed: int
     command: str | None = None
     validated: int = 0
@@ -307,7 +308,7 @@ class EvaluatedModule(LightningModule):
     @property
     def scorer(self) -> Scorer:
         """Scores completions with the policy, within the token budget."""
-        return Scorer(self.model, self.token_budget, self.ranks)
+        return Scorer(self.model, self.scoring_budget, self.ranks)
 
     def _graded(self, batch: PromptBatch, batch_idx: int) -> Records:
         records = self._sampled(batch, batch_idx, self.evaluator.roles)

@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
@@ -47,6 +48,7 @@ from opsd_lightning.models.policy import Policy, base_of, eos_ids, is_adapter_ke
 from opsd_lightning.models.precision import check_dtypes
 from opsd_lightning.models.scoring import score
 from opsd_lightning.models.sharding import full_tensor
+from opsd_lightning.models.token_budget import TokenBudget
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -92,7 +94,8 @@ class PolicyModule(EvaluatedModule, ABC):
             rate.
         max_grad_norm: Norm to which larger gradients are clipped, above 0. Defaults to no clipping.
         token_budget: Limit on the tokens of one scoring pass, padding included, at least 1. It bounds memory and does not
-            change the result, except for the inputs that LoRA dropout drops.
+            change the result, except for the inputs that LoRA dropout drops. On one device it is halved where memory runs
+            out.
         updates_per_batch: Optimizer steps on one batch of rollouts, at least 1. The paper makes 1. From the second step on,
             the loss of a token is weighted by p_now / p_before, where p_before is its probability before the first step.
             Make ``every_n_train_steps`` of a `ModelCheckpoint` a multiple of it.
@@ -147,6 +150,7 @@ class PolicyModule(EvaluatedModule, ABC):
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.max_grad_norm = max_grad_norm
         self.token_budget = token_budget
+        self.scoring_budget = TokenBudget(token_budget)
         self.updates_per_batch = updates_per_batch
         self.seed = seed
         self.allow_checkpoint_changes = allow_checkpoint_changes
@@ -321,7 +325,6 @@ class PolicyModule(EvaluatedModule, ABC):
             if number and self.global_step >= self.trainer.max_steps >= 0:
                 return
             self._optimizer.zero_grad()
-            torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.trainer.global_rank))
             if number:
                 self._clock.restart()
             ratios = None
@@ -344,7 +347,9 @@ class PolicyModule(EvaluatedModule, ABC):
         """
         if step.correction is not None:
             terms = [term.weighted(step.correction) for term in terms]
-        loss, measured = self._backward(step, terms)
+        loss, measured = self.scoring_budget.attempt(
+            partial(self._backward, step, terms), undo=self._optimizer.zero_grad, repeats=self.ranks.repeats_passes
+        )
         self._clock.end("scoring")
         if not abs(loss) < _INFINITE:
             self._stop(f"the loss is {loss} at step {self.global_step}")
@@ -394,6 +399,7 @@ class PolicyModule(EvaluatedModule, ABC):
         Returns:
             The loss over all ranks, and the measurements of the first term, as in `StepRecord`.
         """
+        torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.trainer.global_rank))
         prompts, completions = step.student_prompts, step.rollouts.completions
         sizes = [len(completion) for completion in completions]
         plan = self.scorer.micro_batches([len(prompt) + size for prompt, size in zip(prompts, sizes, strict=True)])
@@ -552,6 +558,7 @@ class PolicyModule(EvaluatedModule, ABC):
         if self._diverged is not None:
             raise self._diverged
         checkpoint["opsd_tokens_generated"] = self.tokens_generated
+        checkpoint["opsd_token_budget"] = self.scoring_budget.state_dict()
         checkpoint[checkpoint_record.KEY] = checkpoint_record.record_of(self)
         requeue.record_job(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
@@ -594,6 +601,8 @@ class PolicyModule(EvaluatedModule, ABC):
         self.tokens_generated = checkpoint.get("opsd_tokens_generated", 0)
         self.configure_model()
         with checkpoint_file.wrap_restore_errors(None):
+            if "opsd_token_budget" in checkpoint:
+                self.scoring_budget.load_state_dict(checkpoint["opsd_token_budget"])
             if "opsd_compared" not in checkpoint:  # a strategy may have called this before
                 checkpoint["opsd_compared"] = True
                 self._settings_changed = checkpoint_record.compare(self, checkpoint)

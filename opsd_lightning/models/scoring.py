@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from opsd_lightning.models.packing import join, micro_batches, pad_left, repeated
 from opsd_lightning.models.policy import base_of, below_head, device_of, evaluating, is_adapter_key
+from opsd_lightning.models.token_budget import TokenBudget
 from opsd_lightning.types import ConfigError, TokenStates
 
 
@@ -68,9 +68,16 @@ class Ranks(Protocol):
 
     def max(self, values: Sequence[float]) -> list[float]: ...
 
+    @property
+    def repeats_passes(self) -> bool:
+        """True if a rank may repeat a pass after an error, without the others."""
+        ...
+
 
 class SingleRank:
     """The collectives of a process that runs alone."""
+
+    repeats_passes = True
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return [float(value) for value in values]
@@ -82,13 +89,15 @@ class SingleRank:
 _SINGLE = SingleRank()
 
 
-@dataclass(frozen=True)
 class Scorer:
     """Score completions without gradient, in passes of bounded size.
 
+    A pass for which the device has too little memory is repeated in smaller parts (see `token_budget.TokenBudget`).
+
     Args:
         model: The policy, or another causal LM. Methods use the adapter that is active when they are called.
-        token_budget: Limit on the tokens of one pass, padding and cached tokens included. At least 1.
+        token_budget: Limit on the tokens of one pass, padding and cached tokens included. At least 1. Scorers that share a
+            `TokenBudget` share its current limit.
         ranks: Ranks that must make the same number of passes, as sharding requires.
 
     Example::
@@ -97,13 +106,14 @@ class Scorer:
         logits = states.head(states.hidden[:8])  # [8, V]
     """
 
-    model: PeftModel
-    token_budget: int = 8192
-    ranks: Ranks = _SINGLE
+    def __init__(self, model: PeftModel, token_budget: int | TokenBudget = 8192, ranks: Ranks = _SINGLE) -> None:
+        self.model = model
+        self.budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget)
+        self.ranks = ranks
 
     def of(self, model: PeftModel) -> Scorer:
         """Return a scorer of another model with the same budget and ranks."""
-        return replace(self, model=model)
+        return Scorer(model, self.budget, self.ranks)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenStates:
@@ -117,33 +127,44 @@ class Scorer:
 
         Returns:
             Hidden states of shape [T, D], row by row, and the language-model head.
+
+        Raises:
+            ConfigError: The device has too little memory for a row.
         """
+        found: dict[int, Tensor] = {}
+        with evaluating(self.model):
+            self.budget.attempt(lambda: self._score_rest(prompts, completions, found), repeats=self.ranks.repeats_passes)
+        return states_of(self.model, torch.cat([found[row] for row in range(len(prompts))]))
+
+    def _score_rest(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], found: dict[int, Tensor]
+    ) -> None:
+        """Score the rows that are not found yet, and add their states."""
         model = self.model
-        groups = repeated(prompts) if selectable_cache(model) else []
+        rest = [row for row in range(len(prompts)) if row not in found]
+        groups = repeated([prompts[row] for row in rest]) if selectable_cache(model) else []
+        groups = [[rest[i] for i in group] for group in groups]
         shared = {row for group in groups for row in group}
-        single = [row for row in range(len(prompts)) if row not in shared]
+        single = [row for row in rest if row not in shared]
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        alone = [[single[i] for i in batch] for batch in split_rows(model, [lengths[i] for i in single], self.token_budget)]
+        alone = [[single[i] for i in batch] for batch in self._split([lengths[i] for i in single])]
         together = []
-        for batch in split_rows(model, [len(prompts[group[0]]) for group in groups], self.token_budget):
+        for batch in self._split([len(prompts[group[0]]) for group in groups]):
             picked = [groups[i] for i in batch]
             # The prompt predicts the first token of a completion, and the last token predicts nothing: the rest need a pass.
             rows = [row for group in picked for row in group if len(completions[row]) > 1]
             width = max(len(prompts[group[0]]) for group in picked)
-            parts = split_rows(model, [width + len(completions[row]) for row in rows], self.token_budget)
+            parts = self._split([width + len(completions[row]) for row in rows])
             together.append((picked, [[rows[i] for i in part] for part in parts]))
-        found: dict[int, Tensor] = {}
         passes = len(alone) + sum(1 + len(parts) for _, parts in together)
         missing = self.most_passes(passes) - passes  # before the passes, which under sharding wait for other ranks, too
-        with evaluating(model):
-            for rows in alone:
-                states, _ = score(model, [prompts[row] for row in rows], [completions[row] for row in rows])
-                found |= zip(rows, states.hidden.split([len(completions[row]) for row in rows]), strict=True)
-            for picked, parts in together:
-                found |= _score_shared(model, prompts, completions, picked, parts)
-            for _ in range(missing):
-                score(model, [prompts[0][:1]], [[]])
-        return states_of(model, torch.cat([found[row] for row in range(len(prompts))]))
+        for rows in alone:
+            states, _ = score(model, [prompts[row] for row in rows], [completions[row] for row in rows])
+            found |= zip(rows, states.hidden.split([len(completions[row]) for row in rows]), strict=True)
+        for picked, parts in together:
+            found |= _score_shared(model, prompts, completions, picked, parts)
+        for _ in range(missing):
+            score(model, [prompts[0][:1]], [[]])
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Split rows into the micro-batches of a training pass. Every rank must call.
@@ -154,12 +175,17 @@ class Scorer:
         Returns:
             Row indices of each pass. A rank with fewer passes than another gets empty ones at the end.
         """
-        plan = split_rows(self.model, lengths, self.token_budget)
+        plan = self._split(lengths)
         return plan + [[] for _ in range(self.most_passes(len(plan)) - len(plan))]
 
     def most_passes(self, passes: int) -> int:
         """All-reduce (max) the number of passes."""
         return int(self.ranks.max([passes])[0])
+
+    def _split(self, lengths: Sequence[int]) -> list[list[int]]:
+        plan = split_rows(self.model, lengths, self.budget.tokens)
+        self.budget.note(lengths, plan)
+        return plan
 
 
 def _score_shared(
