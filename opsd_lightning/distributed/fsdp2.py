@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, Strate
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     OffloadPolicy,
@@ -92,6 +93,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of nodes
         super().setup_environment()
+        # torch may create a group of its own for the mesh, with torch's default timeout (10 minutes under NCCL).
+        assert self._timeout is not None
+        _set_pg_timeout(self._timeout, self.device_mesh.get_group("data_parallel"))
 
     def model_to_device(self) -> None:
         if not self.cpu_offload:

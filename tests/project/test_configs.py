@@ -95,7 +95,7 @@ OTHERS = {"grpo": "GRPOModule", "sft": "SFTModule"}
 METHODS = [path for path in PRESETS if path.stem in ("paper_v1", "released_v3")]
 MACHINES = [path for path in PRESETS if path not in METHODS and path.stem not in (*OTHERS, "full_finetuning")]
 CHANGES = {  # what every other preset is for, by the setting's path
-    "ddp": ("trainer.strategy", "ddp"),
+    "ddp": ("trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy"),
     "vllm": ("model.rollouts.class_path", "opsd_lightning.VLLMServerEngine"),
     "fsdp2": ("trainer.strategy.class_path", "opsd_lightning.FSDP2Strategy"),
 }
