@@ -120,4 +120,4 @@ def test_test_files_mirror_the_package() -> None:
     folders = {path.name for path in PACKAGE.rglob("*") if path.is_dir() and (path / "__init__.py").exists()}
     for path in (ROOT / "tests").rglob("test_*.py"):
         parts = path.relative_to(ROOT / "tests").parts[:-1]
-        assert not parts or parts[0] in ("attacks", "project") or set(parts) <= folders, path
+        assert not parts or parts[0] in ("attacks", "device", "gpu", "project") or set(parts) <= folders, path
