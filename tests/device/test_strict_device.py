@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from helpers.strict_device import (
     CUDA,
@@ -315,3 +316,12 @@ def test_bfloat16_is_that_of_the_card(card: Card, supported: bool) -> None:
         assert torch.cuda.is_bf16_supported(including_emulation=False) is supported
         assert torch.cuda.get_device_capability() == card.capability
         assert torch.cuda.get_device_name() == torch.cuda.get_device_properties(0).name == card.name
+
+
+def test_a_model_that_is_loaded_here_first_has_its_frequencies(folders: dict[str, str]) -> None:
+    """Torch caches the functions that a meta device acts on. A replaced one would leave transformers' buffers unset."""
+    torch.utils._device._device_constructors.cache_clear()
+    with strict_device():
+        here = AutoModelForCausalLM.from_pretrained(folders["llama"]).model.rotary_emb.inv_freq
+    after = AutoModelForCausalLM.from_pretrained(folders["llama"]).model.rotary_emb.inv_freq
+    assert torch.equal(here, after) and float(after[0]) == 1

@@ -94,7 +94,7 @@ def perturb(model: PeftModel, scale: float = 0.1, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
+                parameter += (scale * torch.randn(parameter.shape, generator=generator)).to(parameter.device)
 
 
 # Ragged prompts and completions: the shortest and the longest of everything, and an empty completion.

@@ -743,10 +743,14 @@ def strict_device(card: Card | None = None, *, large: int | None = None, strict:
     if (reason := unavailable()) is not None:
         raise RuntimeError(reason)
     _register_backend()
+    # Torch collects the functions that ``with torch.device("meta")`` acts on at their first use: here, before some are replaced.
+    torch.utils._device._device_constructors()
     device = StrictDevice(card or Card(), large, strict)
     with contextlib.ExitStack() as stack:
         # Transformers would load weights in threads, which the imitation does not reach.
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
+        # bitsandbytes keeps its code books on the device.
+        stack.enter_context(mock.patch.dict("bitsandbytes.functional.name2qmap", clear=True))
         for name, replacement in _replacements(device).items():
             stack.enter_context(mock.patch(name, replacement))
         # Modules exchange whole tensors when they move, since `.data` of a CPU tensor cannot become a wrapper.
