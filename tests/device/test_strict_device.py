@@ -325,3 +325,15 @@ def test_a_model_that_is_loaded_here_first_has_its_frequencies(folders: dict[str
         here = AutoModelForCausalLM.from_pretrained(folders["llama"]).model.rotary_emb.inv_freq
     after = AutoModelForCausalLM.from_pretrained(folders["llama"]).model.rotary_emb.inv_freq
     assert torch.equal(here, after) and float(after[0]) == 1
+
+
+def test_the_context_of_another_device_holds_inside() -> None:
+    """Transformers builds models on the meta device, and computes their buffers only if a new tensor is there."""
+    torch.utils._device._device_constructors.cache_clear()
+    with strict_device():
+        with torch.device("meta"):
+            assert torch.tensor([]).device.type == torch.empty(2).device.type == "meta"
+        with torch.device(CUDA):
+            assert torch.tensor([]).device == torch.empty(2).device == CUDA
+    with torch.device("meta"):
+        assert torch.tensor([]).device.type == torch.as_tensor([1]).device.type == "meta"
