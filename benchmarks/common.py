@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # the imitated device and tiny models, in `helpers`
 
 import torch
 import transformers

@@ -32,7 +32,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 CUDA = torch.device("cuda", 0)
@@ -343,8 +343,6 @@ class StrictDevice(TorchDispatchMode):
             vars(made).update(kept)
             found = made
         self.look_at_sizes(name, found, func.is_view)
-        if ours and func.namespace == "aten" and (func.is_view or func._schema.is_mutable):
-            return return_and_correct_aliasing(func, args, kwargs, found)
         return found
 
     def _count_copy(self, name: str, args: Any, kwargs: dict[str, Any], on_device: bool) -> bool:
@@ -669,6 +667,13 @@ def _replacements(device: StrictDevice) -> dict[str, Any]:
     def cuda(tensor: Tensor, index: Any = None, non_blocking: bool = False, **kwargs: Any) -> Tensor:
         return tensor.to(CUDA, non_blocking=non_blocking, **kwargs)
 
+    make_parameter = torch.nn.Parameter.__new__
+
+    def new_parameter(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+        if cls is torch.nn.Parameter and isinstance(data, torch.nn.Parameter) and type(data) is not cls:
+            return data.requires_grad_(requires_grad)  # a parameter class of another library that moves with its module
+        return make_parameter(cls, data, requires_grad)
+
     def swap_tensors(one: Tensor, other: Tensor) -> None:
         same = isinstance(one, DeviceTensor) and isinstance(other, DeviceTensor) and one.dtype == other.dtype
         if not (same and one.data_ptr() == other.data_ptr()):  # module.to(device) of a module on the device: nothing to do
@@ -680,6 +685,7 @@ def _replacements(device: StrictDevice) -> dict[str, Any]:
         "torch.as_tensor": with_index(torch.as_tensor),
         "torch.Tensor.to": with_index(torch.Tensor.to),
         "torch.Tensor.cuda": cuda,
+        "torch.nn.Parameter.__new__": staticmethod(new_parameter),
         "torch.utils.swap_tensors": swap_tensors,
         "torch.set_autocast_enabled": set_autocast_enabled,
         "torch.set_autocast_dtype": set_autocast_dtype,

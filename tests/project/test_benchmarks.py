@@ -29,6 +29,7 @@ SMALL = {
     "scaling": "--model {llama} --tokens 8",
     "memory": "--models Qwen3-1.7B --lengths 1024 2048",
     "clip_inversion": "--made-up --positions 50 --vocabulary 100 --taus 0.05",
+    "device_counts": "--layers 1 --tokens 1 --weights bfloat16 --engines default",
     "callbacks": "--model {llama} --batch 2 --new-tokens 6 --steps 3",
     "attempts": "--model {llama} --vocabulary 300",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
@@ -142,6 +143,15 @@ def test_callbacks(run: Any) -> None:
 
 
 @pytest.mark.slow  # weighs alternatives that were not built
+def test_device_counts(run: Any) -> None:
+    results = run("device_counts")
+    tokens, steps = (rows for rows in results.values() if isinstance(rows, list))
+    with_adapter, without = tokens
+    assert with_adapter["kernels"] > without["kernels"] > 0
+    assert {row["phase"] for row in steps} >= {"rollout", "teacher", "micro-batches", "optimizer"}
+    assert all(row["a step"] == pytest.approx(row["reads"] + row["uploads"]) for row in steps)
+
+
 def test_attempts(run: Any) -> None:
     result = run("attempts")
     assert len(rows(result)) == 3 + 4 + 1 + 1 + 4
