@@ -480,7 +480,8 @@ class Term(NamedTuple):
         Returns:
             The loss and the measurements of each token, as in `Objective.__call__`.
         """
-        weights = torch.cat([self.weights[row] for row in rows] or [torch.zeros(0)]).to(targets.device)
+        weights = torch.cat([self.weights[row] for row in rows] or [torch.zeros(0, dtype=torch.float32)])
+        weights = weights.to(targets.device, non_blocking=True)
         teacher = self.teacher
         if teacher is not None:
             states = teacher.hidden.split(list(sizes))

@@ -40,7 +40,7 @@ from opsd_lightning.methods import checkpoint_record
 from opsd_lightning.methods.checkpoint_record import Configured
 from opsd_lightning.methods.idle_steps import IdleSteps
 from opsd_lightning.methods.optimization import make_optimizer, make_scheduler
-from opsd_lightning.methods.step import PhaseClock, Step, StepCallback, StepOutput, StepRecord
+from opsd_lightning.methods.step import Pass, PhaseClock, Step, StepCallback, StepOutput, StepRecord, read_passes
 from opsd_lightning.methods.step_metrics import step_metrics
 from opsd_lightning.methods.trainer_checks import check_trainer
 from opsd_lightning.models.fingerprint import base_record
@@ -385,7 +385,17 @@ class PolicyModule(EvaluatedModule, ABC):
         self.log_dict(shown, prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)
         self._clock = PhaseClock()
-        return {"loss": torch.tensor(step.record.loss), "rollouts": step.rollouts, "measured": step.record.measured}
+        return {
+            "loss": torch.tensor(step.record.loss, dtype=torch.float32),
+            "rollouts": step.rollouts,
+            "measured": step.record.measured,
+        }
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a metric as Lightning does. Numbers are kept on the CPU, so that no copy to the device is waited for."""
+        if isinstance(value, (int, float)) and not kwargs.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.float32)  # not the default dtype
+        super().log(name, value, *args, **kwargs)
 
     @property
     def _optimizer(self) -> LightningOptimizer:
@@ -403,27 +413,19 @@ class PolicyModule(EvaluatedModule, ABC):
         prompts, completions = step.student_prompts, step.rollouts.completions
         sizes = [len(completion) for completion in completions]
         plan = self.scorer.micro_batches([len(prompt) + size for prompt, size in zip(prompts, sizes, strict=True)])
-        loss = 0.0
-        measured: dict[str, list[Tensor]] = {}
+        passes: list[Pass] = []
         for number, rows in enumerate(plan):
             # A rank without rows scores the first prompt without a completion: no token, and a loss of 0 with a graph.
             read, written = [prompts[i] for i in rows or [0]], [completions[i] for i in rows] or [[]]
             student, targets = score(self.model, read, written)
-            losses = []
-            for term in terms:
-                part, tokens = term.loss(student, targets, rows, sizes)
-                losses.append(part)
-                if term is terms[0]:
-                    for name, values in tokens.items():
-                        store = measured.setdefault(name, [torch.zeros(0)] * len(prompts))
-                        for i, value in zip(rows, values.cpu().split([sizes[i] for i in rows]), strict=True):
-                            store[i] = value
+            losses, measured = zip(*(term.loss(student, targets, rows, sizes) for term in terms), strict=True)
             total = torch.stack(losses).sum()
             # Distributed strategies average gradients over ranks, and the weights already divide by all ranks' tokens.
             with nullcontext() if number == len(plan) - 1 else no_backward_sync(self.trainer.strategy):
                 self.manual_backward(total * self.trainer.world_size)
-            loss += float(total.detach())
-        return self.ranks.sum([loss])[0], measured
+            passes.append(Pass(rows, total.detach(), measured[0]))
+        loss, by_row = read_passes(passes, sizes)
+        return self.ranks.sum([loss])[0], by_row
 
     def _clip(self, terms: list[Term], measured: dict[str, list[Tensor]]) -> float:
         """Clip the gradient, and return its norm before."""
@@ -459,7 +461,9 @@ class PolicyModule(EvaluatedModule, ABC):
         if "forward_kl" not in self.measured:
             return False
         columns = [row for name in ("forward_kl", "reverse_kl") for row in measured.get(name, [])]
-        return self.ranks.max([float(torch.cat([torch.zeros(1), *columns]).abs().max())])[0] <= _ROUNDING
+        return (
+            self.ranks.max([float(torch.cat([torch.zeros(1, dtype=torch.float32), *columns]).abs().max())])[0] <= _ROUNDING
+        )
 
     def _watch(self, record: StepRecord, grad_norm: float, rate_is_zero: bool) -> None:
         """Warn of consecutive steps that teach nothing. Every rank must call, and all reach the same verdict."""
@@ -486,7 +490,7 @@ class PolicyModule(EvaluatedModule, ABC):
         if self.idle.steps or "forward_kl" not in self.measured:
             return
         half = str(self.trainer.precision).startswith("bf16") or base_of(self.model).dtype == torch.bfloat16
-        divergence = torch.cat([torch.zeros(0), *record.measured.get("forward_kl", [])])
+        divergence = torch.cat([torch.zeros(0, dtype=torch.float32), *record.measured.get("forward_kl", [])])
         total, count = self.ranks.sum([float(divergence.sum()), divergence.numel()])
         if half and count and 0 < total / count < _HALF_ROUNDING:
             rank_zero_warn(
@@ -513,7 +517,7 @@ class PolicyModule(EvaluatedModule, ABC):
         if rollouts.logprobs is None:
             return None
         found = log_ratios(self.scorer, students, rollouts, self.objective)  # engines report temperature 1
-        away = torch.cat([*found, torch.zeros(1)]).abs()
+        away = torch.cat([*found, torch.zeros(1, dtype=torch.float32)]).abs()
         total, count = self.ranks.sum([float(away.sum()), float(away.numel() - 1)])
         difference, most = total / max(count, 1), self.ranks.max([float(away.max())])[0]
         self.log("train/rollout_logprob_difference", difference, batch_size=1)
@@ -535,7 +539,7 @@ class PolicyModule(EvaluatedModule, ABC):
             limit: Largest ratio to return.
             name: Name of the metrics, ``train/<name>``.
         """
-        flat = torch.cat([*ratios, torch.zeros(1)])
+        flat = torch.cat([*ratios, torch.zeros(1, dtype=torch.float32)])
         total, above, count = self.ranks.sum([float(flat.sum()), float((flat > limit).sum()), flat.numel() - 1])
         most = self.ranks.max([float(flat.max())])[0]
         logged = {"": total / max(count, 1), "_max": most, "_clipped": above / max(count, 1)}
@@ -544,7 +548,7 @@ class PolicyModule(EvaluatedModule, ABC):
 
     def normalized(self, weights: list[Tensor]) -> list[Tensor]:
         """Divide token weights by their sum over the whole step and all ranks. Every rank must call."""
-        total = max(*self.ranks.sum([float(torch.cat([*weights, torch.zeros(1)]).sum())]), 1e-12)
+        total = max(*self.ranks.sum([float(torch.cat([*weights, torch.zeros(1, dtype=torch.float32)]).sum())]), 1e-12)
         return [weight / total for weight in weights]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

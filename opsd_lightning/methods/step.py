@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -71,6 +73,45 @@ class StepOutput(TypedDict):
     loss: Tensor
     rollouts: Rollouts
     measured: dict[str, list[Tensor]]
+
+
+class Pass(NamedTuple):
+    """Results of the scoring pass of a micro-batch, on the device.
+
+    Args:
+        rows: Indices of its completions in the step, with T tokens in total.
+        loss: The micro-batch's share of the loss, a scalar.
+        measured: Measurements of the first term by name. Shape [T] each.
+    """
+
+    rows: Sequence[int]
+    loss: Tensor
+    measured: Mapping[str, Tensor]
+
+
+def read_passes(passes: Sequence[Pass], sizes: Sequence[int]) -> tuple[float, dict[str, list[Tensor]]]:
+    """Copy the results of all passes to the CPU, in one transfer.
+
+    Args:
+        passes: The passes of a step, at least one.
+        sizes: Number of tokens of each completion of the step.
+
+    Returns:
+        The sum of the losses, and the measurements by name, for each completion a tensor of shape [C] on the CPU.
+    """
+    columns = [(found.rows, name, values) for found in passes for name, values in found.measured.items()]
+    losses = torch.stack([found.loss for found in passes])
+    total, *parts = (
+        torch.cat([losses, *(values for _, _, values in columns)])
+        .cpu()
+        .split([len(passes), *(len(values) for _, _, values in columns)])
+    )
+    measured: dict[str, list[Tensor]] = {}
+    for (rows, name, _), values in zip(columns, parts, strict=True):
+        store = measured.setdefault(name, [torch.zeros(0, dtype=torch.float32)] * len(sizes))
+        for row, value in zip(rows, values.split([sizes[row] for row in rows]), strict=True):
+            store[row] = value
+    return sum(total.tolist()), measured
 
 
 class PhaseClock:

@@ -32,7 +32,7 @@ def step_metrics(record: StepRecord, names: Sequence[str], ranks: Ranks) -> Step
         ranks: The ranks to sum over.
     """
     rollouts = record.rollouts
-    nothing = [torch.zeros(0)] * len(rollouts.completions)
+    nothing = [torch.zeros(0, dtype=torch.float32)] * len(rollouts.completions)
     columns = [record.measured.get(name, nothing) for name in names]
     first = [row[0] for row in record.measured.get("forward_kl", nothing) if len(row)]
     lengths = [len(completion) for completion in rollouts.completions]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,20 +56,21 @@ def join(
     ]
     targets = [token for completion in completions for token in completion]
     if packed:
-        input_ids = torch.tensor([[token for row in rows for token in row]], dtype=torch.long, device=device)
-        position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+        input_ids = to_device([[token for row in rows for token in row]], device)
+        position_ids = to_device([[position for length in lengths for position in range(length)]], device)
     else:
         # No result depends on the padding token: any id of the vocabulary works.
         padded = [row + [0] * (width - len(row)) for row in rows]
-        input_ids = torch.tensor(padded, dtype=torch.long, device=device).reshape(len(rows), width)
+        input_ids = to_device(padded, device).reshape(len(rows), width)
         position_ids = torch.arange(width, device=device).expand(len(rows), width)
     return Rows(
-        input_ids,
-        position_ids,
-        torch.tensor(predictors, dtype=torch.long, device=device),
-        torch.tensor(targets, dtype=torch.long, device=device),
-        lengths if packed else None,
+        input_ids, position_ids, to_device(predictors, device), to_device(targets, device), lengths if packed else None
     )
+
+
+def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Return integers as a tensor on a device, without waiting for the work that the device has not finished."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,8 +81,8 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
         position 0.
     """
     width = max(map(len, prompts))
-    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], dtype=torch.long, device=device)
+    pads = to_device([width - len(prompt) for prompt in prompts], device)
+    input_ids = to_device([[0] * (width - len(p)) + list(p) for p in prompts], device)
     columns = torch.arange(width, device=device)
     positions = columns - pads[:, None]
     return input_ids, (positions >= 0).long(), positions.clamp(min=0)

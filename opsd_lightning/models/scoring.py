@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from opsd_lightning.models.packing import join, micro_batches, pad_left, repeated
+from opsd_lightning.models.packing import join, micro_batches, pad_left, repeated, to_device
 from opsd_lightning.models.policy import base_of, below_head, device_of, evaluating, is_adapter_key
 from opsd_lightning.models.token_budget import TokenBudget
 from opsd_lightning.types import ConfigError, TokenStates
@@ -206,9 +206,9 @@ def _score_shared(
     prompt_of = {row: index for index, group in enumerate(groups) for row in group}
     found = {row: hidden[index, -1:][: len(completions[row])] for row, index in prompt_of.items()}
     for rows in parts:
-        which = torch.tensor([prompt_of[row] for row in rows], device=device)
+        which = to_device([prompt_of[row] for row in rows], device)
         tails = join([completions[row][:1] for row in rows], [completions[row][1:] for row in rows], device)
-        starts = torch.tensor([len(prompts[row]) for row in rows], device=device)
+        starts = to_device([len(prompts[row]) for row in rows], device)
         hidden = hidden_states(
             model,
             input_ids=tails.input_ids,
@@ -246,7 +246,7 @@ def hidden_states(model: PeftModel, **inputs: Any) -> Tensor:
 
 def _row_lengths(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Return the arguments of flash attention's variable-length kernels."""
-    ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    ends = to_device([0, *lengths], device).cumsum(0).to(torch.int32)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
@@ -307,9 +307,12 @@ def check_head(model: PeftModel, setting: str = "model.policy") -> None:
     prompt = [list(range(4, 10))]
     with evaluating(model):
         states, _ = score(model, [prompt[0][:1]], [prompt[0][1:]])
-        ours = states.head(states.hidden).float()
-        device = device_of(model)
-        theirs = base_of(model)(input_ids=torch.tensor(prompt, device=device)[:, :-1]).logits[0].float()
+        ours = states.head(states.hidden)
+        theirs = base_of(model)(input_ids=to_device(prompt, device_of(model))[:, :-1]).logits[0]
+    # The dtype of the logits is that of the computation. Under autocast the hidden states can be in float32.
+    full = ours.dtype in (torch.float32, torch.float64) and states.hidden.dtype in (torch.float32, torch.float64)
+    tolerance = 1e-4 if full else 5e-2
+    ours, theirs = ours.float(), theirs.float()
     name = type(base_of(model)).__name__
     if not torch.isfinite(theirs).all():
         raise ConfigError(
@@ -317,7 +320,6 @@ def check_head(model: PeftModel, setting: str = "model.policy") -> None:
             f"{setting}.model",
             "Check for a broken checkpoint or a padded vocabulary masked with -inf, or choose another model",
         )
-    tolerance = 1e-4 if states.hidden.dtype == torch.float32 else 5e-2
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
         raise ConfigError(
             f"{name} does not compute its logits from the hidden states and the head alone (largest difference "

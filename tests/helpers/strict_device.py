@@ -354,6 +354,8 @@ class StrictDevice(TorchDispatchMode):
         else:
             source, blocking = args[0], not kwargs.get("non_blocking", False)
         from_device = isinstance(source, DeviceTensor)
+        if not source.numel():  # nothing is copied
+            return on_device
         counts = self.counts[self.where]
         if from_device and not on_device:
             counts.waits[f"copy to the CPU @ {caller()}"] += 1
