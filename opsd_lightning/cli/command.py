@@ -43,6 +43,7 @@ import opsd_lightning.teachers
 from opsd_lightning.callbacks.rollouts import RolloutWriter
 from opsd_lightning.checkpoints.file import check_file, local_path, wrap_restore_errors
 from opsd_lightning.checkpoints.io import check_weights_only, recover
+from opsd_lightning.cli.allocator import use_expandable_segments
 from opsd_lightning.cli.parser import Parser, check_nulls, remembering
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.distributed.checks import check_strategy_name, strategy_problem
@@ -158,6 +159,7 @@ class OPSDCLI(LightningCLI):
         for name, (default, problem_text, fix) in _UNSUPPORTED.items():
             if trainer[name] != default:
                 raise ConfigError(problem_text, f"trainer.{name}", fix)
+        use_expandable_segments(getattr(config.model.init_args.get("rollouts"), "class_path", None))
 
     def _run_subcommand(self, subcommand: str) -> None:
         connector: Any = self.trainer._checkpoint_connector
