@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, Self
 
 from lightning.pytorch import LightningDataModule
@@ -13,17 +15,25 @@ from transformers import PreTrainedTokenizerBase
 from opsd_lightning.checkpoints.file import check_no_hparams, open_checked
 from opsd_lightning.checkpoints.io import check_weights_only
 from opsd_lightning.data.drop_reasons import DropReason, RowLimits, TeacherLimit
+from opsd_lightning.data.fingerprint import fingerprint
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
+from opsd_lightning.data.preparation import Preparation, prepare_rows
+from opsd_lightning.data.prepared_rows import PreparedRows, token_lists
+from opsd_lightning.data.row_cache import AUTO
 from opsd_lightning.data.sources import ExampleSource
-from opsd_lightning.distributed.collectives import rank_and_world_size
+from opsd_lightning.distributed.collectives import get_rank, rank_and_world_size, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
 from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
-from opsd_lightning.prompts.templates import Prompt, Prompts
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.runs.signals import watch_signals
 from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PositiveInt, PromptBatch, checked
+from opsd_lightning.utils.files import is_remote
 from opsd_lightning.utils.texts import normalize_text
+
+# The other ranks wait for rank zero to prepare the rows, which must not end at the timeout of a collective operation.
+_LONGEST_WAIT = timedelta(days=365)
 
 
 @checked
@@ -49,6 +59,8 @@ class OPSDDataModule(LightningDataModule):
             ``model.sampling`` and ``model.eval_sampling``.
         on_invalid: ``drop`` drops invalid rows and logs their number and the reasons. ``error`` refuses them.
         seed: Seed for the order of the training questions. On the command line taken from ``seed_everything``.
+        cache_dir: Folder for verified and tokenized rows, which later runs with the same data and settings read. Defaults to
+            ``auto``, the folder ``opsd_lightning`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. If null, nothing is cached.
 
     Example::
 
@@ -73,10 +85,13 @@ class OPSDDataModule(LightningDataModule):
         max_new_tokens: PositiveInt = 1024,
         on_invalid: Literal["drop", "error"] = "drop",
         seed: int = 0,
+        cache_dir: str | None = AUTO,
     ) -> None:
         super().__init__()
         if on_invalid not in ("drop", "error"):
             raise ConfigError(f"it is {on_invalid!r}", "data.on_invalid", "Choose drop or error")
+        if cache_dir is not None and is_remote(cache_dir):
+            raise ConfigError(f"{cache_dir} is remote", "data.cache_dir", "Name a local folder, or set it to null")
         if policy is None:  # optional in the signature only: the command line links it from model.policy
             problem = "it is missing, and its tokenizer makes the prompts"
             raise ConfigError(problem, "data.policy", "Pass the module's policy")
@@ -90,6 +105,7 @@ class OPSDDataModule(LightningDataModule):
         self.max_new_tokens = max_new_tokens
         self.on_invalid = on_invalid
         self.seed = seed
+        self.cache_dir = cache_dir
         self.rows: dict[str, PromptBatch] = {}
         #: Number of dropped rows of each split by reason.
         self.dropped: dict[str, Counter[DropReason]] = {}
@@ -192,51 +208,65 @@ class OPSDDataModule(LightningDataModule):
         return split in self.rows and (all(self.rows[split].teacher) or not self.requirements().graded_teacher)
 
     def _prepare(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> PromptBatch:
-        """Tokenize the usable rows of a split, and count the dropped ones."""
+        """Tokenize the usable rows of a split, and count the dropped ones.
+
+        Rank zero does so for all ranks, however long it takes. Each rank reads the source itself.
+        """
         needs = self.requirements()
         if split != "train":  # evaluation grades answers
             needs = DataRequirements(teacher_prompts=False, graded_teacher=needs.graded_teacher)
         self.limits[split] = self._limits(needs, limit)
-        dropped: Counter[DropReason] = Counter()
-        found = self._read(split)
-        numbers, valid = self._valid(split, found, needs, dropped)
-        end = self.prompts.end(tokenizer, self.policy.end_ids(tokenizer)) if needs.trace_completions else []
-        traces: list[list[int]] = []
-        batch = PromptBatch([], [], [], [], traces=traces)
-        cut = 0
         self.lengths[split] = []
-        for index, (number, example) in enumerate(zip(numbers, valid, strict=True)):
-            student, teacher = self.prompts.student(tokenizer, example), Prompt()
-            if needs.teacher_prompts or needs.graded_teacher:
-                context = self.context.text(index, valid)
-                if context is not None and not context.strip():
-                    if split != "train":
-                        raise self._blank_context(split, example, valid)
-                    self._drop(split, number, DropReason.EMPTY_CONTEXT, dropped)
-                    continue
-                teacher = self.prompts.teacher(tokenizer, example, context)
-            self.lengths[split].append((len(student), len(teacher)))
-            trace = self.prompts.trace(tokenizer, example, end) if needs.trace_completions else None
-            too_long = self.limits[split].exceeded(len(student), len(teacher), None if trace is None else len(trace))
-            if too_long is not None:
-                self._drop(split, number, too_long, dropped)
-                continue
-            cut += teacher.trace_was_cut
-            batch.student.append(list(student))
-            batch.teacher.append(list(teacher))
-            batch.examples.append(example)
-            batch.counted.append(True)
-            if trace is not None:
-                traces.append(trace)
-        self.dropped[split], self.traces_cut[split] = dropped, cut
-        reasons = "; ".join(f"{count} left out: {text}" for text, count in self.limits[split].texts(dropped).items())
-        cuts = f"; {cut} traces cut to data.prompts.max_trace_tokens" if cut else ""
-        counts = f"{len(batch.examples)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
+        found: list[Example] = []
+
+        def prepare() -> tuple[PreparedRows, str]:
+            found.extend(self._read(split))
+            end = self.prompts.end(tokenizer, self.policy.end_ids(tokenizer)) if needs.trace_completions else []
+            others = ("val", "test") if split == "train" else ()
+            held_out = frozenset(normalize_text(example.question) for other in others for example in self._questions(other))
+            limits, refuse = self.limits[split], partial(self._refuse, split)
+            plan = Preparation(split, tokenizer, self.prompts, self.context, self.grader, needs, limits, end, held_out)
+            return prepare_rows(plan, found, self.cache_dir, refuse, self._shows_progress()), texts()
+
+        def texts() -> str:
+            return fingerprint([example[:3] for example in found]) if ranks > 1 else ""
+
+        def read() -> None:
+            found.extend(self._read(split))
+            if texts() != expected:
+                raise ConfigError(
+                    f"rank {rank} reads other rows than rank 0",
+                    f"data.{split}",
+                    "Give every machine the same files, and return the examples of a source in a fixed order",
+                )
+
+        rank, ranks = rank_and_world_size(self.trainer)
+        if ranks == 1:
+            rows, expected = prepare()
+        else:
+            rows, expected = run_on_rank_zero(prepare, _LONGEST_WAIT)
+            run_on_all_ranks(read if get_rank() else lambda: None)
+        self.dropped[split], self.traces_cut[split], self.lengths[split] = rows.reasons, rows.cut, rows.lengths
+        reasons = "; ".join(f"{count} left out: {text}" for text, count in self.limits[split].texts(rows.reasons).items())
+        cuts = f"; {rows.cut} traces cut to data.prompts.max_trace_tokens" if rows.cut else ""
+        counts = f"{len(rows.usable)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
         rank_zero_info(f"data.{split} ({type(self.sources[split]).__name__}): {counts}")
-        if not batch.examples:
+        if not rows.usable:
             problem = f"no usable row of {len(found)} ({reasons})"
             raise ConfigError(problem, f"data.{split}", "Check the source and its columns")
-        return batch
+        examples = rows.examples(found, rows.usable)
+        student, teacher, traces = (token_lists(ids) for ids in (rows.student, rows.teacher, rows.traces))
+        return PromptBatch(student, teacher, examples, [True] * len(examples), traces=traces)
+
+    def _refuse(self, split: str, index: int, reason: DropReason) -> None:
+        """Raise for a dropped row under ``on_invalid: error``."""
+        if self.on_invalid == "error":
+            problem = f"row {index}: {self.limits[split].text(reason)}"
+            raise ConfigError(problem, f"data.{split}", "Fix the row, or set data.on_invalid to drop")
+
+    def _shows_progress(self) -> bool:
+        trainer = self.trainer
+        return sys.stderr.isatty() and (trainer is None or trainer.progress_bar_callback is not None)
 
     def _limits(self, needs: DataRequirements, limit: int | None) -> RowLimits:
         lengths = [(teacher, teacher.context_length() or limit) for teacher in needs.teachers]
@@ -247,39 +277,6 @@ class OPSDDataModule(LightningDataModule):
             "" if limit is None else self.policy.limit_hint(),
             needs.max_new_tokens,
             tuple(teachers),
-        )
-
-    def _valid(
-        self, split: str, found: Sequence[Example], needs: DataRequirements, dropped: Counter[DropReason]
-    ) -> tuple[list[int], list[Example]]:
-        """Return the numbers of the valid examples in their source, and these examples with their answers filled in."""
-        others = ("val", "test") if split == "train" else ()
-        held_out = {normalize_text(example.question) for other in others for example in self._questions(other)}
-        needs_trace = needs.traces or needs.trace_completions or (needs.teacher_prompts and self.context.needs_traces)
-        numbers: list[int] = []
-        valid: list[Example] = []
-        for number, example in enumerate(found):
-            checked = self._verify(example, held_out, needs_trace, needs.answers)
-            if isinstance(checked, DropReason):
-                self._drop(split, number, checked, dropped)
-            else:
-                numbers.append(number)
-                valid.append(checked)
-        return numbers, valid
-
-    def _blank_context(self, split: str, example: Example, valid: Sequence[Example]) -> ConfigError:
-        """Return the error for an evaluation question with an empty context."""
-        if missing := sum(not each.trace for each in valid):
-            return ConfigError(
-                f"{missing} of {len(valid)} questions of data.{split} have no trace for the teacher to read",
-                "model.evaluate_teacher",
-                "Set it to false, name the column of the traces (columns.trace), or give a data.context that needs none, "
-                "such as AnswerContext",
-            )
-        return ConfigError(
-            f"the teacher gets an empty text at the question {example.question[:60]!r} of data.{split}",
-            "data.context",
-            "Fill in the data that the context is made of, or set model.evaluate_teacher to false",
         )
 
     def _questions(self, split: str) -> list[Example]:
@@ -298,31 +295,6 @@ class OPSDDataModule(LightningDataModule):
                     problem = f"the {name} of example {number} of {type(source).__name__} is of type {type(value).__name__}"
                     raise ConfigError(problem, f"data.{split}", "Make it a str in the source")
         return found
-
-    def _verify(self, example: Example, held_out: set[str], needs_trace: bool, needs_answer: bool) -> Example | DropReason:
-        """Return the example, with the trace's own answer if it has none, or the reason for dropping it."""
-        if not example.question:
-            return DropReason.EMPTY_QUESTION
-        if not example.trace and needs_trace:
-            return DropReason.EMPTY_TRACE
-        if not example.trace and not example.answer and needs_answer:
-            return DropReason.NO_ANSWER
-        if normalize_text(example.question) in held_out:
-            return DropReason.HELD_OUT
-        if not example.trace:
-            return example
-        answer = self.grader.find_answer(example.trace)
-        if answer is None:
-            return DropReason.NO_FINAL_ANSWER
-        if not example.answer:
-            return example._replace(answer=answer)
-        return example if self.grader.equal(answer, example.answer) else DropReason.WRONG_ANSWER
-
-    def _drop(self, split: str, number: int, reason: DropReason, dropped: Counter[DropReason]) -> None:
-        if self.on_invalid == "error":
-            problem = f"row {number}: {self.limits[split].text(reason)}"
-            raise ConfigError(problem, f"data.{split}", "Fix the row, or set data.on_invalid to drop")
-        dropped[reason] += 1
 
     def _loader(self, split: str) -> EvalLoader:
         return EvalLoader(self.rows[split], self.eval_batch_size, *rank_and_world_size(self.trainer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -101,16 +102,36 @@ def run_on_all_ranks(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def run_on_rank_zero(action: Callable[[], T]) -> T:
+def run_on_rank_zero(action: Callable[[], T], wait: timedelta | None = None) -> T:
     """Run an action on rank zero only and return its result on every rank. Every rank must call.
 
     Args:
         action: Function without arguments.
+        wait: Time for which the other ranks wait, for actions that can take longer than the timeout of the process group.
+            They then wait in a gloo group of their own, as in Lightning's ``prepare_data``. Defaults to that timeout.
 
     Raises:
         Exception: As in `run_on_all_ranks`.
     """
-    return all_gather_object(run_on_all_ranks(lambda: action() if get_rank() == 0 else None))[0]  # type: ignore[return-value]
+    if wait is None or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return all_gather_object(run_on_all_ranks(lambda: action() if get_rank() == 0 else None))[0]  # type: ignore[return-value]
+    group = dist.new_group(backend="gloo", timeout=wait)
+    error: Exception | None = None
+    outcome: list[Any] = [None, None]
+    try:
+        if get_rank() == 0:
+            try:
+                outcome[0] = action()
+            except Exception as caught:
+                error, outcome[1] = caught, _copy_for_ranks(caught)
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        dist.barrier(group)  # gloo would cut off what a rank that leaves first still sends
+    finally:
+        dist.destroy_process_group(group)
+    if (failure := error or outcome[1]) is not None:
+        raise failure
+    result: T = outcome[0]
+    return result
 
 
 def no_backward_sync(strategy: Strategy) -> AbstractContextManager[None]:

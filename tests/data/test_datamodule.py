@@ -304,15 +304,14 @@ def test_eval_loader_counts_every_question_once(world: int) -> None:
     assert sorted(counted) == list(range(7)) and len(lengths) == 1
 
 
-def test_a_refused_row_has_its_number_in_the_source(
-    data: Callable[..., OPSDDataModule], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where rows before it are left out."""
-    numbers: list[int] = []
-    monkeypatch.setattr(OPSDDataModule, "_drop", lambda self, split, number, reason, dropped: numbers.append(number))
-    long = Example("q" * 600, "so \\boxed{1}", "1")
-    data(GOOD, INVALID[DropReason.EMPTY_TRACE], GOOD, long, GOOD).setup("fit")
-    assert numbers == [1, 3]
+@pytest.mark.parametrize("reason", [DropReason.EMPTY_TRACE, DropReason.PROMPT_TOO_LONG], ids=lambda reason: reason.name)
+def test_a_refused_row_has_its_number_in_the_source(reason: DropReason, data: Callable[..., OPSDDataModule]) -> None:
+    """Not its number among the verified rows."""
+    module = data(GOOD, INVALID[DropReason.HELD_OUT], GOOD, INVALID[reason], GOOD)
+    numbers: list[tuple[int, DropReason]] = []
+    module._refuse = lambda split, index, why: numbers.append((index, why))  # type: ignore[method-assign]
+    module.setup("fit")
+    assert numbers == [(3, reason)]
 
 
 def test_a_module_that_declares_no_data_requirements_is_refused(data: Callable[..., OPSDDataModule]) -> None:

@@ -85,7 +85,7 @@ def test_training_rows_end_like_the_chat_template(folder: Callable[[str, str], P
             policy, FileSource(str(path)), prompts=Prompts("{question}", "{context}{question}"), batch_size=1
         )
         data.max_new_tokens = 8
-        data.trainer = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0, strategy=None)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0, progress_bar_callback=None)  # type: ignore[assignment]
         data.rows["train"] = data._prepare("train", policy.load_tokenizer(), 512)
         (trace,) = data.rows["train"].traces
         stops = make_tokenizer().convert_tokens_to_ids([EOS, END, "<pad>"])
