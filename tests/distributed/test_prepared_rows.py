@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -13,7 +15,8 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from helpers.processes import on_ranks
+from helpers.distributed import parts, trainer
+from helpers.processes import on_ranks, two_ranks
 from opsd_lightning.data import preparation
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.preparation import Preparation
@@ -119,6 +122,30 @@ def test_ranks_that_read_other_rows_are_refused(make_policy: Callable[..., Polic
         return refusal(lambda: set_up(policy, ddp(), train=Listed(ROWS if rank == 0 else ROWS[::-1])))
 
     assert on_ranks(work, tmp_path) == ["data.train"] * 2
+
+
+class KillsRankZero(ExampleSource):
+    def examples(self) -> list[Example]:
+        if get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ROWS
+
+
+def test_a_rank_that_waits_for_a_killed_one_ends(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = make_policy()
+
+    def work() -> None:
+        module, data = parts(policy, 1)
+        data.sources["train"] = KillsRankZero()
+        trainer(tmp_path, devices=2, strategy=ddp(), enable_checkpointing=False).fit(module, data)
+
+    first, second = two_ranks(tmp_path, work)
+    try:
+        assert first.end(120) == -signal.SIGKILL
+        assert second.end(60) != 0 and "rank 0" in second.said()
+    finally:
+        first.kill()
+        second.kill()
 
 
 def test_large_results_of_rank_zero_arrive_every_time(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ SMALL = {
     "callbacks": "--model {llama} --batch 2 --new-tokens 6 --steps 3",
     "attempts": "--model {llama} --vocabulary 300",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
+    "data_start": "--model {llama} --rows 20 --sentences 6 --sides 'one process, no cache' 'two ranks, no cache'",
     "start_checks": "--model {llama} --short",
     "start_up": "--command=--version --before {root}",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
@@ -71,6 +72,12 @@ def test_objective(run: Any) -> None:
     found = rows(run("objective"))
     assert len(found) == 4
     assert all(row["loss rel. diff."] < 1e-5 and row["gradient rel. diff."] < 1e-5 for row in found)
+
+
+@pytest.mark.slow
+def test_data_start(run: Any) -> None:
+    one, two = rows(run("data_start"))
+    assert one["side"] != two["side"] and one["seconds"] > one["verifying, s"] > 0 and two["tokenizing, s"] > 0
 
 
 @pytest.mark.slow
