@@ -142,7 +142,7 @@ def test_a_rank_that_waits_for_a_killed_one_ends(make_policy: Callable[..., Poli
     first, second = two_ranks(tmp_path, work)
     try:
         assert first.end(120) == -signal.SIGKILL
-        assert second.end(60) != 0 and "rank 0" in second.said()
+        assert second.end(60) != 0  # by gloo, or by the connection between the ranks
     finally:
         first.kill()
         second.kill()

@@ -33,7 +33,7 @@ SMALL = {
     "callbacks": "--model {llama} --batch 2 --new-tokens 6 --steps 3",
     "attempts": "--model {llama} --vocabulary 300",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
-    "data_start": "--model {llama} --rows 20 --sentences 6 --sides 'one process, no cache' 'two ranks, no cache'",
+    "data_start": "--model {roomy} --rows 20 --sentences 6 --sides 'one process, no cache' 'two ranks, no cache'",
     "start_checks": "--model {llama} --short",
     "start_up": "--command=--version --before {root}",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
@@ -50,10 +50,12 @@ def test_every_benchmark_is_run_here() -> None:
 
 
 @pytest.fixture
-def run(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(folders: dict[str, str], roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def call(name: str) -> dict[str, Any]:
         out = tmp_path / f"{name}.json"
-        options = shlex.split(SMALL[name].format(**folders, folder=tmp_path, root=shlex.quote(str(BENCHMARKS.parent))))
+        options = shlex.split(
+            SMALL[name].format(**folders, roomy=roomy, folder=tmp_path, root=shlex.quote(str(BENCHMARKS.parent)))
+        )
         script = BENCHMARKS / f"{name}.py"
         monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--repeats", "1", "--json", str(out), *options])
         monkeypatch.syspath_prepend(str(BENCHMARKS))
