@@ -7,7 +7,7 @@ VLLM_VENV ?= $(if $(findstring $(NOTHING) ,$(CURDIR)),$(HOME)/.cache/opsd-lightn
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: quickstart learn docs test test-fast attack test-vllm check wheel clean
+.PHONY: quickstart learn docs test test-fast attack test-gpu test-vllm check wheel clean
 
 quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
 	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
@@ -23,6 +23,9 @@ test-fast: $(VENV)/.dev ## The unit tests: no commands, no several processes, no
 
 attack: $(VENV)/.dev ## Repeat every attack for an hour (ARGS="--minutes 10": for ten minutes), and count
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.attacks.hour $(ARGS)
+
+test-gpu: ## Check all that only a GPU can tell, in eight minutes, with PYTHON as it is: nothing is installed (docs/gpu.md)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(PYTHON) -m gpu.check $(ARGS)
 
 docs: $(VENV)/.dev ## The documentation site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html

@@ -1,0 +1,156 @@
+"""Checks of configs/qwen3_1.7b_qlora.yaml on a model of its shape: first steps, memory against the doctor's estimates."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gpu.machine import GIB, Losses, Machine, PeakMemory, perturb, random_rows
+from opsd_lightning.cli.command import main
+from opsd_lightning.doctor.examination import examine
+from opsd_lightning.doctor.memory import cache_bytes
+from opsd_lightning.models.policy import base_of
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.types import Rollouts, Sampling
+
+#: A measured peak may be above the estimate by this factor and this many GiB: fragments, and workspaces of libraries.
+FACTOR, REST_GIB = 1.15, 0.75
+CALLBACKS = ["--trainer.callbacks+=gpu.machine.PeakMemory", "--trainer.callbacks+=gpu.machine.Losses"]
+
+
+class RandomTokens(RolloutEngine):
+    """Rollout engine that returns random completions of full length at once, so that scoring is measured alone."""
+
+    def generate(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
+        rows = random_rows(len(prompts) * sampling.n, sampling.max_new_tokens, seed % 2**31)
+        return Rollouts(rows, [False] * len(rows), sampling.n)
+
+
+def _run(machine: Machine, facts: Any, arguments: list[str], completion: int) -> dict[str, float]:
+    """Fit with these arguments, record losses, seconds and peaks, and compare the peaks with the doctor's estimates.
+
+    Returns:
+        The metrics that the run logged last.
+    """
+    estimated = examine(arguments, with_model=False).facts["memory"]["bytes"]
+    machine.clean()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        cli = main(["fit", *arguments, *CALLBACKS])
+    # Those of this package say what it did by itself, such as fewer rows at one time after running out of memory.
+    facts["warnings"] = sorted({str(warning.message)[:300] for warning in seen if "opsd_lightning" in warning.filename})
+    (peaks,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, PeakMemory))
+    (losses,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, Losses))
+    logged = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    facts["losses"] = losses.values
+    facts["tokens of a completion"] = logged["train/completion_tokens"]
+    facts["seconds of a step"] = dict(peaks.seconds)
+    for phase, found in (compared := compare(peaks.peak_bytes, estimated)).items():
+        facts[f"peak of {phase}, GiB"] = found
+    facts["reserved GiB"] = torch.cuda.memory_reserved() / GIB
+    assert len(losses.values) == cli.trainer.global_step > 0 and all(map(math.isfinite, losses.values)), losses.values
+    assert logged["train/completion_tokens_max"] <= completion
+    above = too_large(compared, 0.0 if machine.imitated else REST_GIB)
+    assert not above, f"{above} take more memory than estimated: {compared}"
+    return logged
+
+
+def compare(peaks: dict[str, int], estimated: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Return the measured and the estimated peak of each phase in GiB.
+
+    Args:
+        peaks: Bytes by phase, as `PeakMemory` measures them.
+        estimated: Bytes by purpose, as `doctor.memory.memory` estimates them.
+    """
+    kept = sum(value for name, value in estimated.items() if ":" not in name and name != "total")
+    found = {}
+    for phase, peak in peaks.items():
+        part = "rollout:" if phase == "rollout" else "scoring:"
+        own = sum(value for name, value in estimated.items() if name.startswith(part))
+        found[phase] = {"measured": peak / GIB, "estimated": (kept + own) / GIB}
+    return found
+
+
+def too_large(compared: dict[str, dict[str, float]], rest: float = REST_GIB) -> list[str]:
+    """Return the phases whose measured peak is above the estimate by more than `FACTOR` and ``rest`` GiB."""
+    return [name for name, found in compared.items() if found["measured"] > FACTOR * found["estimated"] + rest]
+
+
+def recipe_first_steps(machine: Machine, facts: Any) -> None:
+    """Fit the recipe with its own settings, callbacks and rows, and short completions."""
+    completion = 6 if machine.imitated else 64
+    arguments = machine.recipe_arguments("recipe", completion, steps=1 if machine.imitated else 2)
+    logged = _run(machine, facts, arguments, completion)
+    facts["rollout tokens a second"] = logged["time/rollout_tokens_per_second"]
+    facts["scoring tokens a second"] = logged["time/scoring_tokens_per_second"]
+    made = {path.name for path in (machine.folder / "recipe").rglob("*") if path.is_file()}
+    assert {"adapter_model.safetensors", "report.html"} <= made, made
+
+
+def recipe_full_length(machine: Machine, facts: Any) -> None:
+    """Score, and step on, 32 completions of 1,024 tokens: the recipe's full size, without the time of sampling them."""
+    arguments = machine.recipe_arguments("full", machine.completion, steps=1 if machine.imitated else 2)
+    _run(machine, facts, [*arguments, "--model.rollouts=gpu.recipe.RandomTokens"], machine.completion)
+
+
+def memory_of_rollouts(machine: Machine, facts: Any) -> None:
+    """Measure the last tokens of the largest rollouts: a step's 32 rows of 1,280 tokens, a validation's 64 of 2,304.
+
+    All rows have one long prompt, which is computed once, so that keys and values have their full size after a few tokens.
+    """
+    model = machine.build(machine.recipe_policy())
+    perturb(model, 0.01)
+    sizes = {
+        "a training step": (machine.rows, machine.prompt + machine.completion),
+        "a validation": (2 * machine.rows, machine.prompt + 2 * machine.completion),
+    }
+    problems = []
+    for name, (rows, columns) in sizes.items():
+        estimated = rows * cache_bytes(base_of(model).config, columns, 2 if machine.bfloat16 else 4) / GIB
+        try:
+            facts[name] = measured = _rollout(machine, model, rows, columns) | {"keys and values, estimated GiB": estimated}
+        except torch.OutOfMemoryError as error:
+            facts[name] = {"out of memory": True, "keys and values, estimated GiB": estimated}
+            problems.append(f"{name}: {rows} rows of {columns} tokens do not fit ({str(error).splitlines()[0]})")
+            continue
+        if measured["GiB beside the weights"] > FACTOR * estimated + REST_GIB:
+            problems.append(f"{name} takes more than estimated: {measured}")
+    assert not problems, "; ".join(problems)
+
+
+def _rollout(machine: Machine, model: Any, rows: int, columns: int) -> dict[str, float]:
+    """Sample the last tokens of rows of this many tokens, and return the peak and the seconds."""
+    machine.clean()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    new = 3 if machine.imitated else 16
+    found: list[Rollouts] = []
+
+    def sample() -> None:
+        with machine.autocast():
+            sampling = Sampling(new, 1.0, 0.95, n=rows)
+            found.append(TransformersEngine().generate(model, random_rows(1, columns - new), sampling, 0))
+
+    seconds = machine.seconds(sample)
+    assert len(found[0].completions) == rows
+    return {"GiB beside the weights": (torch.cuda.max_memory_allocated() - before) / GIB, "seconds": seconds}
+
+
+def doctor(machine: Machine, facts: Any) -> None:
+    """Run the doctor on the recipe with the model: no error, and an extrapolated peak and time of a full step."""
+    arguments = machine.recipe_arguments("doctor", machine.completion, steps=100)
+    found = examine(arguments, examples=2)
+    errors = [f"{finding.part}: {finding.text}" for finding in found.findings if finding.level == "error"]
+    memory, time = found.facts.get("memory", {}), found.facts.get("time", {})
+    if "measured" in memory:
+        facts["peak of a full step, GiB"] = {"estimated": memory["bytes"]["total"] / GIB,
+                                             "extrapolated": memory["measured"]["extrapolated_bytes"] / GIB}  # fmt: skip
+    facts["seconds of a full step"] = time.get("phases", {})
+    facts["seconds of 100 steps"] = time.get("run_seconds", [])
+    facts["findings"] = [f"{finding.level} {finding.part}: {finding.text}"[:200] for finding in found.findings]
+    assert not errors, "; ".join(errors)[:800]
