@@ -90,8 +90,9 @@ class OPSDDataModule(LightningDataModule):
         super().__init__()
         if on_invalid not in ("drop", "error"):
             raise ConfigError(f"it is {on_invalid!r}", "data.on_invalid", "Choose drop or error")
-        if cache_dir is not None and is_remote(cache_dir):
-            raise ConfigError(f"{cache_dir} is remote", "data.cache_dir", "Name a local folder, or set it to null")
+        if cache_dir is not None and (not cache_dir or is_remote(cache_dir)):
+            problem = f"it is {cache_dir!r}, which is not a local folder"
+            raise ConfigError(problem, "data.cache_dir", "Name a local folder, or set it to null")
         if policy is None:  # optional in the signature only: the command line links it from model.policy
             problem = "it is missing, and its tokenizer makes the prompts"
             raise ConfigError(problem, "data.policy", "Pass the module's policy")

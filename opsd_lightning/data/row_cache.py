@@ -22,17 +22,10 @@ _LEFTOVER_SECONDS = 24 * 3600.0
 
 
 def user_folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/opsd_lightning``, by default ``~/.cache/opsd_lightning``.
-
-    Raises:
-        OSError: The user has no home folder.
-    """
-    # As for Hugging Face's own cache, this is the folder on every platform. A relative path is to be ignored.
+    """Return ``$XDG_CACHE_HOME/opsd_lightning``, by default ``~/.cache/opsd_lightning``."""
+    # The same on every platform, as for Hugging Face's cache. The specification says to ignore a relative path.
     base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "opsd_lightning"
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
+    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "opsd_lightning"
 
 
 class RowCache:
@@ -43,6 +36,9 @@ class RowCache:
 
     Args:
         setting: Folder in which the cache makes its own folder, ``rows``. ``auto`` selects `user_folder`.
+
+    Raises:
+        OSError: The home folder is not known.
 
     Example::
 
@@ -56,7 +52,10 @@ class RowCache:
     """
 
     def __init__(self, setting: str = AUTO) -> None:
-        self.folder = (user_folder() if setting == AUTO else Path(setting).expanduser().absolute()) / "rows"
+        try:
+            self.folder = (user_folder() if setting == AUTO else Path(setting).expanduser().absolute()) / "rows"
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""

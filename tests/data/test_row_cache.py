@@ -122,6 +122,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shorter context": {"max_new_tokens": 300},
     "held out": {"val": Listed([ROWS[-1]])},
     "traces are completions": {"needs": {"trace_completions": True, "teacher_prompts": False}},
+    "graded teacher": {"needs": {"graded_teacher": True}, "val": Listed([ROWS[-2], ROWS[-1]])},
     "no trace needed": {"needs": {"teacher_prompts": False}},
 }
 
@@ -381,10 +382,16 @@ def test_the_files_that_were_unused_for_longest_are_removed(tmp_path: Path, monk
     assert sum(path.suffix == ".rows" for path in cache.folder.iterdir()) == 3 and cache.path("d").exists()
 
 
-def test_a_remote_cache_is_refused(data: Callable[..., OPSDDataModule]) -> None:
+@pytest.mark.parametrize("cache_dir", ["s3://bucket/cache", ""])
+def test_a_cache_in_no_local_folder_is_refused(cache_dir: str, data: Callable[..., OPSDDataModule]) -> None:
     with pytest.raises(ConfigError) as caught:
-        data(cache_dir="s3://bucket/cache")
+        data(cache_dir=cache_dir)
     assert caught.value.setting == "data.cache_dir"
+
+
+def test_an_unknown_home_folder_does_not_end_the_run(data: Callable[..., OPSDDataModule]) -> None:
+    plain = contents(data(cache_dir=None))
+    assert contents(data(cache_dir="~nobody-of-this-name/cache")) == plain
 
 
 # -- threads and progress ----------------------------------------------------------------------------------------------------
