@@ -10,12 +10,19 @@ their measurements. Without files, only the plan for GPUs is printed, with the s
 
 With N weights in the layers, E = vocabulary x hidden size in the head, and T completion tokens of a step:
 
-    rollouts    longest x (weight bytes) / bandwidth + 2 (N + E) T + 2 N (prompt tokens)
+    rollouts    longest x max(K x L, (weight and cache bytes) / bandwidth) + 2 (N + E) T + 2 N (prompt tokens)
     teacher     2 N (prompt + completion tokens)
     student     4 N (prompt + completion tokens) + 6 E T    6 N with gradient checkpointing; no gradient of the base weights;
                 the objective runs the teacher's head as well
     network     ddp: 2 (adapter gradients); fsdp2: (weights) x (1 for the rollout + teacher passes + 2 student passes), each
                 times (ranks - 1) / ranks; vLLM: the adapter, once for each server
+
+A decoded token takes at least K x L: the CPU launches K kernels for it, one after the other, each in a time L. K is what
+benchmarks/device_counts.py counts on an imitated device for 28 layers (``--kernels``), scaled by the number of layers. L is
+assumed: launches without PyTorch take 3.8 microseconds each, one after the other (NVIDIA's blog, "Getting Started with CUDA
+Graphs", V100), or 4 to 6 (https://susun-blog.com/blog/pegainfer-3-cuda-graph, RTX 5070 Ti). What PyTorch does before each
+launch comes on top, so this is a lower bound. vLLM launches one CUDA graph for a token instead. Launches of scoring passes
+are left out: a pass takes far longer.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +48,7 @@ class Model:
         adapter: Weights of the adapter.
         bytes_a_weight: 4 in float32, 2 in bfloat16, about 0.52 in NF4.
         cache_bytes: Bytes of the keys and values of one token in all layers.
+        depth: Number of layers.
     """
 
     layers: float
@@ -49,6 +57,7 @@ class Model:
     adapter: float
     bytes_a_weight: float
     cache_bytes: float
+    depth: int
 
     @property
     def bytes_a_token(self) -> float:
@@ -72,7 +81,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """Limits of a device, the shares of them that are reached, and its link to other devices in bytes per second."""
+    """Limits of a device, the shares of them that are reached, and its link to other devices in bytes per second.
+
+    Args:
+        launch_seconds: Time of a kernel launch. 0 on a CPU.
+        kernels: Kernels of a decoded token in each layer.
+    """
 
     matmul_flops: float
     bandwidth: float
@@ -80,29 +94,40 @@ class Machine:
     student_share: float
     bandwidth_share: float
     network: float = 0.0
+    launch_seconds: float = 0.0
+    kernels: float = 0.0
 
 
-SMOLLM2 = Model(106.2e6, 49152 * 576, True, 4.9e6, 4, 30 * 3 * 64 * 2 * 4)
+# Kernels of a decoded token of a model with 28 layers, 4-bit weights and an adapter, in the default engine on CUDA.
+KERNELS, LAYERS = 1168, 28
+SMOLLM2 = Model(106.2e6, 49152 * 576, True, 4.9e6, 4, 30 * 3 * 64 * 2 * 4, 30)
 QWEN3_8B = {
-    name: Model(6.95e9, 151936 * 4096, False, 175e6, width, 36 * 8 * 128 * 2 * 2)
+    name: Model(6.95e9, 151936 * 4096, False, 175e6, width, 36 * 8 * 128 * 2 * 2, 36)
     for name, width in (("bf16", 2), ("NF4", 0.52))
 }
 
 
-def decoded_bytes(model: Model, work: Work) -> float:
-    """Return the bytes that decoding reads in a step: all weights and the cache of each row, for each token."""
-    cached = sum(length * (work.prompt + length / 2) for length in work.lengths)
-    return max(work.lengths) * model.bytes_a_token + cached * model.cache_bytes
+def cached_bytes(model: Model, work: Work) -> float:
+    """Return the bytes of keys and values that decoding reads in a step: the cache of each row, for each of its tokens."""
+    return sum(length * (work.prompt + length / 2) for length in work.lengths) * model.cache_bytes
+
+
+def decoding_seconds(model: Model, work: Work, machine: Machine) -> dict[str, float]:
+    """Return the lower bounds of decoding: kernel launches, and reading of all weights and caches, for each token."""
+    longest, bandwidth = max(work.lengths), machine.bandwidth * machine.bandwidth_share
+    return {
+        "launches": longest * model.depth * machine.kernels * machine.launch_seconds,
+        "bandwidth": (longest * model.bytes_a_token + cached_bytes(model, work)) / bandwidth,
+    }
 
 
 def phases(model: Model, work: Work, machine: Machine) -> dict[str, float]:
     """Return the seconds of each phase on one device."""
     flops, training = (machine.matmul_flops * share for share in (machine.forward_share, machine.student_share))
-    bandwidth = machine.bandwidth * machine.bandwidth_share
     tokens, rows = sum(work.lengths), len(work.lengths)
     student, teacher = (tokens + rows * prompt for prompt in (work.prompt, work.teacher_prompt))
     return {
-        "rollouts": decoded_bytes(model, work) / bandwidth
+        "rollouts": max(decoding_seconds(model, work, machine).values())
         + (2 * (model.layers + model.head) * tokens + 2 * model.layers * rows * work.prompt) / flops,
         "teacher": 2 * model.layers * teacher / flops,
         "student": ((6 if work.checkpointing else 4) * model.layers * student + 6 * model.head * tokens) / training,
@@ -143,7 +168,8 @@ def calibrate(path: str, model: Model) -> tuple[float, float, float]:
     ideal = phases(model, work, Machine(flops, bandwidth, 1.0, 1.0, 1e12))
     forward, student = (ideal[phase] / seconds[phase] for phase in ("teacher", "student"))
     reading = seconds["rollouts"] - ideal["rollouts"] / forward
-    return forward, student, decoded_bytes(model, work) / bandwidth / max(reading, 1e-9)
+    read = max(work.lengths) * model.bytes_a_token + cached_bytes(model, work)
+    return forward, student, read / bandwidth / max(reading, 1e-9)
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> None:
@@ -175,7 +201,7 @@ def plan(machine: Machine, questions: int, completion: int) -> list[dict[str, An
             seconds = phases(model, work, machine)
             if away:  # share of the questions per server
                 theirs = Work([completion] * max(questions // (gpus - trainers), 1), 256, 0)
-                seconds["rollouts"] = phases(model, theirs, machine)["rollouts"]
+                seconds["rollouts"] = phases(model, theirs, replace(machine, kernels=0.0))["rollouts"]  # CUDA graphs
                 # One more pass of the student without gradient, which checks the log-probabilities of the servers.
                 operations = 2 * model.layers * mine * (completion + work.prompt) + 2 * model.head * mine * completion
                 seconds["student"] += operations / (machine.matmul_flops * machine.forward_share)
@@ -185,7 +211,15 @@ def plan(machine: Machine, questions: int, completion: int) -> list[dict[str, An
             row = {"GPUs": gpus, "how": name, "questions a rank": mine}
             row |= {f"{phase} s": value for phase, value in seconds.items()} | {"network s": network, "step s": total}
             overlapped = max(seconds["rollouts"], total - seconds["rollouts"]) if away else ""
-            rows.append(row | {"overlapped s": overlapped, "bound by": max(seconds, key=seconds.__getitem__)})
+            bound = max(seconds, key=seconds.__getitem__)
+            if bound == "rollouts":
+                decoding = (
+                    decoding_seconds(model, theirs, replace(machine, kernels=0.0))
+                    if away
+                    else decoding_seconds(model, work, machine)
+                )
+                bound += f", {max(decoding, key=decoding.__getitem__)}"
+            rows.append(row | {"overlapped s": overlapped, "bound by": bound})
     return rows
 
 
@@ -198,6 +232,8 @@ def main() -> None:
     options.add_argument("--bandwidth-share", type=float, default=0.3, help="share of a GPU's bandwidth in decoding")
     options.add_argument("--gpu-flops", type=float, default=989e12, help="dense bfloat16 peak; an H100 SXM's by default")
     options.add_argument("--gpu-bandwidth", type=float, default=3.35e12)
+    options.add_argument("--launch-us", type=float, default=4.5, help="microseconds of a kernel launch, assumed")
+    options.add_argument("--kernels", type=float, default=KERNELS, help=f"kernels of a decoded token with {LAYERS} layers")
     options.add_argument("--network", type=float, default=50e9, help="bytes a second between GPUs; 400 Gbit/s by default")
     options.add_argument("--questions", type=int, default=256, help="questions of a step, over all GPUs")
     options.add_argument("--completion", type=int, default=1024)
@@ -216,7 +252,9 @@ def main() -> None:
         table("shares of a step's time (SmolLM2-135M)", rows)
         results["shares"] = rows
     reached = (args.forward_share, args.student_share, args.bandwidth_share)
-    machine = Machine(args.gpu_flops, args.gpu_bandwidth, *reached, args.network)
+    machine = Machine(
+        args.gpu_flops, args.gpu_bandwidth, *reached, args.network, args.launch_us * 1e-6, args.kernels / LAYERS
+    )
     results["plan"] = plan(machine, args.questions, args.completion)
     table(f"Qwen3-8B, {args.questions} questions a step, {args.completion} new tokens (calculated)", results["plan"])
     if args.json:
