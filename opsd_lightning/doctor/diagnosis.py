@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,16 +31,14 @@ from opsd_lightning.doctor.data_checks import (
     trace_lengths,
 )
 from opsd_lightning.doctor.findings import Diagnosis, Finding, at_share
-from opsd_lightning.doctor.memory import (
-    Step,
-    less_memory,
-    memory,
-    memory_findings,
-    memory_of,
-    size_of,
-    skeleton,
-    weight_bytes,
+from opsd_lightning.doctor.gpu_checks import (
+    architecture_findings,
+    build_findings,
+    determinism_findings,
+    precision_findings,
+    surroundings,
 )
+from opsd_lightning.doctor.memory import DeviceMemory, Step, less_memory, memory_findings
 from opsd_lightning.doctor.probe import (
     AGREEMENT_TOKENS,
     LOOKED_AT,
@@ -59,6 +56,7 @@ from opsd_lightning.doctor.prompt_checks import (
     thinking_findings,
     token_findings,
 )
+from opsd_lightning.doctor.run_memory import estimator_of, step_of
 from opsd_lightning.doctor.trial import TRIAL_TOKENS, measured_memory, run_trials, time_facts
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.opsd import DistillationModule
@@ -68,8 +66,7 @@ from opsd_lightning.models.precision import check_dtypes
 from opsd_lightning.prompts.template_checks import rendering_problems
 from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.self_checks import agreement
-from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.teachers import EMATeacher, FixedTeacher, ModelTeacher, SyncTeacher, Teacher, TrustRegionTeacher
+from opsd_lightning.teachers import ModelTeacher, Teacher
 from opsd_lightning.types import ConfigError, Example, PromptBatch, Sampling, UserError
 
 _RENDERED = 32  # rows whose prompts are looked at closely
@@ -82,6 +79,7 @@ def diagnose(
     examples: int = 4,
     with_model: bool = True,
     say: Callable[[str], None] = lambda text: None,
+    resumes: bool = False,
 ) -> Diagnosis:
     """Check data, prompts and settings, and measure a few short training steps. No weight changes.
 
@@ -95,6 +93,7 @@ def diagnose(
         with_model: If False, read the model's configuration and tokenizer, but not its weights: neither the divergence nor
             the time of a step is measured.
         say: Function that is called with a line about each stage. Defaults to one that ignores it.
+        resumes: True if the run goes on from a checkpoint.
 
     Example::
 
@@ -103,14 +102,21 @@ def diagnose(
         for finding in found.of("error"):
             print(finding.setting, finding.text, finding.fix)
     """
-    return _Examination(module, data, trainer, max(examples, 1), say).run(with_model)
+    return _Examination(module, data, trainer, max(examples, 1), say, resumes).run(with_model)
 
 
 class _Examination:
     def __init__(
-        self, module: Any, data: OPSDDataModule, trainer: Trainer, examples: int, say: Callable[[str], None]
+        self,
+        module: Any,
+        data: OPSDDataModule,
+        trainer: Trainer,
+        examples: int,
+        say: Callable[[str], None],
+        resumes: bool,
     ) -> None:
         self.module, self.data, self.trainer, self.examples, self.say = module, data, trainer, examples, say
+        self.resumes = resumes
         self.policy: Policy = module.policy
         self.found = Diagnosis()
         self.memory_findings: list[Finding] = []
@@ -130,6 +136,7 @@ class _Examination:
             check_dtypes(self.policy, str(trainer.precision))
         with self._refusals("settings"):
             check_strategy(trainer.strategy)
+        self._gpu()
         tokenizer: PreTrainedTokenizerBase | None = None
         with self._refusals("template"):
             tokenizer = self.policy.load_tokenizer()
@@ -157,6 +164,18 @@ class _Examination:
                 self._without_model(tokenizer)
         self.found.add(self.memory_findings)
         return self.found
+
+    def _gpu(self) -> None:
+        """Compare the GPU with torch's build and with the settings."""
+        around = surroundings()
+        self.found.add(build_findings(around))
+        if self.device.type != "cuda":
+            return
+        capability, name = torch.cuda.get_device_capability(self.device), torch.cuda.get_device_name(self.device)
+        self.found.facts["gpu"] = {"name": name, "capability": list(capability)} | around._asdict()
+        self.found.add(architecture_findings(around, capability, name))
+        self.found.add(precision_findings(self.module, str(self.trainer.precision), capability, name))
+        self.found.add(determinism_findings(self.module, self.resumes))
 
     @contextmanager
     def _refusals(self, part: str) -> Iterator[None]:
@@ -259,58 +278,27 @@ class _Examination:
     # -- the model ---------------------------------------------------------------------------------------------------------
 
     def _step(self) -> Step:
-        module, data = self.module, self.data
-        students = [student for student, _ in data.lengths.get("train", [])]
-        completion, rows = module.sampling.max_new_tokens, data.batch_size * (module.sampling.n if self.samples else 1)
-        if not self.samples:
-            completion = at_share(self.traces, 0.99) or completion
-        at_once = getattr(module.rollouts, "max_rows", None) or max(rows, data.eval_batch_size * module.evaluator.sampling.n)
-        here = isinstance(module.rollouts, LocalEngine)
-        evaluates = data.sources["val"] is not None
-        return Step(
-            rows,
-            at_share(students, 0.99),
-            completion,
-            at_once if here and (self.samples or evaluates) else 0,
-            module.token_budget,
-            data.eval_batch_size * module.evaluator.sampling.n if evaluates else 0,
-            module.evaluator.sampling.max_new_tokens,
-        )
+        students = [student for student, _ in self.data.lengths.get("train", [])]
+        completion = None if self.samples else at_share(self.traces, 0.99)
+        return step_of(self.module, self.data, at_share(students, 0.99), completion)
 
     def _memory(self) -> bool:
         """Estimate the memory of a step, and return whether the model can be loaded here."""
         self.say("Estimating memory ...")
-        module, policy, strategy = self.module, self.policy, self.trainer.strategy
-        model, step = skeleton(policy), self._step()
-        self.skeleton = model
-        trainable, kept = [p for p in model.parameters() if p.requires_grad], 0
-        keep_start = (FixedTeacher, TrustRegionTeacher)
-        for teacher in self.teachers:
-            if isinstance(teacher, ModelTeacher):
-                recipe = teacher.recipe
-                kept += weight_bytes(model, None) if recipe is None else weight_bytes(skeleton(recipe), recipe.quantization)
-            elif isinstance(teacher, keep_start) and policy.trains_all:
-                kept = kept or weight_bytes(model, None)  # the anchor uses the same copy
-            elif isinstance(teacher, (EMATeacher, SyncTeacher)) or (isinstance(teacher, keep_start) and policy.adapter):
-                kept += size_of(trainable)
-        plain = policy.quantization is None and model.dtype == torch.float32
-        merges = getattr(module.rollouts, "merge_adapter", False) and not policy.trains_all
-        copies = plain * (merges + (self.device.type == "cpu" and isinstance(module.rollouts, TransformersEngine)))
-        sharded = isinstance(strategy, FSDP2Strategy)
-        states = sum(2 if isinstance(teacher, TrustRegionTeacher) else 1 for teacher in self.teachers)
-        self.estimate = partial(
-            memory, model, policy, module.objective, module.make_optimizer, teacher=kept, teacher_states=states,
-            merged_copies=copies if step.rows_at_once else 0, shards=self.trainer.world_size if sharded else 1,
-            gathers=sharded and getattr(module.rollouts, "gather_weights", False),
-            frees=self.device.type == "cuda",
-        )  # fmt: skip
-        bytes_by_part, has = self.estimate(step), memory_of(self.device)
-        self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this machine's CPU"
+        device = DeviceMemory.of(self.device)
+        sharded = isinstance(self.trainer.strategy, FSDP2Strategy)
+        shards = self.trainer.world_size if sharded else 1
+        self.estimator = estimator_of(self.module, device, str(self.trainer.precision), shards)
+        self.skeleton = self.estimator.model
+        step = self._step()
+        bytes_by_part = self.estimator.parts(step)
+        self.name = torch.cuda.get_device_name(self.device) if device.on_cuda else "this machine's CPU"
         self.found.facts["memory"] = {
-            "bytes": bytes_by_part, "device": self.name, "device_bytes": has, "step": step._asdict(),
+            "bytes": bytes_by_part, "device": self.name, "device_bytes": device.total, "free_bytes": device.available,
+            "step": step._asdict(), "rows_at_once": self.estimator.rows_at_once(step),
         }  # fmt: skip
-        self.memory_findings = list(memory_findings(bytes_by_part, has, self.name))
-        return bytes_by_part["base weights"] + bytes_by_part["teacher"] < 0.9 * has
+        self.memory_findings = list(memory_findings(self.estimator.least(step), device, self.name))
+        return bytes_by_part["base weights"] + bytes_by_part["teacher"] < 0.9 * device.available
 
     def _without_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Perform the checks of `configure_model` and of the start of `fit` that need no weights."""
@@ -371,7 +359,7 @@ class _Examination:
 
     def _trials(self, rows: PromptBatch) -> None:
         """Run training steps of bounded size, and extrapolate their time and, on a CUDA device, their peak memory."""
-        module, step = self.module, self._step()
+        module, step, estimator = self.module, self._step(), self.estimator
         rows_of_question = step.rows // self.data.batch_size
         small = min(self.examples, self.data.batch_size)
         if not self._fits(step.shortened(small * rows_of_question, TRIAL_TOKENS)):
@@ -379,22 +367,28 @@ class _Examination:
         larger = self._fits(step.shortened(step.rows, TRIAL_TOKENS))
         self.say("Running a few short training steps ...")
         try:
-            trials = run_trials(module, rows, small, self.data.batch_size if larger else small, step, self.device)
+            read = estimator.rollout_weights(step), estimator.cached_bytes
+            most = self.data.batch_size if larger else small
+            trials = run_trials(module, rows, small, most, step, self.device, read)
         except torch.OutOfMemoryError:
             text = (
                 f"a training step of {small} questions with completions of {TRIAL_TOKENS} tokens does not fit on {self.name}"
             )
-            self.memory_findings = [Finding("error", "memory", text, *less_memory(self.estimate(step)))]
+            self.memory_findings = [Finding("error", "memory", text, *less_memory(estimator.least(step)))]
             return
-        self.found.facts["time"] = time_facts(module, self.data, self.trainer, step, trials, self.traces)
+        timed = step._replace(rows_at_once=estimator.rows_at_once(step))
+        self.found.facts["time"] = time_facts(module, self.data, self.trainer, timed, trials, self.traces)
         if self.device.type == "cuda" and not isinstance(self.trainer.strategy, FSDP2Strategy):
-            measured = measured_memory(self.estimate, step, trials[0][-1])
+            measured = measured_memory(estimator.parts, step, trials[0][-1])
             self.found.facts["memory"]["measured"] = measured
-            self.memory_findings = list(memory_findings(self.estimate(step), memory_of(self.device), self.name, measured))
+            self.memory_findings = list(memory_findings(estimator.least(step), estimator.device, self.name, measured))
+        if (used := module.scoring_budget.tokens) < module.token_budget:
+            text = f"scoring passes of {module.token_budget} tokens ran out of memory, and of {used} tokens did not"
+            self.found.add([Finding("warning", "memory", text, "model.token_budget", f"set it to {used}")])
 
     def _fits(self, step: Step) -> bool:
         """Return True if a trial step fits into memory. On a CPU the system would kill a process that needs too much."""
-        return self.device.type == "cuda" or self.estimate(step)["total"] < 0.9 * memory_of(self.device)
+        return self.device.type == "cuda" or self.estimator.parts(step)["total"] < 0.9 * self.estimator.device.available
 
     def _examples(self, rows: PromptBatch) -> tuple[Examples, Teacher | None]:
         """Return a few prompts with the first tokens of their traces, and the teacher that scores them."""

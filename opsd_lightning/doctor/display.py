@@ -131,10 +131,11 @@ def _show_memory(console: Any, facts: Mapping[str, Any]) -> None:
             f"{measured['peak_bytes'] / GIB:.1f} GiB. Extrapolated to a step of the run: "
             f"{measured['extrapolated_bytes'] / GIB:.1f} GiB"
         )
-    console.print(
-        f"{safe_markup(facts['device'])} has {facts['device_bytes'] / GIB:.1f} GiB. The estimate is for completions of "
-        "full length. Libraries, the CUDA context and the allocator's reserve need about 1 GiB more\n"
-    )
+    free = "" if facts["free_bytes"] == facts["device_bytes"] else f", {facts['free_bytes'] / GIB:.1f} GiB of it free"
+    text = f"{safe_markup(facts['device'])} has {facts['device_bytes'] / GIB:.1f} GiB{free}. "
+    if facts["rows_at_once"] < min(facts["step"]["rows_at_once"], facts["step"]["rows"]):
+        text += f"{facts['rows_at_once']} completions fit at one time. "
+    console.print(f"{text}The estimate is for completions of full length, without the libraries\n")
 
 
 def _show_time(console: Any, facts: Mapping[str, Any]) -> None:
@@ -153,6 +154,11 @@ def _show_time(console: Any, facts: Mapping[str, Any]) -> None:
         f"{text}. Extrapolated from a training step of {measured['rows']} completions of {measured['completion']} tokens to "
         f"{facts['usual_completion']:.0f} (the traces' mean) to {facts['longest_completion']} tokens{rows}\n"
     )
+    if "decoding_bound" in facts:
+        text = f"Decoding on this GPU is bound by {facts['decoding_bound']}"
+        if facts["decoding_bound"] == "kernel launches":
+            text += ": more completions at one time take hardly longer"
+        console.print(f"{text}\n")
 
 
 def _show_findings(console: Any, found: Diagnosis) -> None:

@@ -32,10 +32,11 @@ def examine(arguments: list[str], examples: int = 4, with_model: bool = True) ->
         with_model: If False, the model's weights are not loaded.
     """
     with _quietly(), safe_messages():
-        cli, problems = _parts(arguments, with_model)
+        cli, problems = build_parts(arguments, with_model)
         if cli is None:
             return Diagnosis(problems)
-        found = diagnose(cli.model, cli.datamodule, cli.trainer, examples, with_model, say)
+        resumes = cli.config[cli.subcommand].get("ckpt_path") is not None
+        found = diagnose(cli.model, cli.datamodule, cli.trainer, examples, with_model, say, resumes)
     found.findings[:0] = problems
     return found
 
@@ -79,8 +80,12 @@ def _lacks_gpus(trainer: Any) -> bool:
     return trainer.accelerator in ("gpu", "cuda") and torch.cuda.device_count() < number
 
 
-def _parts(arguments: list[str], with_model: bool) -> tuple[Any, list[Finding]]:
-    """Build the parts of a run.
+def build_parts(arguments: list[str], with_model: bool) -> tuple[Any, list[Finding]]:
+    """Build the parts of a run with the arguments of ``opsd fit``, and run nothing.
+
+    Args:
+        arguments: As of `examine`.
+        with_model: True if the run is meant for this machine: a missing GPU is then an error.
 
     Returns:
         The command line with the parts, or None if they cannot be built, and the problems.

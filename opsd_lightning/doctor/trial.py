@@ -3,6 +3,9 @@
 Lightning runs the method's own ``training_step`` on a few questions with short completions, with an optimizer that leaves
 the weights alone. Time and memory of a step of the run are extrapolated linearly in the length of completions, and in the
 number of rows if a whole batch would take too long.
+
+On a GPU, a decoding step of few rows takes the time of its kernel launches, whatever the number of rows. It takes longer
+only where reading the weights, keys and values does: that time is computed from the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -53,6 +56,24 @@ class TrialStep(NamedTuple):
     peak_bytes: int
 
 
+class Reading(NamedTuple):
+    """Bytes that a decoding step on a GPU reads, and the measured bandwidth of the GPU.
+
+    Args:
+        weights: Bytes of the weights that are sampled with.
+        cached: Bytes of the keys and values of one token of a row.
+        bandwidth: Bytes per second.
+    """
+
+    weights: int
+    cached: float
+    bandwidth: float
+
+    def seconds(self, rows: int, tokens: float) -> float:
+        """Return the least time of a decoding step of some rows with some tokens each, prompt included."""
+        return (self.weights + rows * tokens * self.cached) / self.bandwidth
+
+
 class Speed(NamedTuple):
     """Measured times from which the time of a step of any size is computed.
 
@@ -60,24 +81,38 @@ class Speed(NamedTuple):
         decoding: Seconds of one decoding step, by the number of rows that are sampled at one time. Empty without sampling.
         prefill: Seconds of reading the prompt of one row before sampling.
         scoring: Seconds for each scored token.
+        reading: Bytes that a decoding step reads. None on a CPU, where rows of few tokens already show its time.
     """
 
     decoding: dict[int, float]
     prefill: float
     scoring: float
+    reading: Reading | None = None
 
-    def rollout_seconds(self, rows: int, rows_at_once: int, completion: float) -> float:
+    def rollout_seconds(self, rows: int, rows_at_once: int, completion: float, prompt: float = 0.0) -> float:
         """Return the seconds of sampling ``rows`` completions of a length, ``rows_at_once`` at one time."""
         at_once = min(rows, rows_at_once)
-        return rows * self.prefill + rows / at_once * completion * self._decoding_seconds(at_once)
+        each = self._decoding_seconds(at_once)
+        if self.reading is not None:
+            each = max(each, self.reading.seconds(at_once, prompt + completion / 2))
+        return rows * self.prefill + rows / at_once * completion * each
+
+    def bound(self, rows_at_once: int, completion: float, prompt: float) -> str:
+        """Return the limit of a decoding step on a GPU: ``kernel launches`` or ``memory bandwidth``."""
+        assert self.reading is not None
+        reading = self.reading.seconds(rows_at_once, prompt + completion / 2)
+        return "memory bandwidth" if reading >= self._decoding_seconds(rows_at_once) else "kernel launches"
 
     def _decoding_seconds(self, rows: int) -> float:
         """Return the seconds of one decoding step. Interpolated and extrapolated linearly in the number of rows."""
         (fewer, one), (more, other) = min(self.decoding.items()), max(self.decoding.items())
         if rows <= fewer:
             return one
-        # Without a second measurement, as if rows were decoded one after the other: an upper bound.
-        slope = one / fewer if more == fewer else max(other - one, 0.0) / (more - fewer)
+        if more > fewer:
+            slope = max(other - one, 0.0) / (more - fewer)
+        else:
+            # Without a second measurement: as if rows were decoded one after the other on a CPU, an upper bound.
+            slope = one / fewer if self.reading is None else 0.0
         return one + slope * (rows - fewer)
 
 
@@ -88,6 +123,7 @@ def run_trials(
     most_questions: int,
     step: Step,
     device: torch.device,
+    read: tuple[int, float] = (0, 0.0),
 ) -> tuple[list[TrialStep], Speed]:
     """Run trial steps and derive `Speed` from them.
 
@@ -98,6 +134,7 @@ def run_trials(
         most_questions: Upper limit on the questions of a larger step, which is chosen to take about 15 seconds.
         step: Sizes of a step of the run.
         device: The device of the model.
+        read: Bytes of the weights that are sampled with, and of the keys and values of a token. Used on CUDA.
 
     Returns:
         The measured steps, and what they say about steps of other sizes.
@@ -112,10 +149,33 @@ def run_trials(
     sampled = steps
     if not _samples(module) and step.rows_at_once:  # in evaluation only
         sampled = [_sample(module, small.student, length) for length in (SHORT_TOKENS, TRIAL_TOKENS)]
-    return steps, speed_of(steps, sampled, step.rows_at_once)
+    reading = Reading(*read, copy_bandwidth(device)) if device.type == "cuda" else None
+    return steps, speed_of(steps, sampled, step.rows_at_once, reading)
 
 
-def speed_of(steps: Sequence[TrialStep], sampled: Sequence[TrialStep], rows_at_once: int) -> Speed:
+def copy_bandwidth(device: torch.device, size: int = 2**26, repeats: int = 5) -> float:
+    """Measure the bytes per second that a GPU reads and writes in a copy.
+
+    Args:
+        device: A CUDA device.
+        size: Bytes of the copy. Larger than a GPU's cache.
+        repeats: Number of copies. The first one is not timed.
+    """
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / max(min(seconds[1:]), 1e-9)
+
+
+def speed_of(
+    steps: Sequence[TrialStep], sampled: Sequence[TrialStep], rows_at_once: int, reading: Reading | None = None
+) -> Speed:
     """Derive the times of steps of other sizes.
 
     Args:
@@ -123,10 +183,11 @@ def speed_of(steps: Sequence[TrialStep], sampled: Sequence[TrialStep], rows_at_o
         sampled: Measured steps with sampling. The first two have the same rows, and the first has shorter completions. A
             third step may have more rows.
         rows_at_once: Completions that the engine samples at one time. 0 if nothing is sampled in this process.
+        reading: As in `Speed`.
     """
     scoring = steps[-1].scoring_seconds / max(steps[-1].tokens, 1)
     if not rows_at_once:
-        return Speed({}, 0.0, scoring)
+        return Speed({}, 0.0, scoring, reading)
     short, long, largest = sampled[0], sampled[1], sampled[-1]
     more, seconds = long.completion - short.completion, long.rollout_seconds - short.rollout_seconds
     each = seconds / more if more > 0 and seconds > 0 else long.rollout_seconds / max(long.completion, 1)
@@ -136,7 +197,7 @@ def speed_of(steps: Sequence[TrialStep], sampled: Sequence[TrialStep], rows_at_o
     if (at_once := min(largest.rows, rows_at_once)) not in decoding:
         rest = max(largest.rollout_seconds - largest.rows * prefill, 0.0)
         decoding[at_once] = rest / max(largest.completion, 1) * at_once / largest.rows
-    return Speed(decoding, prefill, scoring)
+    return Speed(decoding, prefill, scoring, reading)
 
 
 def time_facts(
@@ -167,7 +228,7 @@ def time_facts(
     def phases(completion: float) -> dict[str, float]:
         found = {}
         if _samples(module) and speed.decoding:
-            found["rollouts"] = speed.rollout_seconds(step.rows, step.rows_at_once, completion)
+            found["rollouts"] = speed.rollout_seconds(step.rows, step.rows_at_once, completion, roles[0])
         tokens = step.rows * sum(prompt + completion for prompt in roles)
         return found | {"scoring": speed.scoring * tokens}
 
@@ -180,6 +241,8 @@ def time_facts(
         "usual_completion": usual,
         "longest_completion": step.completion,
     }
+    if speed.reading is not None and "rollouts" in highest:
+        found["decoding_bound"] = speed.bound(min(step.rows, step.rows_at_once), step.completion, roles[0])
     steps, updates = trainer.max_steps, module.updates_per_batch
     if steps < 0 and trainer.max_epochs is not None and 0 <= trainer.max_epochs < 1000:
         steps = trainer.max_epochs * (len(data.rows["train"].examples) // (data.batch_size * trainer.world_size)) * updates
@@ -189,7 +252,7 @@ def time_facts(
         rows = -(-len(data.rows["val"].examples) // trainer.world_size) * module.evaluator.sampling.n
         evaluated = 2 if module.evaluator.teacher is not None else 1
         at_once = min(step.rows_at_once or step.eval_rows, step.eval_rows)
-        found["validation_seconds"] = evaluated * speed.rollout_seconds(rows, at_once, step.eval_completion)
+        found["validation_seconds"] = evaluated * speed.rollout_seconds(rows, at_once, step.eval_completion, roles[0])
     return found
 
 

@@ -23,18 +23,21 @@ from opsd_lightning.doctor import diagnosis, probe, trial
 from opsd_lightning.doctor.command import main
 from opsd_lightning.doctor.findings import at_share, histogram
 from opsd_lightning.doctor.memory import (
+    RESERVE,
+    DeviceMemory,
+    Estimator,
     Step,
-    cache_bytes,
     kept_bytes_per_token,
     logits_bytes,
-    memory,
     optimizer_bytes,
+    quantized_layers,
     size_of,
     skeleton,
     weight_bytes,
 )
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.models.cache_size import cache_bytes
 from opsd_lightning.models.policy import LoRA, Policy, base_of, is_adapter_key
 from opsd_lightning.rollouts.self_checks import agreement
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -519,10 +522,10 @@ def test_a_trial_step_that_runs_out_of_memory_is_a_finding(doctor: Doctor, monke
 
 
 def test_a_machine_too_small_for_a_step_runs_none(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    estimate = diagnosis.memory
+    estimate = Estimator.parts
     weights = doctor("--no-model")["facts"]["memory"]["bytes"]["base weights"]
-    monkeypatch.setattr(diagnosis, "memory_of", lambda device: 2 * weights)
-    monkeypatch.setattr(diagnosis, "memory", lambda *args, **kw: estimate(*args, **kw) | {"total": 3 * weights})
+    monkeypatch.setattr(diagnosis.DeviceMemory, "of", lambda device: DeviceMemory("cpu", 2 * weights, 2 * weights))
+    monkeypatch.setattr(Estimator, "parts", lambda self, step: estimate(self, step) | {"total": 3 * weights})
     found = doctor()
     assert [line for line in lines(found, "error") if " memory: " in line]
     assert "divergence" in found["facts"] and "time" not in found["facts"]
@@ -601,27 +604,62 @@ def test_memory_parts_add_up(make_policy: Callable[..., Policy]) -> None:
     model = skeleton(policy)
     step = Step(rows=8, prompt=20, completion=12, rows_at_once=4, token_budget=70)
     assert step.pass_tokens == 64
-    found = memory(model, policy, objective, torch.optim.AdamW, step)
+    gpu, cpu = DeviceMemory("cuda", 2**34, 2**34), DeviceMemory("cpu", 2**34, 2**34)
+
+    def parts(step: Step, policy: Policy = policy, device: DeviceMemory = gpu, **settings: Any) -> dict[str, int]:
+        engine = settings.pop("engine", TransformersEngine(merge_adapter=False))
+        make = torch.optim.AdamW
+        return Estimator(model, policy, objective, make, engine, device, **settings).parts(step)
+
+    found = parts(step)
     total = found.pop("total")
     phases = {name: sum(v for k, v in found.items() if k.startswith(name)) for name in ("rollout", "scoring")}
-    assert total == sum(v for k, v in found.items() if ":" not in k) + max(phases.values())
-    on_a_cpu = memory(model, policy, objective, torch.optim.AdamW, step, frees=False)["total"]
-    assert on_a_cpu == total + min(phases.values())
+    kept = sum(v for k, v in found.items() if ":" not in k)
+    assert total == kept + max(phases.values()) and found["reserve"] == RESERVE
+    on_a_cpu = parts(step, device=cpu)
+    assert on_a_cpu["total"] == sum(size for part, size in on_a_cpu.items() if part != "total")
     adapter = size_of(p for p in model.parameters() if p.requires_grad)
     assert found["gradients"] == found["trainable weights"] == adapter
     assert (
         found["rollout: keys and values"] == 4 * 2 * 2 * 2 * 16 * 32 * 4
     )  # rows, keys and values, layers, heads, width, tokens
     assert found["scoring: states of teachers"] == 8 * 12 * 64 * 4
-    checkpointed = make_policy(gradient_checkpointing=True)
-    less = memory(model, checkpointed, objective, torch.optim.AdamW, step)
+    less = parts(step, make_policy(gradient_checkpointing=True))
     assert less["scoring: activations"] < found["scoring: activations"]
-    shared = memory(model, policy, objective, torch.optim.AdamW, step, shards=4)
+    shared = parts(step, shards=4)
     assert shared["optimizer state"] == found["optimizer state"] // 4
+    validated = parts(step._replace(eval_rows=6, eval_completion=100))
+    assert validated["validation: keys and values"] == 4 * 2 * 2 * 2 * 16 * 120 * 4, "four rows at one time"
+    assert validated["total"] >= kept + validated["validation: keys and values"]
+    merged = parts(step, device=cpu, engine=TransformersEngine())
+    assert merged["rollout: copies of weights"] == 2 * merged["base weights"], "merged, and packed for a CPU"
+
+
+def test_memory_of_quantized_rollouts_is_that_of_the_copy(folders: dict[str, str]) -> None:
+    """A card with room samples with dequantized weights, a smaller one with the 4-bit weights."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    policy = Policy(folders["llama"], LoRA(r=4, alpha=8), dtype="bfloat16", quantization=quantization)
+    model = skeleton(policy)
+    step = Step(rows=2, prompt=20, completion=12, rows_at_once=2, token_budget=70)
+    linear = sum(layer.weight.numel() for layer in quantized_layers(model, quantization))
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def parts(size: int) -> dict[str, int]:
+        device = DeviceMemory("cuda", size, size)
+        return Estimator(
+            model, policy, DivergenceObjective(), torch.optim.AdamW, TransformersEngine(), device, "bf16-mixed"
+        ).parts(step)
+
+    large = parts(2 * RESERVE)
+    assert large["rollout: copies of weights"] == 2 * (linear + adapter)
+    kept = sum(size for part, size in large.items() if ":" not in part and part != "total")
+    small = parts(kept + 2 * (linear + adapter))  # no room for a row beside this copy
+    assert small["rollout: copies of weights"] == 2 * adapter
+    assert small["rollout: keys and values"] > 0
 
 
 def test_too_little_memory_is_reported(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "memory_of", lambda device: 2**16)
+    monkeypatch.setattr(diagnosis.DeviceMemory, "of", lambda device: DeviceMemory("cpu", 2**16, 2**16))
     found = doctor()
     (line,) = lines(found, "error")
     assert re.match(r"error memory: about .* GiB are needed, most of it for .*\[model\.\w+", line), line

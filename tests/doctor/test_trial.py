@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 
 from opsd_lightning.doctor import trial
-from opsd_lightning.doctor.memory import Step, memory, memory_findings, skeleton
+from opsd_lightning.doctor.memory import DeviceMemory, Estimator, Step, memory_findings, skeleton
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.models.policy import Policy
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 
 
 def made_step(rows: int, completion: int) -> trial.TrialStep:
@@ -45,7 +45,10 @@ def test_completions_that_end_at_once_have_times() -> None:
 
 def test_measured_memory_is_extrapolated_by_the_difference_of_estimates(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
-    estimate = partial(memory, skeleton(policy), policy, DivergenceObjective(), torch.optim.AdamW)
+    device = DeviceMemory("cpu", 10**6, 10**6)
+    estimate = Estimator(
+        skeleton(policy), policy, DivergenceObjective(), torch.optim.AdamW, TransformersEngine(), device
+    ).parts
     step = Step(rows=8, prompt=20, completion=12, rows_at_once=4, token_budget=70)
     tried = trial.TrialStep(2, 20, 4, 48, 1.0, 1.0, peak_bytes=10**6)
     found = trial.measured_memory(estimate, step, tried)
@@ -53,5 +56,24 @@ def test_measured_memory_is_extrapolated_by_the_difference_of_estimates(make_pol
     assert found["extrapolated_bytes"] - 10**6 - state == estimate(step)["total"] - small > 0
     same = trial.measured_memory(estimate, step, tried._replace(rows=8, completion=12))
     assert same["extrapolated_bytes"] == 10**6 + state
-    (finding,) = memory_findings(estimate(step), 10**6, "a small device", found)
+    (finding,) = memory_findings(estimate(step), device, "a small device", found)
     assert finding.level == "error" and "2 completions of 4 tokens" in finding.text
+
+
+def test_rows_cost_no_time_on_a_gpu_until_bandwidth_bounds_them() -> None:
+    """A step of 10 ms for kernel launches, and a GPU that reads 1 GB in a second."""
+    launches, reading = 0.01, trial.Reading(weights=10**6, cached=1000.0, bandwidth=1e9)
+    steps = [
+        made_step(2, 4)._replace(rollout_seconds=4 * launches),
+        made_step(2, 16)._replace(rollout_seconds=16 * launches),
+    ]
+    speed = trial.speed_of(steps, steps, 64, reading)
+    assert speed.rollout_seconds(2, 64, 100) == pytest.approx(100 * launches) == speed.rollout_seconds(64, 64, 100)
+    assert speed.bound(64, 100, 0) == "kernel launches"
+    # A hundred rows of 1,000 tokens on average are 100 MB of keys and values.
+    long = speed.rollout_seconds(100, 100, 2000)
+    assert long == pytest.approx(2000 * (10**6 + 100 * 1000 * 1000.0) / 1e9)
+    assert speed.bound(100, 2000, 0) == "memory bandwidth"
+    assert speed.rollout_seconds(100, 50, 2000) >= long, "two batches are no faster than one"
+    on_a_cpu = trial.speed_of(steps, steps, 64)
+    assert on_a_cpu.rollout_seconds(64, 64, 100) == pytest.approx(32 * 100 * launches)

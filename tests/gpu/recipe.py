@@ -12,7 +12,7 @@ import torch
 from gpu.machine import GIB, Losses, Machine, PeakMemory, perturb, random_rows
 from opsd_lightning.cli.command import main
 from opsd_lightning.doctor.examination import examine
-from opsd_lightning.doctor.memory import cache_bytes
+from opsd_lightning.models.cache_size import cache_bytes
 from opsd_lightning.models.policy import base_of
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -65,9 +65,10 @@ def compare(peaks: dict[str, int], estimated: dict[str, int]) -> dict[str, dict[
 
     Args:
         peaks: Bytes by phase, as `PeakMemory` measures them.
-        estimated: Bytes by purpose, as `doctor.memory.memory` estimates them.
+        estimated: Bytes by purpose, as `doctor.memory.Estimator.parts` estimates them.
     """
-    kept = sum(value for name, value in estimated.items() if ":" not in name and name != "total")
+    # The reserve is for what torch's allocator does not count.
+    kept = sum(value for name, value in estimated.items() if ":" not in name and name not in ("total", "reserve"))
     found = {}
     for phase, peak in peaks.items():
         part = "rollout:" if phase == "rollout" else "scoring:"

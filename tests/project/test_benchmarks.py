@@ -27,13 +27,13 @@ SMALL = {
     "scoring": "--model {llama} --rows 6 --prompt 4 --shortest 2 --longest 9 --token-budget 40 --teacher-prompt 20 --completion 5",
     "rollout": "--model {llama} --batch 4 --rows 6 --prompt 5 --shortest 2 --longest 12",
     "scaling": "--model {llama} --tokens 8",
-    "memory": "--models Qwen3-1.7B --lengths 1024 2048",
+    "memory": "--recipes qwen3_1.7b_qlora --lengths 1024 2048",
     "clip_inversion": "--made-up --positions 50 --vocabulary 100 --taus 0.05",
     "device_counts": "--layers 1 --tokens 1 --weights bfloat16 --engines default",
     "callbacks": "--model {llama} --batch 2 --new-tokens 6 --steps 3",
     "attempts": "--model {llama} --vocabulary 300",
-    "plan": "--calibrate {folder}/step.json --check {folder}/step.json",
     "data_start": "--model {roomy} --rows 20 --sentences 6 --sides 'one process, no cache' 'two ranks, no cache'",
+    "plan": "--calibrate {folder}/step.json --check {folder}/step.json --kernels 1000 --launch-us 5",
     "start_checks": "--model {llama} --short",
     "start_up": "--command=--version --before {root}",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
@@ -178,13 +178,20 @@ def test_plan(run: Any, tmp_path: Path) -> None:
         assert [step[f"{phase} share"] for step in found["shares"]] == pytest.approx([seconds / 11] * 4)
     fsdp2 = [row for row in found["plan"] if row["how"] == "bf16, fsdp2"]
     assert fsdp2[0]["network s"] > fsdp2[1]["network s"] > 0
+    alone = [row for row in found["plan"] if row["how"] == "NF4, ddp"][-1]
+    assert alone["bound by"] == "rollouts, launches"
+    assert alone["rollouts s"] >= 1024 * 36 / 28 * 1000 * 5e-6, "the launches of all decoded tokens"
 
 
 def test_memory(run: Any) -> None:
-    measured, table = list(run("memory").values())[-2:]
-    assert all(0.5 < row["NF4 bytes a weight"] < 0.53 for row in measured)
-    totals = [row["total GiB (c)"] for row in table]
-    assert totals == sorted(totals) and all(row["total GiB (c)"] < row["plain GiB (c)"] for row in table)
+    checks, kept, sampling, lengths = list(run("memory").values())[-4:]
+    (check,) = checks
+    assert 0.5 < check["NF4 bytes a weight"] < 0.53
+    assert 0.9 < check["ratio"] < 1.1, "the estimate of a layer's peak"
+    assert all(0 < row["peak"] < float(row["card"].rpartition(" ")[2]) for row in kept)
+    assert [row["phase"] for row in sampling] == ["rollout", "validation", "benchmark"]
+    rows = [row["rows at one time"] for row in lengths]
+    assert rows[0] > rows[1] > 0
 
 
 def test_step(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
