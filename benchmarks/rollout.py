@@ -74,7 +74,8 @@ def main() -> None:
         "  adapter not merged": engine_side(TransformersEngine(max_rows=size, merge_adapter=False)),
     }
     if device.startswith("cuda"):
-        sides["  static cache, compiled"] = engine_side(TransformersEngine(size, static_cache=True, compile=True))
+        sides["  without a copy of the policy"] = engine_side(TransformersEngine(max_rows=size, rollout_copy=False))
+        sides["  static cache, compiled"] = engine_side(TransformersEngine(max_rows=size, static_cache=True, compile=True))
     greedy = TransformersEngine(max_rows=size).generate(
         model, prompts, Sampling(max_new_tokens=args.longest, temperature=0), seed=0
     )

@@ -56,6 +56,13 @@ def plain_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
+@pytest.fixture
+def cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show continuous batching no device but the CPU. The imitated CUDA device stays registered in the process."""
+    name = "transformers.generation.continuous_batching.input_outputs.get_available_devices"
+    monkeypatch.setattr(name, lambda: frozenset({"cpu"}))
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return a model folder for each architecture."""

@@ -207,6 +207,7 @@ class PolicyModule(EvaluatedModule, ABC):
         if self._trainer is not None:
             check_precision(self._trainer.precision_plugin)
             check_strategy(self._trainer.strategy)
+            self.rollouts.check(self.policy, str(self._trainer.precision), self._trainer.strategy.root_device)
             if self._trains:
                 check_dtypes(self.policy, str(self._trainer.precision))
             self._check_trainer()

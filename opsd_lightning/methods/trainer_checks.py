@@ -110,6 +110,10 @@ def trainer_problems(trainer: Trainer, module: EvaluatedModule, data: Any) -> It
         yield ConfigError("nothing would be trained", "trainer.max_steps", "Set it to 1 or more, or to -1 for no limit")
     if trainer.limit_train_batches == 0:
         yield ConfigError("nothing would be trained", "trainer.limit_train_batches", "Set it above 0")
+    try:
+        module.rollouts.check(module.policy, str(trainer.precision), trainer.strategy.root_device)
+    except ConfigError as error:
+        yield error
     validates = _validates(trainer, data)
     if validates and (found := _interval_problem(trainer, data)) is not None:
         yield found

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from opsd_lightning.models.policy import Policy
+from opsd_lightning.models.policy import ModelSettings, Policy
 from opsd_lightning.types import ConfigError
 
 
@@ -46,7 +46,7 @@ def check_dtypes(policy: Policy, precision: str, model: torch.nn.Module | None =
     if model is not None:
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     else:
-        half = policy.dtype == "float16" or (policy.dtype == "auto" and _checkpoint_dtype(policy) == torch.float16)
+        half = stored_dtype(policy) == torch.float16
     if not half:
         return
     if policy.trains_all:
@@ -64,7 +64,11 @@ def check_dtypes(policy: Policy, precision: str, model: torch.nn.Module | None =
         )
 
 
-def _checkpoint_dtype(policy: Policy) -> Any:
-    config = policy.load_config()
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+def stored_dtype(policy: ModelSettings) -> torch.dtype | None:
+    """Return the dtype of the base weights from the settings or the checkpoint, or None if neither names it."""
+    if policy.dtype != "auto":
+        found: Any = policy.dtype
+    else:
+        config = policy.load_config()
+        found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return getattr(torch, found, None) if isinstance(found, str) else found

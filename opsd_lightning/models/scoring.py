@@ -8,6 +8,7 @@ its key-value cache serves them all.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -29,7 +30,13 @@ from opsd_lightning.types import ConfigError, TokenStates
 def packs_rows(model: PeftModel) -> bool:
     """Return True if attention takes the lengths of rows packed into one sequence (flash attention)."""
     # Linear attention and convolutions would carry state from one row to the next.
-    return str(base_of(model).config._attn_implementation).startswith("flash_attention") and selectable_cache(model)
+    return uses_flash_attention(base_of(model)) and selectable_cache(model)
+
+
+def uses_flash_attention(base: Any) -> bool:
+    """Return True for ``flash_attention_2`` and newer, and for kernels from the hub (``kernels-community/flash-attn2``)."""
+    # A kernel's name may have a repository before it, and a revision and a function after it.
+    return re.search(r"flash[-_]att(n|ention)[^/]*$", str(base.config._attn_implementation)) is not None
 
 
 def split_rows(model: PeftModel, lengths: Sequence[int], token_budget: int) -> list[list[int]]:

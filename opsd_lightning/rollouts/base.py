@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from peft import PeftModel
 
+from opsd_lightning.models.policy import ModelSettings
 from opsd_lightning.types import Rollouts, Sampling
 
 
@@ -42,6 +44,18 @@ class RolloutEngine(ABC):
 
         Returns:
             ``len(prompts) * sampling.n`` completions. Those of the same prompt are adjacent.
+        """
+
+    def check(self, policy: ModelSettings, precision: str, device: torch.device) -> None:
+        """Check the engine's settings with those of the policy and the trainer, before the model is loaded.
+
+        Args:
+            policy: Settings of the policy.
+            precision: The trainer's precision, such as ``bf16-mixed``.
+            device: Device of this process.
+
+        Raises:
+            ConfigError: A setting would fail or have no effect.
         """
 
     def prefetch(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> None:

@@ -14,8 +14,9 @@ from opsd_lightning.models.packing import cut_at_eos
 from opsd_lightning.models.policy import base_of, device_of, eos_ids, evaluating
 from opsd_lightning.models.sharding import unsharded
 from opsd_lightning.rollouts.base import LocalEngine
+from opsd_lightning.rollouts.decoding import generation_config_for
 from opsd_lightning.rollouts.fast_weights import merged_adapter
-from opsd_lightning.rollouts.transformers_engine import generation_config_for
+from opsd_lightning.rollouts.rollout_copy import can_copy, rollout_copy
 from opsd_lightning.types import ConfigError, OpenUnitInterval, Rollouts, Sampling, checked
 
 
@@ -23,6 +24,9 @@ from opsd_lightning.types import ConfigError, OpenUnitInterval, Rollouts, Sampli
 @final
 class ContinuousBatchingEngine(LocalEngine):
     """Rollouts by transformers' ``generate_batch``, with continuous batching over a paged cache. For GPUs.
+
+    Under ``bf16-mixed`` it samples with a copy of the policy in bfloat16, because transformers samples in a thread that
+    autocast does not reach.
 
     On two CPU cores it is less than half as fast as `TransformersEngine` (benchmarks/rollout.py --continuous).
 
@@ -71,7 +75,18 @@ class ContinuousBatchingEngine(LocalEngine):
             merging,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         ):
-            outputs = base_of(model).generate_batch(
+            # transformers samples in a thread of its own, which autocast does not reach.
+            sampler = base_of(model)
+            if torch.is_autocast_enabled(device.type):
+                if not can_copy(model):
+                    raise ConfigError(
+                        "continuous batching samples in a thread that autocast does not reach, and sharded weights "
+                        "cannot be copied for it",
+                        "model.rollouts",
+                        "Use TransformersEngine, or set trainer.precision to 32-true",
+                    )
+                sampler = rollout_copy(model, torch.get_autocast_dtype(device.type))
+            outputs = sampler.generate_batch(
                 inputs=rows,
                 generation_config=generation_config_for(sampling, model, sampling.max_new_tokens),
                 continuous_batching_config=ContinuousBatchingConfig(**settings),

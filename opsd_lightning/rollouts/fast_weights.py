@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from opsd_lightning.models.policy import base_of
+from opsd_lightning.models.policy import base_of, device_of
 
 # Largest number of rows for packed weights (decoding has few rows), and smallest number of weights worth packing.
 _MAX_ROWS, _MIN_WEIGHTS = 64, 2**16
@@ -27,20 +28,12 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
     """Merge the active adapter into the base weights inside the context, and restore the same weights on exit.
 
     The adapter is merged only if that is exact: all adapted layers are linear layers in float32, not quantized, not sharded,
-    and not the head. Otherwise the context has no effect.
+    and not the head, and compute in float32. Under autocast the sum would be rounded, and small updates lost. Otherwise the
+    context has no effect.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    head = base_of(model).get_output_embeddings()
+    layers = _mergeable(model)
     bases = [layer.get_base_layer() for layer in layers]
-    if not layers or not all(
-        not layer.disable_adapters
-        and layer is not head
-        and isinstance(base, (nn.Linear, Conv1D))
-        and type(base.weight.data) is torch.Tensor
-        and base.weight.dtype == torch.float32
-        and not any(getattr(layer, "lora_bias", {}).values())  # peft would merge it into the base layer's bias in place
-        for layer, base in zip(layers, bases, strict=True)
-    ):
+    if not layers:
         yield
         return
     # peft's safe merge replaces the weight tensors. Its `unmerge` would restore them only up to rounding.
@@ -51,7 +44,28 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
     finally:
         for layer, base, weight in zip(layers, bases, saved, strict=True):
             base.weight.data = weight
-            layer.merged_adapters.clear()  # type: ignore[operator, union-attr]
+            layer.merged_adapters.clear()
+
+
+def merged_bytes(model: PeftModel) -> int:
+    """Return the bytes of the weights that `merged_adapter` makes."""
+    return sum(layer.get_base_layer().weight.nbytes for layer in _mergeable(model))
+
+
+def _mergeable(model: PeftModel) -> list[Any]:
+    """Return the adapted layers if all of them can be merged exactly, else an empty list."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    head, rounded = base_of(model).get_output_embeddings(), torch.is_autocast_enabled(device_of(model).type)
+    exact = not rounded and all(
+        not layer.disable_adapters
+        and layer is not head
+        and isinstance(base := layer.get_base_layer(), (nn.Linear, Conv1D))
+        and type(base.weight.data) is torch.Tensor
+        and base.weight.dtype == torch.float32
+        and not any(getattr(layer, "lora_bias", {}).values())  # peft would merge it into the base layer's bias in place
+        for layer in layers
+    )
+    return layers if exact else []
 
 
 @contextmanager

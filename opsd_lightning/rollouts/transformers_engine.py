@@ -6,26 +6,28 @@ Inputs and outputs are token ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
 
-from opsd_lightning.models.packing import cut_at_eos, pad_left
-from opsd_lightning.models.policy import base_of, device_of, eos_ids, evaluating
-from opsd_lightning.models.scoring import hidden_states, selectable_cache
+from opsd_lightning.distributed.collectives import all_gather_object
+from opsd_lightning.models.policy import ModelSettings, base_of, device_of, evaluating
+from opsd_lightning.models.precision import stored_dtype
+from opsd_lightning.models.scoring import selectable_cache
 from opsd_lightning.models.sharding import unsharded
+from opsd_lightning.rollouts.attention import rollout_attention
 from opsd_lightning.rollouts.base import LocalEngine
-from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
-from opsd_lightning.types import ConfigError, PositiveInt, Rollouts, Sampling, checked
+from opsd_lightning.rollouts.capacity import free_bytes, place_copy, row_bytes, rows_that_fit
+from opsd_lightning.rollouts.decoding import Decoder
+from opsd_lightning.rollouts.draws import RowDraws
+from opsd_lightning.rollouts.fast_weights import merged_adapter, merged_bytes, packed_linears
+from opsd_lightning.rollouts.rollout_copy import can_copy, copied_bytes, rollout_copy
+from opsd_lightning.types import ConfigError, PositiveFloat, PositiveInt, Rollouts, Sampling, checked
 
 
 @checked
@@ -35,16 +37,31 @@ class TransformersEngine(LocalEngine):
     A prompt with several completions is computed once. Rows stay in their batch until its last row ends if the cache is
     static, or if the model's cache does not consist of keys and values (linear attention).
 
+    On CUDA, the number of rows at one time is bounded by the free memory. If memory runs out nevertheless, half of the rows
+    continue and the others wait. The random numbers of a row depend on the seed, the row and the token's position only, so
+    that dividing rows in another way changes samples through rounding only. On a CPU with ``max_rows`` unset, all rows are
+    one batch, which draws from PyTorch's generator.
+
     Args:
-        max_rows: Maximum number of completions in a batch, at least 1. Defaults to all. Decoding is limited by memory
-            bandwidth, so larger batches are more efficient.
+        max_rows: Maximum number of completions in a batch, at least 1. Defaults to all on a CPU, and to the number that fits
+            into the free memory on CUDA. Decoding is limited by memory bandwidth and kernel launches, so larger batches are
+            more efficient.
+        rollout_copy: If True, sample on CUDA with a copy of the policy in bfloat16 where training computes in bfloat16: with
+            dequantized weights if they fit beside the keys and values, and with the quantized ones otherwise. Weights that
+            are bfloat16 already are not copied. If False, sample with the policy's own modules under autocast.
         merge_adapter: If True, sample with the adapter merged into the base weights, which are restored bit by bit. Applies
-            only where merging is exact (unquantized float32 weights). Needs memory for a second copy of the weights, and on
-            a CPU for a third one, which is packed for faster products.
+            only where merging is exact (unquantized float32 weights, and computation in float32). Needs memory for a second
+            copy of the weights, and on a CPU for a third one, which is packed for faster products.
         static_cache: If True, allocate keys and values once, for the longest completion.
-        compile: If True, compile the decoding step (by transformers, on CUDA). Requires ``static_cache``.
+        compile: If True, compile the decoding step (by transformers, on CUDA). Requires ``static_cache``. The policy's own
+            modules are compiled, without ``rollout_copy``.
         gather_weights: If True, hold all weights on every device during a rollout under FSDP2. If False, each layer is
             gathered for each token, which is slow but works for models that do not fit one device.
+        logprob_tolerance: Largest accepted difference between the rollout's log-probabilities and the trainer's own, in nats
+            and averaged over the tokens of a step. The difference is logged. Costs a further scoring pass. Defaults to no
+            comparison.
+        max_importance_ratio: Upper limit, above 0, of the ratio of a token's probability under the student to that under
+            the sampler, which then weights the token's loss. Defaults to no weighting.
 
     Example::
 
@@ -55,6 +72,9 @@ class TransformersEngine(LocalEngine):
         ... )  # doctest: +SKIP
     """
 
+    # Rows times tokens that ran out of memory, halved.
+    _token_limit: int | None = None
+
     def __init__(
         self,
         max_rows: PositiveInt | None = None,
@@ -62,6 +82,9 @@ class TransformersEngine(LocalEngine):
         static_cache: bool = False,
         compile: bool = False,
         gather_weights: bool = True,
+        rollout_copy: bool = True,
+        logprob_tolerance: PositiveFloat | None = None,
+        max_importance_ratio: PositiveFloat | None = None,
     ) -> None:
         if compile and not static_cache:
             raise ConfigError(
@@ -74,206 +97,107 @@ class TransformersEngine(LocalEngine):
         self.static_cache = static_cache
         self.compile = compile
         self.gather_weights = gather_weights
+        self.rollout_copy = rollout_copy
+        self.logprob_tolerance = logprob_tolerance
+        self.max_importance_ratio = max_importance_ratio
+
+    def check(self, policy: ModelSettings, precision: str, device: torch.device) -> None:
+        if self.compile and policy.quantization is not None:
+            raise ConfigError(
+                "transformers does not compile models that bitsandbytes quantizes",
+                "model.rollouts.init_args.compile",
+                "Set it to false, or remove model.policy.quantization",
+            )
+        copies = self.rollout_copy and not self.compile and device.type == "cuda"
+        if self.static_cache and precision.endswith("-mixed") and not copies and stored_dtype(policy) == torch.float32:
+            raise ConfigError(
+                f"with float32 weights under trainer.precision {precision}, keys are float32 and values are not, and a "
+                "static cache has one type",
+                "model.rollouts.init_args.static_cache",
+                "Set it to false, or model.policy.dtype to bfloat16, or trainer.precision to 32-true",
+            )
 
     @torch.no_grad()
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         rows = [prompt for prompt in prompts for _ in range(sampling.n)]
         device = device_of(model)
-        devices = [device] if device.type == "cuda" else []
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             if self.gather_weights:
                 stack.enter_context(unsharded(model))
-            if self.merge_adapter:
-                stack.enter_context(merged_adapter(model))
-            stack.enter_context(packed_linears(model))
-            stack.enter_context(torch.random.fork_rng(devices=devices))
+            # Ranks that gather each layer must make the same passes, and segments end at different times.
+            sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+            sampler, size = self._on_gpu(stack, model, rows, sampling) if device.type == "cuda" else (model, len(rows))
+            if device.type != "cuda":
+                if self.merge_adapter:
+                    stack.enter_context(merged_adapter(model))
+                stack.enter_context(packed_linears(model))
+            size = min(self.max_rows or size, len(rows))
+            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             torch.manual_seed(seed)
-            # Segments end at different times on different ranks, but ranks that gather layers must make the same passes.
-            segments = selectable_cache(model) and not self.static_cache and not _sharded(model)
-            found = (self._in_segments if segments else self._in_batches)(model, rows, sampling)
-        return Rollouts([found[i][0] for i in range(len(rows))], [found[i][1] for i in range(len(rows))], sampling.n)
-
-    def _in_batches(
-        self, model: PeftModel, rows: Sequence[Sequence[int]], sampling: Sampling
-    ) -> dict[int, tuple[list[int], bool]]:
-        """Call ``generate`` once for each ``max_rows`` rows."""
-        config = generation_config_for(sampling, model, sampling.max_new_tokens)
-        if self.static_cache:
-            config.cache_implementation = "static"
-        config.disable_compile = not self.compile
-        order, found = _by_length(rows), {}
-        for start in range(0, len(order), self.max_rows or len(order)):
-            part = order[start : start + (self.max_rows or len(order))]
-            input_ids, mask, position_ids = pad_left([rows[i] for i in part], device_of(model))
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=position_ids,
-                generation_config=config,
-                synced_gpus=_sharded(model),  # finished ranks make empty passes until all ranks have finished
+            divides = device.type == "cuda" or self.max_rows is not None
+            decoder = Decoder(
+                sampler,
+                rows,
+                sampling,
+                min(all_gather_object(size)) if sharded else size,
+                RowDraws(seed, len(rows), sampling.max_new_tokens) if divides and sampling.temperature > 0 else None,
+                self.logprob_tolerance is not None or self.max_importance_ratio is not None,
+                backs_off=divides and not sharded,
             )
-            for index, row in zip(part, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                found[index] = cut_at_eos(row, eos_ids(model))
-        return found
-
-    def _in_segments(
-        self, model: PeftModel, rows: Sequence[Sequence[int]], sampling: Sampling
-    ) -> dict[int, tuple[list[int], bool]]:
-        """Call ``generate`` until some rows end, replace them by waiting rows, and repeat."""
-        stop = eos_ids(model)
-        waiting = _by_length(rows)
-        size = self.max_rows or len(rows)
-        found: dict[int, tuple[list[int], bool]] = {index: ([], False) for index in waiting}
-        batch: _Batch | None = None
-        while batch is not None or waiting:
-            if waiting and (batch is None or batch.can_grow()):
-                room = size - (0 if batch is None else len(batch.rows))
-                taken, waiting = waiting[:room], waiting[room:]
-                new = _Batch.start(model, {index: rows[index] for index in taken})
-                batch = new if batch is None else batch.joined(new)
-            assert batch is not None
-            left = sampling.max_new_tokens - max(len(found[index][0]) for index in batch.rows)
-            output = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.mask,
-                past_key_values=batch.cache,
-                generation_config=generation_config_for(sampling, model, left),
-                synced_gpus=False,
-                stopping_criteria=StoppingCriteriaList([_SomeEnded(stop, max(len(batch.rows) // 8, 1))]),
-            )
-            unfinished = []
-            for place, (index, row) in enumerate(
-                zip(batch.rows, output[:, batch.input_ids.shape[1] :].tolist(), strict=True)
-            ):
-                more, ended = cut_at_eos(row, stop)
-                found[index] = (found[index][0] + more, ended)
-                if not ended and len(found[index][0]) < sampling.max_new_tokens:
-                    unfinished.append(place)
-            batch = batch.selected(output, unfinished) if unfinished else None
-        return found
-
-
-@dataclass
-class _Batch:
-    """Batch of unfinished rows. The cache holds all columns except the last, with which ``generate`` continues."""
-
-    rows: list[int]
-    input_ids: Tensor  # [B, P + C], padded on the left
-    mask: Tensor
-    cache: DynamicCache
-
-    @classmethod
-    def start(cls, model: PeftModel, prompts: Mapping[int, Sequence[int]]) -> _Batch:
-        """Fill the cache with the prompts except for their last tokens. Equal prompts are computed once."""
-        distinct = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts.values())))}
-        which = [distinct[tuple(prompt)] for prompt in prompts.values()]
-        input_ids, mask, position_ids = pad_left(list(distinct), device_of(model))
-        if input_ids.shape[1] == 1:  # the cache needs at least one column, here of padding
-            input_ids, mask, position_ids = (functional.pad(x, (1, 0)) for x in (input_ids, mask, position_ids))
-        cache = DynamicCache(config=base_of(model).config)
-        hidden_states(
-            model,
-            input_ids=input_ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=position_ids[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        batch = cls(list(prompts), input_ids, mask, cache)
-        batch._select(which)
-        return batch
-
-    def can_grow(self) -> bool:
-        """Return True if rows of another length can join. The cache of a sliding window cannot be padded."""
-        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
-
-    def joined(self, other: _Batch) -> _Batch:
-        """Concatenate two batches, with the shorter one padded on the left."""
-        width = max(self.input_ids.shape[1], other.input_ids.shape[1])
-        for batch in (self, other):
-            batch._shift(width - batch.input_ids.shape[1])
-        layers: Any = zip(self.cache.layers, other.cache.layers, strict=True)
-        for ours, theirs in layers:
-            ours.keys, ours.values = torch.cat([ours.keys, theirs.keys]), torch.cat([ours.values, theirs.values])
-        return _Batch(
-            self.rows + other.rows,
-            torch.cat([self.input_ids, other.input_ids]),
-            torch.cat([self.mask, other.mask]),
-            self.cache,
+            if selectable_cache(model) and not self.static_cache and not sharded:
+                found = decoder.in_segments()
+            else:
+                found = decoder.in_batches(self.static_cache, self.compile, synced_gpus=sharded)
+        if decoder.max_rows < size and not sharded:
+            self._remember(decoder.max_rows, max(map(len, rows)) + sampling.max_new_tokens, size)
+        return Rollouts(
+            [completion.tokens for completion in found],
+            [completion.terminated for completion in found],
+            sampling.n,
+            [completion.logprobs for completion in found] if decoder.with_logprobs else None,
         )
 
-    def selected(self, output: Tensor, places: list[int]) -> _Batch:
-        """Return the batch of the rows that continue after a segment.
+    def _on_gpu(
+        self, stack: ExitStack, model: PeftModel, rows: Sequence[Sequence[int]], sampling: Sampling
+    ) -> tuple[Any, int]:
+        """Choose the modules to sample with, and enter their contexts.
 
-        Args:
-            output: Token ids after the segment. Shape [B, P + C].
-            places: Indices of the rows that continue.
+        Returns:
+            The policy or its copy, and the number of rows that fit beside it.
         """
-        grown = output.shape[1] - self.input_ids.shape[1]
-        mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), grown)], dim=1)
-        batch = _Batch(self.rows, output, mask, self.cache)
-        if len(places) < len(self.rows):
-            batch.rows = [self.rows[place] for place in places]
-            batch._select(places)
-            if self.can_grow():
-                batch._shift(-int(batch.mask.argmax(dim=1).min()))
-        return batch
+        device, base, prompt = device_of(model), base_of(model), max(map(len, rows))
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else base.dtype
+        stack.enter_context(rollout_attention(model))
 
-    def _select(self, places: list[int]) -> None:
-        index = torch.tensor(places, device=self.input_ids.device)
-        self.input_ids, self.mask = self.input_ids[index], self.mask[index]
-        self.cache.batch_select_indices(index)
+        def each(element_size: int) -> int:
+            return row_bytes(base.config, prompt, sampling.max_new_tokens, element_size)
 
-    def _shift(self, columns: int) -> None:
-        """Add columns of padding on the left, or remove them if ``columns`` is negative."""
-        if columns:
-            self.input_ids, self.mask = (functional.pad(x, (columns, 0)) for x in (self.input_ids, self.mask))
-            layers: list[Any] = self.cache.layers
-            for layer in layers:
-                layer.keys = functional.pad(layer.keys, (0, 0, columns, 0))
-                layer.values = functional.pad(layer.values, (0, 0, columns, 0))
+        sampler: Any = model
+        element_size = base.dtype.itemsize
+        copies = self.rollout_copy and not self.compile and dtype == torch.bfloat16
+        if copies and can_copy(model):
+            light, full = (copied_bytes(model, dtype, dequantize) for dequantize in (False, True))
+            wanted = min(self.max_rows or len(rows), len(rows))
+            placement = place_copy(free_bytes(device), each(dtype.itemsize), light, full, wanted)
+            if placement is not None:
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+                sampler, element_size = rollout_copy(model, dtype, placement.dequantize), dtype.itemsize
+        if sampler is model and self.merge_adapter and 2 * merged_bytes(model) < free_bytes(device):
+            stack.enter_context(merged_adapter(model))
+        fit = rows_that_fit(free_bytes(device), each(element_size))
+        if self._token_limit is not None:
+            fit = min(fit, max(self._token_limit // (prompt + sampling.max_new_tokens), 1))
+        return sampler, fit
 
-
-class _SomeEnded(StoppingCriteria):
-    """Criterion that stops the batch when at least ``enough`` of its rows have ended."""
-
-    def __init__(self, eos_ids: frozenset[int], enough: int) -> None:
-        self.eos_ids, self.enough = torch.tensor(sorted(eos_ids)), enough
-        self.ended: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.eos_ids = self.eos_ids.to(input_ids.device)
-        ended = torch.isin(input_ids[:, -1], self.eos_ids)
-        self.ended = ended if self.ended is None else self.ended | ended
-        return (self.ended.sum() >= self.enough).expand(len(input_ids))
-
-
-def _sharded(model: PeftModel) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _by_length(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Return the row indices in order of length, so that batches need little padding."""
-    return sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-
-
-def generation_config_for(sampling: Sampling, model: PeftModel, max_new_tokens: int) -> GenerationConfig:
-    """Return transformers' generation settings for some sampling settings and the model's EOS and padding tokens."""
-    own = base_of(model).generation_config
-    common = {
-        "max_new_tokens": max_new_tokens,
-        "use_cache": True,
-        "eos_token_id": own.eos_token_id,
-        "pad_token_id": own.pad_token_id,
-    }
-    if sampling.temperature == 0:
-        return GenerationConfig(do_sample=False, **common)
-    return GenerationConfig(
-        do_sample=True,
-        temperature=float(sampling.temperature),
-        top_p=float(sampling.top_p),
-        top_k=int(sampling.top_k),
-        min_p=float(sampling.min_p) or None,
-        **common,
-    )
+    def _remember(self, rows: int, tokens: int, size: int) -> None:
+        """Remember the size of a batch that fits, and warn once."""
+        first, self._token_limit = self._token_limit is None, rows * tokens
+        if first:
+            warnings.warn(
+                f"memory ran out in a rollout of {size} completions of up to {tokens} tokens, prompt included, which "
+                f"continued with {rows} at one time. Later rollouts start with as many tokens. Set "
+                f"model.rollouts.init_args.max_rows to {rows} to start with them in another run",
+                stacklevel=3,
+            )

@@ -23,6 +23,8 @@ ENGINES: dict[str, tuple[type[LocalEngine], dict[str, Any]]] = {
     "as in the recipe": (TransformersEngine, {}),
     "8 rows at one time": (TransformersEngine, {"max_rows": 8}),
     "adapter never merged": (TransformersEngine, {"merge_adapter": False}),
+    "without a copy of the policy": (TransformersEngine, {"rollout_copy": False}),
+    "with log-probabilities": (TransformersEngine, {"logprob_tolerance": 1.0}),
     "static cache": (TransformersEngine, {"static_cache": True}),
     "continuous batching": (ContinuousBatchingEngine, {}),
     "continuous batching, half of the memory": (ContinuousBatchingEngine, {"max_memory_percent": 0.25}),
@@ -32,7 +34,7 @@ ENGINES: dict[str, tuple[type[LocalEngine], dict[str, Any]]] = {
 #: Measured in a process of its own, since compilation takes a minute.
 COMPILED: tuple[type[LocalEngine], dict[str, Any]] = (TransformersEngine, {"static_cache": True, "compile": True})
 #: Settings that have no speed on one GPU.
-NOT_MEASURED = {"gather_weights"}
+NOT_MEASURED = {"gather_weights", "max_importance_ratio"}
 
 
 def decoding(machine: Machine, model: Any, engine: LocalEngine, tokens: int) -> dict[str, float]:

@@ -567,6 +567,7 @@ def _register_backend() -> None:
     if _libraries:
         return
     module = SimpleNamespace(
+        __name__=_BACKEND,
         is_initialized=lambda: True, is_available=lambda: True, current_device=lambda: 0, device_count=lambda: 1,
         _is_in_bad_fork=lambda: False, manual_seed_all=lambda seed: None, _lazy_init=lambda: None,
         get_rng_state=lambda device=None: torch.cuda.get_rng_state(), synchronize=lambda device=None: None,

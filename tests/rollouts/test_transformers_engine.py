@@ -149,6 +149,7 @@ def test_every_engine_is_under_test() -> None:
     ids=lambda e: f"{type(e).__name__}-{vars(e)}",
 )
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.usefixtures("cpu_alone")
 def test_greedy_rollouts_of_ragged_rows_are_those_of_each_row_alone(
     engine: RolloutEngine, architecture: str, built: Callable[..., PeftModel]
 ) -> None:
