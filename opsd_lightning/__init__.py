@@ -109,7 +109,8 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.rollouts.base import RolloutEngine as RolloutEngine
     from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine as ContinuousBatchingEngine
     from opsd_lightning.rollouts.transformers_engine import TransformersEngine as TransformersEngine
-    from opsd_lightning.rollouts.vllm.engines import VLLMEngine as VLLMEngine, VLLMServerEngine as VLLMServerEngine
+    from opsd_lightning.rollouts.vllm.colocated import VLLMEngine as VLLMEngine
+    from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine as VLLMServerEngine
     from opsd_lightning.runs.reader import Point as Point, Run as Run, read_run as read_run
     from opsd_lightning.teachers import (
         EMATeacher as EMATeacher,
@@ -175,7 +176,8 @@ _NAMES = {
     "rollouts.base": "RolloutEngine",
     "rollouts.continuous_batching": "ContinuousBatchingEngine",
     "rollouts.transformers_engine": "TransformersEngine",
-    "rollouts.vllm.engines": "VLLMEngine VLLMServerEngine",
+    "rollouts.vllm.colocated": "VLLMEngine",
+    "rollouts.vllm.engines": "VLLMServerEngine",
     "runs.reader": "Point Run read_run",
     "teachers": "EMATeacher FixedTeacher GenerativeTeacher LiveTeacher ModelTeacher ReferenceTeacher SyncTeacher Teacher "
     "TrustRegionTeacher",

@@ -38,6 +38,7 @@ import opsd_lightning.reports.run_report
 import opsd_lightning.reports.token_report
 import opsd_lightning.rollouts.continuous_batching
 import opsd_lightning.rollouts.transformers_engine
+import opsd_lightning.rollouts.vllm.colocated
 import opsd_lightning.rollouts.vllm.engines
 import opsd_lightning.teachers
 from opsd_lightning.callbacks.rollouts import RolloutWriter

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from transformers import PreTrainedTokenizerBase
 
+from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.distributed.collectives import TrainerRanks, rank_and_world_size
 from opsd_lightning.evaluation.accuracy import AccuracyAtK, pass_sizes
 from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.models.token_budget import TokenBudget
-from opsd_lightning.rollouts.base import RolloutEngine, seed_for
+from opsd_lightning.rollouts.base import Demand, RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios
 from opsd_lightning.rollouts.self_checks import Agreement, check_policy
 from opsd_lightning.runs.resuming import batches_trained
@@ -213,6 +214,27 @@ class EvaluatedModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         watch_signals(self.trainer)
+        self.rollouts.prepare(self.policy, self.demand(stage))
+
+    def sampled(self, stage: str) -> dict[str, Sampling]:
+        """Return the sampling settings of each split of the data that a stage samples from."""
+        return {{"fit": "val", "validate": "val"}.get(stage, "test"): self.evaluator.sampling}
+
+    def demand(self, stage: str) -> Demand | None:
+        """Return the largest rollout of a stage on this device, or None without an `OPSDDataModule`."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, OPSDDataModule):
+            return None
+        tokens, rows = [], []
+        for split, sampling in self.sampled(stage).items():
+            if (batch := data.rows.get(split)) is not None:
+                prompts = [
+                    *batch.student,
+                    *(batch.teacher if split != "train" and self.evaluator.teacher is not None else []),
+                ]
+                tokens.append(max(map(len, prompts)) + sampling.max_new_tokens)
+                rows.append((data.batch_size if split == "train" else data.eval_batch_size) * sampling.n)
+        return Demand(max(tokens), max(rows)) if tokens else None
 
     def logged_names(self) -> set[str]:
         """Return the names of all metrics that a fit logs, to check callbacks. Subclasses add their own metrics."""

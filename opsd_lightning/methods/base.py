@@ -177,6 +177,10 @@ class PolicyModule(EvaluatedModule, ABC):
             privileged=False, graded_teacher=graded, max_new_tokens=self.sampling.max_new_tokens, teachers=self.teachers
         )
 
+    def sampled(self, stage: str) -> dict[str, Sampling]:
+        trains = stage == "fit" and self.data_requirements.max_new_tokens > 0
+        return super().sampled(stage) | ({"train": self.sampling} if trains else {})
+
     def attach(self) -> None:
         """Prepare the freshly built model, before it is sharded."""
 

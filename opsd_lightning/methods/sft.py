@@ -14,7 +14,7 @@ from opsd_lightning.losses.objectives import NegativeLogLikelihood, Objective, T
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepOutput
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts
+from opsd_lightning.types import DataRequirements, PromptBatch, Rollouts, Sampling
 
 
 def traces_as_rollouts(batch: PromptBatch) -> Rollouts:
@@ -50,6 +50,11 @@ class SFTModule(PolicyModule):
     @property
     def data_requirements(self) -> DataRequirements:
         return replace(super().data_requirements, trace_completions=True)
+
+    def sampled(self, stage: str) -> dict[str, Sampling]:
+        found = super().sampled(stage)
+        found.pop("train", None)  # training samples no completions
+        return found
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         """Train on the traces of one batch."""

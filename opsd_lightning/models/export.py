@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from opsd_lightning.models.dequantized import dequantized
 from opsd_lightning.models.policy import STUDENT, LoRA, Policy, base_of
 from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.models.verification import check_adapter, check_model, logits_of, probe_tokens
@@ -163,15 +164,13 @@ def merge_adapter(
 @torch.no_grad()
 def _round_to_four_bits(model: PeftModel, policy: Policy, tokens: Tensor) -> Tensor:
     """Round the base weights to their 4-bit values, and return the quantized policy's logits for some tokens."""
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 
     layers = dict(model.named_modules())
     quantized = policy.build()
     for name, module in quantized.named_modules():
         if isinstance(module, Linear4bit):
-            rounded = dequantize_4bit(module.weight.data, module.weight.quant_state)  # type: ignore[attr-defined]
-            layers[name].weight.copy_(rounded)  # type: ignore[union-attr, operator]
+            layers[name].weight.copy_(dequantized(module))  # type: ignore[union-attr, operator]
     return logits_of(quantized, tokens)
 
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from peft import PeftModel
 
 from opsd_lightning.models.policy import ModelSettings
 from opsd_lightning.types import Rollouts, Sampling
+
+
+class Demand(NamedTuple):
+    """Largest rollout of a run, on one device.
+
+    Args:
+        tokens: Tokens of the longest prompt and its longest completion.
+        rows: Largest number of completions in one call of `RolloutEngine.generate`.
+    """
+
+    tokens: int
+    rows: int
 
 
 class RolloutEngine(ABC):
@@ -31,6 +43,17 @@ class RolloutEngine(ABC):
     logprob_tolerance: float | None = None
     max_importance_ratio: float | None = None
     neutral_settings: ClassVar[frozenset[str]] = frozenset({"logprob_tolerance", "max_importance_ratio"})
+
+    def prepare(self, policy: ModelSettings, demand: Demand | None = None) -> None:
+        """Announce the policy and the largest rollout of a run, before the model is built. Does nothing by default.
+
+        Args:
+            policy: Settings of the policy.
+            demand: Largest rollout, or None if it is unknown.
+
+        Raises:
+            ConfigError: The engine cannot sample from the policy, or has no room for the rollout.
+        """
 
     @abstractmethod
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:

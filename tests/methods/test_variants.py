@@ -45,7 +45,7 @@ from opsd_lightning.prompts.online_contexts import (
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.rollouts.vllm.engines import VLLMEngine
+from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, ModelTeacher, TrustRegionTeacher
 from opsd_lightning.types import Example, Rollouts, Sampling, UserError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from datasets import Dataset, DatasetDict
 from helpers.configs import parsed
 from helpers.files import write_jsonl
 from helpers.paths import ROOT
+from helpers.vllm_stand_in import VERSIONS, make_vllm
 from opsd_lightning.cli.command import main
 from opsd_lightning.prompts.templates import STUDENT_TEMPLATE
 
@@ -64,7 +66,11 @@ LARGER = [path for path in RECIPES if "4b" in path.stem or "8b" in path.stem]
 @pytest.mark.parametrize(
     "recipe", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path in LARGER)) for path in RECIPES]
 )
-def test_recipe_takes_a_step(recipe: Path, shrunk: Callable[[Path], list[str]], tmp_path: Path) -> None:
+def test_recipe_takes_a_step(
+    recipe: Path, shrunk: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, module in make_vllm(VERSIONS[-1], []).items():  # for the recipe that samples by vLLM, which needs a GPU
+        monkeypatch.setitem(sys.modules, name, module)
     cli = main(["fit", *shrunk(recipe)])
     assert cli.trainer.global_step == 1
     settings = yaml.safe_load(recipe.read_text())
@@ -120,7 +126,19 @@ def test_presets_overlay_every_recipe(recipe: Path, preset: Path, monkeypatch: p
     assert divergence == {"paper_v1": "GeneralizedJSD", "released_v3": "ForwardKL"}[preset.stem]
 
 
-@pytest.mark.parametrize("recipe", OVERLAID, ids=lambda path: path.stem)
+def test_the_vllm_recipe_differs_in_base_weights_and_sampler_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm, plain = (
+        parsed(["fit", f"--config={CONFIGS}/qwen3_1.7b_{name}.yaml"], monkeypatch) for name in ("lora_vllm", "qlora")
+    )
+    assert vllm["model"]["rollouts"]["class_path"] == "opsd_lightning.VLLMEngine"
+    for config in (vllm, plain):
+        del config["model"]["rollouts"], config["model"]["policy"]["quantization"], config["trainer"]["default_root_dir"]
+        del config["data"]["policy"], config["config"]
+    assert vllm == plain
+
+
+# vLLM engines send adapters only.
+@pytest.mark.parametrize("recipe", [path for path in OVERLAID if "vllm" not in path.stem], ids=lambda path: path.stem)
 def test_all_weights_train_in_place_of_an_adapter(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = CONFIGS / "presets" / "full_finetuning.yaml"
     own = parsed(["fit", f"--config={recipe}"], monkeypatch)
@@ -145,12 +163,12 @@ def test_another_method_keeps_the_recipes_settings(recipe: Path, other: str, mon
     assert config["trainer"] == own["trainer"] and config["data"] | {"batch_size": 0} == own["data"] | {"batch_size": 0}
 
 
-@pytest.mark.parametrize("size", ["1.7b", "4b", "8b"])
-def test_the_qwen_recipes_are_the_released_settings(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = CONFIGS / f"qwen3_{size}_qlora.yaml"
+@pytest.mark.parametrize("name", ["1.7b_lora_vllm", "1.7b_qlora", "4b_qlora", "8b_qlora"])
+def test_the_qwen_recipes_are_the_released_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = CONFIGS / f"qwen3_{name}.yaml"
     own = parsed(["fit", f"--config={recipe}"], monkeypatch)
     laid = parsed(["fit", f"--config={recipe}", f"--config={CONFIGS / 'presets' / 'released_v3.yaml'}"], monkeypatch)
-    tau = {"8b": 0.06}.get(size, 0.05)
+    tau = {"8b": 0.06}.get(name.partition("_")[0], 0.05)
     assert own["model"]["objective"]["init_args"]["clip"]["init_args"].pop("tau") == tau
     assert laid["model"]["objective"]["init_args"]["clip"]["init_args"].pop("tau") == 0.05
     assert own["model"] == laid["model"] and own["data"] == laid["data"] and own["trainer"] == laid["trainer"]

@@ -20,7 +20,8 @@ from opsd_lightning.rollouts.base import LocalEngine, RolloutEngine, seed_for
 from opsd_lightning.rollouts.continuous_batching import ContinuousBatchingEngine
 from opsd_lightning.rollouts.fast_weights import merged_adapter, packed_linears
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.rollouts.vllm.engines import VLLMEngine, VLLMServerEngine
+from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
+from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import Sampling, UserError
 
 ENGINE = TransformersEngine()

@@ -114,24 +114,41 @@ class AdapterVersions:
         name = f"{role_name}-{self.run}-{self.count}"
         folder = self.folder / name
         try:
-            if self._owner is None or not (self.folder / _OWNER).exists():
-                if self._owner is not None:
-                    os.close(self._owner)
-                    self._owner = None
-                self._owner = _create_run_folder(self.folder)
+            self._ensure_folder()
             os.utime(self.folder / _OWNER)  # tells other hosts that the run is alive
             write_weights(config, weights, folder)
         except (OSError, SafetensorError) as error:
-            raise ConfigError(
-                f"cannot write {folder} ({getattr(error, 'strerror', None) or error})",
-                "model.rollouts.init_args.adapter_folder",
-                "Name a folder on a disk with space that this process may write to",
-            ) from None
+            raise _cannot_write(folder, error) from None
         adapter = Adapter(name, str(folder))
         self.newest[role] = digest.hexdigest(), adapter
         self.written.append(adapter)
         self._own.add(name)
         return adapter
+
+    def scratch(self, name: str) -> Path:
+        """Return a new, empty subfolder of the run's folder.
+
+        Args:
+            name: Name of the subfolder.
+
+        Raises:
+            ConfigError: The folder cannot be written.
+        """
+        folder = self.folder / name
+        try:
+            self._ensure_folder()
+            folder.mkdir()
+        except OSError as error:
+            raise _cannot_write(folder, error) from None
+        return folder
+
+    def _ensure_folder(self) -> None:
+        """Create and lock the run's folder if it does not exist."""
+        if self._owner is None or not (self.folder / _OWNER).exists():
+            if self._owner is not None:
+                os.close(self._owner)
+                self._owner = None
+            self._owner = _create_run_folder(self.folder)
 
     def outdated(self, keep: Sequence[Adapter | None] = ()) -> list[Adapter]:
         """Return the versions that are neither the newest nor in ``keep``."""
@@ -189,6 +206,14 @@ class AdapterVersions:
         for name in entries:
             if name != self.folder.name:
                 _is_dead(self.parent / name, remove=True)
+
+
+def _cannot_write(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot write {folder} ({getattr(error, 'strerror', None) or error})",
+        "model.rollouts.init_args.adapter_folder",
+        "Name a folder on a disk with space that this process may write to",
+    )
 
 
 _instances: weakref.WeakSet[AdapterVersions] = weakref.WeakSet()

@@ -1,45 +1,37 @@
-"""Rollouts by vLLM, on servers or in this process.
+"""Rollouts by vLLM servers, on this or other machines.
 
-vLLM loads the base model once, and the adapter (some megabytes) before every rollout with new weights. Each version of an
-adapter has its own name and folder, so a request is never answered with other weights than it names.
+A server loads the base model once, and the adapter (some megabytes) before every rollout with new weights. Each version of
+an adapter has its own name and folder, so a request is never answered with other weights than it names.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-import torch
 from peft import PeftModel
-from torch import Tensor
 
 from opsd_lightning.distributed.collectives import all_gather_object, get_rank, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.models.export import adapter_weights
-from opsd_lightning.models.policy import active_adapter, base_of, device_of, eos_ids
+from opsd_lightning.models.policy import active_adapter, base_of, eos_ids
 from opsd_lightning.models.rope import sampler_length
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.vllm.adapters import AdapterVersions
 from opsd_lightning.rollouts.vllm.client import Adapter, Server, ServerPool, check_urls
-from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts, check_length, read_answer, sampling_fields
+from opsd_lightning.rollouts.vllm.protocol import Expected, as_rollouts, check_length, read_answer, sampling_fields
 from opsd_lightning.types import (
     ConfigError,
     NonNegativeInt,
-    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
     Rollouts,
     Sampling,
     checked,
 )
-
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
 
 
 @checked
@@ -244,157 +236,6 @@ class VLLMServerEngine(RolloutEngine):
         return adapter
 
 
-@checked
-@final
-class VLLMEngine(RolloutEngine):
-    """Rollouts by vLLM in this process, on the trainer's GPU, with one vLLM instance on each rank.
-
-    Needs ``pip install vllm`` and memory for a second copy of the base weights, which can be freed between rollouts.
-
-    Args:
-        gpu_memory_utilization: Fraction of the GPU's memory for vLLM's weights and cache, above 0 and below 1.
-        sleep: If True, free this memory between rollouts: the weights move to host memory.
-        max_model_len: Length limit of a prompt with its completion in tokens, at least 1. Defaults to the model's context
-            length.
-        adapter_folder: Folder for adapters. Each run uses its own subfolder. Defaults to the system's temporary folder.
-        logprob_tolerance: Largest accepted difference between vLLM's log-probabilities and the trainer's own, in nats and
-            averaged over the tokens of a step. Training stops beyond it. Null disables the check.
-        max_importance_ratio: Upper limit, above 0, of the ratio of a token's probability under the student to that under
-            vLLM, by which its loss is weighted. Defaults to no weighting.
-        options: Further arguments of ``vllm.LLM``, by name, such as ``{dtype: bfloat16, enforce_eager: true}``.
-    """
-
-    neutral_settings = RolloutEngine.neutral_settings | {"adapter_folder", "gpu_memory_utilization", "sleep"}
-
-    def __init__(
-        self,
-        gpu_memory_utilization: OpenUnitInterval = 0.3,
-        sleep: bool = True,
-        max_model_len: PositiveInt | None = None,
-        adapter_folder: str | None = None,
-        logprob_tolerance: PositiveFloat | None = 0.1,
-        max_importance_ratio: PositiveFloat | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        self.gpu_memory_utilization = gpu_memory_utilization
-        self.sleep = sleep
-        self.max_model_len = max_model_len
-        self.adapter_folder = adapter_folder
-        self.logprob_tolerance = logprob_tolerance
-        self.max_importance_ratio = max_importance_ratio
-        self.options = options or {}
-        reserved = {
-            "model",
-            "gpu_memory_utilization",
-            "enable_sleep_mode",
-            "enable_lora",
-            "max_model_len",
-            "tensor_parallel_size",
-        }
-        if found := reserved & set(self.options):
-            raise ConfigError(
-                f"{sorted(found)} cannot be set here",
-                "model.rollouts.init_args.options",
-                "Remove it, and set it by the engine's own arguments or by model.policy",
-            )
-        self._llm: Any = None
-        self._versions: AdapterVersions | None = None
-        self._numbers: dict[str, int] = {}
-        self._finalizer: weakref.finalize[..., Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_llm": None, "_versions": None, "_numbers": {}, "_finalizer": None}
-
-    def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
-        role = active_adapter(model)
-        weights = None if role is None else adapter_weights(model, role)
-        return run_on_all_ranks(lambda: self._generate(model, role, weights, prompts, sampling, seed))
-
-    def _generate(
-        self,
-        model: PeftModel,
-        role: str | None,
-        weights: dict[str, Tensor] | None,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seed: int,
-    ) -> Rollouts:
-        vllm = _import_vllm()
-        if self._versions is None:
-            parent = Path(self.adapter_folder or tempfile.gettempdir()).expanduser().absolute()
-            self._versions = AdapterVersions(parent, "opsd")
-            self._versions.remove_dead_runs()
-            self._finalizer = weakref.finalize(self, self._versions.remove_all)
-        request = None
-        if role is not None and weights is not None:
-            adapter = self._versions.write(model, role, weights)
-            # Each version needs its own number, since vLLM caches loaded adapters by number.
-            number = self._numbers.setdefault(adapter.name, len(self._numbers) + 1)
-            request = vllm.lora.request.LoRARequest(adapter.name, number, adapter.folder)
-        if self._llm is None:
-            self._llm = self._start(vllm, model)
-        elif self.sleep:
-            self._llm.wake_up()
-        max_model_len = self._llm.model_config.max_model_len
-        check_length(prompts, sampling, max_model_len, "model.rollouts.init_args.max_model_len")
-        stop = eos_ids(model)
-        with_logprobs = self.logprob_tolerance is not None or self.max_importance_ratio is not None
-        rows = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts for _ in range(sampling.n)]
-        settings = [
-            vllm.SamplingParams(
-                **sampling_fields(sampling, stop, seed_for(seed, row), with_logprobs),
-                detokenize=False,
-            )
-            for row in range(len(rows))
-        ]
-        outputs = self._llm.generate(rows, settings, lora_request=request, use_tqdm=False)
-        if self.sleep:
-            self._llm.sleep(level=1)
-        self._versions.remove(self._versions.outdated())
-        if len(outputs) != len(rows):
-            raise RuntimeError(f"vLLM returned {len(outputs)} completions for {len(rows)} prompts")
-        found = []
-        for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-            logprobs = None
-            if with_logprobs:
-                logprobs = [place[token].logprob for place, token in zip(output.outputs[0].logprobs, ids, strict=True)]
-            found.append(Row(ids, logprobs, str(output.outputs[0].finish_reason)))
-        vocabulary = base_of(model).config.get_text_config().vocab_size
-        return as_rollouts(found, Expected(sampling.max_new_tokens, stop, vocabulary, with_logprobs), sampling.n)
-
-    def _start(self, vllm: Any, model: PeftModel) -> Any:
-        name = base_of(model).config._name_or_path
-        rank = max(getattr(config, "r", 1) for config in model.peft_config.values())
-        settings = {
-            "model": name,
-            "enable_lora": True,
-            "max_lora_rank": next((r for r in _LORA_RANKS if r >= rank), rank),
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "enable_sleep_mode": self.sleep,
-            "generation_config": "vllm",  # do not apply the checkpoint's sampling defaults
-            "seed": 0,
-        } | self.options
-        length = sampler_length(base_of(model), self.max_model_len, "model.rollouts.init_args.max_model_len")
-        if length is not None:
-            settings["max_model_len"] = length
-        try:
-            with _only_device(device_of(model)):
-                return vllm.LLM(**settings)
-        except (ValueError, TypeError, OSError) as error:
-            raise ConfigError(
-                f"vLLM cannot load {name} ({error})",
-                "model.rollouts",
-                "Correct model.rollouts.init_args.options, or use another engine",
-            ) from error
-
-    def close(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer()
-        self._llm = self._versions = self._finalizer = None
-        self._numbers = {}
-
-
 def _close(pool: ServerPool, versions: AdapterVersions) -> None:
     """Remove the adapters of a run from disk and from the servers, and close all connections."""
     if names := versions.remove_all():
@@ -439,34 +280,3 @@ class _Prefetch:
         """Send no further requests, and wait for the pending ones."""
         self.cancelled.set()
         self.thread.join()
-
-
-def _import_vllm() -> Any:
-    try:
-        import vllm
-        import vllm.lora.request
-    except ImportError as error:
-        raise ConfigError(
-            f"VLLMEngine cannot import vllm ({error})",
-            "model.rollouts",
-            "Install vllm in this environment, or use VLLMServerEngine, whose servers have their own environment",
-        ) from None
-    return vllm
-
-
-@contextmanager
-def _only_device(device: torch.device) -> Iterator[None]:
-    """Make only this rank's GPU visible to the process that vLLM starts inside the context. vLLM would use the first GPU."""
-    if device.type != "cuda" or torch.cuda.device_count() == 1:
-        yield
-        return
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if before is None else before.split(",")[index]
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before

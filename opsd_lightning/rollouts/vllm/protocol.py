@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from opsd_lightning.models.policy import ModelSettings
 from opsd_lightning.rollouts.vllm.client import BadAnswer, sanitize
 from opsd_lightning.types import ConfigError, Rollouts, Sampling
 
@@ -37,6 +38,20 @@ def sampling_fields(sampling: Sampling, stop: frozenset[int], seed: int, logprob
         "ignore_eos": True,  # refers to the tokenizer's EOS token, which is in stop_token_ids
         "logprobs": 0 if logprobs else None,  # no other tokens than the sampled one
     }
+
+
+def check_policy(policy: ModelSettings) -> None:
+    """Check that a policy has an adapter, since vLLM loads the base weights only once.
+
+    Raises:
+        ConfigError: All weights of the policy train.
+    """
+    if policy.trains_all:
+        raise ConfigError(
+            "vLLM engines send adapters only, and model.policy.lora is null (full fine-tuning)",
+            "model.rollouts",
+            "Use TransformersEngine, or set model.policy.lora",
+        )
 
 
 def check_length(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_len: int, setting: str) -> None:

@@ -23,12 +23,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.distributed import STRATEGIES, run
 from helpers.engines import check_greedy_rollouts
 from helpers.messages import mentions
-from helpers.models import EOS, PROMPTS, SECOND_EOS, make_tokenizer, perturb
+from helpers.models import EOS, PROMPTS, SECOND_EOS, perturb
 from helpers.paths import ROOT
 from helpers.processes import on_ranks
 from helpers.training import Recorder, parts, trainer
@@ -611,36 +610,6 @@ def wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: flo
 
 
 @pytest.fixture(scope="module")
-def vllm_python() -> str:
-    python = os.environ.get("OPSD_VLLM_PYTHON")
-    if not python:
-        pytest.skip("OPSD_VLLM_PYTHON names no Python that has vLLM: make test-vllm")
-    return python
-
-
-@pytest.fixture(scope="module")
-def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with heads of 32, the smallest that vLLM's CPU attention takes."""
-    folder = tmp_path_factory.mktemp("vllm") / "model"
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1024, bos_token_id=None, eos_token_id=EOS,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    # Sampling defaults of a checkpoint, which vLLM takes where a request leaves one out, and a second EOS id.
-    model.generation_config.update(eos_token_id=[EOS, SECOND_EOS], do_sample=True, top_k=1, repetition_penalty=3.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def two_vllm_servers(
     vllm_python: str, vllm_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[tuple[Any, str]]]:
@@ -688,73 +657,6 @@ def test_vllm_serves_what_is_active(two_vllm_servers: list[tuple[Any, str]], vll
     assert not list((tmp_path / "adapters").iterdir())
     cards = httpx.get(urls[0] + "/v1/models", trust_env=False).json()["data"]
     assert len(cards) == 1, "adapters are unloaded at the end"
-
-
-IN_PROCESS = """
-import json, sys
-import torch
-from opsd_lightning.losses.objectives import token_logprobs
-from opsd_lightning.models.policy import LoRA, Policy
-from opsd_lightning.models.scoring import score
-from opsd_lightning.rollouts.vllm.engines import VLLMEngine
-from opsd_lightning.types import Sampling
-
-def main():
-    folder, prompts = sys.argv[1], json.loads(sys.argv[2])
-    torch.manual_seed(0)
-    model = Policy(folder, dtype="float32", lora=LoRA(r=4, alpha=8, dropout=0.0)).build()
-    options = {"dtype": "float32", "enforce_eager": True}
-    engine = VLLMEngine(sleep=False, max_model_len=256, options=options, adapter_folder=sys.argv[3])
-    found = []
-    def sample(**settings):
-        rollouts = engine.generate(model, prompts, Sampling(**settings), seed=3)
-        rows = [prompt for prompt in prompts for _ in range(rollouts.n)]
-        states, targets = score(model, rows, rollouts.completions)
-        theirs = torch.tensor([value for row in rollouts.logprobs for value in row])
-        found.append([rollouts.completions, float((token_logprobs(states, targets) - theirs).abs().max())])
-    with torch.no_grad():
-        with model.disable_adapter():
-            sample(max_new_tokens=30, n=3)
-        for _ in range(2):
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameter += 0.3 * torch.randn_like(parameter)
-            sample(max_new_tokens=30, n=3)
-        sample(max_new_tokens=30, n=3)
-        sample(max_new_tokens=30, temperature=0)
-    try:
-        engine.generate(model, prompts, Sampling(max_new_tokens=250), seed=0)
-    except ValueError as error:
-        message = str(error)
-    engine.close()
-    print("FOUND " + json.dumps([found, message]))
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_vllm_in_the_trainers_process(vllm_python: str, vllm_model: Path, tmp_path: Path) -> None:
-    """In vLLM's own environment. Sleeping is a matter of GPUs."""
-    script = tmp_path / "in_process.py"
-    script.write_text(IN_PROCESS)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    command = [vllm_python, str(script), str(vllm_model), json.dumps(PROMPTS), str(tmp_path / "adapters")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
-    found, message = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("FOUND "))[6:])
-    (base, *_), (student, *_), (moved, *_), (again, *_), (greedy, *_) = found
-    print("log-probability differences", [difference for _, difference in found])
-    assert all(difference < 1e-3 for _, difference in found)
-    assert again == moved and base != student != moved
-    assert len(greedy) == len(PROMPTS)
-    assert "max_model_len" in message
-    assert not list((tmp_path / "adapters").glob("*/*"))
 
 
 @pytest.mark.vllm
