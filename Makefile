@@ -58,7 +58,7 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-$(VLLM_VENV)/.vllm: pyproject.toml tests/install_vllm.py
+$(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt tests/install_vllm.py
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python tests/install_vllm.py
 	touch $@

@@ -1,7 +1,7 @@
-"""Installs vLLM's CPU build, and this package beside it, into the environment of the Python that runs this.
+"""Install vLLM's CPU build, and this package beside it, into the environment of the Python that runs this script.
 
-The build declares torchaudio, torchvision and torchcodec, which text does not need and which are not built for every torch:
-everything else that it declares is installed first, with exactly its torch, and then the build alone.
+The build declares torchaudio, torchvision and torchcodec, which text does not need and which are not built for every torch.
+Everything else that it declares is installed first, in the versions of constraints-vllm.txt, and then the build alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pip(*arguments: str) -> None:
 
 
 def requirements(wheel: Path) -> list[str]:
-    """What a wheel declares, but for its extras and what is not needed."""
+    """Return the requirements of a wheel, without those of its extras and those that text does not need."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
@@ -39,7 +39,8 @@ def main() -> None:
         wheel = next(Path(folder).glob("*.whl"))
         listed = Path(folder) / "requirements.txt"
         listed.write_text("\n".join(requirements(wheel)) + "\n", encoding="utf-8")
-        pip("install", "--quiet", "--requirement", str(listed), "--editable", str(root))
+        constraints = ["--constraint", str(root / "constraints-vllm.txt")]
+        pip("install", "--quiet", *constraints, "--requirement", str(listed), "--editable", str(root))
         pip("install", "--quiet", "--no-deps", str(wheel))
 
 

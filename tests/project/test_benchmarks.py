@@ -34,6 +34,7 @@ SMALL = {
     "attempts": "--model {llama} --vocabulary 300",
     "data_start": "--model {roomy} --rows 20 --sentences 6 --sides 'one process, no cache' 'two ranks, no cache'",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json --kernels 1000 --launch-us 5",
+    "quantized_sampler": "--model {llama} --steps 1 --tokens 4",
     "start_checks": "--model {llama} --short",
     "start_up": "--command=--version --before {root}",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",
@@ -117,6 +118,12 @@ def test_rollout_with_continuous_batching(run: Any, monkeypatch: pytest.MonkeyPa
 def test_scaling(run: Any) -> None:
     result = run("scaling")
     assert all(row["seconds"] > 0 for row in rows(result)) and result["machine"]["matmul_flops"] > 0
+
+
+def test_quantized_sampler(run: Any) -> None:
+    """The dequantized weights are the trainer's model, and the checkpoint is not."""
+    found = {row["trainer, sampler"]: row["mean, nats"] for row in rows(run("quantized_sampler"))[3:]}
+    assert found["NF4, NF4 dequantized to bfloat16"] < found["NF4, 16-bit checkpoint"] / 5
 
 
 def test_clip_inversion(run: Any) -> None:

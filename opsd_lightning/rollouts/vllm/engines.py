@@ -11,18 +11,26 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 
 from opsd_lightning.distributed.collectives import all_gather_object, get_rank, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.models.export import adapter_weights
-from opsd_lightning.models.policy import active_adapter, base_of, eos_ids
+from opsd_lightning.models.policy import ModelSettings, active_adapter, base_of, eos_ids
 from opsd_lightning.models.rope import sampler_length
-from opsd_lightning.rollouts.base import RolloutEngine, seed_for
+from opsd_lightning.rollouts.base import Demand, RolloutEngine, seed_for
 from opsd_lightning.rollouts.vllm.adapters import AdapterVersions
 from opsd_lightning.rollouts.vllm.client import Adapter, Server, ServerPool, check_urls
-from opsd_lightning.rollouts.vllm.protocol import Expected, as_rollouts, check_length, read_answer, sampling_fields
+from opsd_lightning.rollouts.vllm.protocol import (
+    Expected,
+    as_rollouts,
+    check_length,
+    check_policy,
+    read_answer,
+    sampling_fields,
+)
 from opsd_lightning.types import (
     ConfigError,
     NonNegativeInt,
@@ -32,6 +40,10 @@ from opsd_lightning.types import (
     Sampling,
     checked,
 )
+
+# Largest mean difference of log-probabilities in nats: between two implementations in 16 bits, and between a 4-bit copy of a
+# model and the model itself, which benchmarks/quantized_sampler.py measures.
+_TOLERANCE, _QUANTIZED_TOLERANCE = 0.1, 0.5
 
 
 @checked
@@ -54,7 +66,8 @@ class VLLMServerEngine(RolloutEngine):
         max_concurrency: Maximum number of simultaneous requests to each server, at least 1, with one completion each. A
             server batches as many as fit its memory (its ``--max-num-seqs``).
         logprob_tolerance: Largest accepted difference between the servers' log-probabilities and the trainer's own, in nats
-            and averaged over the tokens of a step. Training stops beyond it. A server in bfloat16 differs by about 0.01.
+            and averaged over the tokens of a step. Training stops beyond it. ``auto`` is 0.1, or 0.5 for a quantized policy,
+            from which a 16-bit checkpoint differs (docs/vllm.md). A server in bfloat16 differs by about 0.01.
             Null disables the check.
         overlap: If True, sample the completions of the next step while the current step trains, with the weights before the
             current step. Their tokens are weighted by ``max_importance_ratio``.
@@ -89,7 +102,7 @@ class VLLMServerEngine(RolloutEngine):
         timeout_seconds: PositiveFloat = 600.0,
         retries: NonNegativeInt = 4,
         max_concurrency: PositiveInt = 64,
-        logprob_tolerance: PositiveFloat | None = 0.1,
+        logprob_tolerance: PositiveFloat | Literal["auto"] | None = "auto",
         overlap: bool = False,
         max_importance_ratio: PositiveFloat | None = None,
         api_key_env: str = "VLLM_API_KEY",
@@ -106,7 +119,8 @@ class VLLMServerEngine(RolloutEngine):
         self.timeout_seconds = timeout_seconds
         self.retries = retries
         self.max_concurrency = max_concurrency
-        self.logprob_tolerance = logprob_tolerance
+        self._auto_tolerance = logprob_tolerance == "auto"
+        self.logprob_tolerance = _TOLERANCE if logprob_tolerance == "auto" else logprob_tolerance
         self.overlap = overlap
         self.max_importance_ratio = 2.0 if overlap else None
         if max_importance_ratio is not None:
@@ -120,6 +134,17 @@ class VLLMServerEngine(RolloutEngine):
     def __getstate__(self) -> dict[str, Any]:
         # A copy has the same settings and opens its own connections.
         return self.__dict__ | {"_pool": None, "_versions": None, "_prefetched": None, "_finalizer": None}
+
+    def prepare(self, policy: ModelSettings, demand: Demand | None = None) -> None:
+        check_policy(policy)
+        if self._auto_tolerance:
+            self.logprob_tolerance = _TOLERANCE if policy.quantization is None else _QUANTIZED_TOLERANCE
+        if policy.quantization is not None:
+            rank_zero_warn(
+                "The policy is quantized. Servers that load its checkpoint in 16 bits sample from another model than the "
+                f"student (logprob_tolerance is {self.logprob_tolerance}). Serve the policy's dequantized weights, or set "
+                "model.rollouts.init_args.max_importance_ratio, which corrects for the difference (docs/vllm.md)"
+            )
 
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:
         request = _Request(tuple(map(tuple, prompts)), sampling, seed)

@@ -121,10 +121,9 @@ def guarded(action: str, log: EngineLog, call: Callable[[], T], quiet: bool = Fa
 
 def failure(action: str, error: BaseException, log: EngineLog) -> ConfigError:
     """Return one message for an error of vLLM, with its reason, the setting to change and the file with its output."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    reason = first
-    if any(words in first for words in _NO_REASON):
-        reason = log.reason() or first
+    reason = _first_reason(error)
+    if any(words in reason for words in _NO_REASON):
+        reason = log.reason() or reason
     reason = redact_text(reason)[:400].rstrip(". ")
     everything = f"{type(error).__name__} {error} {reason}"
     setting, fix = next(
@@ -132,6 +131,15 @@ def failure(action: str, error: BaseException, log: EngineLog) -> ConfigError:
         ("model.rollouts", f"Correct {_OPTIONS}, or use another engine"),
     )
     return ConfigError(f"vLLM cannot {action} ({reason})", setting, f"{fix}. vLLM's output is in {log.path}")
+
+
+def _first_reason(error: BaseException) -> str:
+    """Return the first line of an error's message. For several errors in one (pydantic), return the first error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if re.match(r"\d+ validation errors? for ", lines[0]) and len(lines) > 1:
+        found = next((line for line in lines if line.startswith("Value error, ")), " ".join(lines[1:3]))
+        return found.removeprefix("Value error, ").partition(" [type=")[0]
+    return lines[0]
 
 
 def import_vllm() -> Any:

@@ -274,6 +274,7 @@ def test_failures_of_vllm_are_one_message(in_process: Callable[[str], tuple[Any,
     assert sleep.startswith("model.rollouts.init_args.sleep: ")
     assert argument.startswith("model.rollouts.init_args.options: ") and "no_such_argument" in argument
     assert length.startswith("model.rollouts.init_args.max_model_len: ") and "2048" in length
+    assert "on current platform" in sleep, "the reason, and not the number of errors"
     assert memory.startswith("model.rollouts.init_args.") and "emory" in memory
     for message in (sleep, argument, length, memory):
         assert "\n" not in message and len(message) < 800
