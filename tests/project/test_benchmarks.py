@@ -34,7 +34,7 @@ SMALL = {
     "attempts": "--model {llama} --vocabulary 300",
     "data_start": "--model {roomy} --rows 20 --sentences 6 --sides 'one process, no cache' 'two ranks, no cache'",
     "plan": "--calibrate {folder}/step.json --check {folder}/step.json --kernels 1000 --launch-us 5",
-    "quantized_sampler": "--model {llama} --steps 1 --tokens 4",
+    "quantized_sampler": "--model {roomy} --steps 1 --tokens 4",
     "start_checks": "--model {llama} --short",
     "start_up": "--command=--version --before {root}",
     "step": "--model {llama} --batch 3 --lengths ragged --shortest 2 --completion 6 --prompt 5 --teacher-prompt 8 --steps 1",

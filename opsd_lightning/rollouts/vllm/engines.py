@@ -11,9 +11,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, NamedTuple, final
 
-from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 
 from opsd_lightning.distributed.collectives import all_gather_object, get_rank, run_on_all_ranks, run_on_rank_zero
@@ -41,10 +40,6 @@ from opsd_lightning.types import (
     checked,
 )
 
-# Largest mean difference of log-probabilities in nats: between two implementations in 16 bits, and between a 4-bit copy of a
-# model and the model itself, which benchmarks/quantized_sampler.py measures.
-_TOLERANCE, _QUANTIZED_TOLERANCE = 0.1, 0.5
-
 
 @checked
 @final
@@ -66,9 +61,10 @@ class VLLMServerEngine(RolloutEngine):
         max_concurrency: Maximum number of simultaneous requests to each server, at least 1, with one completion each. A
             server batches as many as fit its memory (its ``--max-num-seqs``).
         logprob_tolerance: Largest accepted difference between the servers' log-probabilities and the trainer's own, in nats
-            and averaged over the tokens of a step. Training stops beyond it. ``auto`` is 0.1, or 0.5 for a quantized policy,
-            from which a 16-bit checkpoint differs (docs/vllm.md). A server in bfloat16 differs by about 0.01.
+            and averaged over the tokens of a step. Training stops beyond it. A server in bfloat16 differs by about 0.01.
             Null disables the check.
+        serves_quantized: If True, the servers have a quantized policy's own base weights (docs/vllm.md). A quantized policy
+            requires it, since its checkpoint in 16 bits is another model.
         overlap: If True, sample the completions of the next step while the current step trains, with the weights before the
             current step. Their tokens are weighted by ``max_importance_ratio``.
         max_importance_ratio: Upper limit, above 0, of the ratio of a token's probability under the student to that under the
@@ -102,7 +98,8 @@ class VLLMServerEngine(RolloutEngine):
         timeout_seconds: PositiveFloat = 600.0,
         retries: NonNegativeInt = 4,
         max_concurrency: PositiveInt = 64,
-        logprob_tolerance: PositiveFloat | Literal["auto"] | None = "auto",
+        logprob_tolerance: PositiveFloat | None = 0.1,
+        serves_quantized: bool = False,
         overlap: bool = False,
         max_importance_ratio: PositiveFloat | None = None,
         api_key_env: str = "VLLM_API_KEY",
@@ -119,8 +116,8 @@ class VLLMServerEngine(RolloutEngine):
         self.timeout_seconds = timeout_seconds
         self.retries = retries
         self.max_concurrency = max_concurrency
-        self._auto_tolerance = logprob_tolerance == "auto"
-        self.logprob_tolerance = _TOLERANCE if logprob_tolerance == "auto" else logprob_tolerance
+        self.logprob_tolerance = logprob_tolerance
+        self.serves_quantized = serves_quantized
         self.overlap = overlap
         self.max_importance_ratio = 2.0 if overlap else None
         if max_importance_ratio is not None:
@@ -137,13 +134,13 @@ class VLLMServerEngine(RolloutEngine):
 
     def prepare(self, policy: ModelSettings, demand: Demand | None = None) -> None:
         check_policy(policy)
-        if self._auto_tolerance:
-            self.logprob_tolerance = _TOLERANCE if policy.quantization is None else _QUANTIZED_TOLERANCE
-        if policy.quantization is not None:
-            rank_zero_warn(
-                "The policy is quantized. Servers that load its checkpoint in 16 bits sample from another model than the "
-                f"student (logprob_tolerance is {self.logprob_tolerance}). Serve the policy's dequantized weights, or set "
-                "model.rollouts.init_args.max_importance_ratio, which corrects for the difference (docs/vllm.md)"
+        if policy.quantization is not None and not self.serves_quantized:
+            raise ConfigError(
+                "the policy is quantized, and servers that load its checkpoint in 16 bits have another model, 0.5 nats a token "
+                "apart for a small one in 4 bits (docs/vllm.md)",
+                "model.rollouts.init_args.serves_quantized",
+                "Serve the policy's dequantized weights and set it to true, use VLLMEngine, which gets them by itself, or "
+                "remove model.policy.quantization",
             )
 
     def generate(self, model: PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> Rollouts:

@@ -23,6 +23,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from peft import PeftModel
+from transformers import BitsAndBytesConfig
 
 from helpers.distributed import STRATEGIES, run
 from helpers.engines import check_greedy_rollouts
@@ -33,6 +34,7 @@ from helpers.processes import on_ranks
 from helpers.training import Recorder, parts, trainer
 from helpers.vllm_protocol import ProtocolServer, hang
 from opsd_lightning.losses.objectives import token_logprobs
+from opsd_lightning.models.dequantized import write_dequantized
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.models.scoring import Scorer, score
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -508,6 +510,28 @@ def test_the_importance_ratio_scales_a_tokens_loss(make_policy: Callable[..., Po
     assert float(outputs[0]["loss"]) == pytest.approx(float((losses * weights).sum() / len(losses)), rel=1e-4)
     assert watch.logged[0]["train/importance_ratio_max"] == pytest.approx(2, rel=1e-3)
     assert watch.logged[0]["train/importance_ratio_clipped"] == pytest.approx(float((engine.ratios > 1.5).float().mean()))
+
+
+def test_quantized_policy_needs_servers_of_its_weights(
+    servers: Callable[..., ProtocolServer],
+    make_engine: Callable[..., VLLMServerEngine],
+    make_policy: Callable[..., Policy],
+    folders: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    policy = make_policy(quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32))
+    with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.serves_quantized: "):
+        train(policy, make_engine(servers()), tmp_path)
+    with pytest.raises(UserError, match=r"model\.policy\.lora"):
+        make_engine(servers()).prepare(make_policy(lora=None))
+    served = str(tmp_path / "served")
+    write_dequantized(policy.build(), served, torch.float32)
+    folders["served"] = served
+    watch = Watch()
+    engine = make_engine(servers("served"), serves_quantized=True, logprob_tolerance=1e-3)
+    del folders["served"]
+    train(policy, engine, tmp_path, watch, run={"max_steps": 1})
+    assert watch.logged[0]["train/rollout_logprob_difference_max"] < 1e-3
 
 
 def test_copies_hold_only_settings(
