@@ -30,6 +30,7 @@ from helpers.configs import parsed
 from helpers.files import write_jsonl
 from helpers.pages import PAGES, blocks, commands
 from helpers.paths import ROOT
+from helpers.vllm_stand_in import VERSIONS, make_vllm
 from opsd_lightning.__main__ import entry
 
 pytestmark = [
@@ -186,8 +187,15 @@ def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("command", opsd_commands())
 def test_opsd_commands_run(
-    command: str, desk: Path, small: Callable[[str], list[str]], trained: Callable[[str], Path], roomy: str
+    command: str,
+    desk: Path,
+    small: Callable[[str], list[str]],
+    trained: Callable[[str], Path],
+    roomy: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module, stand_in in make_vllm(VERSIONS[-1], []).items():
+        monkeypatch.setitem(sys.modules, module, stand_in)
     recipe = QWEN if QWEN in command or "RECIPE" in command else CONFIG
     line = re.sub(r"\[[A-Z_]+ \.\.\.\]", "runs/b", command)  # more of the same
     for placeholder, meant in {

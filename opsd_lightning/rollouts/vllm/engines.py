@@ -136,8 +136,7 @@ class VLLMServerEngine(RolloutEngine):
         check_policy(policy)
         if policy.quantization is not None and not self.serves_quantized:
             raise ConfigError(
-                "the policy is quantized, and servers that load its checkpoint in 16 bits have another model, 0.5 nats a token "
-                "apart for a small one in 4 bits (docs/vllm.md)",
+                "the policy is quantized, and servers that load its checkpoint in 16 bits have another model (docs/vllm.md)",
                 "model.rollouts.init_args.serves_quantized",
                 "Serve the policy's dequantized weights and set it to true, use VLLMEngine, which gets them by itself, or "
                 "remove model.policy.quantization",
