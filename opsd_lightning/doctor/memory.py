@@ -45,7 +45,7 @@ from opsd_lightning.models.scoring import hidden_states
 from opsd_lightning.rollouts.base import LocalEngine, RolloutEngine
 from opsd_lightning.rollouts.capacity import free_bytes, place_copy, row_bytes, rows_that_fit
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.rollouts.vllm.engines import VLLMEngine
+from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
 
 GIB = 2**30
 #: Assumed bytes of a CUDA context and of the gaps between an allocator's blocks, with segments that can grow.

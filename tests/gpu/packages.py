@@ -20,7 +20,7 @@ from opsd_lightning.losses.objectives import token_logprobs
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.models.scoring import packs_rows, score
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.rollouts.vllm.engines import VLLMEngine
+from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
 from opsd_lightning.types import Sampling
 
 HUB_KERNELS = "kernels-community/flash-attn2"
