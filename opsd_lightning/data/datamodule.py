@@ -230,7 +230,7 @@ class OPSDDataModule(LightningDataModule):
             return prepare_rows(plan, found, self.cache_dir, refuse, self._shows_progress()), texts()
 
         def texts() -> str:
-            return fingerprint([example[:3] for example in found]) if ranks > 1 else ""
+            return fingerprint([[str(text) for text in example[:3]] for example in found]) if ranks > 1 else ""
 
         def read() -> None:
             found.extend(self._read(split))

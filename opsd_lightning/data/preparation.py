@@ -203,9 +203,8 @@ class Preparation:
         open_rows = [place for place, verdict in enumerate(found) if verdict is None]
         traces, references = ([getattr(examples[place], name) for place in open_rows] for name in ("trace", "answer"))
         if type(self.grader) is MathGrader:
-            graded = [
-                (answer, correct, bool(problem)) for answer, correct, problem in self.grader.grades(traces, references)
-            ]
+            grades = self.grader.grades(traces, references)
+            graded = [(grade.answer, grade.correct, bool(grade.problem)) for grade in grades]
         else:  # `grades` would call an overridden `grade`
             answers = [self.grader.find_answer(trace) for trace in traces]
             pairs = zip(answers, references, strict=True)

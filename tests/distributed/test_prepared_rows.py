@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
@@ -95,10 +96,10 @@ def test_two_ranks_have_the_rows_of_one(
 
 
 def test_ranks_wait_for_rank_zero_longer_than_for_a_collective(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    """The grader is a user's: these rows are shared, though they are not cached."""
-    policy = make_policy()
-    one = contents(set_up(policy, grader=MathGrader()))
-    assert on_ranks(lambda rank: contents(set_up(policy, ddp(), grader=SlowGrader())), tmp_path) == [one, one]
+    """The grader and the type of a text are a user's: these rows are shared, though they have no fingerprint."""
+    policy, train = make_policy(), Listed([*ROWS, Example(numpy.str_("99+1?"), "The answer is 100.", "100")])
+    one = contents(set_up(policy, train=train))
+    assert on_ranks(lambda rank: contents(set_up(policy, ddp(), train=train, grader=SlowGrader())), tmp_path) == [one, one]
 
 
 def refusal(work: Callable[[], object]) -> str:
