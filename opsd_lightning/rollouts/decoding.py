@@ -285,7 +285,7 @@ class _SomeEnded(StoppingCriteria):
         self.ended: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.eos_ids = self.eos_ids.to(input_ids.device)
+        self.eos_ids = self.eos_ids.to(input_ids.device, non_blocking=True)
         ended = torch.isin(input_ids[:, -1], self.eos_ids)
         self.ended = ended if self.ended is None else self.ended | ended
         return (self.ended.sum() >= self.enough).expand(len(input_ids))

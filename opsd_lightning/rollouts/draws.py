@@ -84,7 +84,7 @@ class RowSampler(LogitsProcessor):
         place = self.step % _BLOCK
         if place == 0:
             block = np.ascontiguousarray(self.uniform[:, self.step : self.step + _BLOCK])
-            self.block = torch.from_numpy(block).to(scores.device)
+            self.block = torch.from_numpy(block).to(scores.device, non_blocking=True)
         assert self.block is not None
         self.step += 1
         for warper in self.warpers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -133,6 +133,9 @@ class TransformersEngine(LocalEngine):
                     stack.enter_context(merged_adapter(model))
                 stack.enter_context(packed_linears(model))
             size = min(self.max_rows or size, len(rows))
+            longest = max(map(len, rows)) + sampling.max_new_tokens
+            if self._token_limit is not None:
+                size = min(size, max(self._token_limit // longest, 1))
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             torch.manual_seed(seed)
             divides = device.type == "cuda" or self.max_rows is not None
@@ -150,7 +153,7 @@ class TransformersEngine(LocalEngine):
             else:
                 found = decoder.in_batches(self.static_cache, self.compile, synced_gpus=sharded)
         if decoder.max_rows < size and not sharded:
-            self._remember(decoder.max_rows, max(map(len, rows)) + sampling.max_new_tokens, size)
+            self._remember(decoder.max_rows, longest, size)
         return Rollouts(
             [completion.tokens for completion in found],
             [completion.terminated for completion in found],
@@ -182,14 +185,13 @@ class TransformersEngine(LocalEngine):
             wanted = min(self.max_rows or len(rows), len(rows))
             placement = place_copy(free_bytes(device), each(dtype.itemsize), light, full, wanted)
             if placement is not None:
-                stack.enter_context(torch.autocast(device.type, enabled=False))
-                sampler, element_size = rollout_copy(model, dtype, placement.dequantize), dtype.itemsize
+                # Memory in pieces may not hold a copy that fits by the sum. Sampling without it is slower, and right.
+                with suppress(torch.OutOfMemoryError):
+                    sampler, element_size = rollout_copy(model, dtype, placement.dequantize), dtype.itemsize
+                    stack.enter_context(torch.autocast(device.type, enabled=False))
         if sampler is model and self.merge_adapter and 2 * merged_bytes(model) < free_bytes(device):
             stack.enter_context(merged_adapter(model))
-        fit = rows_that_fit(free_bytes(device), each(element_size))
-        if self._token_limit is not None:
-            fit = min(fit, max(self._token_limit // (prompt + sampling.max_new_tokens), 1))
-        return sampler, fit
+        return sampler, rows_that_fit(free_bytes(device), each(element_size))
 
     def _remember(self, rows: int, tokens: int, size: int) -> None:
         """Remember the size of a batch that fits, and warn once."""

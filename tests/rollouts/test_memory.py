@@ -18,6 +18,7 @@ from helpers.models import EOS, PROMPTS
 from helpers.strict_device import Card, strict_device, unavailable
 from opsd_lightning.models.cache_size import cache_bytes
 from opsd_lightning.models.policy import LoRA, Policy, base_of
+from opsd_lightning.rollouts import transformers_engine
 from opsd_lightning.rollouts.capacity import free_bytes, row_bytes, rows_that_fit
 from opsd_lightning.rollouts.decoding import Decoder
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -95,8 +96,9 @@ def test_one_warning_for_all_rollouts_and_a_limit_by_tokens(built: Callable[...,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(3):
-            with out_of_memory_above(model, 4):
+            with out_of_memory_above(model, 4) as passes:
                 engine.generate(model, PROMPTS, SAMPLING, seed)
+            assert (max(passes) > 4) == (seed == 0), "later rollouts start with the rows that fitted"
     found = [str(warning.message) for warning in caught if "memory ran out" in str(warning.message)]
     assert len(found) == 1
     assert mentions(found[0], "model.rollouts.init_args.max_rows")
@@ -198,6 +200,19 @@ def test_an_estimate_that_is_too_low_backs_off(folders: dict[str, str]) -> None:
     with pytest.warns(UserWarning, match="max_rows"):
         few, tight = on_card(200_000, folders["qwen3"], sampling, prompts, TransformersEngine(max_rows=16))
     assert few == many and tight.peak <= tight.total
+
+
+@imitated
+def test_a_copy_for_which_memory_is_in_pieces_is_left_out(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with strict_device():
+        model = Policy(folders["qwen3"], lora=LoRA(r=4, alpha=8), dtype="float32").build().to("cuda:0")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            expected = TransformersEngine(rollout_copy=False).generate(model, PROMPTS, Sampling(max_new_tokens=4), 0)
+            monkeypatch.setattr(transformers_engine, "rollout_copy", fail)
+            assert TransformersEngine().generate(model, PROMPTS, Sampling(max_new_tokens=4), 0) == expected
 
 
 @imitated

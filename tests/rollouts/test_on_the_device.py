@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from helpers.models import EOS, PROMPTS, make_tokenizer, perturb
 from helpers.strict_device import StrictDevice, strict_device, unavailable
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
 from opsd_lightning.models.scoring import uses_flash_attention
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.attention import rollout_attention
 from opsd_lightning.rollouts.decoding import Decoder
 from opsd_lightning.rollouts.draws import RowDraws
 from opsd_lightning.rollouts.rollout_copy import RMSNorm, rollout_copy
 from opsd_lightning.rollouts.self_checks import check_policy
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.teachers import EMATeacher
 from opsd_lightning.types import ConfigError, Sampling
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -152,3 +159,27 @@ def test_a_model_with_a_soft_cap_keeps_its_attention() -> None:
     base.config._attn_implementation = "flash_attention_2"
     with rollout_attention(base):
         assert base.config._attn_implementation == "flash_attention_2"
+
+
+def test_the_difference_to_the_trainer_is_logged_and_corrected(
+    folders: dict[str, str], device: StrictDevice, tmp_path: Path
+) -> None:
+    """In a fit with validation, which Lightning runs in inference mode, and with the teacher's own weights."""
+    policy = Policy(folders["llama"], lora=LoRA(r=4, alpha=8, dropout=0.1), dtype="bfloat16", quantization=NF4)
+    engine = TransformersEngine(logprob_tolerance=0.1, max_importance_ratio=2.0)
+    module = OPSDModule(
+        policy, teacher=EMATeacher(0.5), evaluate_teacher=True, rollouts=engine, sampling=Sampling(8, 1.1, 0.95, 20, n=2)
+    )
+    rows = {"train": WordProblems(size=4, seed=1), "val": WordProblems(size=2, seed=2)}
+    prompts = Prompts("{question}", "{question} {context}")
+    data = OPSDDataModule(policy, **rows, prompts=prompts, batch_size=2, max_new_tokens=8)  # type: ignore[arg-type]
+    trainer = Trainer(
+        accelerator="gpu", devices=1, precision="bf16-mixed", max_steps=1, val_check_interval=1, check_val_every_n_epoch=None,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    found = trainer.callback_metrics
+    assert not device.mixes and "val/teacher_avg@2" in found
+    assert 0 < float(found["train/rollout_logprob_difference"]) < 0.05
+    assert 0.9 < float(found["train/importance_ratio"]) < 1.1
