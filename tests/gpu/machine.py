@@ -28,6 +28,7 @@ from transformers import (
 from helpers.models import CHAT_TEMPLATE, EOS, SPECIAL, make_model, make_tokenizer
 from helpers.paths import ROOT
 from helpers.strict_device import Card, Counts, StrictDevice, strict_device
+from opsd_lightning.cli.allocator import use_expandable_segments
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.methods.opsd import OPSDModule
@@ -372,6 +373,7 @@ def opened(folder: Path, imitate: str = "") -> Iterator[Machine]:
     elif not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device here. `--imitate gpu` runs the same code without one")
     else:
+        use_expandable_segments(None)  # as `opsd` does, before CUDA is used
         yield Machine(folder)
 
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Check:
         shows: One line about what a pass shows.
         packages: Modules that it imports beside the package's own dependencies. It is skipped if one is missing.
         alone: If True, the check has a process of its own.
+        environment: Names and values of variables of that process.
     """
 
     name: str
@@ -48,6 +49,10 @@ class Check:
     shows: str
     packages: tuple[str, ...] = ()
     alone: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.alone or not self.environment, "other checks share the process"
 
 
 @dataclass
@@ -87,21 +92,22 @@ class Worker:
     Args:
         arguments: Arguments of the module ``gpu.worker``.
         output: File to which its output is appended.
+        environment: Variables to set.
     """
 
-    def __init__(self, arguments: Sequence[str], output: Path) -> None:
+    def __init__(self, arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
         self.output = output
         answers, theirs = os.pipe()
         self._answers = os.fdopen(answers, "rb", buffering=0)
         tests = Path(__file__).parents[1]
         paths = [str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
         # Nothing is downloaded, and Python's warnings of libraries do not fill the output.
-        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | os.environ
+        defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
         with output.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "gpu.worker", "--answers", str(theirs), *arguments],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[theirs], start_new_session=True,
-                env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+                env={**defaults, **os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)},
             )  # fmt: skip
         os.close(theirs)
         self._received = b""
@@ -219,11 +225,14 @@ class Run:
             )
         if check.alone:
             self._stop()
+        began = self.output.stat().st_size
         try:
-            worker = self._start()
+            worker = self._start(dict(check.environment))
         except (TimeoutError, Ended) as error:
-            self._broken = "the process of the checks did not start"
-            return Result(check.name, "fail", reason=f"{self._broken}: {error}", details=self._tail(0))
+            printed = self._tail(began)
+            last = (printed.strip().splitlines() or [str(error)])[-1]  # the message of an error, such as a missing package
+            self._broken = f"the process of the checks did not start: {last}"
+            return Result(check.name, "fail", reason=self._broken, details=printed)
         written = self.output.stat().st_size
         result = self._ask(worker, check)
         if result.status == "fail":
@@ -248,10 +257,10 @@ class Run:
         except Ended as error:
             return Result(check.name, "fail", facts=facts, reason=str(error))
 
-    def _start(self) -> Worker:
+    def _start(self, environment: Mapping[str, str]) -> Worker:
         if self._worker is None:
             began = time.monotonic()
-            worker = Worker(self.arguments, self.output)
+            worker = Worker(self.arguments, self.output, environment)
             try:
                 worker.answer(max(self.left, 1.0), {})
             except BaseException:

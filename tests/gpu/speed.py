@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ def compiled_decoding(machine: Machine, facts: Any) -> None:
     """Measure compiled decoding, and the time of its compilation, on bfloat16 weights."""
     if machine.imitated:
         raise Skip("there is nothing to compile for on the imitation")
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        raise Skip("compilation needs a C compiler")
     model = machine.build(machine.recipe_policy(quantized=False))
     perturb(model, 0.01)
     kind, settings = COMPILED
@@ -103,7 +106,7 @@ def kernels_and_waits(machine: Machine, facts: Any) -> None:
     """Count kernels and waits of a decoded token, and waits of a micro-batch."""
     model = machine.build(machine.recipe_policy())
     perturb(model, 0.01)
-    few, many = (2, 4) if machine.imitated else (4, 20)
+    few, many = (2, 4) if machine.imitated else (4, 12)
     prompts = random_rows(machine.rows, machine.prompt)
 
     def sample(length: int) -> None:

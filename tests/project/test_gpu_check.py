@@ -65,6 +65,9 @@ FAKES = """
         facts["before"] = 1
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def variables(machine, facts):
+        facts["variables"] = [os.environ.get(name) for name in ("OF_THE_CHECK", "HF_HUB_OFFLINE")]
+
     def infinite(machine, facts):
         facts["numbers"] = {"worst": float("nan"), "all": [1.0, float("inf")]}
 """
@@ -123,6 +126,14 @@ def test_a_check_after_a_failure_has_a_new_process(fakes: Path) -> None:
     assert processes[0] == processes[1] and len(set(processes)) == 3
 
 
+def test_a_check_alone_has_its_own_variables(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    own = fake("variables", alone=True, environment=(("OF_THE_CHECK", "yes"),))
+    _, found = run(fakes, fake("good"), own, Check("others", "fake_checks:variables", 1.0, ""))
+    assert found["checks"]["variables"]["facts"] == {"variables": ["yes", "1"]}
+    assert found["checks"]["others"]["facts"] == {"variables": [None, "1"]}
+
+
 def test_a_check_that_would_not_end_in_time_is_skipped(fakes: Path) -> None:
     status, found = run(fakes, fake("wrong", seconds=90.0), fake("good", seconds=2.0), budget=40.0)
     assert status == 0
@@ -159,8 +170,8 @@ def test_a_missing_package_skips_without_a_process(fakes: Path) -> None:
 
 def test_a_machine_that_does_not_open_fails_once(fakes: Path) -> None:
     status, found = run(fakes, fake("good"), Check("other", "fake_checks:good", 1.0, ""), machine="broken")
-    assert status == 1 and "no such device" in found["checks"]["good"]["details"]
-    assert found["checks"]["other"]["status"] == "skip"
+    assert status == 1 and "no such device" in found["checks"]["good"]["reason"]
+    assert found["checks"]["other"]["status"] == "skip" and "no such device" in found["checks"]["other"]["reason"]
 
 
 def test_numbers_that_json_lacks_are_text(fakes: Path) -> None:
