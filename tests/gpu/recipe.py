@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,6 @@ import torch
 from gpu.machine import GIB, Losses, Machine, PeakMemory, perturb, random_rows
 from opsd_lightning.cli.command import main
 from opsd_lightning.doctor.examination import examine
-from opsd_lightning.models.cache_size import cache_bytes
-from opsd_lightning.models.policy import base_of
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.types import Rollouts, Sampling
@@ -60,20 +58,27 @@ def _run(machine: Machine, facts: Any, arguments: list[str], completion: int) ->
     return logged
 
 
-def compare(peaks: dict[str, int], estimated: dict[str, int]) -> dict[str, dict[str, float]]:
+def kept_bytes(estimated: Mapping[str, int]) -> int:
+    """Return the estimated bytes that all phases keep, without the reserve, which the allocator does not count."""
+    return sum(size for name, size in estimated.items() if ":" not in name and name not in ("total", "reserve"))
+
+
+def phase_bytes(estimated: Mapping[str, int], phase: str) -> int:
+    """Return the estimated bytes of a phase beside what is kept."""
+    return sum(size for name, size in estimated.items() if name.startswith(f"{phase}:"))
+
+
+def compare(peaks: Mapping[str, int], estimated: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """Return the measured and the estimated peak of each phase in GiB.
 
     Args:
         peaks: Bytes by phase, as `PeakMemory` measures them.
-        estimated: Bytes by purpose, as `doctor.memory.Estimator.parts` estimates them.
+        estimated: Bytes by purpose, as the doctor estimates them.
     """
-    # The reserve is for what torch's allocator does not count.
-    kept = sum(value for name, value in estimated.items() if ":" not in name and name not in ("total", "reserve"))
     found = {}
     for phase, peak in peaks.items():
-        part = "rollout:" if phase == "rollout" else "scoring:"
-        own = sum(value for name, value in estimated.items() if name.startswith(part))
-        found[phase] = {"measured": peak / GIB, "estimated": (kept + own) / GIB}
+        own = phase_bytes(estimated, "rollout" if phase == "rollout" else "scoring")
+        found[phase] = {"measured": peak / GIB, "estimated": (kept_bytes(estimated) + own) / GIB}
     return found
 
 
@@ -104,23 +109,28 @@ def memory_of_rollouts(machine: Machine, facts: Any) -> None:
 
     All rows have one long prompt, which is computed once, so that keys and values have their full size after a few tokens.
     """
+    arguments = machine.recipe_arguments("rollouts", machine.completion, steps=1)
+    arguments += [
+        f"--model.eval_sampling.max_new_tokens={2 * machine.completion}",
+        f"--data.eval_batch_size={machine.rows // 2}",
+    ]
+    estimated = examine(arguments, with_model=False).facts["memory"]["bytes"]
     model = machine.build(machine.recipe_policy())
     perturb(model, 0.01)
     sizes = {
-        "a training step": (machine.rows, machine.prompt + machine.completion),
-        "a validation": (2 * machine.rows, machine.prompt + 2 * machine.completion),
+        "rollout": (machine.rows, machine.prompt + machine.completion),
+        "validation": (2 * machine.rows, machine.prompt + 2 * machine.completion),
     }
     problems = []
-    for name, (rows, columns) in sizes.items():
-        estimated = rows * cache_bytes(base_of(model).config, columns, 2 if machine.bfloat16 else 4) / GIB
+    for phase, (rows, columns) in sizes.items():
+        found = {"estimated GiB beside the weights": phase_bytes(estimated, phase) / GIB}
         try:
-            facts[name] = measured = _rollout(machine, model, rows, columns) | {"keys and values, estimated GiB": estimated}
+            found |= _rollout(machine, model, rows, columns)
         except torch.OutOfMemoryError as error:
-            facts[name] = {"out of memory": True, "keys and values, estimated GiB": estimated}
-            problems.append(f"{name}: {rows} rows of {columns} tokens do not fit ({str(error).splitlines()[0]})")
-            continue
-        if measured["GiB beside the weights"] > FACTOR * estimated + REST_GIB:
-            problems.append(f"{name} takes more than estimated: {measured}")
+            problems.append(f"{phase}: {rows} rows of {columns} tokens do not fit ({str(error).splitlines()[0]})")
+        facts[phase] = found
+        if found.get("GiB beside the weights", 0.0) > FACTOR * found["estimated GiB beside the weights"] + REST_GIB:
+            problems.append(f"{phase} takes more than estimated: {found}")
     assert not problems, "; ".join(problems)
 
 
