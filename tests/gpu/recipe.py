@@ -91,7 +91,12 @@ def recipe_first_steps(machine: Machine, facts: Any) -> None:
     """Fit the recipe with its own settings, callbacks and rows, and short completions."""
     completion = 6 if machine.imitated else 64
     arguments = machine.recipe_arguments("recipe", completion, steps=1 if machine.imitated else 2)
+    arguments.append("--model.rollouts.logprob_tolerance=0.5")  # compares the sampler with the trainer
     logged = _run(machine, facts, arguments, completion)
+    facts["log-probabilities of sampler and trainer, nats"] = {
+        "mean difference": logged["train/rollout_logprob_difference"],
+        "largest": logged["train/rollout_logprob_difference_max"],
+    }
     facts["rollout tokens a second"] = logged["time/rollout_tokens_per_second"]
     facts["scoring tokens a second"] = logged["time/scoring_tokens_per_second"]
     made = {path.name for path in (machine.folder / "recipe").rglob("*") if path.is_file()}

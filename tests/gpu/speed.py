@@ -63,7 +63,8 @@ def engines(machine: Machine, facts: Any) -> None:
     """Measure the tokens a second of each engine and setting, on NF4 and on bfloat16 weights."""
     failed = []
     for weights, quantized in (("NF4", True), (machine.dtype, False)):
-        model = machine.build(machine.recipe_policy(quantized))
+        policy = machine.recipe_policy(quantized)
+        model = machine.build(policy)
         perturb(model, 0.01)
         for label, (kind, settings) in ENGINES.items():
             name = f"{weights}, {label}"
@@ -74,7 +75,9 @@ def engines(machine: Machine, facts: Any) -> None:
                 continue
             tokens = 3 if machine.imitated else 64 if quantized else 32
             try:
-                facts[name] = decoding(machine, model, kind(**settings), tokens)
+                engine = kind(**settings)
+                engine.check(policy, machine.precision, machine.device)  # as before a run
+                facts[name] = decoding(machine, model, engine, tokens)
             except ConfigError as error:
                 facts[name] = f"refused: {error.problem[:160]}"
             except Exception as error:  # so that the other engines are measured
