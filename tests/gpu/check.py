@@ -23,9 +23,6 @@ from typing import Any
 
 from gpu.runner import Check, Run, table
 
-#: vLLM frees its memory by a pool that does not go with the expandable segments of the other checks.
-PLAIN_ALLOCATOR = (("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False"),)
-
 CHECKS = [
     Check("environment", "gpu.correctness:environment", 5, "device, driver and versions"),
     Check("loss_and_gradients", "gpu.correctness:loss_and_gradients", 10, "loss, metrics and gradients are the CPU's, for every architecture"),
@@ -38,7 +35,7 @@ CHECKS = [
     Check("resume", "gpu.correctness:resume", 15, "a resumed run continues like an uninterrupted one"),
     Check("determinism", "gpu.correctness:determinism", 15, "two runs agree as far as deterministic kernels are set"),
     Check("kernels_and_waits", "gpu.speed:kernels_and_waits", 20, "kernels and waits of a decoded token and of a micro-batch"),
-    Check("vllm_colocated", "gpu.packages:vllm_colocated", 90, "vLLM samples in the trainer's process", ("vllm",), alone=True, environment=PLAIN_ALLOCATOR),
+    Check("vllm_colocated", "gpu.packages:vllm_colocated", 90, "vLLM samples in the trainer's process", ("vllm",), alone=True),
     Check("flash_hub_kernels", "gpu.packages:flash_hub_kernels", 25, "flash attention from the hub equals sdpa", ("kernels",)),
     Check("flash_attn", "gpu.packages:flash_attn", 25, "flash attention of the package flash-attn equals sdpa", ("flash_attn",)),
     Check("greedy_rollouts", "gpu.correctness:greedy_rollouts", 10, "rollouts in segments are those of plain generate"),

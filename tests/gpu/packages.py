@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from gpu.machine import TARGETS, Machine, perturb, random_rows
+from gpu.machine import Machine, perturb, random_rows
+from gpu.recipe import run_recipe
 from gpu.runner import Skip
 from gpu.speed import decoding
 from helpers.models import COMPLETIONS, PROMPTS
@@ -20,10 +21,9 @@ from opsd_lightning.losses.objectives import token_logprobs
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.models.scoring import packs_rows, score
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
-from opsd_lightning.types import Sampling
 
 HUB_KERNELS = "kernels-community/flash-attn2"
+VLLM_RECIPE = ROOT / "configs" / "qwen3_1.7b_lora_vllm.yaml"
 
 
 def flash_attn(machine: Machine, facts: Any) -> None:
@@ -82,17 +82,19 @@ def _scoring_seconds(machine: Machine, model: Any, rows: list[list[int]]) -> flo
 
 
 def vllm_colocated(machine: Machine, facts: Any) -> None:
-    """Train two steps on rollouts of vLLM in this process, which sleeps in between, with its log-probabilities compared."""
-    policy = Policy(machine.large(), lora=LoRA(r=64, alpha=128, target_modules=TARGETS), dtype="bfloat16",
-                    gradient_checkpointing=True)  # fmt: skip
-    engine = VLLMEngine(gpu_memory_utilization=0.4, max_model_len=2048)
-    module, data = machine.parts(policy, rollouts=engine, sampling=Sampling(64, 1.1, 0.95, 20, n=16), token_budget=8192)
-    trainer = machine.fit(module, data, "vllm", precision="bf16-mixed")
-    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    for name in ("train/rollout_logprob_difference", "train/rollout_logprob_difference_max", "time/rollout_seconds",
-                 "time/rollout_tokens_per_second", "time/scoring_seconds"):  # fmt: skip
-        facts[name] = logged[name]
-    assert logged["train/rollout_logprob_difference"] < 0.1
+    """Train the recipe with vLLM beside the trainer, which sleeps between rollouts, and compare log-probabilities."""
+    if machine.imitated:
+        raise Skip("vLLM needs a real GPU")
+    if not machine.bfloat16:
+        raise Skip("the recipe samples in bfloat16, which this GPU has not")
+    arguments = machine.recipe_arguments("vllm", 64, steps=2, config=VLLM_RECIPE)
+    logged = run_recipe(machine, facts, arguments, 64)
+    facts["rollout tokens a second"] = logged["time/rollout_tokens_per_second"]
+    facts["log-probabilities of vLLM and trainer, nats"] = difference = {
+        "mean difference": logged["train/rollout_logprob_difference"],
+        "largest": logged["train/rollout_logprob_difference_max"],
+    }
+    assert difference["mean difference"] < 0.1, "vLLM has other weights than the trainer"
 
 
 def gpu_tests(machine: Machine, facts: Any) -> None:

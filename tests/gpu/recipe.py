@@ -29,7 +29,7 @@ class RandomTokens(RolloutEngine):
         return Rollouts(rows, [False] * len(rows), sampling.n)
 
 
-def _run(machine: Machine, facts: Any, arguments: list[str], completion: int) -> dict[str, float]:
+def run_recipe(machine: Machine, facts: Any, arguments: list[str], completion: int) -> dict[str, float]:
     """Fit with these arguments, record losses, seconds and peaks, and compare the peaks with the doctor's estimates.
 
     Returns:
@@ -92,7 +92,7 @@ def recipe_first_steps(machine: Machine, facts: Any) -> None:
     completion = 6 if machine.imitated else 64
     arguments = machine.recipe_arguments("recipe", completion, steps=1 if machine.imitated else 2)
     arguments.append("--model.rollouts.logprob_tolerance=0.5")  # compares the sampler with the trainer
-    logged = _run(machine, facts, arguments, completion)
+    logged = run_recipe(machine, facts, arguments, completion)
     facts["log-probabilities of sampler and trainer, nats"] = {
         "mean difference": logged["train/rollout_logprob_difference"],
         "largest": logged["train/rollout_logprob_difference_max"],
@@ -106,7 +106,7 @@ def recipe_first_steps(machine: Machine, facts: Any) -> None:
 def recipe_full_length(machine: Machine, facts: Any) -> None:
     """Score, and step on, 32 completions of 1,024 tokens: the recipe's full size, without the time of sampling them."""
     arguments = machine.recipe_arguments("full", machine.completion, steps=1 if machine.imitated else 2)
-    _run(machine, facts, [*arguments, "--model.rollouts=gpu.recipe.RandomTokens"], machine.completion)
+    run_recipe(machine, facts, [*arguments, "--model.rollouts=gpu.recipe.RandomTokens"], machine.completion)
 
 
 def memory_of_rollouts(machine: Machine, facts: Any) -> None:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class Check:
         shows: One line about what a pass shows.
         packages: Modules that it imports beside the package's own dependencies. It is skipped if one is missing.
         alone: If True, the check has a process of its own.
-        environment: Names and values of variables of that process.
     """
 
     name: str
@@ -49,10 +48,6 @@ class Check:
     shows: str
     packages: tuple[str, ...] = ()
     alone: bool = False
-    environment: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        assert self.alone or not self.environment, "other checks share the process"
 
 
 @dataclass
@@ -92,10 +87,9 @@ class Worker:
     Args:
         arguments: Arguments of the module ``gpu.worker``.
         output: File to which its output is appended.
-        environment: Variables to set.
     """
 
-    def __init__(self, arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], output: Path) -> None:
         self.output = output
         answers, theirs = os.pipe()
         self._answers = os.fdopen(answers, "rb", buffering=0)
@@ -107,7 +101,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "gpu.worker", "--answers", str(theirs), *arguments],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[theirs], start_new_session=True,
-                env={**defaults, **os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )  # fmt: skip
         os.close(theirs)
         self._received = b""
@@ -227,7 +221,7 @@ class Run:
             self._stop()
         began = self.output.stat().st_size
         try:
-            worker = self._start(dict(check.environment))
+            worker = self._start()
         except (TimeoutError, Ended) as error:
             printed = self._tail(began)
             last = (printed.strip().splitlines() or [str(error)])[-1]  # the message of an error, such as a missing package
@@ -257,10 +251,10 @@ class Run:
         except Ended as error:
             return Result(check.name, "fail", facts=facts, reason=str(error))
 
-    def _start(self, environment: Mapping[str, str]) -> Worker:
+    def _start(self) -> Worker:
         if self._worker is None:
             began = time.monotonic()
-            worker = Worker(self.arguments, self.output, environment)
+            worker = Worker(self.arguments, self.output)
             try:
                 worker.answer(max(self.left, 1.0), {})
             except BaseException:

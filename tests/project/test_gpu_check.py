@@ -65,9 +65,6 @@ FAKES = """
         facts["before"] = 1
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def variables(machine, facts):
-        facts["variables"] = [os.environ.get(name) for name in ("OF_THE_CHECK", "HF_HUB_OFFLINE")]
-
     def infinite(machine, facts):
         facts["numbers"] = {"worst": float("nan"), "all": [1.0, float("inf")]}
 """
@@ -124,14 +121,6 @@ def test_a_check_after_a_failure_has_a_new_process(fakes: Path) -> None:
     _, found = run(fakes, fake("good"), again, fake("wrong"), alone, last)
     processes = [found["checks"][name]["facts"]["process"] for name in ("good", "again", "alone", "last")]
     assert processes[0] == processes[1] and len(set(processes)) == 3
-
-
-def test_a_check_alone_has_its_own_variables(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    own = fake("variables", alone=True, environment=(("OF_THE_CHECK", "yes"),))
-    _, found = run(fakes, fake("good"), own, Check("others", "fake_checks:variables", 1.0, ""))
-    assert found["checks"]["variables"]["facts"] == {"variables": ["yes", "1"]}
-    assert found["checks"]["others"]["facts"] == {"variables": [None, "1"]}
 
 
 def test_a_check_that_would_not_end_in_time_is_skipped(fakes: Path) -> None:
