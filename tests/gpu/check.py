@@ -35,6 +35,7 @@ CHECKS = [
     Check("resume", "gpu.correctness:resume", 15, "a resumed run continues like an uninterrupted one"),
     Check("determinism", "gpu.correctness:determinism", 15, "two runs agree as far as deterministic kernels are set"),
     Check("kernels_and_waits", "gpu.speed:kernels_and_waits", 20, "kernels and waits of a decoded token and of a micro-batch"),
+    Check("little_memory", "gpu.recipe:little_memory", 20, "rollouts and scoring go on in smaller parts when memory runs out"),
     Check("vllm_colocated", "gpu.packages:vllm_colocated", 90, "vLLM samples in the trainer's process", ("vllm",), alone=True),
     Check("flash_hub_kernels", "gpu.packages:flash_hub_kernels", 25, "flash attention from the hub equals sdpa", ("kernels",)),
     Check("flash_attn", "gpu.packages:flash_attn", 25, "flash attention of the package flash-attn equals sdpa", ("flash_attn",)),

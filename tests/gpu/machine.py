@@ -222,6 +222,32 @@ class Machine:
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def peak(self, action: Callable[[], Any]) -> int:
+        """Return the peak bytes of an action above what is allocated before it."""
+        self.clean()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+
+    @contextlib.contextmanager
+    def free_memory(self, size: int) -> Iterator[None]:
+        """Leave so many bytes of the device free inside the context."""
+        self.clean()
+        taken = max(torch.cuda.mem_get_info()[0] - size, 0)
+        if self.imitation is not None:
+            self.imitation.card.used_elsewhere += taken
+            try:
+                yield
+            finally:
+                self.imitation.card.used_elsewhere -= taken
+            return
+        ballast = torch.empty(taken, dtype=torch.uint8, device=self.device)
+        try:
+            yield
+        finally:
+            del ballast
+
     @contextlib.contextmanager
     def waits(self) -> Iterator[Counter[str]]:
         """Count the places where the host waits for the device, by file and line."""

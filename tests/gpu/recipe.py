@@ -12,6 +12,7 @@ import torch
 from gpu.machine import GIB, Losses, Machine, PeakMemory, perturb, random_rows
 from opsd_lightning.cli.command import main
 from opsd_lightning.doctor.examination import examine
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.types import Rollouts, Sampling
@@ -141,20 +142,50 @@ def memory_of_rollouts(machine: Machine, facts: Any) -> None:
 
 def _rollout(machine: Machine, model: Any, rows: int, columns: int) -> dict[str, float]:
     """Sample the last tokens of rows of this many tokens, and return the peak and the seconds."""
-    machine.clean()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     new = 3 if machine.imitated else 16
     found: list[Rollouts] = []
+    took: list[float] = []
 
     def sample() -> None:
         with machine.autocast():
             sampling = Sampling(new, 1.0, 0.95, n=rows)
             found.append(TransformersEngine().generate(model, random_rows(1, columns - new), sampling, 0))
 
-    seconds = machine.seconds(sample)
+    peak = machine.peak(lambda: took.append(machine.seconds(sample)))
     assert len(found[0].completions) == rows
-    return {"GiB beside the weights": (torch.cuda.max_memory_allocated() - before) / GIB, "seconds": seconds}
+    return {"GiB beside the weights": peak / GIB, "seconds": took[0]}
+
+
+def little_memory(machine: Machine, facts: Any) -> None:
+    """Roll out and score with 0.6 of the memory that they take: both go on in smaller parts, and scores stay."""
+    model = machine.build(machine.recipe_policy())
+    perturb(model, 0.01)
+    rows, columns, new = (8, 40, 3) if machine.imitated else (machine.rows, machine.prompt + machine.completion, 16)
+    prompt, completions = random_rows(1, columns - new), random_rows(rows, columns // 2, seed=1)
+    samples: list[Rollouts] = []
+    scores: list[torch.Tensor] = []
+    actions = {
+        "rollout": lambda: samples.append(
+            TransformersEngine(max_rows=rows, rollout_copy=False).generate(
+                model, prompt, Sampling(new, 1.0, 0.95, n=rows), 0
+            )
+        ),
+        "scoring": lambda: scores.append(
+            Scorer(model, rows * columns).score(random_rows(rows, columns // 2), completions).hidden.float()
+        ),
+    }
+    for name, action in actions.items():
+        with machine.autocast():
+            needed = machine.peak(action)
+            with machine.free_memory(int(0.6 * needed)), warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                action()
+        messages = sorted({str(warning.message)[:200] for warning in seen if issubclass(warning.category, UserWarning)})
+        facts[name] = {"GiB taken": needed / GIB, "warnings": messages}
+        assert any("memory" in message for message in messages), f"{name}: it did not run out of memory"
+    assert len(samples[1].completions) == rows and all(samples[1].completions)
+    facts["largest relative difference of a state"] = difference = float((scores[0] - scores[1]).norm() / scores[0].norm())
+    assert difference < 0.05, f"scores in smaller parts differ by {difference:.2g}"
 
 
 def doctor(machine: Machine, facts: Any) -> None:
