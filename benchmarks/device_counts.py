@@ -44,6 +44,7 @@ from opsd_lightning.types import Sampling
 #: Settings of `TransformersEngine` to count. A checkout without one of the settings leaves its row out.
 ENGINES: dict[str, dict[str, Any]] = {
     "default": {},
+    "no rollout copy": {"rollout_copy": False},
     "adapter not merged": {"merge_adapter": False},
     "static cache": {"static_cache": True},
 }

@@ -70,8 +70,8 @@ class GroupedMean(Metric):
     def __init__(self, groups: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.groups = tuple(groups)
-        self.add_state("total", torch.zeros(len(self.groups)), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(len(self.groups)), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(len(self.groups), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(len(self.groups), dtype=torch.float32), dist_reduce_fx="sum")
 
     def add(self, values: Tensor, groups: Tensor) -> None:
         """Add values.
@@ -107,7 +107,7 @@ class PositionDivergence(GroupedMean):
         Args:
             divergence: Divergence at each token, one tensor of shape [C] per completion.
         """
-        values, groups = [torch.zeros(0)], [torch.zeros(0, dtype=torch.long)]
+        values, groups = [torch.zeros(0, dtype=torch.float32)], [torch.zeros(0, dtype=torch.long)]
         for row in divergence:
             for index, k in enumerate(self.FIRST):
                 values.append(row[:k])
@@ -136,13 +136,13 @@ class ClassDivergence(GroupedMean):
             classes: Class of each token, one sequence per completion.
         """
         groups = [CLASSES.index(name) for names in classes for name in names]
-        self.add(torch.cat([torch.zeros(0), *divergence]), torch.tensor(groups, dtype=torch.long))
+        self.add(torch.cat([torch.zeros(0, dtype=torch.float32), *divergence]), torch.tensor(groups, dtype=torch.long))
 
     def compute(self) -> dict[str, Tensor]:
         """Return means, shares and the ratio by name."""
         means, total = super().compute(), self.total.sum()
         shares = {f"{name}_share": self.total[CLASSES.index(name)] / total for name in means} if total > 0 else {}
-        if "style" in means and means.get("math", torch.zeros(())) > 0:
+        if "style" in means and means.get("math", torch.zeros((), dtype=torch.float32)) > 0:
             shares["style_over_math"] = means["style"] / means["math"]
         return means | shares
 
@@ -164,10 +164,10 @@ class CorrectnessGap(GroupedMean):
             gap: log p_T - log p_S at each token, one tensor of shape [C] per completion. None without a teacher.
             correct: True for each correct completion.
         """
-        self.add(torch.tensor([float(right) for right in correct]), torch.full((len(correct),), 2))
+        self.add(torch.tensor([float(right) for right in correct], dtype=torch.float32), torch.full((len(correct),), 2))
         if gap is not None:
             groups = [int(right) for values, right in zip(gap, correct, strict=True) for _ in range(len(values))]
-            self.add(torch.cat([torch.zeros(0), *gap]), torch.tensor(groups, dtype=torch.long))
+            self.add(torch.cat([torch.zeros(0, dtype=torch.float32), *gap]), torch.tensor(groups, dtype=torch.long))
 
 
 class Ratio(Metric):
@@ -180,7 +180,7 @@ class Ratio(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in ("numerator", "denominator"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
         """Return the ratio."""
@@ -214,7 +214,7 @@ class PhraseRate(Metric):
         words = [r"\s+".join(map(re.escape, phrase.split())) for phrase in sorted(phrases, key=len, reverse=True)]
         self.pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
         for name in ("occurrences", "tokens", "matching", "completions"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], tokens: Sequence[int]) -> None:
         """Add completions.

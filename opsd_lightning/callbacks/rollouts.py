@@ -92,7 +92,7 @@ class RolloutTable(Callback):
         table: list[list[Any]] = []
         for index in range(min(self.rows, len(rollouts.completions))):
             completion = rollouts.completions[index]
-            kl = divergence[index] if divergence else torch.zeros(0)
+            kl = divergence[index] if divergence else torch.zeros(0, dtype=torch.float32)
             table.append(
                 [
                     trainer.global_step,

@@ -51,7 +51,9 @@ def divergence_facts(module: Any, teacher: Teacher, found: Examples) -> list[dic
     student = scorer.score(found.students, found.completions)
     states = teacher.score(scorer, found.teachers, found.completions)
     targets = torch.tensor([t for row in found.completions for t in row], device=device_of(model))
-    _, measured = module.objective(student, states, targets, torch.zeros(len(targets), device=targets.device))
+    _, measured = module.objective(
+        student, states, targets, torch.zeros(len(targets), dtype=torch.float32, device=targets.device)
+    )
     facts, start = [], 0
     for row in found.completions:
         values = measured["forward_kl"][start : start + len(row)].tolist()

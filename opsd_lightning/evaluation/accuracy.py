@@ -97,7 +97,7 @@ class AccuracyAtK(Metric):
         for name, score in scores.items():
             score = score.double()
             found[name] = score.mean()
-            found[f"{name}_se"] = score.std() / len(score) ** 0.5 if len(score) > 1 else torch.zeros(())
+            found[f"{name}_se"] = score.std() / len(score) ** 0.5 if len(score) > 1 else torch.zeros((), dtype=torch.float32)
             if k > 1:
                 found[f"{name}_se_samples"] = spread[name].clamp(min=0).sum().sqrt() / len(score)
         return {name: value.float().to(self.device) for name, value in found.items()}

@@ -350,7 +350,7 @@ class EvaluatedModule(LightningModule):
         if rollouts.logprobs is None or self.rollouts.logprob_tolerance is None:
             return
         found = log_ratios(self.scorer, students, rollouts, self.objective)
-        values = torch.cat([*found, torch.zeros(0)])
+        values = torch.cat([*found, torch.zeros(0, dtype=torch.float32)])
         difference, count = self.ranks.sum([float(values.abs().sum()), values.numel()])
         check_difference(difference / max(count, 1), self.rollouts.logprob_tolerance)
 

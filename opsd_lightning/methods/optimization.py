@@ -37,7 +37,7 @@ def make_optimizer(make: MakeOptimizer, parameters: list[nn.Parameter]) -> Optim
     if not any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
         rank_zero_warn("model.optimizer.init_args.lr: the learning rate is 0, so nothing is trained. Set it above 0")
     if all(parameter.device.type == "cpu" for parameter in parameters):
-        probe = nn.Parameter(torch.zeros(2, 2))
+        probe = nn.Parameter(torch.zeros(2, 2, dtype=torch.float32))
         probe.grad = torch.zeros_like(probe)
         try:
             make([probe]).step()
@@ -71,7 +71,7 @@ def make_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer, max_s
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch warns, because the schedule is stepped before the optimizer
-            make(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)).step()
+            make(torch.optim.SGD([nn.Parameter(torch.zeros(1, dtype=torch.float32))], lr=1.0, momentum=0.9)).step()
     except ConfigError:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:

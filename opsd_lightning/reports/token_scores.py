@@ -73,8 +73,8 @@ def predictions(states: TokenStates, targets: Tensor, temperature: float, top: i
         rank = (logprobs > own).sum(-1) + 1
         parts.append(Predictions(own[:, 0].cpu(), rank.cpu(), best.indices.cpu(), best.values.cpu()))
     if not parts:
-        nothing = torch.zeros(0, dtype=torch.long)
-        return Predictions(torch.zeros(0), nothing, torch.zeros(0, top, dtype=torch.long), torch.zeros(0, top))
+        empty = torch.zeros(0, top, dtype=torch.float32)
+        return Predictions(empty[:, 0], empty[:, 0].long(), empty.long(), empty)
     return Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -284,8 +284,8 @@ def is_rms_norm(kind: Any) -> bool:
         if [name for name, _ in norm.named_parameters()] != ["weight"] or not isinstance(eps, float):
             return False
         with torch.no_grad():
-            weight.copy_(torch.tensor([0.5, -1.0, 2.0, 3.0]))  # type: ignore[operator]
-            x = torch.tensor([[1.0, 2.0, -3.0, 0.5], [0.1, 0.0, 0.2, 5.0]])
+            weight.copy_(torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float32))  # type: ignore[operator]
+            x = torch.tensor([[1.0, 2.0, -3.0, 0.5], [0.1, 0.0, 0.2, 5.0]], dtype=torch.float32)
             return torch.allclose(norm(x), functional.rms_norm(x, (4,), weight, eps), rtol=1e-5)  # type: ignore[arg-type]
     except (TypeError, AttributeError, RuntimeError):  # another signature
         return False

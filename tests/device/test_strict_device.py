@@ -199,6 +199,7 @@ def test_the_device_draws_from_its_own_generator(device: StrictDevice) -> None:
     torch.manual_seed(3)
     with device.phase("step"):
         torch.rand(100)
+        torch.nn.Linear(2, 2, device="meta")
     assert torch.rand(4, device="cuda").tolist() == first
     assert device.cpu_random["step"].total() == 1 and device.cpu_random["outside"].total() == 0
 

@@ -33,7 +33,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -231,7 +230,7 @@ class StrictDevice(TorchDispatchMode):
 
     _current: ClassVar[StrictDevice | None] = None
 
-    def __init__(self, card: Card, large: int | None, strict: bool) -> None:
+    def __init__(self, card: Card, large: int | Callable[[Tensor], bool] | None, strict: bool) -> None:
         super().__init__()
         self.card, self.large_limit, self.strict = card, large, strict
         self.where = _OUTSIDE
@@ -300,7 +299,7 @@ class StrictDevice(TorchDispatchMode):
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an operation on the CPU, after the checks that CUDA makes."""
         name = func._schema.name.rpartition("::")[2]
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves = _leaves((args, kwargs), [])
         ours = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
         plain = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, DeviceTensor)]
         wanted = kwargs.get("device")
@@ -313,35 +312,30 @@ class StrictDevice(TorchDispatchMode):
             if on_device:
                 self._count(func, name, args, kwargs)
         draws = name in _RANDOM and not (name == "native_dropout" and not args[2])
-        if draws and not on_device:
+        if draws and not on_device and wanted != "meta" and not any(tensor.is_meta for tensor in plain):
             self.cpu_random[self.where][f"{name} @ {caller()}"] += 1
         most = max((tensor.numel() for tensor in plain), default=0)
         if most > _LARGE_ON_CPU and not on_device and not ours and name not in _NO_KERNEL and not func.is_view:
             self.counts[self.where].on_cpu[f"{name} of {most} @ {caller()}"] += 1
         if name in ("is_pinned", "_pin_memory"):
             return False if name == "is_pinned" else args[0]
-        raw_args, raw_kwargs = tree_unflatten([_to_cpu(leaf) for leaf in leaves], spec)
+        raw_args, raw_kwargs = _map(_to_cpu, args), _map(_to_cpu, kwargs)
         if isinstance(raw_kwargs.get("device"), str):
             raw_kwargs["device"] = _CPU
         raw_kwargs.pop("pin_memory", None)
         with self.own_generator() if draws and on_device else contextlib.nullcontext():
             out = func(*raw_args, **raw_kwargs)
-        return self._wrapped(func, name, args, kwargs, out, ours) if on_device else out
+        return self._wrapped(func, name, out, ours) if on_device else out
 
-    def _wrapped(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any, ours: list[DeviceTensor]) -> Any:
+    def _wrapped(self, func: Any, name: str, out: Any, ours: list[DeviceTensor]) -> Any:
         wrappers = {id(tensor.raw): tensor for tensor in ours}
 
-        def wrap(tensor: Tensor) -> Tensor:
-            if isinstance(tensor, DeviceTensor):
-                return tensor
-            return wrappers[id(tensor)] if id(tensor) in wrappers else DeviceTensor(tensor)
+        def wrap(value: Any) -> Any:
+            if not isinstance(value, Tensor) or isinstance(value, DeviceTensor):
+                return value
+            return wrappers[id(value)] if id(value) in wrappers else DeviceTensor(value)
 
-        found = tree_map_only(Tensor, wrap, out)
-        if name == "detach" and type(args[0]) in _parameter_classes.values():  # stays a parameter of its library
-            made = DeviceTensor.__new__(type(args[0]), found.raw)
-            kept = {key: value for key, value in vars(args[0]).items() if key not in ("raw", "allocation")}
-            vars(made).update(kept)
-            found = made
+        found = _map(wrap, out)
         self.look_at_sizes(name, found, func.is_view)
         return found
 
@@ -389,7 +383,7 @@ class StrictDevice(TorchDispatchMode):
         counts = self.counts[self.where]
         waits = name in _WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None)
         if name in _INDEXING:
-            masks = [i for i in tree_flatten(args[1])[0] if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)]
+            masks = [i for i in _leaves(args[1], []) if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)]
             fills = len(args) > 2 and isinstance(args[2], Tensor) and args[2].dim() == 0  # a number: masked_fill_
             waits = bool(masks) and not fills
         if waits:
@@ -401,10 +395,14 @@ class StrictDevice(TorchDispatchMode):
         """Count results that are larger than the limit."""
         if self.large_limit is None or is_view or name == "_unsafe_view":
             return
-        for tensor in tree_flatten(found)[0]:
-            if isinstance(tensor, DeviceTensor) and tensor.numel() > self.large_limit:
+        for tensor in _leaves(found, []):
+            if isinstance(tensor, DeviceTensor) and self._is_large(tensor):
                 place = f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} @ {caller()}"
                 self.counts[self.where].large[place] += 1
+
+    def _is_large(self, tensor: Tensor) -> bool:
+        limit = self.large_limit
+        return limit is not None and (tensor.numel() > limit if isinstance(limit, int) else limit(tensor))
 
     @contextlib.contextmanager
     def own_generator(self) -> Iterator[None]:
@@ -416,6 +414,29 @@ class StrictDevice(TorchDispatchMode):
         finally:
             self.generator_state = torch.get_rng_state()
             torch.set_rng_state(before)
+
+
+def _leaves(value: Any, found: list[Any]) -> list[Any]:
+    """Append the leaves of nested lists, tuples and dictionaries to a list, and return it."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _leaves(part, found)
+    elif isinstance(value, dict):
+        for part in value.values():
+            _leaves(part, found)
+    else:
+        found.append(value)
+    return found
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to the leaves of nested lists, tuples and dictionaries. Faster than torch's trees."""
+    if isinstance(value, (list, tuple)):
+        made = [_map(function, part) for part in value]
+        return made if isinstance(value, list) else tuple(made)
+    if isinstance(value, dict):
+        return {name: _map(function, part) for name, part in value.items()}
+    return function(value)
 
 
 def _to_cpu(leaf: Any) -> Any:
@@ -534,7 +555,7 @@ def _autocast(name: str, excluded: Any) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             tensors = [
-                leaf for leaf in tree_flatten((args, kwargs))[0]
+                leaf for leaf in _leaves((args, kwargs), [])
                 if isinstance(leaf, DeviceTensor) and leaf.is_floating_point() and leaf.dtype != torch.float64
             ]  # fmt: skip
             if name in FLOAT32_RESULT:
@@ -550,11 +571,12 @@ def _autocast(name: str, excluded: Any) -> Callable[..., Any]:
             else:
                 target = torch.float32
 
-            def cast(tensor: Tensor) -> Tensor:
-                return tensor.to(target) if any(tensor is one for one in tensors) and tensor.dtype != target else tensor
+            chosen = {id(tensor) for tensor in tensors if tensor.dtype != target}
 
-            cast_args, cast_kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-            return operation(*cast_args, **cast_kwargs)
+            def cast(value: Any) -> Any:
+                return value.to(target) if id(value) in chosen else value
+
+            return operation(*_map(cast, args), **_map(cast, kwargs))
 
     return run
 
@@ -606,6 +628,16 @@ class _Inert:
 
     def __exit__(self, *args: Any) -> None:
         return None
+
+
+def _in_teardown() -> bool:
+    """Return True if Lightning tears down a run after an error."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_and_handle_interrupt":
+            return isinstance(frame.f_locals.get("exception"), BaseException)
+        frame = frame.f_back
+    return False
 
 
 def _replacements(device: StrictDevice) -> dict[str, Any]:
@@ -679,8 +711,14 @@ def _replacements(device: StrictDevice) -> dict[str, Any]:
 
     def swap_tensors(one: Tensor, other: Tensor) -> None:
         same = isinstance(one, DeviceTensor) and isinstance(other, DeviceTensor) and one.dtype == other.dtype
-        if not (same and one.data_ptr() == other.data_ptr()):  # module.to(device) of a module on the device: nothing to do
+        if same and one.data_ptr() == other.data_ptr():  # module.to(device) of a module on the device: nothing to do
+            return
+        try:
             swap(one, other)
+        except RuntimeError:
+            # The graph of a failed pass refers to the parameter. The module is torn down, and the first error counts.
+            if not _in_teardown():
+                raise
 
     return {
         "torch.Tensor._make_subclass": staticmethod(_make_device_subclass),
@@ -738,12 +776,15 @@ def unavailable() -> str | None:
 
 
 @contextlib.contextmanager
-def strict_device(card: Card | None = None, *, large: int | None = None, strict: bool = True) -> Iterator[StrictDevice]:
+def strict_device(
+    card: Card | None = None, *, large: int | Callable[[Tensor], bool] | None = None, strict: bool = True
+) -> Iterator[StrictDevice]:
     """Imitate one CUDA device inside the context.
 
     Args:
         card: Properties of the card. Defaults to a card of 24 GiB.
-        large: Number of elements above which a result on the device is counted as large. Defaults to no limit.
+        large: Number of elements above which a result on the device is counted as large, or a function that returns True for
+            large results. Defaults to no limit.
         strict: If True, a mix of devices raises `DeviceMixError`. Otherwise it is only counted.
 
     Raises:
