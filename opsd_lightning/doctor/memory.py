@@ -269,9 +269,12 @@ class Estimator:
 
     def parts(self, step: Step) -> dict[str, int]:
         """Return the bytes of a step by purpose, and their ``total``."""
+        return self._parts(step, max(step.rows, step.eval_rows))
+
+    def _parts(self, step: Step, vllm_rows: int) -> dict[str, int]:
         kept = dict(self._kept)
         if isinstance(self.engine, VLLMEngine) and not self.engine.sleep:  # also while training
-            kept["vLLM"] = self._vllm_bytes(step)
+            kept["vLLM"] = self._vllm_bytes(step, vllm_rows)
         found = dict(kept)
         phases = {
             "rollout": self._sampling(step.rows, step.prompt, step.completion, step.rows_at_once),
@@ -279,7 +282,7 @@ class Estimator:
             "scoring": self._scoring(step),
         }
         if isinstance(self.engine, VLLMEngine) and self.engine.sleep:
-            phases["rollout"] = {"vLLM": self._vllm_bytes(step)}
+            phases["rollout"] = {"vLLM": self._vllm_bytes(step, vllm_rows)}
         found |= {f"{phase}: {part}": size for phase, parts in phases.items() for part, size in parts.items()}
         sizes = {phase: sum(parts.values()) for phase, parts in phases.items()}
         sampling = max(sizes["rollout"], sizes["validation"])
@@ -288,6 +291,8 @@ class Estimator:
 
     def least(self, step: Step) -> dict[str, int]:
         """Return the bytes of a step in which the engine samples as few completions at one time as it can."""
+        if isinstance(self.engine, VLLMEngine):
+            return self._parts(step, 1)
         return self.parts(step._replace(rows_at_once=min(step.rows_at_once, 1))) if self._bounds_itself else self.parts(step)
 
     def rows_at_once(self, step: Step) -> int:
@@ -398,14 +403,14 @@ class Estimator:
         more = sum(p.numel() for p in self.model.parameters() if id(p) in layers) if dequantize and four_bits else 0
         return 2 * (cast + more)
 
-    def _vllm_bytes(self, step: Step) -> int:
+    def _vllm_bytes(self, step: Step, rows: int) -> int:
         """Return the bytes of vLLM in this process: its share of the device, which it fills with keys and values."""
         engine: Any = self.engine
         numbers = sum(p.numel() for name, p in self.model.named_parameters() if not is_adapter_key(name))
         tokens = step.prompt + max(step.completion, step.eval_completion if step.eval_rows else 0)
         row = cache_bytes(base_of(self.model).config, tokens, 2)
         weights, kept = self._kept["base weights"], sum(self._kept.values())
-        free, rows = self.device.available - weights, max(step.rows, step.eval_rows)
+        free = self.device.available - weights
         share = engine.memory_share(2 * numbers, row, rows, free, self.device.total, kept - weights)
         return int(share * self.device.total)
 

@@ -47,7 +47,7 @@ def estimate(tmp_path_factory: pytest.TempPathFactory) -> Estimate:
 
     @cache
     def make(recipe: str, *arguments: str) -> tuple[Estimator, Step]:
-        folder = qwen3_folder(RECIPES[recipe], root)
+        folder = qwen3_folder(RECIPES.get(recipe, "Qwen/Qwen3-1.7B"), root)
         config = f"--config={ROOT / 'configs' / f'{recipe}.yaml'}"
         parts, problems = build_parts([config, *arguments, f"--model.policy.model={folder}"], with_model=False)
         # The trainer itself cannot be built without a GPU.
@@ -72,6 +72,14 @@ def test_recipes_fit_the_cards_that_they_name(recipe: str, estimate: Estimate) -
     estimator, step = estimate(recipe)
     assert step.eval_rows == 16 * 4 and step.rows == 32
     check(estimator, step)
+
+
+def test_recipe_with_vllm_beside_the_trainer_fits_its_card(estimate: Estimate) -> None:
+    estimator, step = estimate("qwen3_1.7b_lora_vllm")
+    parts = estimator.parts(step)
+    assert parts["rollout: vLLM"] > parts["base weights"] > 2 * 1.6e9  # both in 16 bits, and vLLM's keys and values
+    assert parts["total"] < estimator.device.available, parts
+    assert not list(memory_findings(estimator.least(step), estimator.device, "card"))
 
 
 @pytest.mark.parametrize("evaluation", EVALS, ids=lambda path: path.stem)

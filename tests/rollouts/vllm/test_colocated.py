@@ -229,7 +229,7 @@ def in_process(vllm_python: str, vllm_model: Path, tmp_path: Path) -> Callable[[
         }  # fmt: skip
         script = ROOT / "tests" / "helpers" / "vllm_in_process.py"
         command = [vllm_python, str(script), scenario, str(vllm_model), str(tmp_path / "adapters")]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
         lines = ran.stdout.splitlines()
         found = next(line for line in lines if line.startswith("FOUND "))
