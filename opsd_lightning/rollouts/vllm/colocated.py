@@ -286,10 +286,9 @@ class VLLMEngine(RolloutEngine):
     def close(self) -> None:
         if self._finalizer is not None:
             self._finalizer()
-        if self._llm is not None:
-            process.stop(self._llm)
-            if self._log is not None:
-                self._log.remove()
+        if self._llm is not None and self._log is not None:
+            process.stop(self._llm, self._log)
+            self._log.remove()
         self._llm = self._log = self._versions = self._finalizer = None
         self._numbers = {}
 

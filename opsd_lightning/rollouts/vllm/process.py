@@ -179,9 +179,9 @@ def wake(llm: Any) -> None:
         raise RuntimeError("wake_up did not wake all parts of the engine")
 
 
-def stop(llm: Any) -> None:
-    """End the process of a ``vllm.LLM``, which frees its memory."""
-    with suppress(Exception):  # it may have died before
+def stop(llm: Any, log: EngineLog) -> None:
+    """End the process of a ``vllm.LLM``, which frees its memory, and write the output to ``log``."""
+    with suppress(Exception), log.captured():  # it may have died before
         llm.llm_engine.engine_core.shutdown()
 
 
