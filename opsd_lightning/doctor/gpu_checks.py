@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from opsd_lightning.doctor.findings import Finding
+from opsd_lightning.rollouts.base import LocalEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 
 Version = tuple[int, int]
 
@@ -161,17 +163,18 @@ def determinism_findings(module: Any, resumes: bool) -> Iterator[Finding]:
             text = "with trainer.deterministic warn, attention's backward pass stays nondeterministic on a GPU"
             yield Finding("warning", "settings", text, "trainer.deterministic", "set it to true")
             return
-        for setting, sampling in (("sampling", module.sampling), ("eval_sampling", module.evaluator.sampling)):
-            if sampling.top_p < 1 and sampling.temperature > 0:
-                text = f"top-p sampling ({sampling.top_p}) has no deterministic kernel on a GPU, and would raise an error"
-                fix = "set it to 1.0, or trainer.deterministic to null"
-                yield Finding("error", "settings", text, f"model.{setting}.top_p", fix)
+        if isinstance(module.rollouts, LocalEngine) and not isinstance(module.rollouts, TransformersEngine):
+            text = (
+                f"{type(module.rollouts).__name__} samples with kernels that are not deterministic, and would raise an error"
+            )
+            fix = "set it to TransformersEngine, or trainer.deterministic to null"
+            yield Finding("error", "settings", text, "model.rollouts", fix)
     elif resumes:
         text = (
             "on a GPU a resumed run is not bit-identical to one that was never stopped: the default kernels of attention's "
             "backward pass add up in another order each time"
         )
-        fix = "set it to true, and top_p to 1.0, if that matters. Deterministic kernels are slower (docs/reliability.md)"
+        fix = "set it to true if that matters. Deterministic kernels are slower (docs/reliability.md)"
         yield Finding("note", "settings", text, "trainer.deterministic", fix)
 
 

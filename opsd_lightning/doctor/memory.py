@@ -381,12 +381,12 @@ class Estimator:
         config, engine = base_of(self.model).config, self.engine
         plain = self.policy.quantization is None and base_of(self.model).dtype == torch.float32
         merges = plain and getattr(engine, "merge_adapter", False) and not self.policy.trains_all
-        if not self._bounds_itself:
+        if not (self.device.on_cuda and isinstance(engine, TransformersEngine)):
             packs = plain and not self.device.on_cuda and isinstance(engine, TransformersEngine)
             return gathered + weights * (merges + packs), rows, self._element
         free = self.device.available - sum(self._kept.values()) - gathered
         half = self.precision.startswith("bf16") or base_of(self.model).dtype == torch.bfloat16
-        if half and getattr(engine, "rollout_copy", True) and not getattr(engine, "compile", False) and self.shards == 1:
+        if half and engine.rollout_copy and not engine.compile and self.shards == 1:
             each = row_bytes(config, prompt, completion, 2)
             light, full = self._copied_bytes(False), self._copied_bytes(True)
             if (placed := place_copy(free, each, light, full, rows)) is not None:

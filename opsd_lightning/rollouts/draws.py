@@ -19,9 +19,9 @@ from transformers import (
     StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
+from opsd_lightning.rollouts.cumulative import TopP, cumulative_sums
 from opsd_lightning.types import Sampling
 
 # Number of tokens whose uniform numbers go to the device together.
@@ -90,7 +90,7 @@ class RowSampler(LogitsProcessor):
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         # In float64, since sums of 150,000 float32 probabilities are wrong in the sixth digit.
-        mass = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        mass = cumulative_sums(scores.softmax(-1), torch.float64)
         drawn = torch.searchsorted(mass, self.block[:, place : place + 1] * mass[:, -1:], right=True)
         return torch.zeros_like(scores).scatter_(1, drawn, 1.0)
 
@@ -103,7 +103,7 @@ def warpers(sampling: Sampling) -> LogitsProcessorList:
     if sampling.top_k:
         found.append(TopKLogitsWarper(int(sampling.top_k)))
     if sampling.top_p < 1:
-        found.append(TopPLogitsWarper(float(sampling.top_p)))
+        found.append(TopP(float(sampling.top_p)))
     if sampling.min_p:
         found.append(MinPLogitsWarper(float(sampling.min_p)))
     return found

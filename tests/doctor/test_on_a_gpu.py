@@ -96,7 +96,16 @@ def test_a_resumed_run_is_told_about_deterministic_kernels(doctor: Doctor) -> No
     found = doctor(Card(), *HALF, "--no-model", "--ckpt_path=last")
     assert "trainer.deterministic" in settings(found, "note", "settings")
     try:
-        found = doctor(Card(), *HALF, "--no-model", "--trainer.deterministic=true", "--model.sampling.top_p=0.9")
+        deterministic = [
+            *HALF,
+            "--no-model",
+            "--trainer.deterministic=true",
+            "--model.sampling.top_p=0.9",
+            "--ckpt_path=last",
+        ]
+        found = doctor(Card(), *deterministic)
+        other = doctor(Card(), *deterministic, "--model.rollouts=ContinuousBatchingEngine")
     finally:
         torch.use_deterministic_algorithms(False)
-    assert settings(found, "error", "settings") == ["model.sampling.top_p"]
+    assert "trainer.deterministic" not in [each["setting"] for each in found["findings"]]
+    assert "model.rollouts" in settings(other, "error", "settings")
