@@ -1,6 +1,6 @@
-"""Memory of the QLoRA recipes by part, with validation, on the cards that they name.
+"""Memory of the Qwen3 recipes by part, with validation, on the cards that they name.
 
-    python benchmarks/memory.py                   configs/qwen3_*_qlora.yaml, and configs/eval/*.yaml with each of them
+    python benchmarks/memory.py                   configs/qwen3_*.yaml, and a benchmark of configs/eval/ with each of them
     python benchmarks/memory.py --device cuda     the checks of the estimate on a GPU
 
 The estimates are those of ``opsd doctor`` (opsd_lightning/doctor/memory.py, which says how each part is computed), for the
@@ -36,7 +36,7 @@ from opsd_lightning.doctor.memory import GIB, DeviceMemory, Estimator, Step, kep
 from opsd_lightning.doctor.run_memory import estimator_of, step_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = [path.stem for path in sorted(CONFIGS.glob("qwen3_*_qlora.yaml"))]
+RECIPES = [path.stem for path in sorted(CONFIGS.glob("qwen3_*.yaml"))]
 
 
 def estimate(recipe: str, folder: Path, prompt: int) -> tuple[Estimator, Step, int]:
@@ -83,9 +83,12 @@ def recipe_rows(recipe: str, folder: Path, args: argparse.Namespace) -> tuple[li
         "activations": parts["scoring: activations"] / GIB,
         "states": parts["scoring: states of teachers"] / GIB,
         "logits": parts["scoring: logits"] / GIB,
+        "vLLM": parts.get("rollout: vLLM", 0) / GIB,
         "peak": parts["total"] / GIB,
         "card": f"{card} GB: {estimator.device.total / GIB:.1f}",
     }
+    if "rollout: vLLM" in parts:  # it divides its share by itself
+        return [kept], [], []
     sampling = [
         {"recipe": recipe, "phase": name, "completion": completion} | phase(estimator, step, name)
         for name, completion in (("rollout", step.completion), ("validation", step.eval_completion))
@@ -154,12 +157,14 @@ def main() -> None:
     options.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     args = options.parse_args()
     tables: tuple[list[dict[str, Any]], ...] = ([], [], [])
-    checks = []
+    checks: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for recipe in args.recipes:
             for table, rows in zip(tables, recipe_rows(recipe, Path(folder), args), strict=True):
                 table.extend(rows)
             name = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text(encoding="utf-8"))["model"]["policy"]["model"]
+            if name in {check["model"] for check in checks}:
+                continue
             config = qwen3_config(name)
             measured, estimated = layer_peak(config, args.device)
             checks.append(

@@ -13,6 +13,7 @@ import torch
 from opsd_lightning.doctor.findings import Finding
 from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
 
 Version = tuple[int, int]
 
@@ -126,7 +127,7 @@ def precision_findings(module: Any, precision: str, capability: Version, name: s
     if str(policy.attn_implementation or "").startswith("flash_attention"):
         text = f"FlashAttention-2 needs compute capability {_text(AMPERE)}, and {what} has less"
         yield Finding("error", "settings", text, "model.policy.attn_implementation", "set it to sdpa")
-    if type(rollouts).__name__ == "VLLMEngine" and rollouts.options.get("dtype") not in ("half", "float16", "float32"):
+    if isinstance(rollouts, VLLMEngine) and rollouts.options.get("dtype") not in ("half", "float16", "float32"):
         text = f"vLLM refuses bfloat16 on {what}"
         fix = "set dtype to float32 there, or use TransformersEngine"
         yield Finding("error", "settings", text, "model.rollouts.init_args.options", fix)

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers.messages import mentions
 from helpers.paths import ROOT
 from helpers.qwen3 import qwen3_folder
 from opsd_lightning.doctor.examination import build_parts
 from opsd_lightning.doctor.memory import DeviceMemory, Estimator, Step, memory_findings
 from opsd_lightning.doctor.run_memory import estimator_of, step_of
 from opsd_lightning.models.cache_size import cache_bytes
-from opsd_lightning.models.policy import base_of
+from opsd_lightning.models.policy import base_of, is_adapter_key
+from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
+from opsd_lightning.types import ConfigError
 
 RECIPES = {"qwen3_1.7b_qlora": "Qwen/Qwen3-1.7B", "qwen3_4b_qlora": "Qwen/Qwen3-4B", "qwen3_8b_qlora": "Qwen/Qwen3-8B"}
 EVALS = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
@@ -74,14 +77,6 @@ def test_recipes_fit_the_cards_that_they_name(recipe: str, estimate: Estimate) -
     check(estimator, step)
 
 
-def test_recipe_with_vllm_beside_the_trainer_fits_its_card(estimate: Estimate) -> None:
-    estimator, step = estimate("qwen3_1.7b_lora_vllm")
-    parts = estimator.parts(step)
-    assert parts["rollout: vLLM"] > parts["base weights"] > 2 * 1.6e9  # both in 16 bits, and vLLM's keys and values
-    assert parts["total"] < estimator.device.available, parts
-    assert not list(memory_findings(estimator.least(step), estimator.device, "card"))
-
-
 @pytest.mark.parametrize("evaluation", EVALS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_benchmarks_fit_the_cards_of_the_recipes(recipe: str, evaluation: Path, estimate: Estimate) -> None:
@@ -93,6 +88,23 @@ def test_benchmarks_fit_the_cards_of_the_recipes(recipe: str, evaluation: Path, 
     check(estimator, asked)
     row = cache_bytes(base_of(estimator.model).config, asked.prompt + asked.eval_completion, 2)
     assert rows * row > 10 * estimator.device.total, "all rows at once would not fit"
+
+
+def test_vllm_in_this_process_fits_the_card_of_its_recipe(estimate: Estimate) -> None:
+    """Its share of the card counts while it samples, or always where it does not sleep."""
+    estimator, step = estimate("qwen3_1.7b_lora_vllm")
+    parts = estimator.parts(step)
+    weights = 2 * sum(p.numel() for n, p in estimator.model.named_parameters() if not is_adapter_key(n))
+    row = cache_bytes(base_of(estimator.model).config, step.prompt + step.eval_completion, 2)
+    assert parts["rollout: vLLM"] > weights + row
+    kept = sum(size for part, size in parts.items() if ":" not in part and part != "total")
+    assert kept + parts["rollout: vLLM"] <= parts["total"] < estimator.device.available
+    assert not list(memory_findings(estimator.least(step), estimator.device, "card"))
+    awake = dataclasses.replace(estimator, engine=VLLMEngine(sleep=False)).parts(step)
+    assert awake["vLLM"] > weights and "rollout: vLLM" not in awake
+    small = dataclasses.replace(estimator, device=DeviceMemory.card(8))
+    with pytest.raises(ConfigError, match=mentions("vLLM")):
+        small.parts(step)
 
 
 def test_the_smallest_recipe_fits_a_t4_in_float32(estimate: Estimate) -> None:
