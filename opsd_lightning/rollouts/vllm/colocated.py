@@ -6,7 +6,6 @@ have changed. Afterwards it sleeps: the weights move to host memory, and the mem
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from opsd_lightning.rollouts.vllm.adapters import AdapterVersions
 from opsd_lightning.rollouts.vllm.memory import memory_of, memory_share
 from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts, check_length, check_policy, sampling_fields
 from opsd_lightning.types import ConfigError, OpenUnitInterval, PositiveFloat, PositiveInt, Rollouts, Sampling, checked
+from opsd_lightning.utils.folders import remove_tree
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
 _MAX_ROWS = 256  # completions that vLLM decodes at once, its default on most GPUs
@@ -251,7 +251,7 @@ class VLLMEngine(RolloutEngine):
                 llm = process.guarded(f"load {name}", log, lambda: vllm.LLM(**settings | self.options), quiet=True)
         finally:
             if folder is not None:  # loaded, and as large as the model
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(folder)
         return llm
 
     def _dtype(self, model: PeftModel) -> torch.dtype:
