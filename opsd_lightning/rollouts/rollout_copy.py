@@ -16,6 +16,7 @@ weights and the adapter that are active then, and is never trained.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,11 +24,8 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora.bnb import Linear4bit as Lora4bit, Linear8bitLt as Lora8bit
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -110,7 +108,7 @@ class _Copier:
         kind: Any = type(module)
         if _is_4bit(module):
             return self._linear(module) if self.dequantize else module
-        if isinstance(module, Linear8bitLt):
+        if _is_8bit(module):
             return module
         if _is_plain_lora(module):
             return self._adapted(module)
@@ -134,6 +132,8 @@ class _Copier:
 
     def _linear(self, layer: Any) -> nn.Linear:
         """Return an ordinary linear layer with the dequantized weights of a 4-bit layer."""
+        from bitsandbytes.functional import dequantize_4bit  # slow to import, and needed for quantized weights alone
+
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(self.dtype)
         linear = _linear_of(weight, None if layer.bias is None else layer.bias.to(self.dtype))
         self.uses[id(linear.weight)] += 1
@@ -291,16 +291,27 @@ def is_rms_norm(kind: Any) -> bool:
         return False
 
 
-def _is_4bit(module: nn.Module) -> bool:
-    return isinstance(module, Linear4bit)
+def _is_4bit(module: Any) -> bool:
+    return _is_of(module, "bitsandbytes.nn.modules", "Linear4bit")
+
+
+def _is_8bit(module: Any) -> bool:
+    return _is_of(module, "bitsandbytes.nn.modules", "Linear8bitLt")
+
+
+def _is_of(module: Any, library: str, name: str) -> bool:
+    """Return True for an object of a library's class. If the library is not imported, no such object exists."""
+    imported = sys.modules.get(library)
+    return imported is not None and isinstance(module, getattr(imported, name))
 
 
 def _is_plain_lora(module: Any) -> bool:
     """Return True for a LoRA on a linear layer, without variants such as DoRA, which run in peft's own code."""
-    if type(module) not in (LoraLinear, Lora4bit, Lora8bit) or module.merged:
+    quantized = any(_is_of(module, "peft.tuners.lora.bnb", name) for name in ("Linear4bit", "Linear8bitLt"))
+    if not (type(module) is LoraLinear or quantized) or module.merged:
         return False
     inner = module.get_base_layer()
-    linear = type(inner) is nn.Linear or isinstance(inner, (Conv1D, Linear4bit, Linear8bitLt))
+    linear = type(inner) is nn.Linear or isinstance(inner, Conv1D) or _is_4bit(inner) or _is_8bit(inner)
     return linear and not any(name in module.lora_variant for name in module.active_adapters)
 
 

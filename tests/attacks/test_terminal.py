@@ -65,7 +65,8 @@ def diagnosis(text: str) -> Diagnosis:
             {"first_forward_kl": 0.1, "next_forward_kl": None, "student_first": text, "student_probability": 0.5,
              "teacher_first": text, "teacher_probability": 0.5},
         ],
-        "memory": {"bytes": {text: 5, "total": 5}, "device": text, "device_bytes": 2**30, "free_bytes": 2**29},
+        "memory": {"bytes": {text: 5, "total": 5}, "device": text, "device_bytes": 2**30, "free_bytes": 2**29,
+                   "step": {"rows": 4, "rows_at_once": 4}, "rows_at_once": 2},
     }  # fmt: skip
     return Diagnosis([Finding(level, text, text, text, text) for level in levels], facts)
 

@@ -32,6 +32,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CUDA = torch.device("cuda", 0)
@@ -588,9 +589,12 @@ def _register_backend() -> None:
     """Register the backend, its fused operations and its autocast. Once in a process."""
     if _libraries:
         return
+    # Autograd starts a thread for each device at the first backward pass of a process, which could not be forked afterwards.
+    # Before the backend is registered there is no device. Backward passes of the imitation need no such thread.
+    torch.ones((), requires_grad=True).backward()
     module = SimpleNamespace(
         __name__=_BACKEND,
-        is_initialized=lambda: True, is_available=lambda: True, current_device=lambda: 0, device_count=lambda: 1,
+        is_initialized=lambda: True, is_available=lambda: StrictDevice._current is not None, current_device=lambda: 0, device_count=lambda: 1,
         _is_in_bad_fork=lambda: False, manual_seed_all=lambda seed: None, _lazy_init=lambda: None,
         get_rng_state=lambda device=None: torch.cuda.get_rng_state(), synchronize=lambda device=None: None,
         set_rng_state=lambda state, device=None: torch.cuda.set_rng_state(state), empty_cache=lambda: None,
@@ -794,7 +798,7 @@ def strict_device(
         raise RuntimeError(reason)
     _register_backend()
     # Torch collects the functions that ``with torch.device("meta")`` acts on at their first use: here, before some are replaced.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     device = StrictDevice(card or Card(), large, strict)
     with contextlib.ExitStack() as stack:
         # Transformers would load weights in threads, which the imitation does not reach.
