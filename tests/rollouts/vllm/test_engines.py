@@ -485,8 +485,6 @@ def test_the_importance_ratio_scales_a_tokens_loss(make_policy: Callable[..., Po
     class Off(TransformersEngine):
         """Says log-probabilities that are wrong by a known amount."""
 
-        max_importance_ratio = 1.5
-
         def generate(self, model: PeftModel, prompts: Any, sampling: Sampling, seed: int) -> Rollouts:
             found = super().generate(model, prompts, sampling, seed)
             rows = [prompt for prompt in prompts for _ in range(sampling.n)]
@@ -497,7 +495,7 @@ def test_the_importance_ratio_scales_a_tokens_loss(make_policy: Callable[..., Po
             said = (right - self.ratios.log()).split([len(row) for row in found.completions])
             return found._replace(logprobs=[row.tolist() for row in said])
 
-    engine, outputs = Off(), []
+    engine, outputs = Off(max_importance_ratio=1.5), []
 
     class Keep(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, output: Any, *args: Any) -> None:
