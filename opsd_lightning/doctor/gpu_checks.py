@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from opsd_lightning.doctor.findings import Finding
+from opsd_lightning.models.scoring import is_flash_attention
 from opsd_lightning.rollouts.base import LocalEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
@@ -124,7 +125,7 @@ def precision_findings(module: Any, precision: str, capability: Version, name: s
         return
     policy, rollouts = module.policy, module.rollouts
     what = f"{name} (compute capability {_text(capability)})"
-    if str(policy.attn_implementation or "").startswith("flash_attention"):
+    if is_flash_attention(policy.attn_implementation):
         text = f"FlashAttention-2 needs compute capability {_text(AMPERE)}, and {what} has less"
         yield Finding("error", "settings", text, "model.policy.attn_implementation", "set it to sdpa")
     if isinstance(rollouts, VLLMEngine) and rollouts.options.get("dtype") not in ("half", "float16", "float32"):

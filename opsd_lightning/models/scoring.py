@@ -34,9 +34,14 @@ def packs_rows(model: PeftModel) -> bool:
 
 
 def uses_flash_attention(base: Any) -> bool:
+    """Return True if a model uses flash attention (see `is_flash_attention`)."""
+    return is_flash_attention(base.config._attn_implementation)
+
+
+def is_flash_attention(implementation: str | None) -> bool:
     """Return True for ``flash_attention_2`` and newer, and for kernels from the hub (``kernels-community/flash-attn2``)."""
     # A kernel's name may have a repository before it, and a revision and a function after it.
-    return re.search(r"flash[-_]att(n|ention)[^/]*$", str(base.config._attn_implementation)) is not None
+    return re.search(r"flash[-_]att(n|ention)[^/]*$", str(implementation)) is not None
 
 
 def split_rows(model: PeftModel, lengths: Sequence[int], token_budget: int) -> list[list[int]]:

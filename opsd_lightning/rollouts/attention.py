@@ -31,7 +31,10 @@ _ALIGNMENT = 16
 
 
 def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
-    """Return transformers' boolean mask as 0 and the smallest number, without reading values on the host.
+    """Return transformers' boolean mask as 0 and a very small number, without reading values on the host.
+
+    The small number is finite in ``dtype`` and in bfloat16, to which autocast rounds the mask. -inf would make a row of
+    padding, which sees nothing else, NaN in kernels without a special case for it.
 
     Takes the arguments of the functions in transformers' ``AttentionMaskInterface``.
     """
@@ -41,7 +44,7 @@ def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any)
     width = allowed.shape[-1]
     allowed = functional.pad(allowed, (0, -width % _ALIGNMENT))
     zero = torch.zeros((), dtype=dtype, device=allowed.device)
-    return torch.where(allowed, zero, torch.finfo(dtype).min)[..., :width]
+    return torch.where(allowed, zero, max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min))[..., :width]
 
 
 AttentionInterface.register(_NAME, sdpa_attention_forward)

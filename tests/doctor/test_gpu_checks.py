@@ -100,8 +100,9 @@ def test_bfloat16_is_advised_against_where_it_is_emulated(module: Callable[..., 
     assert "model.policy.dtype" not in only(precision_findings(module("float32"), "32-true", (7, 5), "Tesla T4")).text
 
 
-def test_flash_attention_needs_ampere(module: Callable[..., OPSDModule]) -> None:
-    flash = module("float32", "float32", attn_implementation="flash_attention_2")
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_flash_attention_needs_ampere(name: str, module: Callable[..., OPSDModule]) -> None:
+    flash = module("float32", "float32", attn_implementation=name)
     finding = only(precision_findings(flash, "32-true", (7, 5), "Tesla T4"))
     assert finding.level == "error" and finding.setting == "model.policy.attn_implementation"
 

@@ -35,7 +35,7 @@ class Check:
 
     Args:
         name: Name of the check.
-        function: Where its function is, as ``module:function``. It takes the machine, and a mapping that it fills with facts.
+        function: Place of its function, as ``module:function``. It takes the machine, and a mapping that it fills with facts.
         seconds: Estimated seconds on a GPU. The check is skipped if less time is left.
         shows: One line about what a pass shows.
         packages: Modules that it imports beside the package's own dependencies. It is skipped if one is missing.

@@ -20,7 +20,7 @@ from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
 from opsd_lightning.models.scoring import uses_flash_attention
 from opsd_lightning.prompts.templates import Prompts
-from opsd_lightning.rollouts.attention import rollout_attention
+from opsd_lightning.rollouts.attention import additive_mask, rollout_attention
 from opsd_lightning.rollouts.decoding import Decoder
 from opsd_lightning.rollouts.draws import RowDraws
 from opsd_lightning.rollouts.rollout_copy import RMSNorm, rollout_copy
@@ -151,6 +151,15 @@ def test_attention_of_rollouts_is_restored(folders: dict[str, str], device: Stri
         assert set(inside) == ({"eager"} if name == "eager" else {"sdpa_additive"})
         inside.clear()
     base.config._attn_implementation = "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_finite_where_autocast_rounds_them(dtype: torch.dtype) -> None:
+    """A row of padding sees nothing: with -inf alone its attention is NaN, or what a kernel makes of it."""
+    seen = torch.tensor([[False, True, True], [True, True, True]])
+    mask = additive_mask(2, 3, 3, attention_mask=seen, dtype=dtype)
+    assert mask.dtype == dtype and mask.bfloat16().isfinite().all()
+    assert mask[:, 0].softmax(-1)[0, 1:].tolist() == [[0, 1, 0], [0, 0.5, 0.5]]
 
 
 def test_a_model_with_a_soft_cap_keeps_its_attention() -> None:

@@ -223,7 +223,7 @@ def _with_own_forward(model: PeftModel) -> PeftModel:
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
 def test_greedy_completions_are_those_of_plain_generate(architecture: str, built: Callable[..., PeftModel]) -> None:
-    """Of the copied bfloat16 model, row by row. Rows of a batch would round differently in bfloat16."""
+    """The copied bfloat16 model samples row by row, since rows of a batch round differently in bfloat16."""
     copied = rollout_copy(built(architecture))
     config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=sorted(eos_ids(copied)), pad_token_id=EOS)
     for prompt in PROMPTS:

@@ -41,9 +41,14 @@ _VERSION = re.compile(r"(?P<role>[A-Za-z0-9][\w.\-]*)-(?P<run>[0-9a-f]{16})-(?P<
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,63}", re.ASCII)
 _OTHER_HOST_SECONDS = 24 * 3600.0  # some network file systems lock only within a host
 
-# Options of peft that vLLM does not support (lora/peft_helper.py). It silently ignores some of them.
+# Options of peft that vLLM does not support (lora/peft_helper.py). It silently ignores some of them. Ranks and scales of
+# single layers are ignored up to 0.30, and the difference stays within the tolerance while the adapter is small.
 _NOT_IN_VLLM = (
     "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "kasa_config",
+    "monteclora_config",
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",

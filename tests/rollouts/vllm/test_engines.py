@@ -56,7 +56,7 @@ pytestmark = [
 
 
 class Watch(Callback):
-    """Of each step: what was logged, and what may be done before it."""
+    """Records the metrics of each step, and calls a function before it."""
 
     def __init__(self, before: Callable[[int], None] = lambda step: None) -> None:
         self.before, self.logged = before, []
@@ -345,9 +345,10 @@ def test_unusable_settings_are_refused(
         VLLMServerEngine([])
     with pytest.raises(UserError, match=r"^model\.rollouts\.init_args\.urls: .*llama.*qwen3"):
         make_engine(servers("llama"), servers("qwen3")).generate(built(), PROMPTS, Sampling(max_new_tokens=2), seed=0)
-    dora = built(lora=LoRA(r=4, alpha=8, dropout=0.0, options={"use_dora": True}))
-    with pytest.raises(UserError, match=r"^model\.policy\.lora\.options: .*use_dora"):
-        make_engine(servers()).generate(dora, PROMPTS, Sampling(max_new_tokens=2), seed=0)
+    for name, value in {"use_dora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}}.items():
+        adapted = built(lora=LoRA(r=4, alpha=8, dropout=0.0, options={name: value}))
+        with pytest.raises(UserError, match=rf"^model\.policy\.lora\.options: .*{name}"):
+            make_engine(servers()).generate(adapted, PROMPTS, Sampling(max_new_tokens=2), seed=0)
     server = servers()
     server.hook = lambda path: (404, f"No adapter found for {tmp_path}") if "load_lora" in path else None
     with pytest.raises(UserError, match="adapter_folder"):
