@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from helpers.paths import ROOT
 from helpers.strict_device import (
     CUDA,
     FLOAT32_RESULT,
@@ -338,3 +342,23 @@ def test_the_context_of_another_device_holds_inside() -> None:
             assert torch.tensor([]).device == torch.empty(2).device == CUDA
     with torch.device("meta"):
         assert torch.tensor([]).device.type == torch.as_tensor([1]).device.type == "meta"
+
+
+_BACKWARD_BEFORE_A_FORK = """
+import os, torch
+from helpers.strict_device import strict_device
+with strict_device():
+    torch.ones(2, device="cuda", requires_grad=True).sum().backward()
+if not (child := os.fork()):
+    torch.ones(2, requires_grad=True).sum().backward()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_processes_forked_later_can_make_backward_passes() -> None:
+    """Also if the first backward pass of the process was on the device. Other tests fork this process."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    code = [sys.executable, "-W", "ignore", "-c", _BACKWARD_BEFORE_A_FORK]
+    ran = subprocess.run(code, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
