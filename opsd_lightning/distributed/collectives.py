@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 
 from opsd_lightning.types import ConfigError, UserError
 
@@ -47,8 +47,8 @@ class TrainerRanks:
 
     @property
     def repeats_passes(self) -> bool:
-        """True if this rank may repeat a pass after an error: it is the only one, and its weights are not sharded."""
-        return self._trainer.world_size == 1 and not isinstance(self._trainer.strategy, ModelParallelStrategy)
+        """True if this rank may repeat a pass after an error: no strategy synchronizes its backward passes with others."""
+        return self._trainer.world_size == 1 and not isinstance(self._trainer.strategy, ParallelStrategy)
 
     def _reduce(self, values: Sequence[float], operation: str) -> list[float]:
         if self._trainer.world_size == 1:

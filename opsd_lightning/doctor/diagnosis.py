@@ -93,7 +93,7 @@ def diagnose(
         with_model: If False, read the model's configuration and tokenizer, but not its weights: neither the divergence nor
             the time of a step is measured.
         say: Function that is called with a line about each stage. Defaults to one that ignores it.
-        resumes: True if the run goes on from a checkpoint.
+        resumes: True if the run starts from a checkpoint.
 
     Example::
 

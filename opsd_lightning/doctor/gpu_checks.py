@@ -143,7 +143,7 @@ def precision_findings(module: Any, precision: str, capability: Version, name: s
         names = [setting for setting, half in emulated.items() if half]
         text = (
             f"{what} has no bfloat16 units: the bfloat16 of {', '.join(names)} is emulated, without tensor cores. float16 "
-            "is no way out: gradients underflow in it, and it is refused"
+            "is refused, because gradients underflow in it"
         )
         kept = "keep the 4-bit weights" if quantization is not None else "quantize the weights to 4 bits"
         fix = (
@@ -158,7 +158,7 @@ def determinism_findings(module: Any, resumes: bool) -> Iterator[Finding]:
 
     Args:
         module: A `PolicyModule`.
-        resumes: True if the run goes on from a checkpoint.
+        resumes: True if the run starts from a checkpoint.
     """
     if torch.are_deterministic_algorithms_enabled():
         if torch.is_deterministic_algorithms_warn_only_enabled():

@@ -210,7 +210,7 @@ def kept_bytes_per_token(model: PeftModel) -> float:
         # A mask of its own, since transformers would look at the positions to choose one, and here they have no numbers.
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            # Held until counted: a storage that is let go may come back under the same name.
+            # Held until counted: a new storage may get the identity of one that was freed.
             _graph = hidden_states(model, input_ids=ids, attention_mask=mask, use_cache=False)
         return sum(kept.values())
 

@@ -105,8 +105,8 @@ class TokenBudget:
         if self._largest:
             assert not repeats
             return ConfigError(
-                f"the device has too little memory for a scoring pass of {self._largest} tokens. With several ranks or "
-                "sharded weights a pass is not repeated with fewer tokens, since all ranks must make the same passes",
+                f"the device has too little memory for a scoring pass of {self._largest} tokens. Under a strategy for "
+                "several devices a pass is not repeated with fewer tokens, since all ranks must make the same passes",
                 _SETTING,
                 f"Set it to {max(min(self.tokens, self._largest) // 2, 1)} or less",
             )

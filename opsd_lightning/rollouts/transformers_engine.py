@@ -102,6 +102,10 @@ class TransformersEngine(LocalEngine):
         self.max_importance_ratio = max_importance_ratio
 
     def check(self, policy: ModelSettings, precision: str, device: torch.device) -> None:
+        if self.compile and device.type == "cpu":
+            raise ConfigError(
+                "transformers does not compile on a CPU", "model.rollouts.init_args.compile", "Set it to false"
+            )
         if self.compile and policy.quantization is not None:
             raise ConfigError(
                 "transformers does not compile models that bitsandbytes quantizes",
@@ -185,7 +189,7 @@ class TransformersEngine(LocalEngine):
             wanted = min(self.max_rows or len(rows), len(rows))
             placement = place_copy(free_bytes(device), each(dtype.itemsize), light, full, wanted)
             if placement is not None:
-                # Memory in pieces may not hold a copy that fits by the sum. Sampling without it is slower, and right.
+                # Fragmented memory may not hold a copy, though enough is free. Sampling without it is slower.
                 with suppress(torch.OutOfMemoryError):
                     sampler, element_size = rollout_copy(model, dtype, placement.dequantize), dtype.itemsize
                     stack.enter_context(torch.autocast(device.type, enabled=False))

@@ -31,7 +31,7 @@ from opsd_lightning.types import ConfigError, DataRequirements, Example
 pytestmark = pytest.mark.integration
 
 ROWS = [Example(f"{n}+1?", f"The answer is {n + 1}.", "" if n % 5 == 0 else str(n + (n % 7 > 0))) for n in range(30)]
-TIMEOUT = timedelta(seconds=3)
+TIMEOUT = timedelta(seconds=5)
 
 
 class Listed(ExampleSource):

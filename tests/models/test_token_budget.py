@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from peft import PeftModel
 
 from helpers.messages import mentions
 from helpers.models import EOS
 from helpers.training import adapters, parts, trainer
+from opsd_lightning.distributed.collectives import TrainerRanks
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.models.scoring import Scorer, SingleRank
 from opsd_lightning.models.token_budget import TokenBudget
@@ -95,6 +97,13 @@ def test_ranks_do_not_repeat_passes_alone(built: Callable[..., PeftModel]) -> No
     with Memory(40).of(model), pytest.raises(ConfigError) as error:
         Scorer(model, 100, OneOfTwo()).score(PROMPTS, COMPLETIONS)
     assert error.value.setting == "model.token_budget"
+
+
+@pytest.mark.parametrize(("strategy", "repeats"), [("auto", True), ("ddp", False)])
+def test_only_a_run_without_a_distributed_strategy_repeats_passes(strategy: str, repeats: bool) -> None:
+    """DDP's reducer cannot restart a backward pass that was broken off, not even on one rank."""
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_progress_bar=False)
+    assert TrainerRanks(trainer).repeats_passes is repeats
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

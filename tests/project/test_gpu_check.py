@@ -131,7 +131,7 @@ def test_a_check_that_would_not_end_in_time_is_skipped(fakes: Path) -> None:
 
 
 def test_a_check_that_hangs_is_ended(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu.runner.LEAST_LIMIT", 1.0)
+    monkeypatch.setattr("gpu.runner.LEAST_LIMIT", 4.0)
     monkeypatch.setattr("gpu.runner.PATIENCE", 1.0)
     status, found = run(fakes, fake("hangs"), fake("good", seconds=20.0))
     assert status == 1 and found["checks"]["good"]["status"] == "pass"
@@ -141,8 +141,8 @@ def test_a_check_that_hangs_is_ended(fakes: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_check_is_ended_when_the_time_is_over(fakes: Path) -> None:
     """The time was enough for its estimate: the machine is slow, which is no failure."""
     started = time.monotonic()
-    status, found = run(fakes, fake("hangs", seconds=0.5), fake("good"), budget=7.0)
-    assert time.monotonic() - started < 20
+    status, found = run(fakes, fake("hangs", seconds=0.5), fake("good"), budget=15.0)
+    assert time.monotonic() - started < 40
     assert status == 0 and [found["checks"][name]["status"] for name in ("hangs", "good")] == ["skip", "skip"]
 
 

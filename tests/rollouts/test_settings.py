@@ -44,6 +44,7 @@ def refused(engine: RolloutEngine, policy: Policy, precision: str, device: torch
     [
         (TransformersEngine(static_cache=True, compile=True), {"quantization": NF4}, "32-true", CUDA, COMPILE),
         (TransformersEngine(static_cache=True, compile=True), {}, "32-true", CUDA, None),
+        (TransformersEngine(static_cache=True, compile=True), {}, "32-true", CPU, COMPILE),
         (TransformersEngine(static_cache=True), {"quantization": NF4, "dtype": "bfloat16"}, "bf16-mixed", CUDA, None),
         (TransformersEngine(static_cache=True), {}, "bf16-mixed", CPU, STATIC),
         (TransformersEngine(static_cache=True), {"dtype": "auto"}, "bf16-mixed", CPU, STATIC),
