@@ -14,7 +14,6 @@ divided by the difference of their lengths. The counts of a training step come f
 from __future__ import annotations
 
 import inspect
-import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -94,15 +93,11 @@ def main() -> None:
     imitated = not args.device.startswith("cuda")
     facts = machine(args.device)
     facts |= {"layers": args.layers, "counted_on": "an imitated CUDA device" if imitated else facts["device"]}
-    folder = tempfile.mkdtemp()
-    try:
-        with strict_device() if imitated else nullcontext(Gpu()) as device:
-            save_model(f"{folder}/deep", args.layers)
-            tokens = [row for weights in args.weights for row in decoding(device, f"{folder}/deep", weights, args)]
-            save_model(f"{folder}/shallow", 2)
-            steps = [row for weights in args.weights for row in synchronizations(device, f"{folder}/shallow", weights)]
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder, strict_device() if imitated else nullcontext(Gpu()) as device:
+        save_model(f"{folder}/deep", args.layers)
+        tokens = [row for weights in args.weights for row in decoding(device, f"{folder}/deep", weights, args)]
+        save_model(f"{folder}/shallow", 2)
+        steps = [row for weights in args.weights for row in synchronizations(device, f"{folder}/shallow", weights)]
     print(f"\nCounted on {facts['counted_on']}.", end="")
     title = f"kernels and synchronizations a decoded token, {args.layers} layers, bf16-mixed unless the weights are float32"
     report("device_counts", facts, {title: tokens, "synchronizations of a training step": steps}, args.json)
