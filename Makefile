@@ -25,7 +25,7 @@ attack: $(VENV)/.dev ## Repeat every attack for an hour (ARGS="--minutes 10": fo
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.attacks.hour $(ARGS)
 
 test-gpu: ## Check all that only a GPU can tell, in eight minutes, with PYTHON as it is: nothing is installed (docs/gpu.md)
-	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(PYTHON) -m gpu.check $(ARGS)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" "$(PYTHON)" -m gpu.check $(ARGS)
 
 docs: $(VENV)/.dev ## The documentation site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
@@ -42,7 +42,7 @@ wheel: $(VENV)/.dev ## Build the wheel and the sdist
 	$(BIN)/python -m build
 
 $(VENV)/.base: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
 	touch $@
 
@@ -59,7 +59,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 $(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt tests/install_vllm.py
-	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	test -x $(VLLM_VENV)/bin/python || "$(PYTHON)" -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python tests/install_vllm.py
 	touch $@
 
