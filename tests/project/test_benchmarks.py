@@ -158,7 +158,6 @@ def test_callbacks(run: Any) -> None:
     assert together["share of a step, %"] == pytest.approx(sum(parts))
 
 
-@pytest.mark.slow  # weighs alternatives that were not built
 def test_device_counts(run: Any) -> None:
     results = run("device_counts")
     tokens, steps = (rows for rows in results.values() if isinstance(rows, list))
@@ -168,6 +167,7 @@ def test_device_counts(run: Any) -> None:
     assert all(row["a step"] == pytest.approx(row["reads"] + row["uploads"]) for row in steps)
 
 
+@pytest.mark.slow  # weighs alternatives that were not built
 def test_attempts(run: Any) -> None:
     result = run("attempts")
     assert len(rows(result)) == 3 + 4 + 1 + 1 + 4
