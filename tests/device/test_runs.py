@@ -57,6 +57,7 @@ from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.teachers import Teacher
 
 pytestmark = [
+    pytest.mark.integration,
     pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
     # Completions of a random model, on which both roles can agree.
     pytest.mark.filterwarnings("ignore:the teacher and the student differ by:UserWarning"),

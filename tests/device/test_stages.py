@@ -45,7 +45,10 @@ from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.reports.token_report import TokenReport
 from opsd_lightning.types import ConfigError, Sampling
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
+]
 
 CALLBACKS: list[Callable[[], Callback]] = [
     AdapterExport,
