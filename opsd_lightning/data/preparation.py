@@ -236,7 +236,7 @@ class Preparation:
     # -- prompts -----------------------------------------------------------------------------------------------------------
 
     def _tokenize(self, places: Sequence[int], verified: Sequence[Example]) -> list[_Tokens | None]:
-        """Return the token ids of some of the verified rows. None for a row with an empty context."""
+        """Return the token ids of the rows at some places, with None for each row whose context is empty."""
         reads = self.needs.teacher_prompts or self.needs.graded_teacher
         work: list[tuple[Example, str | None] | None] = []
         for place in places:

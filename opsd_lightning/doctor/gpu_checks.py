@@ -59,7 +59,7 @@ def surroundings() -> Surroundings:
 
 
 def _nvidia_smi() -> str:
-    """Return what ``nvidia-smi`` prints, or nothing where it is missing or fails."""
+    """Return the output of ``nvidia-smi``, or an empty string if it is missing or fails."""
     try:
         done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -128,7 +128,8 @@ def precision_findings(module: Any, precision: str, capability: Version, name: s
     if is_flash_attention(policy.attn_implementation):
         text = f"FlashAttention-2 needs compute capability {_text(AMPERE)}, and {what} has less"
         yield Finding("error", "settings", text, "model.policy.attn_implementation", "set it to sdpa")
-    if isinstance(rollouts, VLLMEngine) and rollouts.options.get("dtype") not in ("half", "float16", "float32"):
+    dtypes = ("half", "float16", "float", "float32")
+    if isinstance(rollouts, VLLMEngine) and str(rollouts.options.get("dtype")).removeprefix("torch.") not in dtypes:
         text = f"vLLM refuses bfloat16 on {what}"
         fix = "set dtype to float32 there, or use TransformersEngine"
         yield Finding("error", "settings", text, "model.rollouts.init_args.options", fix)

@@ -24,6 +24,7 @@ from opsd_lightning.doctor.gpu_checks import (
 )
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.models.policy import Policy
+from opsd_lightning.rollouts.vllm.colocated import VLLMEngine
 from opsd_lightning.types import Sampling
 
 
@@ -105,6 +106,16 @@ def test_flash_attention_needs_ampere(name: str, module: Callable[..., OPSDModul
     flash = module("float32", "float32", attn_implementation=name)
     finding = only(precision_findings(flash, "32-true", (7, 5), "Tesla T4"))
     assert finding.level == "error" and finding.setting == "model.policy.attn_implementation"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "refused"), [(None, True), ("auto", True), ("bfloat16", True), ("float", False), ("half", False)]
+)
+def test_vllm_needs_ampere_for_bfloat16(dtype: str | None, refused: bool, module: Callable[..., OPSDModule]) -> None:
+    full = module("float32", "float32")
+    full.rollouts = VLLMEngine(options={} if dtype is None else {"dtype": dtype})
+    found = [finding.setting for finding in precision_findings(full, "32-true", (7, 5), "Tesla T4")]
+    assert found == (["model.rollouts.init_args.options"] if refused else [])
 
 
 @pytest.fixture
