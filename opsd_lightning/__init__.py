@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.doctor.diagnosis import diagnose as diagnose
     from opsd_lightning.doctor.findings import Diagnosis as Diagnosis, Finding as Finding
     from opsd_lightning.evaluation.accuracy import AccuracyAtK as AccuracyAtK
+    from opsd_lightning.grading.base import Grade as Grade, Grader as Grader
     from opsd_lightning.grading.math_grader import MathGrader as MathGrader
     from opsd_lightning.losses.clips import (
         Clip as Clip,
@@ -150,6 +151,7 @@ _NAMES = {
     "doctor.diagnosis": "diagnose",
     "doctor.findings": "Diagnosis Finding",
     "evaluation.accuracy": "AccuracyAtK",
+    "grading.base": "Grade Grader",
     "grading.math_grader": "MathGrader",
     "losses.clips": "Clip NoClip PointwiseClip RescaleClip TokenClip",
     "losses.divergences": "Divergence ForwardKL GeneralizedJSD ReverseKL",
