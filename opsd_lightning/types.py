@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, SimpleNamespace, UnionType
@@ -60,20 +61,47 @@ else:
     Probability = float
 
 
+#: A message of a conversation, or a tool schema, as chat templates read it.
+Message = Mapping[str, Any]
+
+
 class Example(NamedTuple):
-    """A question with its reasoning trace. In evaluation the trace may be empty.
+    """A question or a conversation with its reference solution. In evaluation the solution may be empty.
 
     Args:
-        question: The problem, which both roles read.
-        trace: The worked reference solution, which only the teacher reads.
+        question: The problem, which both roles read. In a conversation, the text of the last user turn.
+        trace: The worked reference solution, which only the teacher reads. In a conversation, the text of the demonstration.
         answer: The reference answer for grading completions and the trace.
         columns: The row of the source, for contexts that read another column.
+        messages: All messages of a conversation before the demonstration, which both roles read. Each has a ``role``, and
+            ``content`` that is a text or a list of text parts. Empty for a question alone.
+        tools: JSON schemas of the tools that the chat template describes.
+        demonstration: The assistant's message behind ``messages``, if the data have one.
+
+    Example::
+
+        >>> from opsd_lightning import Example
+        >>> turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+        >>> Example("1 + 1?", "2", "", messages=turns, demonstration={"role": "assistant", "content": "2"}).contents
+        ('1 + 1?', '2', '', '[[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}], [], \
+{"role": "assistant", "content": "2"}]')
     """
 
     question: str
     trace: str
     answer: str
     columns: Mapping[str, Any] = {}
+    messages: Sequence[Message] = ()
+    tools: Sequence[Message] = ()
+    demonstration: Message | None = None
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """Question, trace and answer, and the conversation as JSON if there is one. Rows with equal contents are equal."""
+        texts = (self.question, self.trace, self.answer)
+        if not (self.messages or self.tools or self.demonstration):
+            return texts
+        return (*texts, json.dumps([list(self.messages), list(self.tools), self.demonstration], ensure_ascii=False))
 
 
 class PromptBatch(NamedTuple):

@@ -30,7 +30,7 @@ from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.runs.signals import watch_signals
 from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PositiveInt, PromptBatch, checked
 from opsd_lightning.utils.files import is_remote
-from opsd_lightning.utils.texts import normalize_text
+from opsd_lightning.utils.messages import question_key
 
 # The other ranks wait for rank zero to prepare the rows, which must not end at the timeout of a collective operation.
 _LONGEST_WAIT = timedelta(days=365)
@@ -224,13 +224,13 @@ class OPSDDataModule(LightningDataModule):
             found.extend(self._read(split))
             end = self.prompts.end(tokenizer, self.policy.end_ids(tokenizer)) if needs.trace_completions else []
             others = ("val", "test") if split == "train" else ()
-            held_out = frozenset(normalize_text(example.question) for other in others for example in self._questions(other))
+            held_out = frozenset(question_key(example) for other in others for example in self._questions(other))
             limits, refuse = self.limits[split], partial(self._refuse, split)
             plan = Preparation(split, tokenizer, self.prompts, self.context, self.grader, needs, limits, end, held_out)
             return prepare_rows(plan, found, self.cache_dir, refuse, self._shows_progress()), texts()
 
         def texts() -> str:
-            return fingerprint([[str(text) for text in example[:3]] for example in found]) if ranks > 1 else ""
+            return fingerprint([list(map(str, example.contents)) for example in found]) if ranks > 1 else ""
 
         def read() -> None:
             found.extend(self._read(split))

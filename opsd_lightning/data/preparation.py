@@ -27,7 +27,7 @@ from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.prompts.contexts import PrivilegedContext, WrongContext
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, DataRequirements, Example
-from opsd_lightning.utils.texts import normalize_text
+from opsd_lightning.utils.messages import question_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: Called with the index and the reason of each dropped row.
 OnDrop = Callable[[int, DropReason], None]
 
-#: Characters of questions and traces above which rows are cached and progress is shown.
+#: Characters of the rows above which rows are cached and progress is shown.
 LARGE = 1_000_000
 
 _CHUNK = 256  # rows between two steps of the progress bar
@@ -229,7 +229,7 @@ class Preparation:
             return _Verdict(DropReason.EMPTY_TRACE)
         if not example.trace and not example.answer and needs.answers:
             return _Verdict(DropReason.NO_ANSWER)
-        if normalize_text(example.question) in self.held_out:
+        if question_key(example) in self.held_out:
             return _Verdict(DropReason.HELD_OUT)
         return None if example.trace else _Verdict(None, example.answer)
 
@@ -304,7 +304,7 @@ def prepare_rows(
     Raises:
         ConfigError: See `Preparation.prepare`.
     """
-    if sum(len(example.question) + len(example.trace) for example in found) < LARGE:
+    if sum(len(text) for example in found for text in example.contents) < LARGE:
         return plan.prepare(found, on_drop)
     name, cache, key = f"data.{plan.split}", None, ""
     if cache_dir is not None:

@@ -81,7 +81,7 @@ class Columns:
                     problem = f"{origin}, {place}: no column {name!r}, which other rows have"
                     raise ConfigError(problem, f"columns.{setting}", "Write null in rows without a value")
                 texts[setting] = _text(row[name], f"{origin}, {place}: the column {name!r}", f"columns.{setting}")
-            examples.append(Example(**texts, columns=row))
+            examples.append(Example(texts["question"], texts["trace"], texts["answer"], row))
         return examples
 
 

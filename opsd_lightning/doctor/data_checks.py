@@ -16,7 +16,7 @@ from opsd_lightning.doctor.findings import Finding, at_share, histogram, percent
 from opsd_lightning.losses.objectives import Objective
 from opsd_lightning.methods.trainer_checks import late_validations, trainer_problems
 from opsd_lightning.types import Example, Sampling, UserError
-from opsd_lightning.utils.texts import normalize_text
+from opsd_lightning.utils.messages import question_key
 
 #: Largest number of traces that are tokenized to estimate the length of completions.
 TRACES = 1000
@@ -71,7 +71,7 @@ Rooms = Mapping[str, Sequence[Room]]
 
 def data_facts(data: OPSDDataModule, split: str) -> dict[str, Any]:
     """Count the rows of a split: all, kept, and left out by reason."""
-    kept = [normalize_text(e.question) for e in data.rows[split].examples] if split in data.rows else []
+    kept = [question_key(e) for e in data.rows[split].examples] if split in data.rows else []
     dropped: Counter[DropReason] = data.dropped.get(split, Counter())
     repeats = sum(count - 1 for count in Counter(kept).values())
     return {
@@ -125,10 +125,10 @@ def overlap_findings(data: OPSDDataModule) -> Iterator[Finding]:
     if data.sources["val"] is None or data.sources["test"] is None or "val" not in data.rows:
         return
     try:
-        tested = {normalize_text(example.question) for example in data.sources["test"].examples()}
+        tested = {question_key(example) for example in data.sources["test"].examples()}
     except UserError:  # already found where the training questions were compared with them
         return
-    shared = sum(normalize_text(example.question) in tested for example in data.rows["val"].examples)
+    shared = sum(question_key(example) in tested for example in data.rows["val"].examples)
     if shared:
         total = len(data.rows["val"].examples)
         text = f"{shared} of {total} questions of data.val ({percent(shared, total)}) are also in data.test"

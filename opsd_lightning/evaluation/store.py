@@ -51,7 +51,7 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
     engine: RolloutEngine = module.rollouts
     settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.neutral_settings)}
     questions = digest(
-        repr((batch.student, batch.teacher, [example[:3] for example in batch.examples], list(batch.indices), batch.counted))
+        repr((batch.student, batch.teacher, [row.contents for row in batch.examples], list(batch.indices), batch.counted))
         for batch in batches
     )
     return {

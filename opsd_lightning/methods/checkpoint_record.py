@@ -237,7 +237,7 @@ def rows_digest(rows: PromptBatch) -> tuple[str, str]:
 
     def texts() -> Iterator[str]:
         for example in rows.examples:
-            yield "\x1f".join(example[:3]) + "\x1e"
+            yield "\x1f".join(example.contents) + "\x1e"
 
     def token_bytes() -> Iterator[bytes]:
         for lists in (rows.student, rows.teacher, rows.traces):

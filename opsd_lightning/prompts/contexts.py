@@ -13,6 +13,7 @@ import regex
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.prompts.templates import UNIT
 from opsd_lightning.types import ConfigError, Example, OpenUnitInterval, checked
+from opsd_lightning.utils.messages import question_key
 from opsd_lightning.utils.texts import NotTextError, normalize_text, text_of
 
 
@@ -105,12 +106,12 @@ class OtherProblemContext(PrivilegedContext):
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
         own = examples[index]
-        question, trace = normalize_text(own.question), normalize_text(own.trace)
+        question, trace = question_key(own), normalize_text(own.trace)
         if not trace and not any(example.trace for example in examples):
             return ""
 
         def differs(other: Example) -> bool:
-            return bool(other.trace) and normalize_text(other.question) != question and normalize_text(other.trace) != trace
+            return bool(other.trace) and question_key(other) != question and normalize_text(other.trace) != trace
 
         return _another(index, examples, self.seed, differs, "question and trace").trace
 
