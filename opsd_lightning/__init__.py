@@ -44,7 +44,11 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.doctor.findings import Diagnosis as Diagnosis, Finding as Finding
     from opsd_lightning.evaluation.accuracy import AccuracyAtK as AccuracyAtK
     from opsd_lightning.grading.base import Grade as Grade, Grader as Grader
+    from opsd_lightning.grading.choice_grader import ChoiceGrader as ChoiceGrader
+    from opsd_lightning.grading.exact_match import ExactMatch as ExactMatch
+    from opsd_lightning.grading.json_grader import JSONGrader as JSONGrader
     from opsd_lightning.grading.math_grader import MathGrader as MathGrader
+    from opsd_lightning.grading.no_grader import NoGrader as NoGrader
     from opsd_lightning.losses.clips import (
         Clip as Clip,
         NoClip as NoClip,
@@ -152,7 +156,11 @@ _NAMES = {
     "doctor.findings": "Diagnosis Finding",
     "evaluation.accuracy": "AccuracyAtK",
     "grading.base": "Grade Grader",
+    "grading.choice_grader": "ChoiceGrader",
+    "grading.exact_match": "ExactMatch",
+    "grading.json_grader": "JSONGrader",
     "grading.math_grader": "MathGrader",
+    "grading.no_grader": "NoGrader",
     "losses.clips": "Clip NoClip PointwiseClip RescaleClip TokenClip",
     "losses.divergences": "Divergence ForwardKL GeneralizedJSD ReverseKL",
     "losses.objectives": "DivergenceObjective NegativeLogLikelihood Objective SampledKLObjective SampledTokenObjective",

@@ -21,7 +21,11 @@ import opsd_lightning.callbacks.progress
 import opsd_lightning.callbacks.rollouts
 import opsd_lightning.data.sources
 import opsd_lightning.distributed.fsdp2
+import opsd_lightning.grading.choice_grader
+import opsd_lightning.grading.exact_match
+import opsd_lightning.grading.json_grader
 import opsd_lightning.grading.math_grader
+import opsd_lightning.grading.no_grader
 import opsd_lightning.losses.clips
 import opsd_lightning.losses.divergences
 import opsd_lightning.losses.objectives

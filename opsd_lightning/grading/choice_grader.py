@@ -7,12 +7,10 @@ from typing import Literal
 
 from opsd_lightning.grading.base import Grade, Grader
 from opsd_lightning.grading.choices import LETTERS, ChoiceReader, OptionError, read_options
-from opsd_lightning.grading.example_columns import column_of, shown
+from opsd_lightning.grading.example_columns import SETTING, column_of, shown
 from opsd_lightning.grading.final_answer import strip_thinking
 from opsd_lightning.grading.patterns import check_pattern, last_match
 from opsd_lightning.types import ConfigError, Example, PositiveFloat, checked
-
-_SETTING = "data.grader.init_args."
 
 
 @checked
@@ -55,12 +53,14 @@ class ChoiceGrader(Grader):
 
     def __post_init__(self) -> None:
         if self.answer_pattern is not None:
-            check_pattern(self.answer_pattern, f"{_SETTING}answer_pattern", "Put the choice in parentheses, or set it to null")
+            check_pattern(
+                self.answer_pattern, f"{SETTING}answer_pattern", "Put the choice in parentheses, or set it to null"
+            )
         if self.reference not in ("auto", "letter", "index", "text"):
             fix = "Set it to auto, letter, index or text"
-            raise ConfigError(f"it is {self.reference!r}", f"{_SETTING}reference", fix)
+            raise ConfigError(f"it is {self.reference!r}", f"{SETTING}reference", fix)
         if self.first_index not in (0, 1):
-            raise ConfigError(f"it is {self.first_index!r}", f"{_SETTING}first_index", "Set it to 0 or 1")
+            raise ConfigError(f"it is {self.first_index!r}", f"{SETTING}first_index", "Set it to 0 or 1")
 
     def grade(self, completion: str, example: Example) -> Grade:
         reader = self._reader(example)
@@ -80,8 +80,18 @@ class ChoiceGrader(Grader):
             return Grade(1.0, answer)
         return Grade(0.0, answer, f"The choice {answer} ({shown(reader.options[answer])}) is wrong.")
 
+    def verify(self, example: Example) -> Grade:
+        """Grade the trace. Without a reference answer, the answer of the grade has the form that ``reference`` names."""
+        grade = self.grade(example.trace, example)
+        if grade.answer is None or example.answer.strip() or self.reference in ("auto", "letter"):
+            return grade
+        options = self._reader(example).options
+        if self.reference == "text":
+            return grade._replace(answer=options[grade.answer])
+        return grade._replace(answer=str(list(options).index(grade.answer) + self.first_index))
+
     def _reader(self, example: Example) -> ChoiceReader:
-        setting = f"{_SETTING}options"
+        setting = f"{SETTING}options"
         value = example.question if self.options is None else column_of(example, self.options, setting)
         try:
             return ChoiceReader(read_options(value))
@@ -110,7 +120,7 @@ class ChoiceGrader(Grader):
         else:
             if by_letter is not None and by_text is not None and by_letter != by_text:
                 problem = f"the answer {reference!r} is the letter of one option and the text of {by_text}"
-                raise ConfigError(problem, f"{_SETTING}reference", "Set it to letter or text")
+                raise ConfigError(problem, f"{SETTING}reference", "Set it to letter or text")
             found = by_letter or by_text or (reader.whole(reference) if self._labelled(reference) else None)
         if found is None:
             kind = {"auto": "no letter or text of an option", "letter": "no letter of an option"}.get(
@@ -119,7 +129,7 @@ class ChoiceGrader(Grader):
             options = ", ".join(f"{label} {shown(text, 30)}" for label, text in list(reader.options.items())[: len(LETTERS)])
             problem = f"the answer {shown(reference)} of {shown(example.question)} is {kind} ({options})"
             fix = "Set it to letter, index or text, or correct the answer"
-            raise ConfigError(problem, f"{_SETTING}reference", fix)
+            raise ConfigError(problem, f"{SETTING}reference", fix)
         return found
 
     def _labelled(self, reference: str) -> bool:

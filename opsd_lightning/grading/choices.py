@@ -37,14 +37,15 @@ _MARKER = re.compile(
 )
 _WEAK_MARKER = re.compile(r"\bit(?:['’]s|[ ]is)\b|\b(?:so|therefore|thus|hence)\b,?", re.IGNORECASE)  # only before letters
 _FILLER = re.compile(
-    r"(?:[\s:=：>\"'“‘]|\b(?:therefore|thus|hence|then|simply|clearly|indeed|definitely|most likely|probably|likely)\b|,(?=\s))*"
+    r"(?:[\s:=：>\"'“‘]|,(?=\s)"
+    r"|\b(?:therefore|thus|hence|then|simply|clearly|indeed|definitely|most likely|probably|likely)\b)*"
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|final\s+|best\s+)?(?:option|choice|answer|letter|number)\b[ \t:]*)?[\s\"'“‘]*",
     re.IGNORECASE,
 )
 _NEGATION = re.compile(r"\b(?:not|neither|never|cannot|isn['’]?t|n['’]t)\b", re.IGNORECASE)
 _DENIED = re.compile(
-    r"\b(?:not|n['’]t|cannot|can['’]t|isn['’]t|neither|nor|wrong|incorrect|false|eliminate\w*|exclude\w*|except|rule[sd]?\s+out|unlikely|"
-    r"if|unless|maybe|perhaps|whether|unsure)\b",
+    r"\b(?:not|n['’]t|cannot|can['’]t|isn['’]t|neither|nor|wrong|incorrect|false|eliminate\w*|exclude\w*|except"
+    r"|rule[sd]?\s+out|unlikely|if|unless|maybe|perhaps|whether|unsure)\b",
     re.IGNORECASE,
 )
 _WRONG = re.compile(
@@ -52,16 +53,20 @@ _WRONG = re.compile(
     re.IGNORECASE,
 )
 _RIGHT = re.compile(
-    r"[ \t]*(?:\"|')?[ \t]+(?:is|must[ ]be|would[ ]be|seems|looks)[ ](?:(?:therefore|clearly|indeed|thus|definitely|the)[ ]){0,2}"
+    r"[ \t]*(?:\"|')?[ \t]+(?:is|must[ ]be|would[ ]be|seems|looks)[ ]"
+    r"(?:(?:therefore|clearly|indeed|thus|definitely|the)[ ]){0,2}"
     r"(?:only[ ])?(?:correct|right|true|best|answer|(?:one|option)[ ]that[ ]is[ ]correct)\b",
     re.IGNORECASE,
 )
 _CONDITION = re.compile(r"\b(?:if|whether|unless|why|wrong|incorrect|not the)\b[^.,\n]*$", re.IGNORECASE)
-_OTHER = re.compile(r"\s*(?:[,;/&+]|\bor\b|\band\b|,\s*(?:or|and)\b)\s*(?:also\s+|maybe\s+|perhaps\s+|possibly\s+|both\s+)?", re.IGNORECASE)
+_OTHER = re.compile(
+    r"\s*(?:[,;/&+]|\bor\b|\band\b|,\s*(?:or|and)\b)\s*(?:also\s+|maybe\s+|perhaps\s+|possibly\s+|both\s+)?", re.IGNORECASE
+)
+_END = re.compile(r"[ \t]*(?:$|[.,;:!?)\]\"'”’\n\x03]|—|–|-[ ]|\(|[ ](?:because|since|or|and|is|not|as)\b)")
 _REASON = re.compile(
     r"[ \t]*(?:$|[.,;:!?)\]\"'”’。，、；]|\n|—|–|-[ ]|\x03|\((?!s\))"
-    r"|[ ](?:because|since|as|for|given|due|which|where|so|not|rather|instead|or|and|is|in|from|with|based|by|if|when|while|but|"
-    r"corresponds|represents|here|therefore|thus|hence|this|that|we|it|they|he|she|i)\b)",
+    r"|[ ](?:because|since|as|for|given|due|which|where|so|not|rather|instead|or|and|is|in|from|with|based|by|if|when|while|"
+    r"but|corresponds|represents|here|therefore|thus|hence|this|that|we|it|they|he|she|i)\b)",
     re.IGNORECASE,
 )
 
@@ -159,6 +164,11 @@ def _without_markup(text: str) -> str:
     return _MARKUP.sub("", _TEX_TEXT.sub(r"\1", text))
 
 
+def _is_conditional(text: str, place: int) -> bool:
+    """Return True if the words before a place deny or suppose what follows, as in "if the answer is B"."""
+    return _CONDITION.search(text[max(0, place - 40) : place]) is not None
+
+
 def _clause(text: str, start: int) -> str:
     return re.split(r"[.,;\n]", text[start : start + 100], maxsplit=1)[0]
 
@@ -180,11 +190,13 @@ class ChoiceReader:
         # a label in brackets, before a delimiter, or alone, with an optional word before it
         word = r"(?:(?:option|choice|answer|letter|number)\b[ \t:]*)"
         self._label = re.compile(
-            rf"(?P<word>{word})?(?:[(\[]\s?(?P<bracketed>{labels})\s?[)\]]|(?P<marked>{labels})[).:](?!\d)|(?P<bare>{labels})(?![\w'’]))",
+            rf"(?P<word>{word})?(?:[(\[]\s?(?P<bracketed>{labels})\s?[)\]]|(?P<marked>{labels})[).:](?!\d)"
+            rf"|(?P<bare>{labels})(?![\w'’]))",
             re.IGNORECASE,
         )
         self._mention = re.compile(
-            rf"(?<![\w(])(?:(?i:{word})[(\[]?(?P<named>{labels})(?![\w'’])[)\]]?|[(\[](?P<bracketed>{labels})[)\]]|(?P<alone>{labels.upper()})(?=[ ]is[ ]))",
+            rf"(?<![\w(])(?:(?i:{word})[(\[]?(?P<named>{labels})(?![\w'’])[)\]]?|[(\[](?P<bracketed>{labels})[)\]]"
+            rf"|(?P<alone>{labels})(?=[ ]is[ ]))",
             re.IGNORECASE if self._digits else 0,
         )
         self._named = re.compile(rf"(?<![\w(])(?:{word}?[(\[]?(?P<label>{labels})(?![\w'’])[)\]]?)", re.IGNORECASE)
@@ -291,32 +303,27 @@ class ChoiceReader:
     def _after_phrases(self, text: str) -> tuple[bool, str | None]:
         """Return the choice after the last phrase that announces an answer, and True if there is such a phrase."""
         found: list[tuple[int, str | None]] = []
-        for marker in _MARKER.finditer(text):
-            if _CONDITION.search(text[max(0, marker.start() - 40) : marker.start()]):
+        for marker in [*_MARKER.finditer(text), *_WEAK_MARKER.finditer(text)]:
+            if _is_conditional(text, marker.start()):
                 continue
             filler = _FILLER.match(text, marker.end())
             start = filler.end() if filler is not None else marker.end()
             choice = self._start(text, start)
+            if marker.re is _WEAK_MARKER:
+                label = self._label.match(text, start)
+                if not choice or label is None or _WRONG.search(_clause(text, label.end() - 1)):
+                    continue
             if choice is not None:
                 found.append((start, choice or None))
-        for marker in _WEAK_MARKER.finditer(text):
-            if not _CONDITION.search(text[max(0, marker.start() - 40) : marker.start()]):
-                filler = _FILLER.match(text, marker.end())
-                start = filler.end() if filler is not None else marker.end()
-                label = self._label.match(text, start)
-                if label is not None and not _WRONG.search(_clause(text, label.end() - 1)) and (choice := self._start(text, start)):
-                    found.append((start, choice))
         for right in _RIGHT.finditer(text):
             before = re.split(r"\n|,|[.!?]\s", text[max(0, right.start() - 300) : right.start()])[-1]
             by_text = self.label_of(re.sub(r"^\s*(?:so|thus|therefore|hence)\s", "", before, flags=re.IGNORECASE))
             if by_text is not None:
                 found.append((right.start(), by_text))
         for mention in self._mention.finditer(text):
-            if _RIGHT.match(text, mention.end()):
-                name = (mention["named"] or mention["bracketed"] or mention["alone"]).upper()
-                before = text[max(0, mention.start() - 40) : mention.start()]
-                if not _CONDITION.search(before):
-                    found.append((mention.start(), name))
+            if _RIGHT.match(text, mention.end()) and not _is_conditional(text, mention.start()):
+                name = mention["named"] or mention["bracketed"] or mention["alone"]
+                found.append((mention.start(), name.upper()))
         return (True, max(found, key=lambda each: each[0])[1]) if found else (False, None)
 
     def _start(self, text: str, start: int) -> str | None:
@@ -351,7 +358,7 @@ class ChoiceReader:
         name = label["bare"]
         if name.isdigit() or (name.isupper() and name not in "AI"):
             return True
-        return re.match(r"[ \t]*(?:$|[.,;:!?)\]\"'”’\n\x03]|—|–|-[ ]|\(|[ ](?:because|since|or|and|is|not|as)\b)", text[label.end() :]) is not None
+        return _END.match(text, label.end()) is not None
 
     def _only_mention(self, text: str) -> str | None:
         """Return the only option that a text mentions in brackets or after the word "option", unless it is denied."""

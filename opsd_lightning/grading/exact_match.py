@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from opsd_lightning.grading.base import Grade, Grader
-from opsd_lightning.grading.example_columns import column_of, shown
+from opsd_lightning.grading.example_columns import SETTING, column_of, shown
 from opsd_lightning.grading.final_answer import strip_thinking
 from opsd_lightning.grading.patterns import check_pattern, last_match
 from opsd_lightning.types import ConfigError, Example, PositiveFloat, checked
 from opsd_lightning.utils.texts import NotTextError, text_of
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
-_SETTING = "data.grader.init_args."
 
 
 @checked
@@ -65,9 +64,11 @@ class ExactMatch(Grader):
 
     def __post_init__(self) -> None:
         if self.answer_pattern is not None:
-            check_pattern(self.answer_pattern, f"{_SETTING}answer_pattern", "Put the answer in parentheses, or set it to null")
+            check_pattern(
+                self.answer_pattern, f"{SETTING}answer_pattern", "Put the answer in parentheses, or set it to null"
+            )
         if self.unicode_form not in ("NFC", "NFKC", None):
-            raise ConfigError(f"it is {self.unicode_form!r}", f"{_SETTING}unicode_form", "Set it to NFC, NFKC or null")
+            raise ConfigError(f"it is {self.unicode_form!r}", f"{SETTING}unicode_form", "Set it to NFC, NFKC or null")
 
     def grade(self, completion: str, example: Example) -> Grade:
         text = strip_thinking(completion)
@@ -104,7 +105,7 @@ class ExactMatch(Grader):
     def _accepted(self, example: Example) -> Sequence[str]:
         accepted = [example.answer] if example.answer.strip() else []
         if self.references is not None:
-            setting = f"{_SETTING}references"
+            setting = f"{SETTING}references"
             value: Any = column_of(example, self.references, setting)
             for each in value if isinstance(value, (list, tuple)) else [value]:
                 try:

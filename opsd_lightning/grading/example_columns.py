@@ -1,10 +1,13 @@
-"""Read a column of an example, for graders that need more than the reference answer."""
+"""Parts that graders share: the name of their settings, and columns of an example."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from opsd_lightning.types import ConfigError, Example
+
+SETTING = "data.grader.init_args."
+"""Name of a grader's settings on the command line, without the setting itself."""
 
 
 def column_of(example: Example, name: str, setting: str) -> Any:

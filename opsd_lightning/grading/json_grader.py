@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from opsd_lightning.grading.base import Grade, Grader
-from opsd_lightning.grading.example_columns import column_of, shown
+from opsd_lightning.grading.example_columns import SETTING, column_of, shown
 from opsd_lightning.grading.final_answer import strip_thinking
 from opsd_lightning.grading.json_values import Comparer, JSONError, calls_of, parse, read_calls, read_value
 from opsd_lightning.types import ConfigError, Example, NonNegativeFloat, checked
-
-_SETTING = "data.grader.init_args."
 
 
 @checked
@@ -23,9 +21,10 @@ class JSONGrader(Grader):
 
     The order of an object's keys does not count. Numbers are equal by value (``1`` and ``1.0``), texts by characters, and
     ``true`` does not equal ``1``. A value is the whole completion, else its last fenced block, else the last list or object
-    in it. Tool calls may be bare or fenced JSON, ``<tool_call>{...}</tool_call>`` (Hermes, Qwen), ``[TOOL_CALLS]`` (Mistral),
-    objects with ``name`` and ``parameters`` (Llama), or the ``tool_calls`` of OpenAI's messages. Invalid JSON is wrong, and so
-    are repeated keys, NaN, texts of over a million characters and more than 64 nested levels. Thinking blocks are skipped.
+    in it. Tool calls may be bare or fenced JSON, ``<tool_call>{...}</tool_call>`` (Hermes, Qwen), ``[TOOL_CALLS]``
+    (Mistral), objects with ``name`` and ``parameters`` (Llama), or the ``tool_calls`` of OpenAI's messages. Invalid JSON is
+    wrong, and so are repeated keys, NaN, texts of over a million characters and more than 64 nested levels. Thinking blocks
+    are skipped.
 
     Args:
         form: ``value`` for a JSON value, or ``tool_calls`` for calls with a name and arguments. If the reference has no
@@ -61,9 +60,9 @@ class JSONGrader(Grader):
 
     def __post_init__(self) -> None:
         if self.form not in ("value", "tool_calls"):
-            raise ConfigError(f"it is {self.form!r}", f"{_SETTING}form", "Set it to value or tool_calls")
+            raise ConfigError(f"it is {self.form!r}", f"{SETTING}form", "Set it to value or tool_calls")
         if isinstance(self.ignored_keys, str):
-            raise ConfigError(f"it is {self.ignored_keys!r}", f"{_SETTING}ignored_keys", "Give a list of keys")
+            raise ConfigError(f"it is {self.ignored_keys!r}", f"{SETTING}ignored_keys", "Give a list of keys")
 
     def grade(self, completion: str, example: Example) -> Grade:
         reference = self._reference(example)
@@ -102,7 +101,7 @@ class JSONGrader(Grader):
 
     def _reference(self, example: Example) -> tuple[Any] | None:
         """Return the reference in a tuple, or None if there is none."""
-        setting = f"{_SETTING}reference"
+        setting = f"{SETTING}reference"
         value: Any = example.answer
         if self.reference is not None:
             value = column_of(example, self.reference, setting)

@@ -27,8 +27,6 @@ class JSONError(ValueError):
     """A text holds no valid JSON value or tool call. The message is the problem."""
 
 
-
-
 # -- reading -------------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +193,9 @@ def _mistral_calls(text: str) -> Iterator[dict[str, Any]]:
             yield from calls_of(parse(part))
         else:  # name[ARGS]{...}, or name{...}
             name, bracket, arguments = part.partition(_MISTRAL_ARGUMENTS if _MISTRAL_ARGUMENTS in part else "{")
-            yield from calls_of({"name": name.strip(), "arguments": parse(bracket.removeprefix(_MISTRAL_ARGUMENTS) + arguments)})
+            yield from calls_of(
+                {"name": name.strip(), "arguments": parse(bracket.removeprefix(_MISTRAL_ARGUMENTS) + arguments)}
+            )
 
 
 def calls_of(value: Any) -> list[dict[str, Any]]:
@@ -334,13 +334,9 @@ class Comparer:
         """Pair equal elements first, then the rest by their share of matching fields, the largest first."""
         if max(len(reference), len(found)) > _MOST_CALLS:
             raise JSONError(f"{path or 'the list'} has more than {_MOST_CALLS} elements, in any order")
-        table = [
-            [self.compare(right, each, f"{path}[{place}]") for each in found] for place, right in enumerate(reference)
-        ]
+        table = [[self.compare(right, each, f"{path}[{place}]") for each in found] for place, right in enumerate(reference)]
         pairs = _matching([[not cell.difference for cell in row] for row in table])
-        rest = sorted(
-            ((cell.share, -i, -j) for i, row in enumerate(table) for j, cell in enumerate(row)), reverse=True
-        )
+        rest = sorted(((cell.share, -i, -j) for i, row in enumerate(table) for j, cell in enumerate(row)), reverse=True)
         used = set(pairs.values())
         for share, i, j in rest:
             if share > 0 and -i not in pairs and -j not in used:
@@ -386,5 +382,3 @@ def _matching(equal: Sequence[Sequence[bool]]) -> dict[int, int]:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-

@@ -281,7 +281,8 @@ def test_options_in_the_question() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["one"], {"A": "x", "a": "y"}, {"first": "x", "second": "y"}, 3, None, "no options", ["a"] * 40, [["a"], ["b"]]]
+    "options",
+    [[], ["one"], {"A": "x", "a": "y"}, {"first": "x", "second": "y"}, 3, None, "no options", ["a"] * 40, [["a"], ["b"]]],
 )
 def test_unreadable_options_are_refused(options: object) -> None:
     with pytest.raises(OptionError):
@@ -311,7 +312,9 @@ def test_forms_of_references(settings: dict[str, object], reference: str) -> Non
         ({"reference": "index", "first_index": 1}, "0", NUMBERS), ({}, "B", ["B", "A"]), ({}, "same", ["same", "same", "x"]),
     ],
 )  # fmt: skip
-def test_references_that_are_no_option_or_two_are_refused(settings: dict[str, object], reference: str, options: list[str]) -> None:
+def test_references_that_are_no_option_or_two_are_refused(
+    settings: dict[str, object], reference: str, options: list[str]
+) -> None:
     grader = ChoiceGrader(**settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=mentions("data.grader.init_args.reference")):
         grader.grade("A", Example("?", "", reference, {"options": options}))
@@ -326,14 +329,35 @@ def test_letters_that_are_also_texts_need_the_form_of_the_reference() -> None:
 def test_missing_options_and_references() -> None:
     with pytest.raises(ConfigError, match=mentions("data.grader.init_args.options", "options", "question")):
         ChoiceGrader().grade("A", Example("?", "", "A", {"question": "?"}))
-    grade = ChoiceGrader().grade("B", Example("?", "", "", {"options": NUMBERS}))  # a trace whose answer becomes the reference
+    grade = ChoiceGrader().grade(
+        "B", Example("?", "", "", {"options": NUMBERS})
+    )  # a trace whose answer becomes the reference
     assert grade.answer == "B" and grade.score == 0
 
 
 def test_long_and_hostile_texts_are_read_in_time() -> None:
     rng = random.Random(0)
     reader = ChoiceReader(read_options(NUMBERS))
-    atoms = ["(A) ", "B) ", "the answer is ", "option ", "\n", "A\n", "**", "\\boxed{", "$", "or ", "B", "<answer>", "not ", "(", "A) 10\n", "\\text{", " ", "I choose "]
+    atoms = [
+        "(A) ",
+        "B) ",
+        "the answer is ",
+        "option ",
+        "\n",
+        "A\n",
+        "**",
+        "\\boxed{",
+        "$",
+        "or ",
+        "B",
+        "<answer>",
+        "not ",
+        "(",
+        "A) 10\n",
+        "\\text{",
+        " ",
+        "I choose ",
+    ]
     texts = [atom * 20_000 for atom in atoms] + ["".join(rng.choice(atoms) for _ in range(30_000)) for _ in range(5)]
     for text in texts:
         started = time.thread_time()

@@ -38,7 +38,10 @@ def score(grader: JSONGrader, completion: str, reference: Any) -> float:
         (f"[TOOL_CALLS] [{TEXT}]", [CALL]),
         (f"[TOOL_CALLS]{BOTH}", [CALL, OTHER]),
         (f"[TOOL_CALLS]weather[ARGS]{json.dumps(CALL['arguments'])}", [CALL]),
-        (f"[TOOL_CALLS]weather{json.dumps(CALL['arguments'])}[TOOL_CALLS]time{json.dumps(OTHER['arguments'])}", [CALL, OTHER]),
+        (
+            f"[TOOL_CALLS]weather{json.dumps(CALL['arguments'])}[TOOL_CALLS]time{json.dumps(OTHER['arguments'])}",
+            [CALL, OTHER],
+        ),
         (json.dumps({"name": "weather", "parameters": CALL["arguments"]}), [CALL]),
         (f"<|python_tag|>{TEXT}; {json.dumps(OTHER)}", [CALL, OTHER]),
         (json.dumps({"role": "assistant", "content": None, "tool_calls": [OPENAI]}), [CALL]),
@@ -72,7 +75,9 @@ def test_malformed_calls_are_wrong_and_say_why(completion: str) -> None:
 
 def test_a_reference_of_several_calls_is_order_free() -> None:
     for ordered, expected in ((False, 1.0), (True, 0.0)):
-        assert score(JSONGrader(form="tool_calls", ordered_calls=ordered), json.dumps([OTHER, CALL]), [CALL, OTHER]) == expected
+        assert (
+            score(JSONGrader(form="tool_calls", ordered_calls=ordered), json.dumps([OTHER, CALL]), [CALL, OTHER]) == expected
+        )
     free = JSONGrader(form="tool_calls")
     assert score(free, json.dumps([CALL, CALL]), [CALL, OTHER]) == 0
     assert score(free, TEXT, [CALL, OTHER]) == 0
@@ -94,7 +99,12 @@ def test_share_of_fields() -> None:
 def test_the_feedback_names_the_field() -> None:
     grade = JSONGrader().grade('{"a": {"b": [1, 3]}}', Example("?", "", '{"a": {"b": [1, 2]}}'))
     assert "a.b[1]" in grade.feedback and "3" in grade.feedback and "2" in grade.feedback
-    assert "days" in JSONGrader(form="tool_calls").grade('{"name": "weather", "arguments": {"city": "Rome"}}', Example("?", "", TEXT)).feedback
+    assert (
+        "days"
+        in JSONGrader(form="tool_calls")
+        .grade('{"name": "weather", "arguments": {"city": "Rome"}}', Example("?", "", TEXT))
+        .feedback
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,14 +129,28 @@ def test_where_a_value_is_found() -> None:
     assert read_value('x {"a": 1} y {"a": 2} z') == {"a": 2}
     assert read_value('```json\n{"a": 1}\n```\nand {"a": 2}') == {"a": 1}
     assert read_value('The list [1, 2] has {"a": {"b": 3}}') == {"a": {"b": 3}}
-    for text in ("", "no JSON", '{"a": 1', '{"a": 1} {"a": 1, "a": 2}', "NaN", "[Infinity]", "1e999", "1" * 2000, "{'a': 1}"):
+    for text in (
+        "",
+        "no JSON",
+        '{"a": 1',
+        '{"a": 1} {"a": 1, "a": 2}',
+        "NaN",
+        "[Infinity]",
+        "1e999",
+        "1" * 2000,
+        "{'a': 1}",
+    ):
         with pytest.raises(JSONError):
             read_value(text)
 
 
 def test_references_come_from_a_column() -> None:
     grader = JSONGrader(reference="gold")
-    assert [grader.grade("[1, 2]", Example("?", "", "x", {"gold": gold})).score for gold in ("[1,2]", [1, 2], [1])] == [1, 1, 0]
+    assert [grader.grade("[1, 2]", Example("?", "", "x", {"gold": gold})).score for gold in ("[1,2]", [1, 2], [1])] == [
+        1,
+        1,
+        0,
+    ]
     with pytest.raises(ConfigError, match=mentions("data.grader.init_args.reference", "gold")):
         grader.grade("1", Example("?", "", "1"))
     for bad in ("{", {1, 2}, float("nan")):
@@ -138,18 +162,50 @@ def test_references_come_from_a_column() -> None:
 
 def test_votes_are_by_value() -> None:
     grader = JSONGrader(absolute_tolerance=0.1)
-    grades = [grader.grade(text, Example("?", "", "0")) for text in ('{"a": 1, "b": 2}', '{"b": 2.05, "a": 1}', '{"a": 1}', "0", "no")]
+    grades = [
+        grader.grade(text, Example("?", "", "0"))
+        for text in ('{"a": 1, "b": 2}', '{"b": 2.05, "a": 1}', '{"a": 1}', "0", "no")
+    ]
     assert grader.votes_of([grades]) == [[1, 1, 2, 0, None]]
 
 
 def test_hostile_texts_end_in_time() -> None:
-    atoms = ["[", "{", '{"a":', '"', "\\", "[[", "]", "}", "```\n", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "1,", "-", "{}", "\ud800", '\\"', 'x " [']
+    atoms = [
+        "[",
+        "{",
+        '{"a":',
+        '"',
+        "\\",
+        "[[",
+        "]",
+        "}",
+        "```\n",
+        "<tool_call>",
+        "</tool_call>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "1,",
+        "-",
+        "{}",
+        "\ud800",
+        '\\"',
+        'x " [',
+    ]
     draw = random.Random(1)
     texts = [atom * 200_000 for atom in atoms]
     texts += ["".join(draw.choice(atoms) for _ in range(20_000)) for _ in range(20)]
-    texts += ["[" * DEEPEST + "]" * DEEPEST, json.dumps([CALL] * 300), "[" + "[]," * 200_000 + "[]]", '{"a": ' * 60 + "1" + "}" * 60]
+    texts += [
+        "[" * DEEPEST + "]" * DEEPEST,
+        json.dumps([CALL] * 300),
+        "[" + "[]," * 200_000 + "[]]",
+        '{"a": ' * 60 + "1" + "}" * 60,
+    ]
     for text in texts:
-        for grader in (JSONGrader(partial=True), JSONGrader(form="tool_calls", partial=True), JSONGrader(ordered_lists=False)):
+        for grader in (
+            JSONGrader(partial=True),
+            JSONGrader(form="tool_calls", partial=True),
+            JSONGrader(ordered_lists=False),
+        ):
             started = time.thread_time()
             grade = grader.grade(text, Example("?", "", TEXT))
             assert 0 <= grade.score < 1 and time.thread_time() - started < 5.0, text[:60]
