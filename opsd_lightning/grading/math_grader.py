@@ -1,7 +1,7 @@
 """Grade the final answers of completions against reference answers, in bounded time.
 
 ``final_answer`` finds the answer in a text. ``answer_forms`` compares it with the reference, and leaves expressions to
-math-verify, which runs in separate processes (``math_pool``). A comparison that takes too long counts as wrong.
+math-verify, which runs in separate processes (``worker_pool``). A comparison that takes too long counts as wrong.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import regex
 
-from opsd_lightning.grading import answer_forms, math_pool
+from opsd_lightning.grading import answer_forms, worker_pool
 from opsd_lightning.grading.final_answer import final_answer, last_boxed, strip_thinking
 from opsd_lightning.types import ConfigError, PositiveFloat, checked
 
 AUTO = "auto"
 """Value of ``answer_pattern`` that selects `final_answer`."""
+
+JOB = "math_job"
+"""Job of the workers that compare expressions."""
 
 Problem = Literal["", "timeout", "failure"]
 
@@ -247,7 +250,7 @@ def _in_parallel(function: Callable[[tuple[Any, ...]], T], calls: Sequence[tuple
         except BaseException as error:
             errors.append(error)
 
-    count = min(len(calls), math_pool.workers())
+    count = min(len(calls), worker_pool.workers())
     threads = [threading.Thread(target=work, name="grading", daemon=True) for _ in range(count)]
     try:
         for thread in threads:
@@ -256,7 +259,7 @@ def _in_parallel(function: Callable[[tuple[Any, ...]], T], calls: Sequence[tuple
             thread.join()
     except BaseException as error:
         errors.append(error)
-        math_pool.shared().end(threads)
+        worker_pool.shared(JOB).end(threads)
         raise
     if errors:
         raise errors[0]
@@ -289,7 +292,7 @@ def _compare(reference: str, answer: str, timeout_seconds: float) -> bool | None
         if same is None:
             if left <= 0:
                 raise TimeoutError
-            same, spent = math_pool.shared().ask(reference, answer, left)
+            same, spent = worker_pool.shared(JOB).ask((reference, answer), left)
             left -= spent
             if len(reference) + len(answer) <= _LONGEST_KEPT:
                 if len(_verdicts) >= _KEPT:
@@ -301,6 +304,6 @@ def _compare(reference: str, answer: str, timeout_seconds: float) -> bool | None
         return answer_forms.equal(reference, answer, algebra)
     except TimeoutError:
         _record_problem("timeout", f"comparing {answer[:100]!r} with {reference[:100]!r}")
-    except math_pool.UngradableError as error:
+    except worker_pool.UngradableError as error:
         _record_problem("failure", f"comparing {answer[:100]!r} with {reference[:100]!r} ({error})")
     return None

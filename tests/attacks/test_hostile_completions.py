@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from helpers.attack import Attack
-from opsd_lightning.grading import math_grader as grading, math_pool
-from opsd_lightning.grading.math_grader import MathGrader
-from opsd_lightning.grading.math_worker import MEMORY
+from opsd_lightning.grading import math_grader as grading, worker_pool
+from opsd_lightning.grading.math_grader import JOB, MathGrader
+from opsd_lightning.grading.math_job import MEMORY
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")]
 
@@ -119,7 +119,7 @@ def test_hostile_completions(attack: Attack, monkeypatch: pytest.MonkeyPatch) ->
     hostile = [(rng.choice(FAMILIES)(rng), rng.choice(["5", "x", r"\frac{1}{2}", "3x+1"])) for _ in range(count - bombs)]
     hostile += [(_bomb(rng), "3x+1") for _ in range(bombs)]
     rng.shuffle(hostile)
-    grader, pool = MathGrader(timeout_seconds=SECONDS), math_pool.shared()
+    grader, pool = MathGrader(timeout_seconds=SECONDS), worker_pool.shared(JOB)
     MathGrader(timeout_seconds=60.0).equal("2x", "x+x")  # started
     monkeypatch.setattr(grading, "_warned", {"timeout", "failure"})
     gc.collect()
@@ -159,10 +159,10 @@ def test_hostile_completions(attack: Attack, monkeypatch: pytest.MonkeyPatch) ->
     assert server is not None
     workers = children(server.pid)
     end = time.monotonic() + 10  # those that were ended are gone in a moment
-    while len(workers) > math_pool.workers() and time.monotonic() < end:
+    while len(workers) > worker_pool.workers() and time.monotonic() < end:
         time.sleep(0.05)
         workers = children(server.pid)
-    assert len(workers) <= math_pool.workers()
+    assert len(workers) <= worker_pool.workers()
     pool.stop()
     end = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in (*workers, server.pid)) and time.monotonic() < end:

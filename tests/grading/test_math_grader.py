@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from opsd_lightning.grading import math_pool
+from opsd_lightning.grading import worker_pool
 from opsd_lightning.grading.final_answer import last_boxed
-from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.grading.math_grader import JOB, MathGrader
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")
 
@@ -122,6 +122,6 @@ def test_custom_pattern_is_used() -> None:
 
 def test_plain_integers_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("07", "7"), ("-0", "0"), ("8", "7"), ("-7", "7"), ("70", "7")]
-    said = [math_pool.shared().ask(reference, answer, 30.0)[0] for answer, reference in pairs]
-    monkeypatch.setattr(math_pool, "shared", lambda: pytest.fail("math-verify was asked"))
+    said = [worker_pool.shared(JOB).ask((reference, answer), 30.0)[0] for answer, reference in pairs]
+    monkeypatch.setattr(worker_pool, "shared", lambda job: pytest.fail("math-verify was asked"))
     assert [GRADER.equal(answer, reference) for answer, reference in pairs] == said == [True, True, False, False, False]

@@ -1,7 +1,7 @@
-"""Thread-safe pool of math-verify workers with limits on time and memory.
+"""Thread-safe pools of worker processes with limits on time and memory, for libraries that read a completion's text.
 
-One server process imports math-verify in about a second (``math_worker``). It forks a worker in milliseconds for each
-concurrent question, so that a timeout costs a fork, not an import.
+Each job, such as a comparison by math-verify, has a pool. Its server process imports the job's library once (``worker``) and
+forks a worker in milliseconds for each concurrent question, so that a timeout costs a fork, not an import.
 
 The process pools of the standard library, `loky` and `pebble` do not fit. Only `pebble` ends a task at its deadline, and it
 is under the LGPL. Their spawned workers import the main module of the program, and with it torch (363 MB each, instead of
@@ -25,10 +25,12 @@ import weakref
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-_SCRIPT = Path(__file__).with_name("math_worker.py")
-_REQUEST = struct.Struct("!ci")  # same as in math_worker
+_FOLDER = Path(__file__).parent
+_REQUEST = struct.Struct("!ci")  # same as in worker
 _STARTUP_SECONDS = 120.0  # enough to import sympy on a busy machine
+_LONGEST_REPLY = 1 << 20  # bytes
 _GRACE_SECONDS = 5.0  # extra time before a worker is ended whose alarm has no effect, such as a stopped process
 _LONGEST_SECONDS = 1e7
 _MOST_QUESTIONS = 200  # questions for one worker, since the caches of sympy and its parser grow
@@ -52,9 +54,14 @@ def workers() -> int:
 
 
 class Pool:
-    """Pool of the workers of one process. Use `shared`: a forked child gets its own pool."""
+    """Pool of the workers of one process and job. Use `shared`: a forked child gets its own pools.
 
-    def __init__(self) -> None:
+    Args:
+        job: Name of the job's module in this folder.
+    """
+
+    def __init__(self, job: str) -> None:
+        self.job = job
         self._changed = threading.Condition()  # guards `_idle` and `_busy`
         self._idle: list[_Worker] = []
         self._busy = 0
@@ -65,44 +72,41 @@ class Pool:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
-    def ask(self, reference: str, answer: str, seconds: float) -> tuple[bool, float]:
-        """Compare two answers with math-verify.
+    def ask(self, question: Any, seconds: float) -> tuple[Any, float]:
+        """Ask a worker.
 
         The time spent waiting for a free worker does not count. If a worker is killed, the question is asked once more.
 
         Args:
-            reference: The right answer.
-            answer: The answer to compare.
+            question: JSON value for the job.
             seconds: Time limit in seconds.
 
         Returns:
-            True if both are equal, and the seconds that the comparison took.
+            The job's answer, and the seconds that it took.
 
         Raises:
-            TimeoutError: The comparison exceeded the time limit.
-            UngradableError: The comparison needed too much memory, ended two workers, or was cancelled by `end`.
+            TimeoutError: The question exceeded the time limit.
+            UngradableError: The question needed too much memory, ended two workers, or was cancelled by `end`.
         """
         seconds = min(seconds, _LONGEST_SECONDS)
-        question = (json.dumps([reference, answer, seconds]) + "\n").encode()
+        line = (json.dumps([question, seconds]) + "\n").encode()
         thread = threading.current_thread()
         for _ in range(_MOST_DEATHS):
             worker = self._borrow()
             self._working[thread] = worker
-            started, reply = time.monotonic(), ""
+            started, reply = time.monotonic(), list[Any]()
             try:
-                reply = worker.ask(question, seconds + _GRACE_SECONDS)
+                reply = worker.ask(line, seconds + _GRACE_SECONDS)
             except (_DisconnectedError, TimeoutError):
                 if time.monotonic() - started >= seconds:
                     raise TimeoutError from None
             finally:  # also if a signal handler raises during the wait
                 del self._working[thread]
-                self._give_back(worker, alive=reply in ("equal", "different"))
+                self._give_back(worker, alive=bool(reply))
             if thread in self._stopped:
                 raise UngradableError("cancelled")
-            if reply == "memory":
-                raise UngradableError("needs more memory than a worker has")
             if reply:
-                return reply == "equal", time.monotonic() - started
+                return reply[0], time.monotonic() - started
         raise UngradableError(f"ended {_MOST_DEATHS} workers")
 
     def end(self, threads: Collection[threading.Thread]) -> None:
@@ -170,7 +174,7 @@ class Pool:
             except BaseException:
                 self._close(ours)
                 raise
-        raise _start_error()
+        raise self._start_error()
 
     def _ensure_server(self) -> socket.socket:
         """Return the socket of the server process. Start the server if it is not running."""
@@ -182,11 +186,12 @@ class Pool:
         with theirs:
             self._process = subprocess.Popen(
                 # -P: modules next to the script must not shadow standard ones
-                [sys.executable, "-P", str(_SCRIPT), str(os.getpid())],
+                [sys.executable, "-P", str(_FOLDER / "worker.py"), str(os.getpid()), str(_FOLDER / f"{self.job}.py")],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONHASHSEED": "0"},  # fixes the order of sympy's terms, and so its verdicts
+                # A fixed hash seed fixes the order of sympy's terms, and so its verdicts. Threads do not survive a fork.
+                env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # the parent handles Ctrl-C
             )
         self._control = ours
@@ -197,7 +202,7 @@ class Pool:
             ready = False
         if not ready:
             self._stop()
-            raise _start_error()
+            raise self._start_error()
         return ours
 
     def stop(self) -> None:
@@ -220,6 +225,10 @@ class Pool:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def _start_error(self) -> RuntimeError:
+        problem = f"the process of {self.job} did not start or was killed"
+        return RuntimeError(f"{problem}. Check the free memory and the installation of its library")
 
     def _close(self, connection: socket.socket) -> None:
         self._open.discard(connection)
@@ -253,59 +262,77 @@ class _Worker:
             pass
         return True
 
-    def ask(self, question: bytes, seconds: float) -> str:
+    def ask(self, question: bytes, seconds: float) -> list[Any]:
+        """Return a list with the answer.
+
+        Raises:
+            UngradableError: The worker ran out of memory.
+            _DisconnectedError: The worker has ended.
+            TimeoutError: No answer arrived in time.
+        """
         self.asked += 1
         self.socket.settimeout(seconds)
         try:
             self.socket.sendall(question)
-            return _read_line(self.socket)
+            reply = json.loads(_read_line(self.socket))
         except TimeoutError:
             raise
-        except OSError:
+        except (OSError, ValueError):
             raise _DisconnectedError from None
+        if reply == "memory":
+            raise UngradableError("needs more memory than a worker has")
+        return list(reply)
 
 
 def _read_line(connection: socket.socket) -> str:
-    """Read a short line.
+    """Read a line.
 
     Raises:
-        _DisconnectedError: The other end was closed.
+        _DisconnectedError: The other end was closed, or the line is too long.
         TimeoutError: No data arrived within the socket's timeout.
     """
     found = b""
     while not found.endswith(b"\n"):
         try:
-            part = connection.recv(64)
+            part = connection.recv(4096)
         except TimeoutError:
             raise
         except OSError:
             raise _DisconnectedError from None
-        if not part:
+        if not part or len(found) > _LONGEST_REPLY:
             raise _DisconnectedError
         found += part
     return found.decode().strip()
 
 
-def _start_error() -> RuntimeError:
-    return RuntimeError(
-        "the math-verify process did not start or was killed. Check the free memory and the installation of math-verify"
-    )
+_pools: dict[str, Pool] = {}
+_making = threading.Lock()
 
 
-_pool = Pool()
+def shared(job: str) -> Pool:
+    """Return the pool of a job in this process.
 
-
-def shared() -> Pool:
-    """Return the pool of this process."""
-    return _pool
+    Args:
+        job: Name of a module in this folder with a function ``load``, which returns the function that answers questions, and
+            a limit ``MEMORY`` of a worker's address space in bytes. The module imports nothing from this package.
+    """
+    with _making:
+        return _pools.setdefault(job, Pool(job))
 
 
 def _reset_in_child() -> None:
-    global _pool
-    _pool.forget()
-    _pool = Pool()
+    global _making
+    _making = threading.Lock()
+    for pool in _pools.values():
+        pool.forget()
+    _pools.clear()
+
+
+def _stop_all() -> None:
+    for pool in list(_pools.values()):
+        pool.stop()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_in_child)
-atexit.register(lambda: _pool.stop())
+atexit.register(_stop_all)

@@ -1,4 +1,4 @@
-"""The workers of math-verify: bounded in time and memory, repeated when killed, never left behind, and safe to fork."""
+"""The workers of a job, math-verify: bounded in time and memory, repeated when killed, never left behind, and safe to fork."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import pytest
 
-from opsd_lightning.grading import answer_forms, math_grader as grading, math_pool
-from opsd_lightning.grading.math_grader import Grade, MathGrader
+from opsd_lightning.grading import answer_forms, math_grader as grading, worker_pool
+from opsd_lightning.grading.math_grader import JOB, Grade, MathGrader
 
 pytestmark = [
     pytest.mark.integration,
@@ -51,10 +51,10 @@ def children(pid: int) -> list[int]:
 
 def server() -> int:
     """The process that forks the workers, started if there is none."""
-    pool = math_pool.shared()
+    pool = worker_pool.shared(JOB)
     if pool._process is not None and not alive(pool._process.pid):
         pool.stop()
-    assert pool.ask("2x", "x+x", 30.0)[0]
+    assert pool.ask(("2x", "x+x"), 30.0)[0]
     process = pool._process
     assert process is not None
     return process.pid
@@ -93,7 +93,7 @@ def in_thread(run: Callable[[], object]) -> threading.Thread:
 def test_slow_answers_are_graded_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the time of all divided by the workers, on another thread than the main one, in the order of the questions."""
     server()
-    monkeypatch.setattr(math_pool, "workers", lambda: 4)
+    monkeypatch.setattr(worker_pool, "workers", lambda: 4)
     answers = [f"{n}0^{{10^{{10}}}}+x" for n in range(1, 17)]
     texts = [rf"so \boxed{{{answer}}}" for answer in [*answers, "2x/4", "x"]]
     found: list[Grade] = []
@@ -155,14 +155,14 @@ def test_dead_workers_and_their_parent_are_replaced() -> None:
 
 def test_a_stopped_worker_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not even hear its alarm."""
-    monkeypatch.setattr(math_pool, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(worker_pool, "_GRACE_SECONDS", 0.5)
     pid = server()
     workers = children(pid)
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
     for _ in workers:
         with pytest.raises(TimeoutError):
-            math_pool.shared().ask("2x", "x+x", 0.3)
+            worker_pool.shared(JOB).ask(("2x", "x+x"), 0.3)
     assert workers and eventually(lambda: not any(alive(worker) for worker in workers))
     assert MathGrader().equal("0.5x", r"\frac{x}{2}")
 
@@ -192,11 +192,12 @@ def test_memory_is_bounded() -> None:
 PARENT = """
 import sys, threading, time
 from opsd_lightning import MathGrader
-from opsd_lightning.grading.math_pool import shared
+from opsd_lightning.grading.math_grader import JOB
+from opsd_lightning.grading.worker_pool import shared
 grader = MathGrader(timeout_seconds=600.0)
 grader.equal("0.5x", "x/2")
 threading.Thread(target=grader.grades, args=([r"\\boxed{9!!!!!!}", r"\\boxed{7^{7^{7^{7}}}x}"], ["3x", "4x"])).start()
-print(shared()._process.pid, flush=True)
+print(shared(JOB)._process.pid, flush=True)
 time.sleep(600)
 """
 
@@ -250,7 +251,9 @@ def test_forking_while_threads_grade() -> None:
     threads = [in_thread(lambda start=start: grade(start)) for start in range(4)]
     try:
         for number in range(6):
-            assert forked(lambda n=number: len(math_pool.shared()._open) == 0 and (n % 3 > 0 or child_grades(grader))) == 0
+            assert (
+                forked(lambda n=number: len(worker_pool.shared(JOB)._open) == 0 and (n % 3 > 0 or child_grades(grader))) == 0
+            )
     finally:
         stop.set()
         for thread in threads:
@@ -288,8 +291,8 @@ def test_verdicts_do_not_depend_on_the_number_of_workers(monkeypatch: pytest.Mon
     pairs += [("x^2-1", "(x-1)(x+1)"), ("\\sin^2 x+\\cos^2 x", "1"), ("\\sqrt{8}", "2\\sqrt{2}"), ("e^{i\\pi}", "-1")]
     seen = []
     for count in (1, 3):
-        monkeypatch.setattr(math_pool, "workers", lambda count=count: count)
-        math_pool.shared().stop()
+        monkeypatch.setattr(worker_pool, "workers", lambda count=count: count)
+        worker_pool.shared(JOB).stop()
         grading._verdicts.clear()
         found = MathGrader(timeout_seconds=30.0).grades([rf"\boxed{{{a}}}" for a, _ in pairs], [r for _, r in pairs])
         seen.append([(grade.correct, grade.problem) for grade in found])
@@ -301,7 +304,7 @@ def test_number_of_workers_follows_cores_and_ranks(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for ranks, count in (("", 8), ("1", 8), ("16", 4), ("64", 1), ("1000", 1), ("0", 8), ("many", 8)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert math_pool.workers() == count
+        assert worker_pool.workers() == count
 
 
 class Lenient(MathGrader):
@@ -351,7 +354,7 @@ def test_a_slow_answer_votes_by_its_text_without_waiting_again() -> None:
 
 
 def test_a_slow_pattern_is_a_time_out_and_runs_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math_pool, "workers", lambda: 8)
+    monkeypatch.setattr(worker_pool, "workers", lambda: 8)
     grader = MathGrader(answer_pattern=r"((?:\w+\s?)+)=", timeout_seconds=0.5)
     started = time.monotonic()
     found = grader.grades(["a" * 5_000 + f"{n}!=" for n in range(8)] + ["7="], ["7"] * 9)
