@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.grading.json_grader import JSONGrader as JSONGrader
     from opsd_lightning.grading.math_grader import MathGrader as MathGrader
     from opsd_lightning.grading.no_grader import NoGrader as NoGrader
+    from opsd_lightning.grading.python_tests import PythonTestsGrader as PythonTestsGrader
     from opsd_lightning.losses.clips import (
         Clip as Clip,
         NoClip as NoClip,
@@ -160,6 +161,7 @@ _NAMES = {
     "grading.exact_match": "ExactMatch",
     "grading.json_grader": "JSONGrader",
     "grading.math_grader": "MathGrader",
+    "grading.python_tests": "PythonTestsGrader",
     "grading.no_grader": "NoGrader",
     "losses.clips": "Clip NoClip PointwiseClip RescaleClip TokenClip",
     "losses.divergences": "Divergence ForwardKL GeneralizedJSD ReverseKL",

@@ -26,6 +26,7 @@ import opsd_lightning.grading.exact_match
 import opsd_lightning.grading.json_grader
 import opsd_lightning.grading.math_grader
 import opsd_lightning.grading.no_grader
+import opsd_lightning.grading.python_tests
 import opsd_lightning.losses.clips
 import opsd_lightning.losses.divergences
 import opsd_lightning.losses.objectives

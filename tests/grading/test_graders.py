@@ -21,6 +21,7 @@ from opsd_lightning.grading.exact_match import ExactMatch
 from opsd_lightning.grading.json_grader import JSONGrader
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.grading.no_grader import NoGrader
+from opsd_lightning.grading.python_tests import PythonTestsGrader
 from opsd_lightning.types import Example
 
 OPTIONS = {"options": ["10", "12", "14"]}
@@ -52,6 +53,8 @@ CASES = [
     Case(ChoiceGrader(options=None, reference="text"), Example("?\nA) 10\nB) 12", "B", "12"), ("B", "b) 12"), ("A", "10")),
     Case(JSONGrader(), Example("?", '{"a": 1}', '{"a": 1}'), ('{"a": 1.0}', 'So:\n```\n{"a": 1}\n```'), ("{}", '{"a": 2}', "1")),
     Case(JSONGrader("tool_calls", partial=True), Example("?", CALL, CALL), (CALL, f"<tool_call>{CALL}</tool_call>"), ("12", CALL.replace("5", "6"))),
+    Case(PythonTestsGrader(timeout_seconds=5.0, allow_unisolated=True), Example("?", "f = abs", "", {"tests": "assert f(-1) == 1"}),
+         ("f = abs", "```python\ndef f(x):\n    return -x\n```"), ("f = int", "f = (", "abs")),
     Case(NoGrader(), Example("Greet me.", "Ahoy!", ""), (), ("Hello.", "Ahoy!")),
 ]  # fmt: skip
 if issubclass(MathGrader, Grader):
