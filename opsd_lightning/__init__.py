@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.grading.math_grader import MathGrader as MathGrader
     from opsd_lightning.grading.no_grader import NoGrader as NoGrader
     from opsd_lightning.grading.python_tests import PythonTestsGrader as PythonTestsGrader
+    from opsd_lightning.grading.reasoning_gym_grader import ReasoningGymGrader as ReasoningGymGrader
     from opsd_lightning.losses.clips import (
         Clip as Clip,
         NoClip as NoClip,
@@ -163,6 +164,7 @@ _NAMES = {
     "grading.math_grader": "MathGrader",
     "grading.python_tests": "PythonTestsGrader",
     "grading.no_grader": "NoGrader",
+    "grading.reasoning_gym_grader": "ReasoningGymGrader",
     "losses.clips": "Clip NoClip PointwiseClip RescaleClip TokenClip",
     "losses.divergences": "Divergence ForwardKL GeneralizedJSD ReverseKL",
     "losses.objectives": "DivergenceObjective NegativeLogLikelihood Objective SampledKLObjective SampledTokenObjective",

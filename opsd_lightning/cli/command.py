@@ -27,6 +27,7 @@ import opsd_lightning.grading.json_grader
 import opsd_lightning.grading.math_grader
 import opsd_lightning.grading.no_grader
 import opsd_lightning.grading.python_tests
+import opsd_lightning.grading.reasoning_gym_grader
 import opsd_lightning.losses.clips
 import opsd_lightning.losses.divergences
 import opsd_lightning.losses.objectives

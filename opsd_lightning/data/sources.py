@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -10,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from opsd_lightning.data.tables import FORMATS, Table, first_line, read_table, typed_rows
+from opsd_lightning.grading.reasoning_gym_grader import COLUMN
+from opsd_lightning.grading.reasoning_gym_job import encode, make_dataset
 from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
 from opsd_lightning.utils.texts import NotTextError, text_of
+
+AUTO = "auto"
+"""Value of ``trace_key`` that reads the key of reasoning-gym's worked solutions where there is one."""
+
+_TRACE_KEY = "answer_cot"
 
 
 class ExampleSource(ABC):
@@ -203,14 +211,26 @@ class FileSource(ExampleSource):
 
 @checked
 class ReasoningGymSource(ExampleSource):
-    """A procedural task of the ``reasoning-gym`` package with a worked trace in its metadata (extra ``gym``).
+    """A procedural task of the ``reasoning-gym`` package (extra ``gym``). Grade it with `ReasoningGymGrader`.
+
+    The columns are the task's metadata, and ``reasoning_gym``, which the grader reads. A few tasks, such as ``rush_hour``,
+    have no reference answer but grade any answer.
 
     Args:
         task: Name of the task, such as ``gsm_symbolic``.
         size: Number of questions, at least 1.
         seed: Seed for generating the questions. Give each split its own.
-        trace_key: Key of the trace in the task's metadata.
-        options: Further settings of the task, by name.
+        trace_key: Key of the trace in the task's metadata. ``auto`` reads ``answer_cot``, which ``gsm_symbolic`` has, and
+            leaves the trace empty for tasks without it. Null always leaves it empty.
+        options: Further settings of the task, by name. The parts of ``composite`` are objects with ``name``, ``weight`` and
+            ``config``.
+
+    Example::
+
+        >>> from opsd_lightning import ReasoningGymSource
+        >>> (example,) = ReasoningGymSource("spell_backward", size=1, seed=1).examples()
+        >>> example.question, example.answer, example.trace
+        ('Spell this word backward (example: sun -> nus): ammonia', 'ainomma', '')
     """
 
     def __init__(
@@ -218,36 +238,43 @@ class ReasoningGymSource(ExampleSource):
         task: str = "gsm_symbolic",
         size: PositiveInt = 1000,
         seed: int = 0,
-        trace_key: str = "answer_cot",
+        trace_key: str | None = AUTO,
         options: dict[str, Any] | None = None,
     ) -> None:
         self.task, self.size, self.seed, self.trace_key = task, size, seed, trace_key
         self.options = options or {}
 
     def examples(self) -> list[Example]:
+        options = {"size": self.size, "seed": self.seed, **self.options}
         try:
-            import reasoning_gym
+            dataset = make_dataset(self.task, options)
         except ImportError:
             fix = "Run pip install 'opsd-lightning[gym]'"
             raise ConfigError("reasoning-gym is not installed", "task", fix) from None
-        try:
-            dataset = reasoning_gym.create_dataset(self.task, size=self.size, seed=self.seed, **self.options)
         except (ValueError, TypeError, AssertionError) as error:
             problem = f"reasoning-gym cannot make the task {self.task!r} ({first_line(error)})"
             raise ConfigError(problem, "task", "Name a task of reasoning-gym, and give it options that it has") from error
         found = []
         for number, item in enumerate(dataset):
-            if self.trace_key not in item["metadata"]:
-                keys = ", ".join(sorted(item["metadata"]))
-                problem = f"the metadata of the task {self.task!r} have no key {self.trace_key!r}; they have {keys}"
-                fix = "Set it to one of them, or choose a task with worked solutions, such as gsm_symbolic"
-                raise ConfigError(problem, "trace_key", fix)
             holder = f"question {number} of the task {self.task!r}"
             question = _text(item["question"], f"{holder}: its question", "task")
-            trace = _text(item["metadata"][self.trace_key], f"{holder}: {self.trace_key!r} of its metadata", "trace_key")
             answer = _text(item["answer"], f"{holder}: its answer", "task")
-            found.append(Example(question, trace, answer, item["metadata"]))
+            try:
+                record = {"task": self.task, "options": options, "entry": encode(item)}
+            except TypeError as error:
+                raise ConfigError(f"{holder}: {error}", "task", "Choose another task") from None
+            columns = {**item["metadata"], COLUMN: json.dumps(record)}
+            found.append(Example(question, self._trace(item["metadata"], holder), answer, columns))
         return found
+
+    def _trace(self, metadata: Mapping[str, Any], holder: str) -> str:
+        if self.trace_key is None or (self.trace_key == AUTO and _TRACE_KEY not in metadata):
+            return ""
+        key = _TRACE_KEY if self.trace_key == AUTO else self.trace_key
+        if key not in metadata:
+            problem = f"the metadata of {holder} have no key {key!r}; they have {', '.join(sorted(metadata))}"
+            raise ConfigError(problem, "trace_key", "Set it to one of them, or to null for questions without traces")
+        return _text(metadata[key], f"{holder}: {key!r} of its metadata", "trace_key")
 
 
 @checked

@@ -44,6 +44,7 @@ class Grader(ABC):
 
     Attributes:
         grades_completions: False for `NoGrader`. Validation then measures demonstrations instead of sampling completions.
+        repeatable: True if grades depend on the settings and the code of this package alone. Verified rows are then cached.
         concurrent_calls: Number of calls of `grade` and `verify` at one time. Above 1, they are called from threads.
 
     Example::
@@ -57,6 +58,7 @@ class Grader(ABC):
     """
 
     grades_completions: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = False
 
     @property
     def concurrent_calls(self) -> int:
@@ -70,6 +72,10 @@ class Grader(ABC):
             completion: Text of the completion, without special tokens.
             example: The question, with its reference answer and the other columns of its row.
         """
+
+    def can_grade(self, example: Example) -> bool:
+        """Return True if an example has what `grade` compares completions with. Defaults to a reference answer."""
+        return bool(example.answer)
 
     def is_right(self, score: float) -> bool:
         """Return True if a completion with this score counts as right in pass@k, maj@k and contexts. Defaults to score 1."""
@@ -85,10 +91,11 @@ class Grader(ABC):
     def verify(self, example: Example) -> Grade:
         """Grade the trace of an example. Under ``data.verify`` rows with a wrong trace are dropped.
 
-        Defaults to the grade of the trace as a completion. If the example has no reference answer, the answer of the grade
-        becomes its reference.
+        Defaults to the grade of the trace as a completion. If the example has nothing to compare it with (`can_grade`), a
+        trace with an answer gets score 1, and this answer becomes the reference.
         """
-        return self.grade(example.trace, example)
+        grade = self.grade(example.trace, example)
+        return grade if self.can_grade(example) else grade._replace(score=float(grade.answer is not None), feedback="")
 
     # -- many at once ------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from opsd_lightning.grading.base import Grade, Grader
 from opsd_lightning.grading.choices import LETTERS, ChoiceReader, OptionError, read_options
@@ -45,6 +45,8 @@ class ChoiceGrader(Grader):
         [1.0, 1.0, 0.0, 0.0]
     """
 
+    repeatable: ClassVar[bool] = True
+
     options: str | None = "options"
     reference: Literal["auto", "letter", "index", "text"] = "auto"
     first_index: Literal[0, 1] = 0
@@ -82,7 +84,7 @@ class ChoiceGrader(Grader):
 
     def verify(self, example: Example) -> Grade:
         """Grade the trace. Without a reference answer, the answer of the grade has the form that ``reference`` names."""
-        grade = self.grade(example.trace, example)
+        grade = super().verify(example)
         if grade.answer is None or example.answer.strip() or self.reference in ("auto", "letter"):
             return grade
         options = self._reader(example).options

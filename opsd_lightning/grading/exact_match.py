@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from opsd_lightning.grading.base import Grade, Grader
 from opsd_lightning.grading.example_columns import SETTING, column_of, shown
@@ -53,6 +53,8 @@ class ExactMatch(Grader):
         1.0
     """
 
+    repeatable: ClassVar[bool] = True
+
     answer_pattern: str | None = None
     ignore_case: bool = False
     ignore_white_space: bool = True
@@ -85,6 +87,9 @@ class ExactMatch(Grader):
         if any(self.same(answer, reference) for reference in self._accepted(example)):
             return Grade(1.0, answer)
         return Grade(0.0, answer, f"The answer {shown(answer)} is wrong.")
+
+    def can_grade(self, example: Example) -> bool:
+        return bool(self._accepted(example))
 
     def same(self, first: str, second: str) -> bool:
         """Return True if two texts are equal after normalization."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from opsd_lightning.grading.base import Grade, Grader
 from opsd_lightning.grading.example_columns import SETTING, column_of, shown
@@ -49,6 +49,8 @@ class JSONGrader(Grader):
         (0.67, '[0].arguments.city is "Roma", not "Rome".')
     """
 
+    repeatable: ClassVar[bool] = True
+
     form: Literal["value", "tool_calls"] = "value"
     reference: str | None = None
     partial: bool = False
@@ -84,6 +86,9 @@ class JSONGrader(Grader):
             return Grade(1.0, answer)
         score = result.share if self.partial else 0.0
         return Grade(score, answer, _sentence(result.difference))
+
+    def can_grade(self, example: Example) -> bool:
+        return self._reference(example) is not None
 
     def same(self, first: str, second: str) -> bool:
         """Return True if two answers are equal as JSON."""

@@ -26,6 +26,7 @@ class NoGrader(Grader):
         1.0
     """
 
+    repeatable: ClassVar[bool] = True
     grades_completions: ClassVar[bool] = False
 
     def grade(self, completion: str, example: Example) -> Grade:

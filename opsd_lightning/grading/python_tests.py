@@ -86,6 +86,9 @@ class PythonTestsGrader(Grader):
     def concurrent_calls(self) -> int:
         return workers()
 
+    def can_grade(self, example: Example) -> bool:
+        return bool(example.columns.get(self.tests_column) or example.answer)
+
     def grade(self, completion: str, example: Example) -> Grade:
         """Run the code of a completion against the tests of its row."""
         code = _code(strip_thinking(completion) or "")

@@ -86,7 +86,10 @@ def test_reasoning_gym_examples_repeat_for_a_seed() -> None:
     assert len(examples) == 5 and all(e.question and e.trace and e.answer for e in examples)
     assert examples == ReasoningGymSource(size=5, seed=3).examples() != ReasoningGymSource(size=5, seed=4).examples()
     with pytest.raises(ConfigError, match=r"^trace_key: .* 'answer_cot'"):
-        ReasoningGymSource("chain_sum", size=1).examples()
+        ReasoningGymSource("chain_sum", size=1, trace_key="answer_cot").examples()
+    (example,) = ReasoningGymSource("chain_sum", size=1).examples()
+    assert example.trace == "" and example.answer and example.columns["source_dataset"] == "chain_sum"
+    assert [e.trace for e in ReasoningGymSource(size=5, seed=3, trace_key=None).examples()] == [""] * 5
     with pytest.raises(ConfigError, match=r"^task: .* 'no_such_task'"):
         ReasoningGymSource("no_such_task", size=1).examples()
 

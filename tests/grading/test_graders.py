@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 import opsd_lightning.cli.command  # every class that YAML may name  # noqa: F401
 from helpers.classes import subclasses
+from opsd_lightning.data.sources import ReasoningGymSource
 from opsd_lightning.grading.base import PROBLEMS, Grade, Grader
 from opsd_lightning.grading.choice_grader import ChoiceGrader
 from opsd_lightning.grading.exact_match import ExactMatch
@@ -22,10 +23,13 @@ from opsd_lightning.grading.json_grader import JSONGrader
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.grading.no_grader import NoGrader
 from opsd_lightning.grading.python_tests import PythonTestsGrader
+from opsd_lightning.grading.reasoning_gym_grader import ReasoningGymGrader
 from opsd_lightning.types import Example
 
 OPTIONS = {"options": ["10", "12", "14"]}
 CALL = '{"name": "add", "arguments": {"a": 5, "b": 7}}'
+
+(SUM,) = ReasoningGymSource("chain_sum", size=1, seed=5).examples()
 
 
 class Case(NamedTuple):
@@ -55,6 +59,7 @@ CASES = [
     Case(JSONGrader("tool_calls", partial=True), Example("?", CALL, CALL), (CALL, f"<tool_call>{CALL}</tool_call>"), ("12", CALL.replace("5", "6"))),
     Case(PythonTestsGrader(timeout_seconds=5.0, allow_unisolated=True), Example("?", "f = abs", "", {"tests": "assert f(-1) == 1"}),
          ("f = abs", "```python\ndef f(x):\n    return -x\n```"), ("f = int", "f = (", "abs")),
+    Case(ReasoningGymGrader(), SUM, (f"<answer>{SUM.answer}</answer>", f"The sum is\n{SUM.answer}"), ("<answer>?</answer>", SUM.answer + "0")),
     Case(NoGrader(), Example("Greet me.", "Ahoy!", ""), (), ("Hello.", "Ahoy!")),
 ]  # fmt: skip
 if issubclass(MathGrader, Grader):
@@ -113,7 +118,11 @@ def test_right_completions_and_the_trace_verify(case: Case) -> None:
 def test_a_missing_reference_is_filled_in_from_the_trace(case: Case) -> None:
     if case.grader.grades_completions and case.right:
         grade = case.grader.verify(case.example._replace(answer="", trace=case.right[0]))
-        assert grade.answer and case.grader.grade(case.right[0], case.example._replace(answer=grade.answer)).score == 1
+        assert (
+            grade.score == 1
+            and grade.answer
+            and case.grader.grade(case.right[0], case.example._replace(answer=grade.answer)).score == 1
+        )
 
 
 @cases
