@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.checkpoints.file import check_no_hparams, open_checked
 from opsd_lightning.checkpoints.io import check_weights_only
+from opsd_lightning.data.conversations import ConversationError, check_example
 from opsd_lightning.data.drop_reasons import DropReason, RowLimits, TeacherLimit
 from opsd_lightning.data.fingerprint import fingerprint
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
@@ -295,6 +296,11 @@ class OPSDDataModule(LightningDataModule):
                 if not isinstance(value, str):
                     problem = f"the {name} of example {number} of {type(source).__name__} is of type {type(value).__name__}"
                     raise ConfigError(problem, f"data.{split}", "Make it a str in the source")
+            try:
+                check_example(example)
+            except ConversationError as error:
+                problem = f"example {number} of {type(source).__name__}: {error.problem}"
+                raise ConfigError(problem, f"data.{split}", error.fix) from None
         return found
 
     def _loader(self, split: str) -> EvalLoader:

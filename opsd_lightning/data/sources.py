@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from opsd_lightning.data.conversations import (
+    ConversationError,
+    check_no_media,
+    decoded,
+    read_conversation,
+    read_message,
+    read_tools,
+)
 from opsd_lightning.data.tables import FORMATS, Table, first_line, read_table, typed_rows
 from opsd_lightning.grading.reasoning_gym_grader import COLUMN
 from opsd_lightning.grading.reasoning_gym_job import encode, make_dataset
 from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
+from opsd_lightning.utils.messages import column_text, is_messages, message_text
 from opsd_lightning.utils.texts import NotTextError, text_of
 
 AUTO = "auto"
 """Value of ``trace_key`` that reads the key of reasoning-gym's worked solutions where there is one."""
 
 _TRACE_KEY = "answer_cot"
+_Part = TypeVar("_Part")
+# The beginning of a list of messages that was written into one text, such as a cell of CSV.
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 class ExampleSource(ABC):
@@ -37,14 +50,19 @@ class ExampleSource(ABC):
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold questions, traces and answers.
+    """Names of the columns that hold questions, traces and answers, or conversations.
 
-    Their values are text, numbers, dates or truth values. Lists and objects are errors.
+    Values are text, numbers, dates or truth values. Questions and traces may also be lists of messages, as in trl's columns
+    ``prompt``, ``completion`` and ``privileged_context``. Other lists and objects are errors.
 
     Args:
-        question: Column of the problem.
-        trace: Column of the worked solution. Null if the data have none; evaluation and some methods need none.
+        question: Column of the problem: a text, or the messages of a conversation up to the user's last turn.
+        trace: Column of the worked solution. Null if the data have none; evaluation and some methods need none. A list of
+            messages reads as their texts, one a line; a single assistant's message is the demonstration of a conversation.
         answer: Column of the reference answer. If null, the answer is found at the end of the trace.
+        messages: Column of whole conversations, in place of ``question`` and ``trace``. The assistant's turn at the end is
+            the demonstration, which only the teacher reads. Both roles read all turns before it.
+        tools: Column of the tools' JSON schemas, for the chat template.
 
     Example::
 
@@ -53,29 +71,53 @@ class Columns:
         >>> (example,) = Columns(question="q", trace="proof", answer="gold").read(rows, "my rows")
         >>> example.question, example.answer
         ('1 + 1?', '2')
+        >>> chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+        >>> (example,) = Columns(messages="chat").read([{"chat": chat}], "my rows")
+        >>> example.messages, example.trace
+        ([{'role': 'user', 'content': '1 + 1?'}], '2')
     """
 
     question: str = "problem"
     trace: str | None = "solution"
     answer: str | None = None
+    messages: str | None = None
+    tools: str | None = None
 
-    def read(self, rows: Iterable[Mapping[str, Any]], origin: str, places: Iterable[str] | None = None) -> list[Example]:
+    def __post_init__(self) -> None:
+        given = [name for name in ("question", "trace") if getattr(self, name) not in (getattr(type(self), name), None)]
+        if self.messages is not None and given:
+            problem = f"it is set, and so is columns.{given[0]}"
+            fix = (
+                "To read a prompt and its reference from two columns, name them as columns.question and columns.trace, and "
+            )
+            raise ConfigError(problem, "columns.messages", f"{fix}set columns.messages to null")
+
+    def read(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        origin: str,
+        places: Iterable[str] | None = None,
+        null_filled: bool = False,
+    ) -> list[Example]:
         """Make examples from rows.
 
         Args:
-            rows: Values by column. Each row needs all three columns.
+            rows: Values by column. Each row needs all columns that are not null.
             origin: Name of the data in messages.
             places: Place of each row in messages, such as ``line 12``. Defaults to the number of the row, from 1.
+            null_filled: If True, leave null values in messages and tools out. Arrow fills every object with the keys of all
+                others.
 
         Raises:
-            ConfigError: There is no row, a column is missing, or a value is neither text nor number.
+            ConfigError: There is no row, a column is missing, a value is neither text nor number, or a conversation is
+                malformed.
         """
         rows = list(rows)
         if not rows:
             raise ConfigError(f"{origin} has no rows", "path", "Check the source's path and split")
         places = (f"row {number} of {len(rows)}" for number in range(1, len(rows) + 1)) if places is None else places
-        names = {setting: getattr(self, setting) for setting in ("question", "trace", "answer")}
-        names = {setting: name for setting, name in names.items() if name is not None}
+        read = ("question", "trace", "answer", "tools") if self.messages is None else ("messages", "answer", "tools")
+        names = {setting: name for setting in read if (name := getattr(self, setting)) is not None}
         for setting, name in names.items():
             if not any(name in row for row in rows):
                 there = ", ".join(map(str, dict.fromkeys(key for row in rows for key in row)))
@@ -83,19 +125,88 @@ class Columns:
                 raise ConfigError(problem, f"columns.{setting}", "Set it to one of them")
         examples = []
         for row, place in zip(rows, places, strict=True):
-            texts = {"trace": "", "answer": ""}
             for setting, name in names.items():
                 if name not in row:
                     problem = f"{origin}, {place}: no column {name!r}, which other rows have"
                     raise ConfigError(problem, f"columns.{setting}", "Write null in rows without a value")
-                texts[setting] = _text(row[name], f"{origin}, {place}: the column {name!r}", f"columns.{setting}")
-            examples.append(Example(texts["question"], texts["trace"], texts["answer"], row))
+            examples.append(_Row(row, f"{origin}, {place}", names, null_filled).example())
         return examples
 
 
-def _text(value: Any, holder: str, setting: str) -> str:
+class _Row(NamedTuple):
+    """A row of a source.
+
+    Args:
+        values: Values by column.
+        place: Origin and place of the row in messages.
+        names: Column of each argument of `Columns` that is read.
+        null_filled: See `Columns.read`.
+    """
+
+    values: Mapping[str, Any]
+    place: str
+    names: Mapping[str, str]
+    null_filled: bool
+
+    def example(self) -> Example:
+        answer = self._text("answer")
+        tools = self._part("tools", read_tools) if "tools" in self.names else []
+        asked = "messages" if "messages" in self.names else "question"
+        if asked == "question" and not is_messages(self._value("question")):
+            question = self._text("question")
+            trace, demonstration = self._trace()
+            if not tools and not (demonstration or {}).get("tool_calls"):
+                return Example(question, trace, answer, self.values)
+            turns = [{"role": "user", "content": question}]
+            return Example(question, trace, answer, self.values, turns, tools, demonstration)
+        found = self._part(asked, read_conversation)
+        self._part(asked, lambda *_: check_no_media(self.values))
+        if "tools" not in self.names and self.values.get("tools"):
+            problem = f"{self.place}: the column 'tools' holds the tools of a conversation and is not read"
+            raise ConfigError(problem, "columns.tools", "Set it to tools, or remove the column")
+        trace, demonstration = self._trace()
+        if trace and found.demonstration:
+            problem = f"{self.place}: the column {self.names[asked]!r} ends with an assistant's turn"
+            fix = "Remove this turn from the column, or set columns.trace to null to make it the demonstration"
+            raise ConfigError(problem, f"columns.{asked}", fix)
+        if found.demonstration:
+            trace, demonstration = found.trace.strip(), found.demonstration
+        return Example(found.question.strip(), trace, answer, self.values, found.messages, tools, demonstration)
+
+    def _trace(self) -> tuple[str, dict[str, Any] | None]:
+        """Return the text of the trace, and the assistant's message if the trace is one."""
+        messages = self._value("trace")
+        if not is_messages(messages) or len(messages) > 1:
+            return self._text("trace", column_text), None
+        message = self._part("trace", lambda *_: read_message(messages[0], 1, self.null_filled))
+        return message_text(message).strip(), message if message["role"] == "assistant" else None
+
+    def _value(self, setting: str) -> Any:
+        """Return the value of a column, or None if it is not read. A JSON text of messages becomes a list."""
+        value = self.values[self.names[setting]] if setting in self.names else None
+        if not isinstance(value, str) or not _WRITTEN_MESSAGES.match(value):
+            return value
+        return self._part(setting, lambda *_: decoded(value, "messages"))
+
+    def _text(self, setting: str, read: Callable[[Any], str | None] = text_of) -> str:
+        if setting not in self.names:
+            return ""
+        holder = f"{self.place}: the column {self.names[setting]!r}"
+        return _text(self._value(setting), holder, f"columns.{setting}", read)
+
+    def _part(self, setting: str, read: Callable[[Any, bool], _Part]) -> _Part:
+        """Read a part of a conversation. Errors name the row and the setting."""
+        name = self.names[setting]
+        try:
+            return read(self.values[name], self.null_filled)
+        except ConversationError as error:
+            problem = f"{self.place}: the column {name!r}: {error.problem}"
+            raise ConfigError(problem, f"columns.{setting}", error.fix) from None
+
+
+def _text(value: Any, holder: str, setting: str, read: Callable[[Any], str | None] = text_of) -> str:
     try:
-        return (text_of(value) or "").strip()
+        return (read(value) or "").strip()
     except NotTextError as error:
         raise ConfigError(f"{holder} holds {error}", setting, "Name a column of text or numbers") from None
 
@@ -142,7 +253,7 @@ class HubSource(ExampleSource):
         except Exception as error:  # datasets has no base class for its errors
             problem = f"cannot load the dataset {self.path!r}, split {self.split!r} ({first_line(error)})"
             raise ConfigError(problem, "path", "Give a Hugging Face id or a folder written by save_to_disk") from error
-        return self.columns.read(rows, f"the dataset {self.path}")
+        return self.columns.read(rows, f"the dataset {self.path}", null_filled=True)
 
     def _from_disk(self, folder: Path) -> Any:
         from datasets import DatasetDict, load_from_disk
@@ -191,7 +302,7 @@ class FileSource(ExampleSource):
 
     def examples(self) -> list[Example]:
         table = self._table().part(self.split)
-        return self.columns.read(table.rows, str(self.path), table.places)
+        return self.columns.read(table.rows, str(self.path), table.places, Path(self.path).suffix == ".parquet")
 
     def _table(self) -> Table:
         try:

@@ -10,14 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_lightning.doctor.findings import Finding, percent
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext
-from opsd_lightning.prompts.control_tokens import spelled
+from opsd_lightning.prompts.control_tokens import spelled, texts_in
 from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date
-from opsd_lightning.prompts.templates import Prompts, fill
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Example
 
 _TEMPLATE = "model.policy.chat_template"
 _OPEN, _CLOSE = "<think>", "</think>"
 _PROBE = "A reply 7."
+_SHORT = Example("1+1?", "", "")
 
 #: The end of a prompt: inside a thinking block, after a closed one, or without one.
 Thinking = Literal["open", "closed", "none"]
@@ -29,14 +30,14 @@ class Role(NamedTuple):
     Args:
         name: ``student`` or ``teacher``.
         prompts: Token ids of one prompt per example.
-        contents: User turns from which the prompts were rendered. The teacher's are without the context.
+        examples: Questions from which the prompts were rendered.
         kwargs: Further arguments of the chat template.
         prefix: Text after the generation prompt.
     """
 
     name: str
     prompts: Sequence[Sequence[int]]
-    contents: Sequence[str]
+    examples: Sequence[Example]
     kwargs: dict[str, Any]
     prefix: str = ""
 
@@ -47,11 +48,10 @@ class Role(NamedTuple):
 
 def roles_of(prompts: Prompts, examples: Sequence[Example], students: Any, teachers: Any) -> list[Role]:
     """Return the role of the student, and of the teacher if it has prompts of its own."""
-    contents = [fill(prompts.student_template, question=example.question) for example in examples]
-    found = [Role("student", students, contents, prompts.student_chat_template_kwargs)]
+    found = [Role("student", students, examples, prompts.student_chat_template_kwargs)]
     if teachers and all(teachers):
         settings = prompts.teacher_chat_template_kwargs, prompts.teacher_response_prefix
-        found.append(Role("teacher", teachers, contents, *settings))
+        found.append(Role("teacher", teachers, examples, *settings))
     return found
 
 
@@ -79,10 +79,9 @@ def template_findings(
         fix = "use the model's own tokenizer: this one belongs to another model, or tokens were added to it"
         yield Finding("error", "template", text, "model.policy.model", fix)
     yield from _special_tokens(tokenizer, role)
-    turns = [prompts.messages(content) for content in role.contents]
-    rendered = [prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix for messages in turns]
     if role.name == "student":  # the teacher's context is already part of its tokens
-        for ids, text in zip(role.prompts, rendered, strict=True):
+        for ids, example in zip(role.prompts, role.examples, strict=True):
+            text = prompts.rendered(tokenizer, prompts.messages(example), role.kwargs, tools=example.tools)
             decoded = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))  # type: ignore[call-arg]
             if decoded != text:
                 place = next((i for i, (a, b) in enumerate(zip(decoded, text, strict=False)) if a != b), len(text))
@@ -120,11 +119,11 @@ def _answered(
     traces: Sequence[str],
 ) -> Iterator[Finding]:
     """Check that the template puts an answer directly after the prompt, and that the answer ends with an EOS token."""
-    messages = prompts.messages(role.contents[0])
-    opened = prompts.rendered(tokenizer, messages, role.kwargs)
+    messages, tools = prompts.messages(role.examples[0]), role.examples[0].tools
+    opened = prompts.rendered(tokenizer, messages, role.kwargs, tools=tools)
     answered = [*messages, {"role": "assistant", "content": _PROBE}]
     try:
-        whole = prompts.rendered(tokenizer, answered, role.kwargs, generation=False)
+        whole = prompts.rendered(tokenizer, answered, role.kwargs, generation=False, tools=tools)
     except ConfigError:
         return
     if not whole.startswith(opened + _PROBE):
@@ -175,7 +174,10 @@ def token_findings(tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], voca
 
 def injected_findings(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Finding]:
     """Find control tokens that are spelled out in the data, and read as ordinary text."""
-    found = [[t for t in spelled(tokenizer, e.question + "\n" + e.trace) if t not in (_OPEN, _CLOSE)] for e in examples]
+    found = []
+    for example in examples:
+        texts = [example.question, example.trace, *texts_in([*example.messages, *example.tools])]
+        found.append([token for token in spelled(tokenizer, "\n".join(texts)) if token not in (_OPEN, _CLOSE)])
     rows = [tokens for tokens in found if tokens]
     if rows:
         text = f"{len(rows)} rows ({percent(len(rows), len(examples))}) write out a special token, such as {rows[0][0]!r}"
@@ -205,7 +207,7 @@ def thinking_facts(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, roles: Sequence[Role], traces: Sequence[str]
 ) -> dict[str, Any]:
     """Return the thinking mode of the template and of each role's prompts, and the number of traces with thinking."""
-    messages = prompts.messages("1+1?")
+    messages = prompts.messages(_SHORT)
     on, off = (prompts.rendered(tokenizer, messages, {"enable_thinking": value}) for value in (True, False))
     return {
         "template_can_switch": on != off,
@@ -235,7 +237,7 @@ def thinking_findings(
         skipped: ``skip_first_tokens`` of the objective.
         in_place: If True, the method trains on traces.
     """
-    messages = prompts.messages("1+1?")
+    messages = prompts.messages(_SHORT)
     for role in roles:
         rendered = prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix
         if len(re.findall(rf"{_OPEN}\s*{_CLOSE}", rendered)) > 1:

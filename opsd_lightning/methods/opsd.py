@@ -28,7 +28,16 @@ from opsd_lightning.prompts.online_contexts import OnlineContext, ReasonFirst, r
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import seed_for
 from opsd_lightning.teachers import FixedTeacher, GenerativeTeacher, Teacher
-from opsd_lightning.types import ConfigError, DataRequirements, PositiveFloat, PromptBatch, Rollouts, Sampling, checked
+from opsd_lightning.types import (
+    ConfigError,
+    DataRequirements,
+    Example,
+    PositiveFloat,
+    PromptBatch,
+    Rollouts,
+    Sampling,
+    checked,
+)
 
 
 class TeacherPrompts(NamedTuple):
@@ -221,10 +230,10 @@ class DistillationModule(PolicyModule):
         ratios = self.truncated(ratios, self.max_importance_ratio, "update_ratio")
         return [weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]
 
-    def _generate(self, messages: Sequence[str], sampling: Sampling) -> list[str | None]:
+    def _generate(self, examples: Sequence[Example], messages: Sequence[str], sampling: Sampling) -> list[str | None]:
         """Generate the teacher's answer to each message. None for a message that does not fit. Every rank must call."""
         assert isinstance(self.teacher, GenerativeTeacher)  # checked with the context
-        prompts = [self.prompts.chat(self.tokenizer, message) for message in messages]
+        prompts = [self.prompts.ask(self.tokenizer, *pair) for pair in zip(examples, messages, strict=True)]
         limit = self.policy.context_length() or sys.maxsize
         fits = [len(prompt) + sampling.max_new_tokens <= limit for prompt in prompts]
         # Every rank must sample: one token replaces a message that is too long.

@@ -1,26 +1,30 @@
 """Render messages with a tokenizer's chat template.
 
-Templates of vision models take the content of a message as a list of parts; `takes_parts` tests for that. Templates such as
-Llama 3's write today's date; they get a fixed date, so that prompts are the same on every day.
+Some templates, such as those of vision models, take the content of a message as a list of parts, and others as a text alone;
+`content_form` tests for that. Templates such as Llama 3's write today's date; they get a fixed date, so that prompts are the
+same on every day.
 
 A template is a program, which may come with a downloaded model. transformers denies it access to files and Python objects,
-but does not limit its run time. So each template is first rendered in a child process with a time and a memory limit.
+but does not limit its run time. So each template is first rendered in a child process with a time and a memory limit, once
+for each `kind` of conversation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from opsd_lightning.types import ConfigError
+from opsd_lightning.types import ConfigError, Message
 from opsd_lightning.utils.limited_process import exceeded_limit
+from opsd_lightning.utils.messages import content_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SETTING = "model.policy.chat_template"
+Form = Literal["text", "parts", "either"]
 
 # Replaces transformers' function of the same name, which reads the clock. For a date format that is not in `days`, it raises
 # an error with the format, which `_apply` reads. Jinja removes the line break behind a block.
@@ -30,19 +34,20 @@ _DAY = (
 )
 _ASKS = "opsd: format of a date: "
 _FORMATS: set[str] = set()
-_PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
+_FORMS: WeakKeyDictionary[Any, tuple[str, Form]] = WeakKeyDictionary()
 _WORD = "Pangolin"
 _SECONDS, _MEMORY = 10.0, 1 << 29  # limits of the first rendering
 _LONGEST = 1 << 24  # longest rendered text in characters, far more than any model reads
-_ENDING: set[tuple[str, str, bool]] = set()  # templates, with their arguments, that stayed within the limits
+_ENDING: set[tuple[Any, ...]] = set()  # templates, with their arguments, that stayed within the limits
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Message],
     kwargs: dict[str, Any],
     day: date,
     generation: bool = True,
+    tools: Sequence[Message] = (),
 ) -> str:
     """Render messages as the text that the model reads.
 
@@ -52,38 +57,51 @@ def render(
         kwargs: Further arguments of the template.
         day: Date that the template writes as today's.
         generation: If True, open the assistant's turn at the end.
+        tools: Schemas of the tools that the template describes.
 
     Raises:
         ConfigError: The template fails.
     """
+    if tools:
+        if "tools" in kwargs:
+            problem = "the chat_template_kwargs give tools, and a row has tools of its own"
+            raise ConfigError(problem, "data.prompts", "Leave tools out of the chat_template_kwargs of both roles")
+        kwargs = {**kwargs, "tools": list(tools)}
     _check_ends(tokenizer, messages, kwargs, day, generation)
     try:
-        if takes_parts(tokenizer):
-            return _apply(tokenizer, _as_parts(messages), kwargs, day, generation)
-        return _apply(tokenizer, messages, kwargs, day, generation)
+        return _apply(tokenizer, _in_form(messages, content_form(tokenizer)), kwargs, day, generation)
     except Exception as error:  # templates are programs, which can raise anything
         reason = " ".join(str(error).split()) or "no message"
+        held = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        several = f" on a conversation with the roles {held}" if len(messages) > 2 else ""
         raise ConfigError(
-            f"the chat template fails with {type(error).__name__}: {reason}",
+            f"the chat template fails{several} with {type(error).__name__}: {reason}",
             SETTING,
-            "Check data.prompts.system and the chat_template_kwargs, or use another template",
+            "Check data.prompts.system, data.prompts.context_position and the chat_template_kwargs, or use another template",
         ) from None
+
+
+def kind(messages: Sequence[Message], tools: object) -> tuple[Any, ...]:
+    """Return the roles of a conversation and the use of tools in it: what decides the parts of a template that run."""
+    roles = tuple(sorted({str(message["role"]) for message in messages}))
+    return roles, any(message.get("tool_calls") for message in messages), bool(tools)
 
 
 def _check_ends(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Message],
     kwargs: dict[str, Any],
     day: date,
     generation: bool,
 ) -> None:
     """Raise `ConfigError` if rendering with these arguments exceeds a time or memory limit."""
-    key = (str(tokenizer.chat_template), repr(sorted(kwargs.items())), generation)
+    settings = repr(sorted((name, value) for name, value in kwargs.items() if name != "tools"))
+    key = (str(tokenizer.chat_template), settings, generation, *kind(messages, kwargs.get("tools")))
     if key in _ENDING:
         return
 
     def both() -> None:
-        for written in (messages, _as_parts(messages)):
+        for written in (messages, _in_form(messages, "parts")):
             try:
                 if len(_apply(tokenizer, written, kwargs, day, generation)) > _LONGEST:
                     raise MemoryError
@@ -100,31 +118,42 @@ def _check_ends(
     _ENDING.add(key)
 
 
-def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return True if the template writes content that is a list of parts, but drops content that is a text."""
+def content_form(tokenizer: PreTrainedTokenizerBase) -> Form:
+    """Return the form of content that the template writes: ``text``, ``parts``, or ``either``."""
     template = str(tokenizer.chat_template)
-    known = _PARTS.get(tokenizer)
-    if known is None or known[0] != template:
-        messages = [{"role": "user", "content": _WORD}]
-        known = (template, not _shows(tokenizer, messages) and _shows(tokenizer, _as_parts(messages)))
-        _PARTS[tokenizer] = known
-    return known[1]
+    known = _FORMS.get(tokenizer)
+    if known is not None and known[0] == template:
+        return known[1]
+    message = {"role": "user", "content": _WORD}
+    text, parts = _shows(tokenizer, [message]), _shows(tokenizer, _in_form([message], "parts"))
+    form: Form = "either" if text and parts else "parts" if parts else "text"
+    _FORMS[tokenizer] = (template, form)
+    return form
 
 
-def _shows(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> bool:
+def _shows(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> bool:
     try:
-        return _WORD in _apply(tokenizer, messages, {}, date(2024, 7, 26), True)
+        text = _apply(tokenizer, messages, {}, date(2024, 7, 26), True)
     except Exception:  # see `render`
         return False
+    return _WORD in text and "'text'" not in text and '"text"' not in text  # some templates write a list as Python or JSON
 
 
-def _as_parts(messages: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+def _in_form(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:
+    """Return messages with their content in the form that a template writes."""
+    found = [dict(message) for message in messages]
+    for message in found:
+        content = message.get("content")
+        if form == "parts" and isinstance(content, str):
+            message["content"] = [{"type": "text", "text": content}]
+        elif form == "text" and isinstance(content, list | tuple):
+            message["content"] = content_text(content)
+    return found
 
 
 def _apply(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Message],
     kwargs: dict[str, Any],
     day: date,
     generation: bool,
@@ -141,7 +170,7 @@ def _apply(
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    list(messages),
+                    [dict(message) for message in messages],
                     chat_template=template,
                     add_generation_prompt=generation,
                     tokenize=False,

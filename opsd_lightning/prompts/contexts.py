@@ -13,8 +13,8 @@ import regex
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.prompts.templates import UNIT
 from opsd_lightning.types import ConfigError, Example, OpenUnitInterval, checked
-from opsd_lightning.utils.messages import question_key
-from opsd_lightning.utils.texts import NotTextError, normalize_text, text_of
+from opsd_lightning.utils.messages import column_text, question_key
+from opsd_lightning.utils.texts import NotTextError, normalize_text
 
 
 class PrivilegedContext(ABC):
@@ -172,6 +172,8 @@ class WrongContext(PrivilegedContext):
 class ColumnContext(PrivilegedContext):
     """A text of another column of the data. Rows with null or blank text are dropped.
 
+    A list of messages reads as their texts, one a line, as in trl's column ``privileged_context``.
+
     Args:
         column: Name of the column in the source's rows.
     """
@@ -187,7 +189,7 @@ class ColumnContext(PrivilegedContext):
             problem = f"the data have no column {self.column!r}; they have {', '.join(map(str, columns))}"
             raise ConfigError(problem, "data.context.column", "Set it to one of them")
         try:
-            return (text_of(columns[self.column]) or "").strip()
+            return (column_text(columns[self.column]) or "").strip()
         except NotTextError as error:
             problem = f"the column {self.column!r} holds {error} at the question {examples[index].question[:60]!r}"
             raise ConfigError(problem, "data.context.column", "Name a column of text or numbers") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -73,41 +73,77 @@ def spelled(tokenizer: PreTrainedTokenizerBase, text: str, where: Literal["promp
     return _control(tokenizer).patterns[where].findall(text)
 
 
-def hide(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    inserted: Sequence[Span],
-    where: Literal["prompt", "completion"] = "prompt",
-) -> tuple[str, dict[str, str]]:
-    """Replace control tokens that overlap inserted values by marks.
+class Marks:
+    """Marks in place of the control tokens in several texts of one prompt, with one table for all.
 
     Args:
         tokenizer: The tokenizer.
-        text: The text.
-        inserted: Start and end of the values in it. Control tokens elsewhere stay.
-        where: Use of the text, which decides the tokens that count as control tokens.
+        texts: All texts that will be in the prompt. No mark looks like a part of them.
 
-    Returns:
-        The text, and the control token behind each mark.
+    Attributes:
+        hidden: The control token behind each mark.
     """
-    hidden: dict[str, str] = {}
-    pieces, end = [], 0
-    fence = ""
-    for match in _control(tokenizer).patterns[where].finditer(text):
-        if any(match.start() < stop and start < match.end() for start, stop in inserted):
-            # A character for private use that this text does not contain: no template treats it in a special way.
-            fence = fence or next((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text), "\ue000")
-            mark = f"{fence}{len(hidden)}{fence}"
-            hidden[mark] = match[0]
-            pieces += [text[end : match.start()], mark]
-            end = match.end()
-    return "".join([*pieces, text[end:]]), hidden
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
+        self._patterns = _control(tokenizer).patterns
+        self._texts = texts
+        self._fence = ""
+        self.hidden: dict[str, str] = {}
+
+    def hide(
+        self, text: str, inserted: Sequence[Span] | None = None, where: Literal["prompt", "completion"] = "prompt"
+    ) -> str:
+        """Replace control tokens that overlap inserted values by marks.
+
+        Args:
+            text: The text.
+            inserted: Start and end of the values in it. Control tokens elsewhere stay. Defaults to the whole text.
+            where: Use of the text, which decides the tokens that count as control tokens.
+        """
+        pieces, end = [], 0
+        for match in self._patterns[where].finditer(text):
+            if inserted is None or any(match.start() < stop and start < match.end() for start, stop in inserted):
+                mark = f"{self._mark()}{len(self.hidden)}{self._fence}"
+                self.hidden[mark] = match[0]
+                pieces += [text[end : match.start()], mark]
+                end = match.end()
+        return "".join([*pieces, text[end:]])
+
+    def hide_in(self, value: Any, where: Literal["prompt", "completion"] = "prompt") -> Any:
+        """Replace control tokens in all texts of a nested value, such as a tool schema."""
+        if isinstance(value, str):
+            return self.hide(value, where=where)
+        if isinstance(value, Mapping):
+            return {self.hide_in(key, where): self.hide_in(each, where) for key, each in value.items()}
+        return [self.hide_in(each, where) for each in value] if isinstance(value, list | tuple) else value
+
+    def _mark(self) -> str:
+        if not self._fence:
+            # A character for private use that these texts do not contain: no template treats it in a special way.
+            used = set().union(*self._texts)
+            self._fence = next((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used), "\ue000")
+        return self._fence
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield all texts of a nested value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield key
+            yield from texts_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from texts_in(each)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: Mapping[str, str]) -> list[int]:
-    """Encode a text without adding special tokens. Encode the control tokens behind the marks of `hide` as ordinary text."""
+    """Encode a text without adding special tokens. Encode the control tokens behind `Marks` as ordinary text."""
     if not hidden:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    escaped = {json.dumps(mark)[1:-1]: token for mark, token in hidden.items()}  # as templates may write JSON
+    hidden = {**hidden, **escaped}
     pieces = re.split("(" + "|".join(map(re.escape, hidden)) + ")", text)
     shown, places = "", []
     for number, piece in enumerate(pieces):
@@ -131,8 +167,8 @@ def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, where: Literal["prompt", "completion"] = "prompt"
 ) -> list[int]:
     """Encode a text from the data or the model. Its control tokens become ordinary text."""
-    marked, hidden = hide(tokenizer, text, [(0, len(text))], where)
-    return encode(tokenizer, marked, hidden)
+    marks = Marks(tokenizer, [text])
+    return encode(tokenizer, marks.hide(text, where=where), marks.hidden)
 
 
 def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

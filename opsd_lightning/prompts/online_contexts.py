@@ -55,8 +55,9 @@ def read_attempts(
     return Attempts(batch.examples, texts, answers, correct, rollouts.terminated, rollouts.n, grader, problems)
 
 
-#: Samples the teacher's answers to user messages. None for a message that does not fit the context with its answer.
-Write = Callable[[Sequence[str], Sampling], list[str | None]]
+#: Samples the teacher's answers to user messages, each in the conversation of its example (see `Prompts.ask`). None for a
+#: message that does not fit the context with its answer.
+Write = Callable[[Sequence[Example], Sequence[str], Sampling], list[str | None]]
 
 
 class OnlineContext(ABC):
@@ -114,7 +115,7 @@ class ReasonFirst(OnlineContext):
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         messages = [fill(self.template, question=example.question, trace=example.trace) for example in attempts.examples]
-        analyses = write(messages, self.sampling)
+        analyses = write(attempts.examples, messages, self.sampling)
         found = [
             None if text is None else fill(self.joined, trace=example.trace, analysis=text.strip())
             for example, text in zip(attempts.examples, analyses, strict=True)

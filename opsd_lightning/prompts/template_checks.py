@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opsd_lightning.prompts.chat_template import SETTING
-from opsd_lightning.prompts.templates import Prompts, fill
+from opsd_lightning.prompts.templates import Prompts, Role
 from opsd_lightning.types import ConfigError, Example
 
 if TYPE_CHECKING:
@@ -36,13 +36,16 @@ _OPPOSITE |= {other: word for word, other in _OPPOSITE.items()}
 
 
 class _Role(NamedTuple):
-    name: Literal["student", "teacher"]
-    template: str
+    name: Role
     kwargs: dict[str, Any]
 
     @property
     def setting(self) -> str:
         return f"data.prompts.{self.name}_chat_template_kwargs"
+
+    def messages(self, prompts: Prompts, question: str = _QUESTION, context: str = _CONTEXT) -> list[dict[str, Any]]:
+        """Return the messages of this role's prompt for a question."""
+        return prompts.messages(Example(question, "", ""), context if self.name == "teacher" else None)
 
 
 def rendering_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, teacher: bool = True) -> list[ConfigError]:
@@ -53,12 +56,10 @@ def rendering_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, tea
         prompts: Templates of the prompts.
         teacher: If True, check the teacher's prompts too.
     """
-    roles = [_Role("student", prompts.student_template, prompts.student_chat_template_kwargs)]
-    if teacher:
-        roles.append(_Role("teacher", prompts.teacher_template, prompts.teacher_chat_template_kwargs))
+    names: list[Role] = ["student", "teacher"] if teacher else ["student"]
     found: dict[str, ConfigError] = {}
-    for role in roles:
-        for problem in _role_problems(tokenizer, prompts, role):
+    for name in names:
+        for problem in _role_problems(tokenizer, prompts, _Role(name, prompts.kwargs(name))):
             found.setdefault(str(problem), problem)
     return list(found.values())
 
@@ -72,22 +73,20 @@ def _role_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _
         yield ConfigError(problem, role.setting, f"Leave {name} out, and give only variables of the chat template")
     role = role._replace(kwargs={name: value for name, value in role.kwargs.items() if name not in taken})
 
-    def rendered(content: str, system: str | None = prompts.system, kwargs: dict[str, Any] = role.kwargs) -> str:
-        wording = replace(prompts, system=system)
-        return wording.rendered(tokenizer, wording.messages(content), kwargs)
+    def rendered(wording: Prompts) -> str:
+        return wording.rendered(tokenizer, role.messages(wording), role.kwargs)
 
-    content = fill(role.template, question=_QUESTION, context=_CONTEXT).strip()  # templates may strip it too
     try:
-        text = rendered(content)
+        text = rendered(prompts)
     except ConfigError as error:
         yield _failure(tokenizer, prompts, role, error)
         return
-    if text.count(content) != 1:
-        yield _lost(tokenizer, prompts, role, content, text)
+    if lost := _lost_content(prompts, role, text):
+        yield _lost(tokenizer, prompts, role, lost, text)
         return
     if prompts.system is not None:
         try:
-            times = rendered(content, _SYSTEM).count(_SYSTEM)
+            times = rendered(replace(prompts, system=_SYSTEM)).count(_SYSTEM)
         except ConfigError:  # the template accepts only some system messages
             times = 1
         if times != 1:
@@ -101,29 +100,44 @@ def _role_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _
     yield from _idle_kwargs(tokenizer, prompts, role)
 
 
+def _lost_content(prompts: Prompts, role: _Role, text: str) -> str:
+    """Return the content of a message that is not exactly once in a rendered prompt, or an empty text."""
+    for message in role.messages(prompts):
+        content = str(message["content"]).strip()  # templates may strip it too
+        checked = message["role"] == "user" or _CONTEXT in content  # `system` has a check of its own
+        if checked and text.count(content) != 1:
+            return content
+    return ""
+
+
 def _failure(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, error: ConfigError) -> ConfigError:
     """Return the error of a template that fails, with the setting that makes it fail."""
 
-    def works(system: str | None, kwargs: dict[str, Any]) -> bool:
-        wording = replace(prompts, system=system)
+    def works(wording: Prompts, kwargs: dict[str, Any]) -> bool:
         try:
-            wording.rendered(tokenizer, wording.messages(_SHORT.question), kwargs)
+            wording.rendered(tokenizer, role.messages(wording, _SHORT.question, "Quokka"), kwargs)
         except ConfigError:
             return False
         return True
 
-    if prompts.system is not None and works(None, role.kwargs):
+    if prompts.system is not None and works(replace(prompts, system=None), role.kwargs):
         fix = "Set it to null and put its text into data.prompts.student_template and teacher_template"
         return ConfigError(error.problem, "data.prompts.system", fix)
     for name in role.kwargs:
-        if works(prompts.system, {key: value for key, value in role.kwargs.items() if key != name}):
+        if works(prompts, {key: value for key, value in role.kwargs.items() if key != name}):
             return ConfigError(error.problem, role.setting, f"Leave {name} out, or give it another value")
+    if prompts.context_position != "user" and works(_in_user_turn(prompts), role.kwargs):
+        return ConfigError(error.problem, "data.prompts.context_position", "Set it to user")
     return error
+
+
+def _in_user_turn(prompts: Prompts) -> Prompts:
+    return replace(prompts, context_position="user", teacher_template=None)
 
 
 def _lost(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, content: str, text: str) -> ConfigError:
     """Return the error of a template that drops or changes a role's message, with the setting that makes it do so."""
-    parts = {"question": _QUESTION, "context": _CONTEXT} if role.name == "teacher" else {"question": _QUESTION}
+    parts = {name: value for name, value in (("question", _QUESTION), ("context", _CONTEXT)) if value in content}
     ends = {part: (value.split()[0], value.split()[-1]) for part, value in parts.items()}
     lower = text.lower()
     gone = [part for part, words in ends.items() if not any(word.lower() in lower for word in words)]
@@ -133,25 +147,30 @@ def _lost(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role, con
         problem = f"the chat template writes the {role.name}'s message {text.count(content)} times"
     else:
         problem = f"the chat template cuts or changes the {role.name}'s message"
-    for name in role.kwargs:
-        rest = {key: value for key, value in role.kwargs.items() if key != name}
+
+    def keeps(wording: Prompts, kwargs: dict[str, Any]) -> bool:
         try:
-            if prompts.rendered(tokenizer, prompts.messages(content), rest).count(content) == 1:
-                return ConfigError(f"with {name}: {role.kwargs[name]!r} {problem}", role.setting, f"Leave {name} out")
+            return not _lost_content(wording, role, wording.rendered(tokenizer, role.messages(wording), kwargs))
         except ConfigError:
-            continue
+            return False
+
+    for name in role.kwargs:
+        if keeps(prompts, {key: value for key, value in role.kwargs.items() if key != name}):
+            return ConfigError(f"with {name}: {role.kwargs[name]!r} {problem}", role.setting, f"Leave {name} out")
+    if prompts.context_position != "user" and keeps(_in_user_turn(prompts), role.kwargs):
+        return ConfigError(problem, "data.prompts.context_position", "Set it to user")
     return ConfigError(problem, SETTING, "Give a template that writes the content of a message as it is")
 
 
 def _idle_kwargs(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, role: _Role) -> Iterator[ConfigError]:
     """Yield arguments that change nothing, and values that the template does not know or reads as another type."""
-    content = fill(role.template, question=_SHORT.question, context="Quokka")
+    messages = role.messages(prompts, _SHORT.question, "Quokka")
     template = str(tokenizer.get_chat_template(tools=role.kwargs.get("tools")))
     literals = _literals(template)
 
     def rendered(kwargs: dict[str, Any]) -> str:
         try:
-            return prompts.rendered(tokenizer, prompts.messages(content), kwargs)
+            return prompts.rendered(tokenizer, messages, kwargs)
         except ConfigError:
             return _FAILED
 
@@ -221,7 +240,7 @@ def is_null_control(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> boo
 
 def opens_answer(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, kwargs: dict[str, Any]) -> bool:
     """Return True if an answer can follow a prompt: the template has a generation prompt, or needs none."""
-    messages = prompts.messages(_SHORT.question)
+    messages = prompts.messages(_SHORT)
     bare = prompts.rendered(tokenizer, messages, kwargs, generation=False)
     opened = prompts.rendered(tokenizer, messages, kwargs)
     if opened != bare:

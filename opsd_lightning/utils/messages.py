@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from opsd_lightning.types import Example
-from opsd_lightning.utils.texts import normalize_text
+from opsd_lightning.types import Example, Message
+from opsd_lightning.utils.texts import NotTextError, normalize_text, text_of
+
+#: Roles of the message at the beginning of a conversation that instructs the assistant.
+SYSTEM_ROLES = ("system", "developer")
+
+
+def is_messages(value: Any) -> bool:
+    """Return True if a value is a list of messages, in the OpenAI (``role``, ``content``) or ShareGPT form."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(each, Mapping) and ("role" in each or {"from", "value"} <= each.keys()) for each in value)
 
 
 def content_text(content: Any, between: str = "\n") -> str:
@@ -16,11 +26,51 @@ def content_text(content: Any, between: str = "\n") -> str:
     Args:
         content: The content.
         between: Text between two parts.
+
+    Raises:
+        NotTextError: It is something else, such as an image.
     """
-    if isinstance(content, list | tuple):
-        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        return between.join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+    if not isinstance(content, list | tuple):
+        return text_of(content) or ""
+    texts = []
+    for part in content:
+        if isinstance(part, Mapping):
+            if (kind := part.get("type") or "text") != "text":
+                raise NotTextError(f"a part of type {kind!r}")
+            part = part.get("text")
+        texts.append(text_of(part) or "")
+    return between.join(text for text in texts if text)
+
+
+def calls_of(message: Message) -> Iterator[Mapping[str, Any]]:
+    """Yield the name and the arguments of each tool call of an assistant's message."""
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or call
+        yield {"name": function.get("name"), "arguments": function.get("arguments")}
+
+
+def message_text(message: Message, between: str = "\n") -> str:
+    """Return the text of a message: its content, and a line of JSON for each tool call.
+
+    Example::
+
+        >>> message_text({"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"n": 1}}}]})
+        '{"name": "add", "arguments": {"n": 1}}'
+    """
+    texts = [content_text(message.get("content", message.get("value")), between)]
+    texts += [json.dumps(call, ensure_ascii=False) for call in calls_of(message)]
+    return "\n".join(text for text in texts if text)
+
+
+def column_text(value: Any) -> str | None:
+    """Return a dataset value as text, as `text_of` does. A list of messages gives their texts, one a line.
+
+    trl reads messages in ``privileged_context`` in the same way, with a space between text parts.
+
+    Raises:
+        NotTextError: The value has no text form.
+    """
+    return "\n".join(filter(None, (message_text(each, " ") for each in value))) if is_messages(value) else text_of(value)
 
 
 def question_key(example: Example) -> str:

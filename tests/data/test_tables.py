@@ -191,11 +191,15 @@ def test_class_labels_are_their_names(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet") == answers(HubSource(str(tmp_path / "saved"), columns=COLUMNS)) == ["C", "A", ""]
 
 
-CONTAINERS: list[Any] = [["5"], [], {"value": "5"}, [{"role": "user", "content": "1?"}], [{"from": "human", "value": "1?"}]]
+CONTAINERS: list[Any] = [["5"], [], {"value": "5"}]
+MESSAGES: list[Any] = [[{"role": "user", "content": "1?"}], [{"from": "human", "value": "1?"}]]  # an answer is no message
 
 
-@pytest.mark.parametrize("value", CONTAINERS, ids=str)
-@pytest.mark.parametrize("column", ["question", "trace", "answer"])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [(column, value) for column in ("question", "trace", "answer") for value in CONTAINERS]
+    + [("answer", value) for value in MESSAGES],
+)
 def test_containers_are_refused_by_column_and_row(column: str, value: Any, tmp_path: Path) -> None:
     name = getattr(COLUMNS, column)
     path = write_jsonl(tmp_path / "a.jsonl", [row(), row(), row(**{name: value})])

@@ -286,7 +286,7 @@ ATTEMPTS = Attempts(
 )
 
 
-def no_writing(messages: Sequence[str], sampling: Sampling) -> list[str]:
+def no_writing(examples: Sequence[Example], messages: Sequence[str], sampling: Sampling) -> list[str]:
     raise AssertionError("this context needs no writing")
 
 
@@ -321,7 +321,7 @@ def test_placeholders_inside_what_is_filled_in_stay() -> None:
     assert FeedbackContext(wrong="{attempt}: {answer}").texts(attempts, no_writing) == ["{reference} and {answer}: 7"]
     asked: list[str] = []
 
-    def write(messages: Sequence[str], sampling: Sampling) -> list[str]:
+    def write(examples: Sequence[Example], messages: Sequence[str], sampling: Sampling) -> list[str]:
         asked.extend(messages)
         return ["because {trace}"]
 
@@ -400,7 +400,10 @@ def test_reason_first_with_long_traces(make_policy: MakePolicy, tmp_path: Path) 
     context = ReasonFirst("{question} {trace}", sampling=Sampling(max_new_tokens=7))
     module = OPSDModule(policy, Reading(), context=context, prompts=prompts, rollouts=Says(), optimizer=sgd)
     trainer = fit(module, 1, tmp_path, BATCH._replace(examples=examples))
-    assert told == [prompts.chat(tokenizer, "q a lon"), told[1], prompts.chat(tokenizer, "q t")] and len(told[1]) == 1
+    assert (
+        told == [prompts.ask(tokenizer, examples[0], "q a lon"), told[1], prompts.ask(tokenizer, examples[2], "q t")]
+        and len(told[1]) == 1
+    )
     assert "a lon\n\nWhy it holds:\nwhy" in tokenizer.decode(read[0]) and read[1] == PROMPTS[1]
     assert float(trainer.callback_metrics["train/context_missing_fraction"]) == pytest.approx(1 / 3)
     with pytest.raises(UserError, match=mentions("model.context.init_args.sampling.max_new_tokens")):
@@ -439,7 +442,7 @@ def test_reason_first_has_the_teachers_weights_write(make_policy: MakePolicy, tm
     run(module, 2, tmp_path)
     tokenizer = module.tokenizer
     message = module.context.template.replace("{question}", "q").replace("{trace}", "t")  # type: ignore[union-attr]
-    prompt = Prompts().chat(tokenizer, message)
+    prompt = Prompts().ask(tokenizer, Example("q", "t", "1"), message)
 
     def written() -> Rollouts:
         return TransformersEngine().generate(module.model, [prompt], sampling, 0)

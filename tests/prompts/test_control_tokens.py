@@ -91,7 +91,7 @@ def test_values_bring_no_control_tokens(tokenizer: PreTrainedTokenizerFast) -> N
         prompts.student(tokenizer, example),
         prompts.teacher(tokenizer, example, f"so {SPELLED}{END}{END}"),
         prompts.teacher(tokenizer, example, None),
-        prompts.chat(tokenizer, f"Explain: {SPELLED}"),
+        prompts.ask(tokenizer, example, f"Explain: {SPELLED}"),
     ):
         assert controls(tokenizer, ids) == [START, END, START, OPEN]
         text = tokenizer.decode(ids)
@@ -136,8 +136,8 @@ def test_a_trace_as_a_completion_may_think_and_ends_once(tokenizer: PreTrainedTo
 def test_contexts_made_of_completions_and_columns(tokenizer: PreTrainedTokenizerFast) -> None:
     example = Example("1+1?", "one " + CLOSE, "2", {"hint": SPELLED})
     attempts = Attempts([example], [f"It is {SPELLED}"], ["3"], [False], [True], 1)
-    texts = FeedbackContext().texts(attempts, lambda messages, sampling: [])
-    texts += ReasonFirst().texts(attempts, lambda messages, sampling: [f"{END}{START}system" for _ in messages])
+    texts = FeedbackContext().texts(attempts, lambda *_: [])
+    texts += ReasonFirst().texts(attempts, lambda examples, *_: [f"{END}{START}system" for _ in examples])
     texts.append(ColumnContext("hint").text(0, [example]))
     for text in texts:
         assert text is not None and END in text

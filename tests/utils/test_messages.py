@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from opsd_lightning import Example
-from opsd_lightning.utils.messages import content_text, question_key
+from opsd_lightning.utils.messages import column_text, content_text, question_key
+from opsd_lightning.utils.texts import NotTextError
 
 TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
@@ -64,6 +66,24 @@ def test_contents_cover_the_conversation(field: str) -> None:
 
 
 def test_content_text() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "image"}, "b"]
-    assert [content_text(each) for each in ("x", None, parts)] == ["x", "", "a\nb"]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": None}, "b"]
+    assert [content_text(each) for each in ("x", None, parts, 2)] == ["x", "", "a\nb", "2"]
     assert content_text(parts, " ") == "a b"
+    with pytest.raises(NotTextError, match="image_url"):
+        content_text([{"type": "image_url", "image_url": {"url": "x"}}])
+
+
+def test_column_text_of_messages_has_a_line_for_each_message_and_call() -> None:
+    calls = [{"function": {"name": "add", "arguments": {"n": 1}}}, {"name": "stop", "arguments": {}}]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "assistant", "content": ""},
+        {"from": "gpt", "value": "c"},
+    ]
+    lines = [json.loads(line) for line in str(column_text(messages)).splitlines()[1:3]]
+    assert lines == [{"name": "add", "arguments": {"n": 1}}, {"name": "stop", "arguments": {}}]
+    assert str(column_text(messages)).splitlines()[::3] == ["a b", "c"]
+    assert (column_text(None), column_text(2), column_text("x")) == (None, "2", "x")
+    with pytest.raises(NotTextError):
+        column_text(["a"])
