@@ -26,7 +26,13 @@ from opsd_lightning.distributed.collectives import get_rank, rank_and_world_size
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
-from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date, rendering_problems
+from opsd_lightning.prompts.template_checks import (
+    added_text,
+    is_null_control,
+    opens_answer,
+    reads_date,
+    rendering_problems,
+)
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.runs.signals import watch_signals
 from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PositiveInt, PromptBatch, checked
@@ -193,6 +199,8 @@ class OPSDDataModule(LightningDataModule):
         prompts, reads = self.prompts, self.reads_teacher(stage)
         for problem in rendering_problems(tokenizer, prompts, reads):
             raise problem
+        if added := added_text(tokenizer, prompts):
+            rank_zero_info(f"The chat template adds a text of its own to every prompt: {added[:200]!r}")
         if reads_date(tokenizer, prompts):
             rank_zero_info(f"The chat template asks for the date, and gets {prompts.date} (data.prompts.date)")
         if not opens_answer(tokenizer, prompts, prompts.student_chat_template_kwargs):
@@ -253,6 +261,8 @@ class OPSDDataModule(LightningDataModule):
         cuts = f"; {rows.cut} traces cut to data.prompts.max_trace_tokens" if rows.cut else ""
         counts = f"{len(rows.usable)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
         rank_zero_info(f"data.{split} ({type(self.sources[split]).__name__}): {counts}")
+        if any(example.tools for example in found) and (added := added_text(tokenizer, self.prompts, tools=True)):
+            rank_zero_info(f"data.{split}: the chat template describes the tools with a text of its own: {added[:200]!r}")
         if not rows.usable:
             problem = f"no usable row of {len(found)} ({reasons})"
             raise ConfigError(problem, f"data.{split}", "Check the source and its columns")

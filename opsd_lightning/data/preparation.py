@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -24,6 +24,7 @@ from opsd_lightning.data.fingerprint import (
 from opsd_lightning.data.prepared_rows import Ints, PreparedRows
 from opsd_lightning.data.row_cache import RowCache
 from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.prompts.chat_template import kind
 from opsd_lightning.prompts.contexts import PrivilegedContext, WrongContext
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, DataRequirements, Example
@@ -94,9 +95,9 @@ class Preparation:
             for field in fields(DataRequirements)
             if field.name not in ("teachers", "max_new_tokens", "privileged")  # the first two are in the limits
         }
-        for part, kind in ((self.prompts, Prompts), (self.grader, MathGrader)):
-            if type(part) is not kind:
-                raise UnknownValueError(f"{type(part).__qualname__}, which is not {kind.__qualname__}")
+        for part, expected in ((self.prompts, Prompts), (self.grader, MathGrader)):
+            if type(part) is not expected:
+                raise UnknownValueError(f"{type(part).__qualname__}, which is not {expected.__qualname__}")
         if isinstance(self.context, WrongContext):
             raise UnknownValueError("WrongContext, whose texts depend on the grader's time limit")
         return fingerprint(
@@ -252,11 +253,27 @@ class Preparation:
         threads = min(_MOST_THREADS, _cores(), len(work))
         if threads < 2 or type(self.prompts) is not Prompts or not self.tokenizer.is_fast:
             return [tokens(item) for item in work]
-        first = tokens(work[0])  # its templates are rendered in a child process once, which no thread should start
+        # The first row of each kind is rendered in a child process once, which no thread should start.
+        kinds: dict[Hashable, int] = {}
+        for number, item in enumerate(work):
+            if item is not None:
+                kinds.setdefault((*kind(item[0].messages, item[0].tools), item[1] is None), number)
+        first = {number: tokens(work[number]) for number in kinds.values()}
+        rest = [number for number in range(len(work)) if number not in first]
         with ThreadPoolExecutor(threads, "tokenizing") as pool:  # fast tokenizers release the GIL
-            return [first, *pool.map(tokens, work[1:])]
+            first.update(zip(rest, pool.map(tokens, [work[number] for number in rest]), strict=True))
+        return [first[number] for number in range(len(work))]
 
     def _tokens(self, example: Example, context: str | None, reads: bool) -> _Tokens:
+        try:
+            return self._prompts_of(example, context, reads)
+        except ConfigError as error:
+            if not example.messages:
+                raise
+            problem = f"data.{self.split}: at the conversation with the question {example.question[:60]!r} {error.problem}"
+            raise ConfigError(problem, error.setting, error.fix) from None
+
+    def _prompts_of(self, example: Example, context: str | None, reads: bool) -> _Tokens:
         student = self.prompts.student(self.tokenizer, example)
         teacher = self.prompts.teacher(self.tokenizer, example, context) if reads else None
         trace = self.prompts.trace(self.tokenizer, example, self.end) if self.needs.trace_completions else None

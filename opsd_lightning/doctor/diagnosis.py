@@ -55,6 +55,7 @@ from opsd_lightning.doctor.prompt_checks import (
     thinking_facts,
     thinking_findings,
     token_findings,
+    tool_findings,
 )
 from opsd_lightning.doctor.run_memory import estimator_of, step_of
 from opsd_lightning.doctor.trial import TRIAL_TOKENS, measured_memory, run_trials, time_facts
@@ -261,11 +262,15 @@ class _Examination:
             self.found.add(template_findings(tokenizer, prompts, role, eos, vocabulary, traces))
         self.found.add(token_findings(tokenizer, eos, vocabulary))
         self.found.add(injected_findings(tokenizer, rows.examples))
+        self.found.add(tool_findings(tokenizer, prompts, rows.examples))
         facts = thinking_facts(tokenizer, prompts, roles, [example.trace for example in rows.examples])
         skipped = module.objective.skip_first_tokens
         self.found.add(thinking_findings(tokenizer, prompts, roles, facts, skipped, in_place))
         ends = {role.name: tokenizer.decode(list(role.prompts[0])[-12:]) for role in roles}
-        self.found.facts["template"] = {"eos": sorted(eos), "pad": tokenizer.pad_token_id, "prompts_end_with": ends}
+        texts = {role.name: str(tokenizer.decode(list(role.prompts[0]), skip_special_tokens=False)) for role in roles}
+        self.found.facts["template"] = {
+            "eos": sorted(eos), "pad": tokenizer.pad_token_id, "prompts_end_with": ends, "prompts": texts,
+        }  # fmt: skip
         self.found.facts["thinking"] = facts
 
     def _eos(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

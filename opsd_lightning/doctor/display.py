@@ -102,6 +102,10 @@ def _show_template(console: Any, facts: Mapping[str, Any]) -> None:
     for name, end in facts["template"].get("prompts_end_with", {}).items():
         table.add_row(safe_markup(name), safe_markup(repr(end)), safe_markup(facts["thinking"]["prompts"][name]))
     console.print(table)
+    for name, text in facts["template"].get("prompts", {}).items():
+        console.print(f"[bold]The {safe_markup(name)}'s first prompt[/]")
+        console.print(safe_markup(text), soft_wrap=True)
+        console.print()
     if "agreement" in facts:
         agreed, total = facts["agreement"]["agreed"], facts["agreement"]["tokens"]
         console.print(f"Scoring agrees with sampling: {agreed} of {total} greedily sampled tokens are the likeliest\n")

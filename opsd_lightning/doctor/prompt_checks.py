@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from opsd_lightning.doctor.findings import Finding, percent
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext
 from opsd_lightning.prompts.control_tokens import spelled, texts_in
-from opsd_lightning.prompts.template_checks import is_null_control, opens_answer, reads_date
+from opsd_lightning.prompts.template_checks import added_text, is_null_control, opens_answer, reads_date
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Example
 
@@ -185,6 +185,14 @@ def injected_findings(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exa
         yield Finding("warning", "template", text, "data.train", fix)
 
 
+def tool_findings(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, examples: Sequence[Example]) -> Iterator[Finding]:
+    """Find the text that the template adds where a row has tools."""
+    rows = sum(bool(example.tools) for example in examples)
+    if rows and (added := added_text(tokenizer, prompts, tools=True)):
+        text = f"the chat template describes the tools of {rows} rows with a text of its own: {added[:200]!r}"
+        yield Finding("note", "template", text, _TEMPLATE)
+
+
 def context_findings(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, context: PrivilegedContext, reads_teacher: bool
 ) -> Iterator[Finding]:
@@ -195,6 +203,9 @@ def context_findings(
         )
         fix = "give both roles the same chat_template_kwargs and leave data.prompts.teacher_response_prefix out"
         yield Finding("warning", "template", text, "data.context", fix)
+    if added := added_text(tokenizer, prompts):
+        text = f"the chat template adds a text of its own to every prompt: {added[:200]!r}"
+        yield Finding("note", "template", text, "data.prompts.system", "set a system message to replace a default one")
     if reads_date(tokenizer, prompts):
         text = f"the chat template asks for the date, and always gets {prompts.date}"
         yield Finding("note", "template", text, "data.prompts.date")

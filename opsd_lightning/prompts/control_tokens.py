@@ -73,6 +73,11 @@ def spelled(tokenizer: PreTrainedTokenizerBase, text: str, where: Literal["promp
     return _control(tokenizer).patterns[where].findall(text)
 
 
+def without_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Return the pieces of a text between its control tokens."""
+    return _control(tokenizer).patterns["prompt"].split(text)
+
+
 class Marks:
     """Marks in place of the control tokens in several texts of one prompt, with one table for all.
 

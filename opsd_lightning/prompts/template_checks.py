@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opsd_lightning.prompts.chat_template import SETTING
+from opsd_lightning.prompts.control_tokens import without_control_tokens
 from opsd_lightning.prompts.templates import Prompts, Role
 from opsd_lightning.types import ConfigError, Example
 
@@ -231,6 +232,28 @@ def reads_date(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
     """Return True if the template writes today's date."""
     other = replace(prompts, date=str(prompts.day - timedelta(days=400)))
     return other.student(tokenizer, _SHORT) != prompts.student(tokenizer, _SHORT)
+
+
+def added_text(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, tools: bool = False) -> str:
+    """Return the text that the chat template puts in front of a prompt by itself, such as a default system message.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        prompts: Templates of the prompts.
+        tools: If True, return what it adds where there are tools.
+    """
+    tool = {"type": "function", "function": {"name": "quokka", "description": "wombat", "parameters": {"type": "object"}}}
+    given = [tool] if tools else []
+    messages, kwargs = prompts.messages(_SHORT), prompts.kwargs("student")
+    try:
+        text = prompts.rendered(tokenizer, messages, kwargs, tools=given)
+        bare = prompts.rendered(tokenizer, messages, kwargs) if tools else ""
+    except ConfigError:
+        return ""
+    text = text.partition(_SHORT.question)[0].replace(prompts.system or "\0", "\n")
+    pieces = [line for piece in without_control_tokens(tokenizer, text) for line in piece.splitlines()]
+    # Lines of few words are roles and headings. A tool's JSON is no text of the template's own.
+    return " ".join(line.strip() for line in pieces if len(line.split()) > 3 and line not in bare and "quokka" not in line)
 
 
 def is_null_control(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
