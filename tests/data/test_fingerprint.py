@@ -131,6 +131,7 @@ PLAN = Preparation(
 
 PROMPTS: dict[str, Any] = {
     "student_template": "{question}!",
+    "context_position": "turn",
     "teacher_template": "{question} {context}",
     "system": "You are a tutor.",
     "student_chat_template_kwargs": {"enable_thinking": False},
