@@ -164,6 +164,12 @@ class _Row(NamedTuple):
         if "tools" not in self.names and self.values.get("tools"):
             problem = f"{self.place}: the column 'tools' holds the tools of a conversation and is not read"
             raise ConfigError(problem, "columns.tools", "Set it to tools, or remove the column")
+        if self.values.get("chat_template_kwargs"):
+            problem = f"{self.place}: the column 'chat_template_kwargs' is not read"
+            fix = (
+                "Remove it, and set data.prompts.student_chat_template_kwargs and teacher_chat_template_kwargs for all rows"
+            )
+            raise ConfigError(problem, f"columns.{asked}", fix)
         trace, demonstration = self._trace()
         if trace and found.demonstration:
             problem = f"{self.place}: the column {self.names[asked]!r} ends with an assistant's turn"
