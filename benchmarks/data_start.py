@@ -51,7 +51,7 @@ PARTS = {
     "verifying": [("data.preparation", "Preparation._verify")],
     "tokenizing": [("data.preparation", "Preparation._tokenize")],
     "cache file": [
-        *(("data.row_cache", f"RowCache.{name}") for name in ("load", "store")),
+        *(("utils.file_cache", f"FileCache.{name}") for name in ("load", "store")),
         *(("data.prepared_rows", f"PreparedRows.{name}") for name in ("to_bytes", "from_bytes")),
     ],
     "token lists": [("data.datamodule", "token_lists")],

@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.grading.choice_grader import ChoiceGrader as ChoiceGrader
     from opsd_lightning.grading.exact_match import ExactMatch as ExactMatch
     from opsd_lightning.grading.json_grader import JSONGrader as JSONGrader
+    from opsd_lightning.grading.judge_grader import JudgeGrader as JudgeGrader
     from opsd_lightning.grading.math_grader import MathGrader as MathGrader
     from opsd_lightning.grading.no_grader import NoGrader as NoGrader
     from opsd_lightning.grading.python_tests import PythonTestsGrader as PythonTestsGrader
@@ -161,6 +162,7 @@ _NAMES = {
     "grading.choice_grader": "ChoiceGrader",
     "grading.exact_match": "ExactMatch",
     "grading.json_grader": "JSONGrader",
+    "grading.judge_grader": "JudgeGrader",
     "grading.math_grader": "MathGrader",
     "grading.python_tests": "PythonTestsGrader",
     "grading.no_grader": "NoGrader",

@@ -24,6 +24,7 @@ import opsd_lightning.distributed.fsdp2
 import opsd_lightning.grading.choice_grader
 import opsd_lightning.grading.exact_match
 import opsd_lightning.grading.json_grader
+import opsd_lightning.grading.judge_grader
 import opsd_lightning.grading.math_grader
 import opsd_lightning.grading.no_grader
 import opsd_lightning.grading.python_tests

@@ -20,7 +20,6 @@ from opsd_lightning.data.fingerprint import fingerprint
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
 from opsd_lightning.data.preparation import Preparation, prepare_rows
 from opsd_lightning.data.prepared_rows import PreparedRows, token_lists
-from opsd_lightning.data.row_cache import AUTO
 from opsd_lightning.data.sources import ExampleSource
 from opsd_lightning.distributed.collectives import get_rank, rank_and_world_size, run_on_all_ranks, run_on_rank_zero
 from opsd_lightning.grading.math_grader import MathGrader
@@ -36,6 +35,7 @@ from opsd_lightning.prompts.template_checks import (
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.runs.signals import watch_signals
 from opsd_lightning.types import ConfigError, DataRequirements, DeclaresData, Example, PositiveInt, PromptBatch, checked
+from opsd_lightning.utils.file_cache import AUTO
 from opsd_lightning.utils.files import is_remote
 from opsd_lightning.utils.messages import question_key
 

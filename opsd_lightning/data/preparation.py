@@ -22,12 +22,12 @@ from opsd_lightning.data.fingerprint import (
     tokenizer_fingerprint,
 )
 from opsd_lightning.data.prepared_rows import Ints, PreparedRows
-from opsd_lightning.data.row_cache import RowCache
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.prompts.chat_template import kind
 from opsd_lightning.prompts.contexts import PrivilegedContext, WrongContext
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, DataRequirements, Example
+from opsd_lightning.utils.file_cache import FileCache
 from opsd_lightning.utils.messages import question_key
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 #: Called with the index and the reason of each dropped row.
 OnDrop = Callable[[int, DropReason], None]
+
+#: Limit on the size of all cached files in bytes.
+MOST_BYTES = 8 << 30
 
 #: Characters of the rows above which rows are cached and progress is shown.
 LARGE = 1_000_000
@@ -314,7 +317,7 @@ def prepare_rows(
     Args:
         plan: Everything that the prepared rows depend on, besides the rows.
         found: The rows of the source.
-        cache_dir: Folder of the cache (see `RowCache`), or None.
+        cache_dir: Folder of the cache (see `FileCache`), or None.
         on_drop: See `Preparation.prepare`. Called for cached rows too.
         progress: If True, show progress bars.
 
@@ -326,7 +329,7 @@ def prepare_rows(
     name, cache, key = f"data.{plan.split}", None, ""
     if cache_dir is not None:
         try:
-            key, cache = plan.fingerprint(found), RowCache(cache_dir)
+            key, cache = plan.fingerprint(found), FileCache(cache_dir, "rows", MOST_BYTES)
             rows = _load(cache, key, plan, found)
         except UnknownValueError as error:
             rank_zero_info(f"{name}: not cached, because the rows depend on {error}")
@@ -349,7 +352,7 @@ def prepare_rows(
     return rows
 
 
-def _load(cache: RowCache, key: str, plan: Preparation, found: Sequence[Example]) -> PreparedRows | None:
+def _load(cache: FileCache, key: str, plan: Preparation, found: Sequence[Example]) -> PreparedRows | None:
     """Return the cached rows, or None if there are none or they are not those of these settings."""
     content = cache.load(key)
     if content is None:

@@ -157,4 +157,4 @@ def _warn(kind: str, text: str) -> None:
     """Warn about the first answer without a verdict of its kind."""
     if kind not in _warned:
         _warned.add(kind)
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=2)

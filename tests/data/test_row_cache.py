@@ -15,18 +15,18 @@ import numpy
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
-from opsd_lightning.data import preparation, row_cache
+from opsd_lightning.data import preparation
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.preparation import Preparation
 from opsd_lightning.data.prepared_rows import PreparedRows
-from opsd_lightning.data.row_cache import RowCache
 from opsd_lightning.data.sources import ExampleSource
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import AnswerContext, ColumnContext, HintContext, OtherProblemContext, TraceContext
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, DataRequirements, Example
+from opsd_lightning.utils.file_cache import FileCache
 
 # Every reason for dropping a row, answers found in traces, control tokens in the data, and rows as usual.
 SPECIAL = [
@@ -281,7 +281,7 @@ def test_rows_that_are_not_those_of_the_settings_are_made_again(
 ) -> None:
     """As after a change that no fingerprint sees."""
     plain = contents(data())
-    path, cache = train_file(tmp_path), RowCache(str(tmp_path / "cache"))
+    path, cache = train_file(tmp_path), FileCache(str(tmp_path / "cache"), "rows", 1 << 30)
     content = cache.load(path.stem)
     assert content is not None
     rows = PreparedRows.from_bytes(content)
@@ -298,7 +298,7 @@ def test_other_content_is_no_prepared_rows(
     with pytest.raises(ValueError, match="rows"):
         PreparedRows.from_bytes(content)
     plain = contents(data())
-    RowCache(str(tmp_path / "cache")).store(train_file(tmp_path).stem, content)
+    FileCache(str(tmp_path / "cache"), "rows", 1 << 30).store(train_file(tmp_path).stem, content)
     made.clear()
     assert contents(data()) == plain and made == ["train"]
 
@@ -360,9 +360,8 @@ def test_a_full_disk_does_not_end_the_run(
     assert found == contents(data(cache_dir=None)) and list((tmp_path / "cache" / "rows").iterdir()) == []
 
 
-def test_the_files_that_were_unused_for_longest_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = RowCache(str(tmp_path))
-    monkeypatch.setattr(row_cache, "MOST_BYTES", 3500)
+def test_the_files_that_were_unused_for_longest_are_removed(tmp_path: Path) -> None:
+    cache = FileCache(str(tmp_path), "rows", 3500)
     for age, key in enumerate("abc", 1):
         cache.store(key, b"x" * 1000)
         os.utime(cache.path(key), (1000.0 - age, 1000.0 - age))
@@ -454,7 +453,7 @@ def test_a_cached_start_takes_less_work(data: Callable[..., OPSDDataModule], mon
 
 
 def test_time_of_last_use_is_kept(tmp_path: Path) -> None:
-    cache = RowCache(str(tmp_path))
+    cache = FileCache(str(tmp_path), "rows", 1 << 30)
     path = cache.store("a", b"content")
     os.utime(path, (1000.0, 1000.0))
     cache.load("a")

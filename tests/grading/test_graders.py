@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from jsonargparse import ArgumentParser
 
 import opsd_lightning.cli.command  # every class that YAML may name  # noqa: F401
 from helpers.classes import subclasses
+from helpers.judge_server import JudgeServer
 from opsd_lightning.data.sources import ReasoningGymSource
 from opsd_lightning.grading.base import PROBLEMS, Grade, Grader
 from opsd_lightning.grading.choice_grader import ChoiceGrader
 from opsd_lightning.grading.exact_match import ExactMatch
 from opsd_lightning.grading.json_grader import JSONGrader
+from opsd_lightning.grading.judge_grader import JudgeGrader
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.grading.no_grader import NoGrader
 from opsd_lightning.grading.python_tests import PythonTestsGrader
@@ -29,6 +32,8 @@ from opsd_lightning.types import Example
 OPTIONS = {"options": ["10", "12", "14"]}
 CALL = '{"name": "add", "arguments": {"a": 5, "b": 7}}'
 
+KEY = os.environ["OPSD_TEST_JUDGE_KEY"] = "sk-judge-0123456789abcdefghij"
+JUDGE = JudgeServer()
 (SUM,) = ReasoningGymSource("chain_sum", size=1, seed=5).examples()
 
 
@@ -59,6 +64,7 @@ CASES = [
     Case(JSONGrader("tool_calls", partial=True), Example("?", CALL, CALL), (CALL, f"<tool_call>{CALL}</tool_call>"), ("12", CALL.replace("5", "6"))),
     Case(PythonTestsGrader(timeout_seconds=5.0, allow_unisolated=True), Example("?", "f = abs", "", {"tests": "assert f(-1) == 1"}),
          ("f = abs", "```python\ndef f(x):\n    return -x\n```"), ("f = int", "f = (", "abs")),
+    Case(JudgeGrader(JUDGE.url, "judge", "OPSD_TEST_JUDGE_KEY", cache_dir=None), Example("?", "Paris", "Paris"), ("Paris", " Paris"), ("Rome",), KEY),
     Case(ReasoningGymGrader(), SUM, (f"<answer>{SUM.answer}</answer>", f"The sum is\n{SUM.answer}"), ("<answer>?</answer>", SUM.answer + "0")),
     Case(NoGrader(), Example("Greet me.", "Ahoy!", ""), (), ("Hello.", "Ahoy!")),
 ]  # fmt: skip

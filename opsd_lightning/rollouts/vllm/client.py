@@ -9,31 +9,25 @@ sent to another one. A server that keeps failing is given up. The run ends when 
 
 from __future__ import annotations
 
-import email.utils
 import json
 import os
-import re
 import threading
 import time
-import urllib.parse
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from opsd_lightning.rollouts.vllm.http import Answer, ExchangeError, Exchanger
 from opsd_lightning.runs.signals import Stopped, stop_signal
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.redaction import HIDDEN, redact_text
+from opsd_lightning.utils.http import Answer, ExchangeError, Exchanger, is_address, retry_after, sanitize, strict_json
 
 T = TypeVar("T")
 
 _URLS = "model.rollouts.init_args.urls"
 _FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.25, 10.0
-_LONGEST_RETRY_AFTER_SECONDS = 60.0
 # Upper limits of timeouts: for queries, which a working server answers at once, for loading an adapter, and for closing.
 _QUERY_SECONDS, _LOAD_SECONDS, _CLOSE_SECONDS = 10.0, 120.0, 5.0
 # Size limits of responses: any response, a list of models, and the additions for each completion token and prompt token.
@@ -607,13 +601,7 @@ def check_urls(urls: Sequence[str]) -> list[str]:
                 _URLS,
                 "Remove it, and set an API key in the environment variable of api_key_env",
             )
-        try:
-            parts = urllib.parse.urlsplit(url)
-            right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            right = right and url.isascii() and url.isprintable() and not set(url) & set(" ?#")
-        except (ValueError, TypeError, AttributeError):
-            right = False
-        if not right:
+        if not is_address(url):
             raise ConfigError(
                 f"{sanitize(ascii(url))} is not a valid address",
                 _URLS,
@@ -626,49 +614,9 @@ def check_urls(urls: Sequence[str]) -> list[str]:
     return found
 
 
-def retry_after(value: str | None) -> float:
-    """Return the seconds in a ``Retry-After`` header (a number or a date), at most a minute. Return 0 if it is invalid."""
-    text = (value or "").strip()[:64]
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
-        return min(float(text), _LONGEST_RETRY_AFTER_SECONDS)
-    try:
-        when = email.utils.parsedate_to_datetime(text)
-        when = when.replace(tzinfo=UTC) if when.tzinfo is None else when
-        return min(max((when - datetime.now(UTC)).total_seconds(), 0.0), _LONGEST_RETRY_AFTER_SECONDS)
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return 0.0
-
-
-def sanitize(text: object, secret: str = "", length: int = 300) -> str:
-    """Return text from a server for use in messages: one short line, without secrets, with control characters escaped.
-
-    Args:
-        text: Any object, which is converted to text.
-        secret: Further text to hide, such as an API key.
-        length: Maximum number of characters.
-    """
-    words = str(text)[: 8 * length]
-    if secret:
-        words = words.replace(secret, HIDDEN)
-    words = redact_text(words)
-    words = "".join(c if c.isprintable() else ascii(c)[1:-1] if c not in "\r\n\t" else " " for c in words[: 2 * length])
-    return words if len(words) <= length else words[: length - 3] + "..."
-
-
 def _parsed(answer: Answer) -> Any:
     """Decode the JSON of a response strictly: in UTF-8, without NaN and repeated keys."""
     try:
-        return json.loads(answer.body.decode("utf-8"), parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        return strict_json(answer.body)
+    except ValueError as error:
         raise BadAnswer(f"invalid JSON ({sanitize(error, length=120)})") from None
-
-
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not valid JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is repeated")
-    return found

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from opsd_lightning.models.policy import ModelSettings
-from opsd_lightning.rollouts.vllm.client import BadAnswer, sanitize
+from opsd_lightning.rollouts.vllm.client import BadAnswer
 from opsd_lightning.types import ConfigError, Rollouts, Sampling
+from opsd_lightning.utils.http import sanitize
 
 # Rounding may raise a log-probability above 0. The lowest value that vLLM sends is -9999.
 _MAX_LOGPROB, _MIN_LOGPROB = 1e-3, -1e4

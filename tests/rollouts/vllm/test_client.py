@@ -25,9 +25,10 @@ from helpers.training import parts, trainer
 from helpers.vllm_protocol import ProtocolServer, hang
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.rollouts.vllm import client as vllm_servers
-from opsd_lightning.rollouts.vllm.client import check_urls, retry_after, sanitize
+from opsd_lightning.rollouts.vllm.client import check_urls
 from opsd_lightning.rollouts.vllm.engines import VLLMServerEngine
 from opsd_lightning.types import ConfigError, Sampling
+from opsd_lightning.utils.http import retry_after, sanitize
 
 pytestmark = [
     pytest.mark.integration,

@@ -7,17 +7,25 @@ supported, so a body is never larger than the received bytes.
 
 from __future__ import annotations
 
+import email.utils
+import json
+import re
 import socket
 import ssl
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import httpcore
 
+from opsd_lightning.utils.redaction import HIDDEN, redact_text
+
 _SLICE_SECONDS = 0.25  # interval at which a pending request checks whether it was stopped
 _PIECE_BYTES = 65536
+_LONGEST_RETRY_AFTER_SECONDS = 60.0
 
 
 class ExchangeError(Exception):
@@ -56,7 +64,7 @@ class Exchanger:
             ssl_context=httpcore.default_ssl_context() if secure else None,
             max_connections=None,
             max_keepalive_connections=connections,
-            keepalive_expiry=3.0,  # vLLM closes idle connections after 5 seconds
+            keepalive_expiry=3.0,  # vLLM, for one, closes idle connections after 5 seconds
             network_backend=self._backend,
         )
 
@@ -68,6 +76,7 @@ class Exchanger:
         deadline: float,
         max_bytes: int,
         stop: threading.Event | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Make one request.
 
@@ -78,16 +87,17 @@ class Exchanger:
             deadline: Time of ``time.monotonic`` in seconds at which the request fails.
             max_bytes: Maximum number of received bytes, including headers and framing.
             stop: Event that makes the request fail when it is set.
+            headers: Further headers of this request.
 
         Raises:
             ExchangeError: No complete response was received within the limits.
         """
-        headers = self._headers if body is None else self._headers | {"Content-Type": "application/json"}
+        sent = self._headers | dict(headers or {}) | ({} if body is None else {"Content-Type": "application/json"})
         budget = self._backend.local.budget = _Budget(deadline, max_bytes, stop)
         try:
             while True:
                 try:
-                    return self._exchange(method, url, headers, body)
+                    return self._exchange(method, url, sent, body)
                 except (httpcore.NetworkError, httpcore.RemoteProtocolError):
                     # A server may close an idle connection at any time: repeat the request on a new one.
                     if budget.connected or budget.left < max_bytes:
@@ -263,3 +273,70 @@ def _resolve(host: str, port: int, end: float) -> list[tuple[str, int]]:
     if failed:
         raise httpcore.ConnectError(str(failed[0]))
     return list(dict.fromkeys((entry[4][0], entry[4][1]) for entry in found))
+
+
+# -- responses and addresses ---------------------------------------------------------------------------------------------
+
+
+def is_address(url: object) -> bool:
+    """Return True for the address of a server: http or https, in ASCII, without a query and without a fragment."""
+    if not isinstance(url, str):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(url)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return right and url.isascii() and url.isprintable() and not set(url) & set(" ?#")
+
+
+def strict_json(body: bytes) -> Any:
+    """Return the value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: The text is not JSON, is nested too deeply, repeats a key, or holds NaN or an infinity.
+    """
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply") from None
+
+
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not valid JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is repeated")
+    return found
+
+
+def retry_after(value: str | None) -> float:
+    """Return the seconds in a ``Retry-After`` header (a number or a date), at most a minute. Return 0 if it is invalid."""
+    text = (value or "").strip()[:64]
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        return min(float(text), _LONGEST_RETRY_AFTER_SECONDS)
+    try:
+        when = email.utils.parsedate_to_datetime(text)
+        when = when.replace(tzinfo=UTC) if when.tzinfo is None else when
+        return min(max((when - datetime.now(UTC)).total_seconds(), 0.0), _LONGEST_RETRY_AFTER_SECONDS)
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return 0.0
+
+
+def sanitize(text: object, secret: str = "", length: int = 300) -> str:
+    """Return text from a server for use in messages: one short line, without secrets, with control characters escaped.
+
+    Args:
+        text: Any object, which is converted to text.
+        secret: Further text to hide, such as an API key.
+        length: Maximum number of characters.
+    """
+    words = str(text)[: 8 * length]
+    if secret:
+        words = words.replace(secret, HIDDEN)
+    words = redact_text(words)
+    words = "".join(c if c.isprintable() else ascii(c)[1:-1] if c not in "\r\n\t" else " " for c in words[: 2 * length])
+    return words if len(words) <= length else words[: length - 3] + "..."
