@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,13 +75,11 @@ class PythonTestsGrader(Grader):
     allow_unisolated: bool = False
 
     def __post_init__(self) -> None:
-        if not self.allow_unisolated and (reason := sandbox.refusal()):
-            raise ConfigError(
-                f"this machine does not let code run isolated in Linux namespaces ({reason})",
-                f"{_SETTING}.allow_unisolated",
-                "Allow unprivileged user namespaces (Linux 5.12 or later), or set it to true to run the model's code with "
-                "your rights",
-            )
+        if not (reason := sandbox.refusal()):
+            return
+        if not self.allow_unisolated:
+            raise _refused(reason)
+        warnings.warn(f"{_SETTING}.allow_unisolated: the model's code runs with your rights ({reason})", stacklevel=4)
 
     @property
     def concurrent_calls(self) -> int:
@@ -97,8 +96,11 @@ class PythonTestsGrader(Grader):
         if len(code) > _LONGEST_CODE:
             return Grade(0.0, feedback=f"The code is longer than {_LONGEST_CODE} characters")
         limits = sandbox.Limits(self.timeout_seconds, self.memory_mib << 20)
-        isolated = not sandbox.refusal()
-        run = sandbox.run(code, self._tests(example), _code(example.trace), limits, isolated=isolated)
+        isolated = not self.allow_unisolated or not sandbox.refusal()
+        try:
+            run = sandbox.run(code, self._tests(example), _code(example.trace), limits, isolated=isolated)
+        except sandbox.RefusedError as error:  # of a grader that was made on another machine
+            raise _refused(str(error)) from None
         answer = run.canonical or code
         if run.status != "done":
             return Grade(0.0, answer, run.feedback, run.status)
@@ -135,6 +137,14 @@ class PythonTestsGrader(Grader):
                 f"Name the column with the tests. This row has {', '.join(map(repr, example.columns)) or 'no columns'}",
             )
         return [_with_check(text, example.columns) for text in texts]
+
+
+def _refused(reason: str) -> ConfigError:
+    return ConfigError(
+        f"this machine does not let code run isolated in Linux namespaces ({reason})",
+        f"{_SETTING}.allow_unisolated",
+        "Allow unprivileged user namespaces (Linux 5.12 or later), or set it to true to run the code with your rights",
+    )
 
 
 def _code(text: str) -> str:

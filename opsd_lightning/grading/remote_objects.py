@@ -438,9 +438,17 @@ class Client(_Codec):
         self._lock = threading.RLock()
 
     def names(self) -> dict[str, Any]:
-        """Return the global names of the code under test."""
-        found = {}
-        for name, data in self.ask("names").items():
+        """Return the global names of the code under test.
+
+        Raises:
+            EndedError: The other process has ended, or sends no names.
+        """
+        found, names = {}, self.ask("names")
+        if not isinstance(names, dict):
+            raise EndedError
+        for name, data in names.items():
+            if name.startswith("__"):  # such as __builtins__, which the tests have of their own
+                continue
             try:
                 found[name] = self.decode(data)
             except Exception:
@@ -512,7 +520,7 @@ class Client(_Codec):
 
     def decode_shared(self, module: str, name: str) -> Any:
         found = super().decode_shared(module, name)
-        if not callable(found) or (module == "builtins" and not isinstance(found, type)):
+        if name.startswith("_") or not callable(found) or (module == "builtins" and not isinstance(found, type)):
             raise ValueError(f"{module}.{name} is not shared")
         return found
 

@@ -111,6 +111,7 @@ def run(code: str, tests: Sequence[str], reference: str, limits: Limits, *, isol
         canonical, test = known.get("canonical"), known.get("test", "")
         if "passed" in known:
             names = ("passed", "total", "canonical", "feedback", "broken")
+            known["feedback"] = known["feedback"].encode(errors="replace").decode()  # it may hold surrogates
             return Run("done", **{name: known[name] for name in names if name in known})
         if "timeout" in known:
             feedback = f"Time limit of {limits.seconds:g} s exceeded" + (f" in test: {test}" if test else "")

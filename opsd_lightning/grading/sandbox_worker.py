@@ -110,7 +110,11 @@ class _Tests:
     def _namespace(self) -> dict[str, Any]:
         found: dict[str, Any] = {"__name__": "tests"}
         defined = {getattr(each, "name", None) for each in self._reference}
-        for name, value in self._client.names().items():
+        try:
+            names = self._client.names()
+        except Exception as error:  # names that cannot be read
+            raise EndedError from error
+        for name, value in names.items():
             if not hasattr(builtins, name) or name in defined:
                 found[name] = value
         module = ModuleType("solution")
@@ -294,10 +298,10 @@ def _verdict(client: Client, tests: dict[str, Any], report: int) -> dict[str, An
     sys.stdout = sys.stderr = Output()  # type: ignore[assignment]
     os.dup2(0, 1)
     try:
-        hello = receive(client._connection)
-        verdict["canonical"] = hello.get("canonical")
+        verdict["canonical"] = receive(client._connection)["canonical"]
         _say(report, {"canonical": verdict["canonical"]})
-        failure = receive(client._connection).get("error")
+        loaded = receive(client._connection)
+        failure = loaded.get("error") if isinstance(loaded, dict) else "The code disturbs its tests"
     except EndedError:
         failure = "The code ended its process"
     if failure is not None:

@@ -158,6 +158,9 @@ FORGED = [
     "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        if any('assert' + chr(32) + 'f(' in str(v) for v in list(frame.f_locals.values())[:50]):\n            return x * x\n        frame = frame.f_back",
     "import signal, os\nos.kill(os.getppid(), signal.SIGKILL)",
     "import os, signal\ndef f(x):\n    os.kill(1, signal.SIGTERM)",
+    "import sys\nm = sys.modules['opsd_lightning.grading.remote_objects']\nnames = m.Server._names\nm.Server._names = lambda self, ns: names(self, ns) | {'__builtins__': self.encode({'abs': lambda x: 0})}\ndef f(x): return 0",
+    "import sys\nm = sys.modules['opsd_lightning.grading.remote_objects']\nm.Server.encode = lambda self, value: ['shared', 'unittest.mock', '_ANY']\ndef f(x): return 0",
+    "import os\nfor n in range(3, 64):\n    try:\n        os.write(n, b'\\0\\0\\0\\2[]' + b'\\0\\0\\0\\2[]')\n    except OSError:\n        pass",
     "__eq__ = lambda *a: True\ndef f(x):\n    return __eq__",
 ]  # fmt: skip
 
@@ -237,10 +240,11 @@ def test_machines_without_namespaces_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sandbox, "refusal", lambda: "unshare: Operation not permitted")
     with pytest.raises(ConfigError, match=mentions("data.grader.init_args.allow_unisolated", "unshare", "true")):
         PythonTestsGrader()
-    unisolated = grader(timeout_seconds=0.7)
+    with pytest.warns(UserWarning, match=mentions("data.grader.init_args.allow_unisolated", "unshare")):
+        unisolated = grader(timeout_seconds=0.7)
     assert unisolated.grade("def f(x):\n    return x * x", row(TESTS)).score == 1
     for code in FORGED:
-        assert grader().grade(code, row(TESTS)).score == 0, code
+        assert unisolated.grade(code, row(TESTS)).score == 0, code
     for code in ("while True:\n    pass", "def f(x):\n    return [0] * 10**10"):
         assert unisolated.grade(code, row(TESTS)).score == 0
 
