@@ -189,7 +189,8 @@ _REFUSED = {
     "pidfd_send_signal": (424, 424), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "open_tree": (428, 428),
     "io_uring_register": (427, 427), "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431),
     "fsmount": (432, 432), "fspick": (433, 433), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438),
-    "process_madvise": (440, 440), "mount_setattr": (442, 442), "memfd_secret": (447, 447),
+    "setsid": (112, 157), "setpgid": (109, 154), "process_madvise": (440, 440), "mount_setattr": (442, 442),
+    "memfd_secret": (447, 447),
 }  # fmt: skip
 _CLONE, _CLONE3, _KILL, _TGKILL, _PRLIMIT = (56, 220), 435, (62, 129), (234, 131), (302, 261)
 _CLONE_THREAD = 0x10000

@@ -32,6 +32,7 @@ MOST_BYTES = 1 << 25
 """Size of the largest message."""
 
 _MOST_ITEMS = 100_000  # of an iterator that the tests pass
+_LONGEST_ERROR = 10_000  # characters of the text of an exception
 _MOST_OUTPUT = 100_000  # characters of printed text that are kept
 _HEADER = struct.Struct("!I")
 _SCALARS = (type(None), bool, int, float, str)
@@ -181,17 +182,14 @@ class _Codec:
         raise NotImplementedError
 
     def encode_error(self, error: BaseException) -> Encoded:
-        """Encode an exception: its class, its plain arguments and attributes, and its message with the line of the code."""
+        """Encode an exception: its class, plain arguments and attributes, text, and a message with the line of the code."""
         arguments = [each for each in error.args if type(each) in _SCALARS]
         attributes = {name: each for name, each in vars(error).items() if type(each) in _SCALARS}
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == SOLUTION]
         where = f" (line {frames[-1].lineno} of the code)" if frames else ""
-        return [
-            self.encode(type(error)),
-            self.encode(arguments),
-            self.encode(attributes),
-            f"{type(error).__name__}: {error}"[:1000] + where,
-        ]
+        text = str(error)[:_LONGEST_ERROR]
+        message = f"{type(error).__name__}: {text}{where}"
+        return [self.encode(type(error)), self.encode(arguments), self.encode(attributes), text, message]
 
 
 SOLUTION = "<solution>"
@@ -484,7 +482,8 @@ class Client(_Codec):
             _restore(values[1][int(number)], self.decode(data))
         if "error" in reply:
             kind, arguments, attributes = map(self.decode, reply["error"][:3])
-            raise _made(kind, arguments, attributes, str(reply["error"][3]))
+            text, message = map(str, reply["error"][3:])
+            raise _made(kind, arguments, attributes | {"_opsd_text": text}, message)
         if operation == "names":
             return reply["ok"]
         same = reply.get("same")
@@ -518,6 +517,9 @@ class Client(_Codec):
             return self.encode(dict(value))
         raise TypeError(f"the tests pass a {type(value).__name__}, which cannot be sent to the code")
 
+    async def _awaited(self, number: int) -> Any:
+        return self.ask("await", Remote(self, number, "", None))
+
     def decode_shared(self, module: str, name: str) -> Any:
         found = super().decode_shared(module, name)
         if name.startswith("_") or not callable(found) or (module == "builtins" and not isinstance(found, type)):
@@ -527,15 +529,23 @@ class Client(_Codec):
     def decode_other(self, kind: str, parts: list[Any]) -> Any:
         number = int(parts[0])
         if number not in self._remotes:
+            if kind == "remote" and parts[1] == "coroutine":
+                return self._awaited(number)
             if kind == "exception":
                 base = self.decode(parts[2])
                 base = base if isinstance(base, type) and issubclass(base, BaseException) else Exception
-                self._remotes[number] = type(str(parts[1]), (base,), {"_opsd_number": number})
+                names = {"_opsd_number": number, "_opsd_text": None, "__str__": _text_of}
+                self._remotes[number] = type(str(parts[1]), (base,), names)
             elif kind == "remote":
                 self._remotes[number] = Remote(self, number, str(parts[1]), self.decode(parts[2]))
             else:
                 raise ValueError(kind)
         return self._remotes[number]
+
+
+def _text_of(error: Any) -> str:
+    """Return the text of an exception of a class of the code, which may define it."""
+    return BaseException.__str__(error) if error._opsd_text is None else error._opsd_text
 
 
 def _made(kind: Any, arguments: Any, attributes: Any, message: str) -> BaseException:
@@ -607,12 +617,6 @@ class Remote:
         if self._opsd_trusted:
             return self._opsd_client.ask("operator", "__contains__", self, item) is True
         return any(each is item or each == item for each in self)
-
-    def __await__(self) -> Any:
-        async def wait() -> Any:
-            return self._opsd_client.ask("await", self)
-
-        return wait().__await__()
 
     def __exit__(self, *error: object) -> None:  # it must not swallow the failure of a test
         self._opsd_client.ask("operator", "__exit__", self)

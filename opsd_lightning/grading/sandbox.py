@@ -1,7 +1,7 @@
 """Runs of Python code with tests, each in a sandbox of its own, and the check that this machine can make one.
 
-A run is a new process of ``sandbox_worker``, which starts in about 50 ms and shares nothing with the training. It is killed
-with all of its processes at its time limit, when it is cancelled, and when the process that started it ends.
+A run is a new process of ``sandbox_worker``, which shares nothing with the training. It is killed with all of its processes
+at its time limit, when it is cancelled, and when the process that started it ends.
 """
 
 from __future__ import annotations

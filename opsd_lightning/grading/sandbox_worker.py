@@ -42,6 +42,7 @@ def _run_code(code: str, connection: int) -> NoReturn:
     server = Server(connection, output)
     module = ModuleType("solution")
     sys.modules["solution"] = module
+    sys.argv = ["solution"]
     namespace = vars(module)
     try:
         canonical = None
@@ -54,7 +55,7 @@ def _run_code(code: str, connection: int) -> NoReturn:
         os._exit(1)
     except BaseException as error:
         kind = "The code is no Python" if isinstance(error, SyntaxError) and error.filename == SOLUTION else "The code fails"
-        send(connection, {"error": f"{kind}: {server.encode_error(error)[3]}"})
+        send(connection, {"error": f"{kind}: {server.encode_error(error)[4]}"})
         os._exit(0)
     with suppress(EndedError):
         server.serve(namespace)

@@ -125,13 +125,13 @@ def signals_counted() -> Iterator[list[int]]:
 
 
 def runs() -> set[int]:
-    """Processes of runs, and all that they started: these have no other command line, or another user in the sandbox."""
-    found = set()
+    """Return the processes of this test's runs, and those that a run might start, which have another command line."""
+    found, own = set(), os.readlink("/proc/self/ns/pid")
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"sandbox_worker" in (path / "cmdline").read_bytes() or os.readlink(path / "ns/pid") != os.readlink(
-                "/proc/self/ns/pid"
-            ):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            is_run = any(b"sandbox_worker" in word for word in words)
+            if str(os.getpid()).encode() in words if is_run else os.readlink(path / "ns/pid") != own:
                 found.add(int(path.name))
         except OSError:
             continue
@@ -424,7 +424,7 @@ def test_hostile_code_is_wrong_and_leaves_nothing_behind(
         target.close()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:data.grader.init_args.allow_unisolated")
 def test_the_attacks_are_real(attack: Attack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without namespaces, the same code changes files and reads secrets, and the checks above notice."""
     target = Target(tmp_path / "target")

@@ -17,7 +17,8 @@ from helpers.messages import mentions
 from opsd_lightning import ConfigError, Example, PythonTestsGrader
 from opsd_lightning.grading import sandbox
 
-pytestmark = pytest.mark.integration
+UNISOLATED = "ignore:data.grader.init_args.allow_unisolated"  # where this machine allows no user namespaces
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings(UNISOLATED)]
 isolated = pytest.mark.skipif(bool(sandbox.refusal()), reason="this machine allows no user namespaces")
 
 
@@ -55,7 +56,8 @@ RIGHT = [
     ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f():\n    return P(1, 2)", "assert f() == (1, 2)\nassert f().y == 2"),
     ("from enum import Enum\nclass C(Enum):\n    A = 1\ndef f():\n    return C.A", "assert f() is C.A\nassert f().value == 1"),
     ("def f():\n    print('hello')", "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f()\nassert out.getvalue() == 'hello\\n'"),
-    ("async def f():\n    return 3", "import asyncio\nasync def main():\n    return await f()\nassert asyncio.run(main()) == 3"),
+    ("async def f():\n    return 3", "import asyncio\nasync def main():\n    return await f()\nassert asyncio.run(main()) == 3\nassert asyncio.run(f()) == 3"),
+    ("class Poor(Exception):\n    def __str__(self):\n        return 'poor'\ndef f():\n    raise Poor(1)", "import pytest\nwith pytest.raises(Poor, match='poor') as found:\n    f()\nassert found.value.args == (1,)"),
     ("import numpy as np\ndef f():\n    return np.arange(3) * 2, np.float64(1.5)", "assert f()[0].tolist() == [0, 2, 4] and (f()[0] == np.array([0, 2, 4])).all() and f()[1] == 1.5"),
     ("import threading\ndef f():\n    found = []\n    thread = threading.Thread(target=found.append, args=(1,))\n    thread.start()\n    thread.join()\n    return found", "assert f() == [1]"),
     ("def f():\n    open('a.txt', 'w').write('x')\n    return open('a.txt').read()", "assert f() == 'x'"),
@@ -249,18 +251,16 @@ def test_machines_without_namespaces_are_refused(monkeypatch: pytest.MonkeyPatch
         assert unisolated.grade(code, row(TESTS)).score == 0
 
 
-def processes() -> set[int]:
-    return {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()}
-
-
-def runs() -> list[int]:
+def runs(parent: int) -> list[int]:
+    """Return the processes of the runs that a process started."""
     found = []
-    for pid in processes():
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"sandbox_worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+            words = path.read_bytes().split(b"\0")
         except OSError:
             continue
+        if any(b"sandbox_worker" in word for word in words) and str(parent).encode() in words:
+            found.append(int(path.parent.name))
     return found
 
 
@@ -284,15 +284,14 @@ grader.grade("while True: pass", Example("", "", "assert True"))
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
 def test_runs_end_with_a_killed_training() -> None:
-    others = set(runs())
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     parent.stdout.readline()
-    assert eventually(lambda: len(set(runs()) - others) >= 3)
+    assert eventually(lambda: len(runs(parent.pid)) >= 3)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    assert eventually(lambda: not set(runs()) - others)
+    assert eventually(lambda: not runs(parent.pid))
 
 
 def test_cancelled_runs_end() -> None:
