@@ -120,7 +120,7 @@ def enter_namespaces(scratch_bytes: int) -> None:
     """Enter new user, PID, mount, network, IPC and UTS namespaces, with a root folder of their own.
 
     The next child process is the first one of the PID namespace. All others in it are killed when it ends. A process of
-    root becomes one of ``NOBODY`` first, so that it owns no files of root.
+    root becomes one of ``NOBODY`` first if it may, so that it owns no files of root.
 
     Args:
         scratch_bytes: Size of ``/tmp``, the only folder that can be written. It is in memory, and ends with the namespace.
@@ -132,13 +132,14 @@ def enter_namespaces(scratch_bytes: int) -> None:
         raise OSError(f"{sys.platform} has no namespaces")
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
     others = _NEWPID | _NEWNET | _NEWIPC | _NEWUTS | _NEWNS | _NEWUSER
-    is_root = os.geteuid() == 0
-    if is_root:  # folders of root can only be made visible by root
-        _check(_libc.unshare(_NEWNS), "unshare(CLONE_NEWNS)")
+    # Root of a container may not do this, and then goes on like any other user.
+    is_root = os.geteuid() == 0 and _libc.unshare(_NEWNS) == 0
+    if is_root:  # Python may lie in a folder of root, which only root can make visible
         _make_root(scratch_bytes)
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        with suppress(OSError):  # root of a namespace with few users
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
         _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")  # it may write its uid_map
     user, group = os.geteuid(), os.getegid()
     _check(_libc.unshare(others), "unshare")

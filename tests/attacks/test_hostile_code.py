@@ -418,7 +418,10 @@ def test_hostile_code_is_wrong_and_leaves_nothing_behind(
                         patient = PythonTestsGrader(timeout_seconds=60.0)
                         assert grade.problem and patient.grade(codes[place], examples[place]).score == 1, grade
                 assert not signals
-                assert target.state() == before
+                assert target.state() == before, f"round {attack.round}"
+                end = time.monotonic() + 10
+                while runs() - others and time.monotonic() < end:  # another test's run that ends has no command line
+                    time.sleep(0.05)
                 assert not runs() - others
     finally:
         target.close()

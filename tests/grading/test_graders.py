@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,6 +37,12 @@ KEY = os.environ["OPSD_TEST_JUDGE_KEY"] = "sk-judge-0123456789abcdefghij"
 JUDGE = JudgeServer()
 (SUM,) = ReasoningGymSource("chain_sum", size=1, seed=5).examples()
 
+# Machines without user namespaces warn.
+pytestmark = pytest.mark.filterwarnings("ignore:data.grader.init_args.allow_unisolated")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    PYTHON_TESTS = PythonTestsGrader(timeout_seconds=5.0, allow_unisolated=True)
+
 
 class Case(NamedTuple):
     """A grader with completions.
@@ -62,7 +69,7 @@ CASES = [
     Case(ChoiceGrader(options=None, reference="text"), Example("?\nA) 10\nB) 12", "B", "12"), ("B", "b) 12"), ("A", "10")),
     Case(JSONGrader(), Example("?", '{"a": 1}', '{"a": 1}'), ('{"a": 1.0}', 'So:\n```\n{"a": 1}\n```'), ("{}", '{"a": 2}', "1")),
     Case(JSONGrader("tool_calls", partial=True), Example("?", CALL, CALL), (CALL, f"<tool_call>{CALL}</tool_call>"), ("12", CALL.replace("5", "6"))),
-    Case(PythonTestsGrader(timeout_seconds=5.0, allow_unisolated=True), Example("?", "f = abs", "", {"tests": "assert f(-1) == 1"}),
+    Case(PYTHON_TESTS, Example("?", "f = abs", "", {"tests": "assert f(-1) == 1"}),
          ("f = abs", "```python\ndef f(x):\n    return -x\n```"), ("f = int", "f = (", "abs")),
     Case(JudgeGrader(JUDGE.url, "judge", "OPSD_TEST_JUDGE_KEY", cache_dir=None), Example("?", "Paris", "Paris"), ("Paris", " Paris"), ("Rome",), KEY),
     Case(ReasoningGymGrader(), SUM, (f"<answer>{SUM.answer}</answer>", f"The sum is\n{SUM.answer}"), ("<answer>?</answer>", SUM.answer + "0")),
