@@ -37,9 +37,9 @@ class PythonTestsGrader(Grader):
 
     Tests run in another process than the code, so that the code cannot change its grade: it may print, exit and replace what
     it likes. Arguments and results are copied from one process to the other. So tests cannot pass instances of their own
-    classes, and an object of the code does not equal plain data by its own ``__eq__``, unless the tests compare a call of
-    its class. ``data.verify`` finds rows whose reference solution fails. ``docs/reliability.md`` describes the sandbox and
-    what it leaves possible.
+    classes or derive classes from the code's, and an object of the code does not equal plain data by its own ``__eq__``,
+    unless the tests compare a call of its class. ``data.verify`` finds rows whose reference solution fails.
+    ``docs/reliability.md`` describes the sandbox and what it leaves possible.
 
     A run that exceeds its time limit has the problem ``timeout``. Code that needs too much memory or crashes is wrong,
     without a problem. ``failure`` is a run that ended without a verdict twice, or tests that cannot be run.
