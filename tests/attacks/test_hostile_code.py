@@ -88,7 +88,6 @@ class Target:
             "python": sorted(
                 path.name for folder in (sys.prefix, os.path.dirname(os.__file__)) for path in Path(folder).glob("opsd-*")
             ),
-            "descriptors": len(os.listdir("/proc/self/fd")),
         }
 
     def close(self) -> None:
@@ -391,7 +390,7 @@ def test_hostile_code_is_wrong_and_leaves_nothing_behind(
     others = runs()
     try:
         GRADER.grade("x = 1", Example("", "", "assert x == 2"))  # opens what stays open
-        before = target.state()
+        before, descriptors = target.state(), len(os.listdir("/proc/self/fd"))
         with signals_counted() as signals:
             while left:
                 count = min(left, 50)
@@ -417,7 +416,7 @@ def test_hostile_code_is_wrong_and_leaves_nothing_behind(
                     elif grade.score != 1:  # on a busy machine
                         patient = PythonTestsGrader(timeout_seconds=60.0)
                         assert grade.problem and patient.grade(codes[place], examples[place]).score == 1, grade
-                assert not signals
+                assert not signals and len(os.listdir("/proc/self/fd")) <= descriptors
                 assert target.state() == before, f"round {attack.round}"
                 end = time.monotonic() + 10
                 while runs() - others and time.monotonic() < end:  # another test's run that ends has no command line
