@@ -104,11 +104,13 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
         WrongContext as WrongContext,
     )
     from opsd_lightning.prompts.online_contexts import (
+        CritiqueContext as CritiqueContext,
         FeedbackContext as FeedbackContext,
         MajorityContext as MajorityContext,
         OnlineContext as OnlineContext,
         ReasonFirst as ReasonFirst,
         ShortestCorrectContext as ShortestCorrectContext,
+        WrittenContext as WrittenContext,
     )
     from opsd_lightning.prompts.templates import Prompts as Prompts
     from opsd_lightning.reports.page import write_report as write_report
@@ -184,7 +186,8 @@ _NAMES = {
     "models.scoring": "Scorer",
     "prompts.contexts": "AnswerContext ColumnContext HintContext NoContext "
     "OtherProblemContext PrivilegedContext TraceContext WrongContext",
-    "prompts.online_contexts": "FeedbackContext MajorityContext OnlineContext ReasonFirst ShortestCorrectContext",
+    "prompts.online_contexts": "CritiqueContext FeedbackContext MajorityContext OnlineContext ReasonFirst "
+    "ShortestCorrectContext WrittenContext",
     "prompts.templates": "Prompts",
     "reports.page": "write_report",
     "reports.run_report": "RunReport",

@@ -178,7 +178,11 @@ class DataRequirements:
         teacher_prompts: If True, make the teacher's prompts of training questions with ``data.context``. A question without
             the trace that this context is made of is dropped.
         traces: If True, every training question needs a trace, whatever ``data.context`` is.
-        answers: If True, every training question needs an answer or a trace that ends with one.
+        answers: If True, every training question needs an answer that completions can be graded with, or a trace that ends
+            with one. Without ``data.verify``, only if ``grades`` is True.
+        grades: If True, training grades completions.
+        scores_demonstrations: If True, evaluation scores the traces as demonstrations instead of grading completions. Every
+            question then needs one.
         trace_completions: If True, the method trains on traces instead of completions. Every training question then needs a
             trace that fits the model's context after the student's prompt.
         privileged: If True, training uses the teacher's prompts, which are checked before it starts.
@@ -190,6 +194,8 @@ class DataRequirements:
     teacher_prompts: bool = True
     traces: bool = False
     answers: bool = True
+    grades: bool = False
+    scores_demonstrations: bool = False
     trace_completions: bool = False
     privileged: bool = True
     graded_teacher: bool = False

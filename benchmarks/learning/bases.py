@@ -40,7 +40,7 @@ from benchmarks.learning.task import (
     runs_folder,
     split_of,
 )
-from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.grading.base import Grader
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -160,13 +160,13 @@ def greedy_accuracy(
     examples: Sequence[Example],
     context: str | None = None,
     engine: RolloutEngine | None = None,
-    grader: MathGrader = GRADER,
+    grader: Grader = GRADER,
 ) -> float:
     """Return the share of correct greedy answers, as the student or with a column as context."""
     engine, sampling = engine or TransformersEngine(), Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0)
     rollouts = engine.generate(model, prompts(examples, context), sampling, seed=0)
     texts = make_tokenizer().batch_decode(rollouts.completions, skip_special_tokens=True)
-    return sum(grader.grade(text, e.answer) for text, e in zip(texts, examples, strict=True)) / len(examples)
+    return sum(grade.score for grade in grader.grades(texts, examples)) / len(examples)
 
 
 @cache

@@ -24,7 +24,7 @@ from opsd_lightning.callbacks.health_metrics import (
 from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
-from opsd_lightning.types import ConfigError, PositiveInt, checked
+from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
 from opsd_lightning.utils.token_text import Pieces
 
 
@@ -109,7 +109,7 @@ class Health(StepCallback):
             names |= {f"forward_kl_{name}" for name in PositionDivergence().groups}
             names |= {f"forward_kl_{name}{ending}" for name in CLASSES for ending in ("", "_share")}
             names.add("forward_kl_style_over_math")
-        if self.grade:
+        if self.grade and module.evaluator.grader.grades_completions:
             names |= {"accuracy"} | ({"teacher_gap_correct", "teacher_gap_wrong"} if divergence else set())
         return {f"health/{name}" for name in names}
 
@@ -151,19 +151,21 @@ class Health(StepCallback):
             classes.update(measured["forward_kl"], [[self._class(t) for t in row] for row in rollouts.completions])
             for metric in (position, classes):
                 values |= {f"forward_kl_{name}": value for name, value in metric.compute().items()}
-        if self.grade:
-            values |= self._graded(module, record, texts, [e.answer for e in examples])
+        if self.grade and module.evaluator.grader.grades_completions:
+            values |= self._graded(module, record, texts, examples)
         return values
 
-    def _graded(self, module: PolicyModule, record: StepRecord, texts: list[str], answers: list[str]) -> dict[str, Tensor]:
+    def _graded(
+        self, module: PolicyModule, record: StepRecord, texts: list[str], examples: list[Example]
+    ) -> dict[str, Tensor]:
         grader, measured = module.evaluator.grader, record.measured
-        rows = [row for row, answer in enumerate(answers) if answer]  # not all rows have a reference answer
+        rows = [row for row, example in enumerate(examples) if grader.can_grade(example)]
         gaps = None
         if "teacher_logprob" in measured:
             gaps = [measured["teacher_logprob"][row] - measured["student_logprob"][row] for row in rows]
         split = CorrectnessGap().to(module.device)
-        graded = grader.grades([texts[row] for row in rows], [answers[row] for row in rows])
-        split.update(gaps, [grade.correct for grade in graded])
+        graded = grader.grades([texts[row] for row in rows], [examples[row] for row in rows])
+        split.update(gaps, [grader.is_right(grade.score) for grade in graded])
         names = {"accuracy": "accuracy", "correct": "teacher_gap_correct", "wrong": "teacher_gap_wrong"}
         return {names[name]: value for name, value in split.compute().items()}
 

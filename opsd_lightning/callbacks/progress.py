@@ -29,7 +29,8 @@ def print_metrics(values: Mapping[str, float]) -> None:
             errors = [values.get(f"{name}{error}") for error in ("_se", "_se_samples")]
             table.add_row(label, f"{value:.1%}", *("" if error is None else f"{error:.1%}" for error in errors))
         else:
-            table.add_row(label, f"{value:.1%}" if name.endswith("fraction") else f"{value:.1f}", "", "")
+            shown = f"{value:.4f}" if name in ("nll", "divergence") else f"{value:.1f}"
+            table.add_row(label, f"{value:.1%}" if name.endswith("fraction") else shown, "", "")
     Console(width=100, emoji=False).print(table)
 
 
@@ -76,6 +77,8 @@ class ProgressLines(ProgressBar):
 
     def _scores(self, trainer: Trainer, stage: str) -> None:
         for name, value in trainer.callback_metrics.items():
+            if name in (f"{stage}/nll", f"{stage}/divergence"):
+                self._print(trainer, f"  {name}: {float(value):.4f} nats a token of the demonstrations")
             if name.startswith(f"{stage}/") and "avg@" in name and "_se" not in name:
                 error = float(trainer.callback_metrics[f"{name}_se"])
                 self._print(trainer, f"  {name}: {float(value):.1%} ± {error:.1%} (standard error)")

@@ -121,6 +121,7 @@ class OPSDCLI(LightningCLI):
                 },
                 "data.train": {"class_path": "opsd_lightning.WordProblems"},
                 "data.context": {"class_path": "opsd_lightning.TraceContext"},
+                "data.grader": {"class_path": "opsd_lightning.MathGrader"},
             }
         )
         parser.add_lightning_class_args(RolloutWriter, "writer")

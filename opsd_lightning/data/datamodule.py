@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, Self
@@ -15,13 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from opsd_lightning.checkpoints.file import check_no_hparams, open_checked
 from opsd_lightning.checkpoints.io import check_weights_only
 from opsd_lightning.data.conversations import ConversationError, check_example
-from opsd_lightning.data.drop_reasons import DropReason, RowLimits, TeacherLimit
+from opsd_lightning.data.drop_reasons import GRADED, DropReason, RowLimits, TeacherLimit
 from opsd_lightning.data.fingerprint import fingerprint
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
 from opsd_lightning.data.preparation import Preparation, prepare_rows
 from opsd_lightning.data.prepared_rows import PreparedRows, token_lists
 from opsd_lightning.data.sources import ExampleSource
 from opsd_lightning.distributed.collectives import get_rank, rank_and_world_size, run_on_all_ranks, run_on_rank_zero
+from opsd_lightning.grading.base import Grader
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext, TraceContext
@@ -47,10 +49,11 @@ _LONGEST_WAIT = timedelta(days=365)
 class OPSDDataModule(LightningDataModule):
     """Reads questions with verified traces and makes the prompts of student and teacher.
 
-    A trace is verified if its own final answer equals the reference answer. A row is dropped and counted, or refused, if it
-    is empty, fails this check or does not fit the model's context. Training also drops rows that do not fit a teacher's
-    context, and questions that are in ``val`` or ``test`` up to white space. Questions of ``val`` and ``test`` need no trace
-    if they have an answer, unless the teacher is graded on them.
+    A trace is verified if the grader grades it as right. `MathGrader` does so if its final answer equals the reference
+    answer. A row is dropped and counted, or refused, if it is empty, fails this check or does not fit the model's context.
+    Training also drops rows that do not fit a teacher's context, and questions that are in ``val`` or ``test`` up to white
+    space. Questions of ``val`` and ``test`` need no trace if they have an answer, unless the teacher is graded on them or
+    the grader grades no completions.
 
     Args:
         policy: The model, for its tokenizer and context length. On the command line taken from ``model.policy``.
@@ -59,7 +62,9 @@ class OPSDDataModule(LightningDataModule):
         test: Source of the questions for ``test`` and ``predict``.
         prompts: Templates of both roles' prompts.
         context: Text that only the teacher reads. Defaults to the verified trace, `TraceContext`.
-        grader: Finds and compares final answers.
+        grader: Grades completions and traces. Defaults to `MathGrader`.
+        verify: If True, drop rows whose trace the grader does not grade as right. Set it to False for demonstrations, which
+            need no answer.
         batch_size: Questions of one optimizer step on each device, at least 1.
         eval_batch_size: Questions of one batch in validation, test and predict, at least 1.
         max_new_tokens: Longest completion that must fit behind a prompt, in tokens. On the command line taken from
@@ -86,7 +91,8 @@ class OPSDDataModule(LightningDataModule):
         test: ExampleSource | None = None,
         prompts: Prompts = Prompts(),
         context: PrivilegedContext | None = None,
-        grader: MathGrader = MathGrader(),
+        grader: Grader | None = None,
+        verify: bool = True,
         batch_size: PositiveInt = 32,
         eval_batch_size: PositiveInt = 32,
         max_new_tokens: PositiveInt = 1024,
@@ -107,7 +113,8 @@ class OPSDDataModule(LightningDataModule):
         self.sources = {"train": train, "val": val, "test": test}
         self.prompts = prompts
         self.context = context or TraceContext()
-        self.grader = self.context.grader = grader
+        self.grader = self.context.grader = grader or MathGrader()
+        self.verify = verify
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_new_tokens = max_new_tokens
@@ -193,7 +200,7 @@ class OPSDDataModule(LightningDataModule):
     def reads_teacher(self, stage: str) -> bool:
         """Return True if the teacher's prompts are read in a stage."""
         needs = self.requirements()
-        return needs.graded_teacher or (stage == "fit" and needs.privileged)
+        return needs.graded_teacher or (needs.privileged and (stage == "fit" or needs.scores_demonstrations))
 
     def _check_prompts(self, tokenizer: PreTrainedTokenizerBase, stage: str) -> None:
         prompts, reads = self.prompts, self.reads_teacher(stage)
@@ -215,7 +222,11 @@ class OPSDDataModule(LightningDataModule):
             )
 
     def _ready(self, split: str) -> bool:
-        return split in self.rows and (all(self.rows[split].teacher) or not self.requirements().graded_teacher)
+        needs = self.requirements()
+        rows = self.rows.get(split)
+        return rows is not None and (
+            (all(rows.teacher) or not needs.graded_teacher) and (bool(rows.traces) or not needs.scores_demonstrations)
+        )
 
     def _prepare(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> PromptBatch:
         """Tokenize the usable rows of a split, and count the dropped ones.
@@ -223,8 +234,8 @@ class OPSDDataModule(LightningDataModule):
         Rank zero does so for all ranks, however long it takes. Each rank reads the source itself.
         """
         needs = self.requirements()
-        if split != "train":  # evaluation grades answers
-            needs = DataRequirements(teacher_prompts=False, graded_teacher=needs.graded_teacher)
+        if split != "train":
+            needs = self._evaluation_needs(needs)
         self.limits[split] = self._limits(needs, limit)
         self.lengths[split] = []
         found: list[Example] = []
@@ -235,7 +246,9 @@ class OPSDDataModule(LightningDataModule):
             others = ("val", "test") if split == "train" else ()
             held_out = frozenset(question_key(example) for other in others for example in self._questions(other))
             limits, refuse = self.limits[split], partial(self._refuse, split)
-            plan = Preparation(split, tokenizer, self.prompts, self.context, self.grader, needs, limits, end, held_out)
+            plan = Preparation(
+                split, tokenizer, self.prompts, self.context, self.grader, self.verify, needs, limits, end, held_out
+            )
             return prepare_rows(plan, found, self.cache_dir, refuse, self._shows_progress()), texts()
 
         def texts() -> str:
@@ -257,24 +270,47 @@ class OPSDDataModule(LightningDataModule):
             rows, expected = run_on_rank_zero(prepare, _LONGEST_WAIT)
             run_on_all_ranks(read if get_rank() else lambda: None)
         self.dropped[split], self.traces_cut[split], self.lengths[split] = rows.reasons, rows.cut, rows.lengths
-        reasons = "; ".join(f"{count} left out: {text}" for text, count in self.limits[split].texts(rows.reasons).items())
+        texts_of = self.limits[split].texts(rows.reasons)
+        reasons = "; ".join(f"{count} left out: {text}" for text, count in texts_of.items())
+        reasons += self._first_ungraded(rows, found)
         cuts = f"; {rows.cut} traces cut to data.prompts.max_trace_tokens" if rows.cut else ""
         counts = f"{len(rows.usable)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
         rank_zero_info(f"data.{split} ({type(self.sources[split]).__name__}): {counts}")
         if any(example.tools for example in found) and (added := added_text(tokenizer, self.prompts, tools=True)):
             rank_zero_info(f"data.{split}: the chat template describes the tools with a text of its own: {added[:200]!r}")
         if not rows.usable:
-            problem = f"no usable row of {len(found)} ({reasons})"
-            raise ConfigError(problem, f"data.{split}", "Check the source and its columns")
+            problem, graded = f"no usable row of {len(found)} ({reasons})", rows.reasons.keys() & GRADED
+            fix = "Check the source and its columns"
+            if graded:
+                fix += ". Choose the data.grader of this task, or set data.verify to false"
+            raise ConfigError(problem, f"data.{split}", fix)
         examples = rows.examples(found, rows.usable)
         student, teacher, traces = (token_lists(ids) for ids in (rows.student, rows.teacher, rows.traces))
         return PromptBatch(student, teacher, examples, [True] * len(examples), traces=traces)
+
+    def _first_ungraded(self, rows: PreparedRows, found: Sequence[Example]) -> str:
+        """Return the first row that was dropped because of its grade, for messages."""
+        for index, reason in rows.dropped:
+            if reason in GRADED:
+                question, trace, answer = (_shortened(text) for text in found[index][:3])
+                settings = "data.grader" if reason is DropReason.NO_ANSWER else "data.grader, data.verify"
+                return f"; the first of these, row {index}: question {question}, trace {trace}, answer {answer} ({settings})"
+        return ""
+
+    def _evaluation_needs(self, needs: DataRequirements) -> DataRequirements:
+        """Return the requirements of validation and test, which grade completions or score demonstrations."""
+        if needs.scores_demonstrations:
+            reads = needs.privileged and needs.teacher_prompts
+            teachers = needs.teachers if reads else ()
+            return DataRequirements(reads, answers=False, trace_completions=True, privileged=reads, teachers=teachers)
+        return DataRequirements(teacher_prompts=False, grades=True, graded_teacher=needs.graded_teacher)
 
     def _refuse(self, split: str, index: int, reason: DropReason) -> None:
         """Raise for a dropped row under ``on_invalid: error``."""
         if self.on_invalid == "error":
             problem = f"row {index}: {self.limits[split].text(reason)}"
-            raise ConfigError(problem, f"data.{split}", "Fix the row, or set data.on_invalid to drop")
+            demonstration = ", or data.verify to false for demonstrations" if reason in GRADED else ""
+            raise ConfigError(problem, f"data.{split}", f"Fix the row, or set data.on_invalid to drop{demonstration}")
 
     def _shows_progress(self) -> bool:
         trainer = self.trainer
@@ -332,3 +368,8 @@ class OPSDDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> EvalLoader:
         return self._loader("test")
+
+
+def _shortened(text: str) -> str:
+    """Return a text for a message, with its end, where an answer stands."""
+    return repr(text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}")

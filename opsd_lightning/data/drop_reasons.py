@@ -14,16 +14,20 @@ class DropReason(Enum):
     EMPTY_QUESTION = "empty question"
     EMPTY_TRACE = "empty trace"
     EMPTY_CONTEXT = "data.context gives the teacher an empty text"
-    NO_ANSWER = "neither trace nor answer"
+    NO_ANSWER = "data.grader finds nothing to compare completions with: neither trace nor answer"
     HELD_OUT = "question is also in data.val or data.test"
-    NO_FINAL_ANSWER = "trace has no final answer (data.grader.answer_pattern finds none)"
-    WRONG_ANSWER = "trace contradicts the reference answer"
+    NO_FINAL_ANSWER = "data.grader finds no answer in the trace"
+    WRONG_ANSWER = "data.grader grades the trace as wrong"
     PROMPT_TOO_LONG = "prompt and completion do not fit the model's context"
     TRACE_TOO_LONG = "prompt and trace do not fit the model's context"
     TEACHER_TOO_LONG = "prompt and completion do not fit the context of a teacher"
 
     def __str__(self) -> str:
         return self.value
+
+
+#: Reasons that depend on ``data.grader``.
+GRADED = frozenset({DropReason.NO_ANSWER, DropReason.NO_FINAL_ANSWER, DropReason.WRONG_ANSWER})
 
 
 class TeacherLimit(NamedTuple):

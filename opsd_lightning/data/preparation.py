@@ -22,7 +22,7 @@ from opsd_lightning.data.fingerprint import (
     tokenizer_fingerprint,
 )
 from opsd_lightning.data.prepared_rows import Ints, PreparedRows
-from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.grading.base import Grade, Grader
 from opsd_lightning.prompts.chat_template import kind
 from opsd_lightning.prompts.contexts import PrivilegedContext, WrongContext
 from opsd_lightning.prompts.templates import Prompts
@@ -69,7 +69,8 @@ class Preparation:
         tokenizer: Tokenizer of the policy.
         prompts: Templates of both roles' prompts.
         context: Text that only the teacher reads.
-        grader: Finds and compares answers.
+        grader: Grades completions and traces.
+        verify: If True, rows whose trace the grader does not grade as right are dropped.
         needs: Requirements of the training method or of the evaluation.
         limits: Context lengths that rows must fit.
         end: Tokens at the end of a trace that is trained on.
@@ -80,7 +81,8 @@ class Preparation:
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
     context: PrivilegedContext
-    grader: MathGrader
+    grader: Grader
+    verify: bool
     needs: DataRequirements
     limits: RowLimits
     end: Sequence[int]
@@ -98,9 +100,10 @@ class Preparation:
             for field in fields(DataRequirements)
             if field.name not in ("teachers", "max_new_tokens", "privileged")  # the first two are in the limits
         }
-        for part, expected in ((self.prompts, Prompts), (self.grader, MathGrader)):
-            if type(part) is not expected:
-                raise UnknownValueError(f"{type(part).__qualname__}, which is not {expected.__qualname__}")
+        if type(self.prompts) is not Prompts:
+            raise UnknownValueError(f"{type(self.prompts).__qualname__}, which is not Prompts")
+        if not self.grader.repeatable:
+            raise UnknownValueError(f"{type(self.grader).__qualname__}, whose grades need not be the same in another run")
         if isinstance(self.context, WrongContext):
             raise UnknownValueError("WrongContext, whose texts depend on the grader's time limit")
         return fingerprint(
@@ -110,7 +113,8 @@ class Preparation:
             self.prompts,
             object_fingerprint(self.context),
             self.context.needs_traces,
-            self.grader,
+            object_fingerprint(self.grader),
+            self.verify,
             needs,
             self.limits,
             list(self.end),
@@ -204,38 +208,33 @@ class Preparation:
     def _verify(self, examples: Sequence[Example]) -> list[_Verdict]:
         """Return the verdict on each row: the reason for dropping it, or its reference answer."""
         found = [self._early_verdict(example) for example in examples]
-        open_rows = [place for place, verdict in enumerate(found) if verdict is None]
-        traces, references = ([getattr(examples[place], name) for place in open_rows] for name in ("trace", "answer"))
-        if type(self.grader) is MathGrader:
-            grades = self.grader.grades(traces, references)
-            graded = [(grade.answer, grade.correct, bool(grade.problem)) for grade in grades]
-        else:  # `grades` would call an overridden `grade`
-            answers = [self.grader.find_answer(trace) for trace in traces]
-            pairs = zip(answers, references, strict=True)
-            graded = [(answer, self.grader.equal(answer, reference), False) for answer, reference in pairs]
-        for place, (answer, correct, undecided) in zip(open_rows, graded, strict=True):
-            reference = examples[place].answer
-            if answer is None:
-                found[place] = _Verdict(DropReason.NO_FINAL_ANSWER, undecided=undecided)
-            elif correct or not reference:
-                found[place] = _Verdict(None, reference or answer, undecided)
-            else:
-                found[place] = _Verdict(DropReason.WRONG_ANSWER, undecided=undecided)
+        unread = [place for place, verdict in enumerate(found) if verdict is None]
+        grades = self.grader.verifications([examples[place] for place in unread])
+        for place, grade in zip(unread, grades, strict=True):
+            found[place] = self._trace_verdict(examples[place].answer, grade)
         return [verdict for verdict in found if verdict is not None]
+
+    def _trace_verdict(self, reference: str, grade: Grade) -> _Verdict:
+        undecided = bool(grade.problem)
+        if self.grader.is_right(grade.score):
+            return _Verdict(None, reference or grade.answer or "", undecided)
+        reason = DropReason.NO_FINAL_ANSWER if grade.answer is None else DropReason.WRONG_ANSWER
+        return _Verdict(reason, undecided=undecided)
 
     def _early_verdict(self, example: Example) -> _Verdict | None:
         """Return the verdict on a row whose trace need not be read."""
         needs = self.needs
         needs_trace = needs.traces or needs.trace_completions or (needs.teacher_prompts and self.context.needs_traces)
+        verifies = self.verify and bool(example.trace)
         if not example.question:
             return _Verdict(DropReason.EMPTY_QUESTION)
         if not example.trace and needs_trace:
             return _Verdict(DropReason.EMPTY_TRACE)
-        if not example.trace and not example.answer and needs.answers:
+        if not verifies and not self.grader.can_grade(example) and (needs.answers if self.verify else needs.grades):
             return _Verdict(DropReason.NO_ANSWER)
         if question_key(example) in self.held_out:
             return _Verdict(DropReason.HELD_OUT)
-        return None if example.trace else _Verdict(None, example.answer)
+        return None if verifies else _Verdict(None, example.answer)
 
     # -- prompts -----------------------------------------------------------------------------------------------------------
 

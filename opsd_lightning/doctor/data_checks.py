@@ -34,12 +34,13 @@ _REMEDIES: dict[DropReason, tuple[str, str]] = {
         "name the column of the reference answer, or that of the trace",
     ),
     DropReason.NO_FINAL_ANSWER: (
-        "data.grader.answer_pattern",
-        'end the traces with \\boxed{} or "The answer is ...", or give a pattern that finds the answer as they write it',
+        "data.grader",
+        "choose the grader of this task, with a pattern that finds the answer, or set data.verify to false for "
+        "demonstrations",
     ),
     DropReason.WRONG_ANSWER: (
         "data.{split}.init_args.columns.answer",
-        "check that it is the answer's column; wrong traces teach wrong steps, so let the rest go",
+        "check that it is the answer's column and data.grader fits it; wrong traces teach wrong steps, so let the rest go",
     ),
     DropReason.HELD_OUT: ("", ""),
     DropReason.TRACE_TOO_LONG: (

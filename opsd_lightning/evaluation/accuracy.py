@@ -24,10 +24,11 @@ _RESAMPLES = 1000
 class AccuracyAtK(Metric):
     """avg@k, pass@j and maj@k over Q questions with k graded completions each, c of them correct.
 
-    - ``avg@k``: the mean over questions of c / k.
+    - ``avg@k``: the mean over questions of the mean score s. Without partial scores, it is c / k.
     - ``pass@j``, for j = 1, 2, 4, 8 below k and for k: the probability that one of j completions is correct. The unbiased
       estimate for a question is 1 - C(k - c, j) / C(k, j) (arXiv 2107.03374). ``pass@k`` is the share of questions with at
-      least one correct completion; ``pass@1`` is ``avg@k``.
+      least one correct completion; ``pass@1`` is ``avg@k``
+      without partial scores.
     - ``maj@k``: the share of questions with a correct most frequent vote. If several votes are the most frequent, the
       question scores the share of correct ones among them. Completions without an answer do not vote.
 
@@ -36,7 +37,7 @@ class AccuracyAtK(Metric):
     - over questions (``..._se``): the sample standard deviation of the questions' scores / sqrt(Q); 0 for one question.
     - over samples (``..._se_samples``, k > 1): sqrt(sum of V over questions) / Q, with fixed questions. V is the variance
       of a question's score when k completions are drawn from its k with replacement (bootstrap), times k / (k - 1).
-      For avg that is s^2 / k with the unbiased s^2 = c (k - c) / (k (k - 1)). V is exact for avg and pass@j, from
+      For avg that is the unbiased variance of the k scores / k. V is exact for avg and pass@j, for the latter from
       c* ~ Binomial(k, c / k). For maj it is estimated from 1000 resamples with a fixed seed. A question with equal
       completions has V = 0. So the error is too small for small k, and for pass@k, which depends on questions with few
       correct completions.
@@ -63,35 +64,39 @@ class AccuracyAtK(Metric):
         self.k = k
         self.add_state("votes", default=[], dist_reduce_fx="cat")
 
-    def update(self, votes: Sequence[int | None], correct: Sequence[bool]) -> None:
+    def update(self, votes: Sequence[int | None], correct: Sequence[bool], scores: Sequence[float] | None = None) -> None:
         """Add one question. Without completions nothing is added, for ranks without a question.
 
         Args:
-            votes: The vote of each of its k completions (`MathGrader.votes`). None for a completion without an answer.
+            votes: The vote of each of its k completions (`Grader.votes`). None for a completion without an answer.
             correct: True for each correct completion. A vote is never shared by correct and wrong completions.
+            scores: Score of each completion from 0 to 1. Defaults to 1 for correct completions and 0 for others.
 
         Raises:
             ValueError: The number of completions is neither k nor 0.
         """
         if len(correct) not in (0, self.k):
             raise ValueError(f"AccuracyAtK(k={self.k}) got {len(correct)} completions of a question")
-        rows = [[-1 if v is None else v, int(c)] for v, c in zip(votes, correct, strict=True)]
-        shape = (1 if rows else 0, self.k, 2)
-        self.votes.append(torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(shape))
+        scores = [float(c) for c in correct] if scores is None else scores
+        rows = [[-1 if v is None else v, int(c), s] for v, c, s in zip(votes, correct, scores, strict=True)]
+        shape = (1 if rows else 0, self.k, 3)
+        self.votes.append(torch.tensor(rows, dtype=torch.float32, device=self.device).reshape(shape))
 
     def compute(self) -> dict[str, Tensor]:
         """Return all values by name, such as ``avg@12``, ``pass@4_se`` or ``maj@12_se_samples``."""
-        data = (self.votes if isinstance(self.votes, Tensor) else torch.cat(self.votes)).cpu()  # [Q, k, 2]
+        state = (self.votes if isinstance(self.votes, Tensor) else torch.cat(self.votes)).cpu()  # [Q, k, 3]
+        data, graded = state[..., :2].long(), state[..., 2].double()
         k, right = self.k, data[..., 1].sum(1)  # [Q]
         c = torch.arange(k + 1, dtype=torch.float64)
         ways = torch.tensor([math.comb(k, n) for n in range(k + 1)], dtype=torch.float64)
         chances = ways * (c[:, None] / k) ** c * (1 - c[:, None] / k) ** (k - c)  # [c, c*], of Binomial(k, c / k)
-        scores, variances = {f"avg@{k}": right / k}, {f"avg@{k}": c * (k - c) / k**2 / max(k - 1, 1)}
+        scores, variances = {f"avg@{k}": graded.mean(1)}, dict[str, Tensor]()
         for j in pass_sizes(k):
             passed = torch.tensor([_pass_at(j, k, n) for n in range(k + 1)], dtype=torch.float64)
             scores[f"pass@{j}"] = passed[right]
             variances[f"pass@{j}"] = (chances @ passed**2 - (chances @ passed) ** 2) * k / max(k - 1, 1)
         spread = {name: table[right] for name, table in variances.items()}
+        spread[f"avg@{k}"] = graded.var(1, correction=0) / max(k - 1, 1)
         scores[f"maj@{k}"], spread[f"maj@{k}"] = _majority(data)
         found: dict[str, Tensor] = {}
         for name, score in scores.items():

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.distributed.collectives import TrainerRanks, rank_and_world_size
 from opsd_lightning.evaluation.accuracy import AccuracyAtK, pass_sizes
-from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
+from opsd_lightning.evaluation.demonstrations import DemonstrationScores
+from opsd_lightning.grading.base import PROBLEMS, Grader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.models.token_budget import TokenBudget
@@ -40,17 +41,23 @@ Records = dict[str, list[dict[str, Any]]]  # by role, one record per completion
 class Evaluator(nn.Module):
     """Samples and grades completions of each role, and accumulates their metrics over an epoch.
 
+    With a grader that grades no completions (`Grader.grades_completions`), it scores the demonstrations instead.
+
     Args:
         sampling: Settings of the sampler.
         grader: Grader of the completions.
         teacher: Teacher to grade too, on its privileged prompts. Defaults to none.
+        divergence: If True, and no completions are graded, also measure the divergence of student and teacher on the
+            demonstrations.
 
     Attributes:
         finished: Records that an earlier run sampled, by number of the batch. They are not sampled again. All ranks have the
             same numbers, since sampling may need all ranks.
     """
 
-    def __init__(self, sampling: Sampling, grader: MathGrader, teacher: GenerativeTeacher | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, grader: Grader, teacher: GenerativeTeacher | None = None, divergence: bool = False
+    ) -> None:
         super().__init__()
         self.sampling, self.grader, self.teacher = sampling, grader, teacher
         roles = ["student", "teacher"] if teacher is not None else ["student"]
@@ -62,6 +69,7 @@ class Evaluator(nn.Module):
             }
         )
         self.problems = nn.ModuleDict({role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles})
+        self.demonstrations = None if grader.grades_completions else DemonstrationScores(divergence)
         self.finished: Mapping[int, Records] = {}
 
     @property
@@ -114,10 +122,11 @@ class Evaluator(nn.Module):
         places = [place for place, counted in enumerate(batch.counted) if counted]
         rows = [row for place in places for row in range(place * n, (place + 1) * n)]
         texts = [str(tokenizer.decode(rollouts.completions[row], skip_special_tokens=True)) for row in rows]
-        grades = self.grader.grades(texts, [batch.examples[row // n].answer for row in rows])
+        grades = self.grader.grades(texts, [batch.examples[row // n] for row in rows])
         votes = self.grader.votes_of([grades[start : start + n] for start in range(0, len(grades), n)])
         cast = [vote for question in votes for vote in question]
         records: list[dict[str, Any]] = []
+        graded = self.grader.grades_completions
         for row, text, grade, vote in zip(rows, texts, grades, cast, strict=True):
             place, sample = divmod(row, n)
             records.append(
@@ -128,7 +137,8 @@ class Evaluator(nn.Module):
                     "reference": batch.examples[place].answer,
                     "completion": text,
                     "answer": grade.answer,
-                    "correct": grade.correct,
+                    "correct": self.grader.is_right(grade.score) if graded else None,
+                    "score": grade.score if graded else None,
                     "vote": vote,
                     "completion_tokens": len(rollouts.completions[row]),
                     "truncated": not rollouts.terminated[row],
@@ -143,7 +153,8 @@ class Evaluator(nn.Module):
         for role, records in found.items():
             # A rank without a question updates its metrics too, with no completions.
             for group in [records[start : start + n] for start in range(0, len(records), n)] or [[]]:
-                self.accuracy[role].update([r["vote"] for r in group], [r["correct"] for r in group])  # type: ignore[operator]
+                votes, right = [r["vote"] for r in group], [r["correct"] for r in group]
+                self.accuracy[role].update(votes, right, [r["score"] for r in group])  # type: ignore[operator]
                 for record in group:
                     self.lengths[role]["completion_tokens"].update(record["completion_tokens"])  # type: ignore[index]
                     self.lengths[role]["truncated_fraction"].update(float(record["truncated"]))  # type: ignore[index]
@@ -152,6 +163,8 @@ class Evaluator(nn.Module):
 
     def names(self, stage: str) -> set[str]:
         """Return the names of all metrics of `compute`."""
+        if self.demonstrations is not None:
+            return {f"{stage}/{name}" for name in self.demonstrations}
         n, found = self.sampling.n, set()
         for role in self.roles:
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
@@ -163,6 +176,10 @@ class Evaluator(nn.Module):
     def compute(self, stage: str) -> dict[str, Tensor]:
         """Return the metrics of the epoch over all ranks, by logged name, and reset them."""
         values: dict[str, Tensor] = {}
+        if self.demonstrations is not None:
+            values = {f"{stage}/{name}": value for name, value in self.demonstrations.compute().items()}
+            self.demonstrations.reset()
+            return values
         for role, accuracy in self.accuracy.items():
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
             for metric in (accuracy, self.lengths[role], self.problems[role]):
@@ -212,12 +229,19 @@ class EvaluatedModule(LightningModule):
         """Teachers that score completions in training."""
         return ()
 
+    @property
+    def demonstration_teacher(self) -> Teacher | None:
+        """The teacher whose divergence from the student is measured on demonstrations, if no completions are graded."""
+        return None
+
     def setup(self, stage: str) -> None:
         watch_signals(self.trainer)
         self.rollouts.prepare(self.policy, self.demand(stage))
 
     def sampled(self, stage: str) -> dict[str, Sampling]:
         """Return the sampling settings of each split of the data that a stage samples from."""
+        if self.evaluator.demonstrations is not None and stage != "predict":
+            return {}
         return {{"fit": "val", "validate": "val"}.get(stage, "test"): self.evaluator.sampling}
 
     def demand(self, stage: str) -> Demand | None:
@@ -333,6 +357,10 @@ class EvaluatedModule(LightningModule):
         return Scorer(self.model, self.scoring_budget, self.ranks)
 
     def _graded(self, batch: PromptBatch, batch_idx: int) -> Records:
+        if self.evaluator.demonstrations is not None:
+            memory = self.objective.logits_memory_mib
+            self.evaluator.demonstrations.measure(self.scorer, batch, self.demonstration_teacher, memory)
+            return {role: [] for role in self.evaluator.roles}
         records = self._sampled(batch, batch_idx, self.evaluator.roles)
         self.evaluator.count(records)
         return records

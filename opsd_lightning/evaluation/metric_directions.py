@@ -8,6 +8,7 @@ from typing import Literal
 # By regular expression of the whole name. Metrics without an entry have no better direction: entropies, lengths, error bars.
 _BETTER: dict[str, Literal["min", "max"]] = {
     r"(val|test)/(teacher_)?(avg|pass|maj)@\d+": "max",
+    r"(val|test)/(nll|divergence)": "min",
     r"(val|test)/(teacher_)?(truncated_fraction|grading_timeouts|grading_failures)": "min",
     r"train/(loss|forward_kl|reverse_kl|first_token_forward_kl)": "min",
     r"train/(truncated_fraction|context_missing_fraction|groups_without_signal|grading_timeouts|grading_failures)": "min",

@@ -49,7 +49,7 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
     """
     evaluator: Evaluator = module.evaluator
     engine: RolloutEngine = module.rollouts
-    settings = {k: v for k, v in vars(engine).items() if not (k.startswith("_") or k in engine.neutral_settings)}
+    settings = {name: value for name, value in _public(engine).items() if name not in engine.neutral_settings}
     questions = digest(
         repr((batch.student, batch.teacher, [row.contents for row in batch.examples], list(batch.indices), batch.counted))
         for batch in batches
@@ -61,13 +61,17 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
         "sampling": asdict(evaluator.sampling),
         "seed": module.seed,
         "engine": {"class": type(engine).__name__} | settings,
-        "grader": {"class": type(evaluator.grader).__name__} | asdict(evaluator.grader),
+        "grader": {"class": type(evaluator.grader).__name__} | _public(evaluator.grader),
         "teacher": None if evaluator.teacher is None else type(evaluator.teacher).__name__,
         "eos_ids": sorted(eos_ids(module.model)),
         "device": device_of(module.model).type,
         "precision": precision,
         "version": {"opsd_lightning": __version__} | {name: version(name) for name in ("torch", "transformers", "peft")},
     }
+
+
+def _public(part: object) -> dict[str, Any]:
+    return {name: value for name, value in vars(part).items() if not name.startswith("_")}
 
 
 def _architecture(model: nn.Module) -> dict[str, Any]:

@@ -72,6 +72,9 @@ class ExactMatch(Grader):
         if self.unicode_form not in ("NFC", "NFKC", None):
             raise ConfigError(f"it is {self.unicode_form!r}", f"{SETTING}unicode_form", "Set it to NFC, NFKC or null")
 
+    def can_grade(self, example: Example) -> bool:
+        return bool(self._accepted(example))
+
     def grade(self, completion: str, example: Example) -> Grade:
         text = strip_thinking(completion)
         if text is None:
@@ -87,9 +90,6 @@ class ExactMatch(Grader):
         if any(self.same(answer, reference) for reference in self._accepted(example)):
             return Grade(1.0, answer)
         return Grade(0.0, answer, f"The answer {shown(answer)} is wrong.")
-
-    def can_grade(self, example: Example) -> bool:
-        return bool(self._accepted(example))
 
     def same(self, first: str, second: str) -> bool:
         """Return True if two texts are equal after normalization."""

@@ -66,6 +66,9 @@ class JSONGrader(Grader):
         if isinstance(self.ignored_keys, str):
             raise ConfigError(f"it is {self.ignored_keys!r}", f"{SETTING}ignored_keys", "Give a list of keys")
 
+    def can_grade(self, example: Example) -> bool:
+        return self._reference(example) is not None
+
     def grade(self, completion: str, example: Example) -> Grade:
         reference = self._reference(example)
         text = strip_thinking(completion)
@@ -86,9 +89,6 @@ class JSONGrader(Grader):
             return Grade(1.0, answer)
         score = result.share if self.partial else 0.0
         return Grade(score, answer, _sentence(result.difference))
-
-    def can_grade(self, example: Example) -> bool:
-        return self._reference(example) is not None
 
     def same(self, first: str, second: str) -> bool:
         """Return True if two answers are equal as JSON."""

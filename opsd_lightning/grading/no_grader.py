@@ -33,6 +33,9 @@ class NoGrader(Grader):
         """Return score 0 without an answer, for callers that grade regardless of `grades_completions`."""
         return Grade(0.0)
 
+    def can_grade(self, example: Example) -> bool:
+        return False
+
     def verify(self, example: Example) -> Grade:
         """Return score 1."""
         return Grade(1.0)

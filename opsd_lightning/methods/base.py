@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, NoReturn, Self
@@ -34,7 +34,8 @@ from opsd_lightning.distributed.checks import check_precision, check_strategy
 from opsd_lightning.distributed.collectives import no_backward_sync
 from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
 from opsd_lightning.evaluation.evaluator import EvaluatedModule, Evaluator
-from opsd_lightning.grading.math_grader import PROBLEMS, MathGrader
+from opsd_lightning.grading.base import PROBLEMS, Grader
+from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.losses.objectives import Objective, Term
 from opsd_lightning.methods import checkpoint_record
 from opsd_lightning.methods.checkpoint_record import Configured
@@ -49,6 +50,7 @@ from opsd_lightning.models.precision import check_dtypes
 from opsd_lightning.models.scoring import score
 from opsd_lightning.models.sharding import full_tensor
 from opsd_lightning.models.token_budget import TokenBudget
+from opsd_lightning.prompts.online_contexts import Attempts
 from opsd_lightning.rollouts.base import RolloutEngine, seed_for
 from opsd_lightning.rollouts.importance import check_difference, log_ratios, with_logprobs
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
@@ -88,7 +90,7 @@ class PolicyModule(EvaluatedModule, ABC):
         rollouts: Rollout engine. Defaults to `TransformersEngine`.
         sampling: Sampling of the training completions.
         eval_sampling: Sampling in validation, test and predict. Defaults to ``sampling``.
-        grader: Grader of completions. On the command line linked to ``data.grader``.
+        grader: Grader of completions. Defaults to `MathGrader`. On the command line linked to ``data.grader``.
         optimizer: Makes the optimizer of the trainable parameters.
         lr_scheduler: Makes the learning-rate schedule, which is stepped after every optimizer step. Defaults to a constant
             rate.
@@ -124,7 +126,7 @@ class PolicyModule(EvaluatedModule, ABC):
         rollouts: RolloutEngine | None = None,
         sampling: Sampling = Sampling(),
         eval_sampling: Sampling | None = None,
-        grader: MathGrader | None = None,
+        grader: Grader | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: PositiveFloat | None = None,
@@ -172,9 +174,12 @@ class PolicyModule(EvaluatedModule, ABC):
     @property
     def data_requirements(self) -> DataRequirements:
         """The data that training needs. A method that needs more or less replaces fields."""
-        graded = self.evaluator.teacher is not None
         return DataRequirements(
-            privileged=False, graded_teacher=graded, max_new_tokens=self.sampling.max_new_tokens, teachers=self.teachers
+            privileged=False,
+            scores_demonstrations=self.evaluator.demonstrations is not None,
+            graded_teacher=self.evaluator.teacher is not None,
+            max_new_tokens=self.sampling.max_new_tokens,
+            teachers=self.teachers,
         )
 
     def sampled(self, stage: str) -> dict[str, Sampling]:
@@ -531,9 +536,20 @@ class PolicyModule(EvaluatedModule, ABC):
         limit = self.rollouts.max_importance_ratio
         return None if limit is None else self.truncated([row.exp() for row in found], limit, "importance_ratio")
 
-    def log_grading(self, problems: Sequence[str]) -> None:
+    def require_grades(self, setting: str) -> None:
+        """Raise `ConfigError` if ``data.grader`` grades no completions, which a setting needs."""
+        grader = self.evaluator.grader
+        if not grader.grades_completions:
+            raise ConfigError(
+                f"{type(grader).__name__} grades no completions, and {setting} needs grades",
+                "data.grader",
+                f"Choose a grader that fits the data, such as ExactMatch, or change {setting}",
+            )
+
+    def log_grading(self, attempts: Attempts) -> None:
         """Log the number of completions that count as wrong because grading gave no verdict. Every rank must call."""
-        counts = self.ranks.sum([sum(found == problem for found in problems) for problem in PROBLEMS.values()])
+        found = [grade.problem for grade in attempts.grades]
+        counts = self.ranks.sum([found.count(problem) for problem in PROBLEMS.values()])
         self.log_dict({f"train/{name}": count for name, count in zip(PROBLEMS, counts, strict=True)}, batch_size=1)
 
     def truncated(self, ratios: list[Tensor], limit: float, name: str) -> list[Tensor]:

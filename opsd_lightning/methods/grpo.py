@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_lightning.grading.math_grader import PROBLEMS
+from opsd_lightning.grading.base import PROBLEMS
 from opsd_lightning.losses.objectives import NegativeLogLikelihood, Objective, Term
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.methods.base import PolicyModule
@@ -38,10 +38,10 @@ class Reward(ABC):
 
 
 class AnswerReward(Reward):
-    """Reward 1 for a right final answer and 0 otherwise. The default."""
+    """The score of ``data.grader``, from 0 to 1. The default."""
 
     def __call__(self, attempts: Attempts) -> Sequence[float]:
-        return [float(correct) for correct in attempts.correct]
+        return [grade.score for grade in attempts.grades]
 
 
 @checked
@@ -102,6 +102,7 @@ class GRPOModule(PolicyModule):
                 "model.likelihood.temperature",
                 "Set both to the same value",
             )
+        self.require_grades("model (GRPOModule)")
         self.clip_ratio = clip_ratio
         self.anchor = anchor
 
@@ -111,7 +112,7 @@ class GRPOModule(PolicyModule):
 
     @property
     def data_requirements(self) -> DataRequirements:
-        return replace(super().data_requirements, teacher_prompts=False)
+        return replace(super().data_requirements, teacher_prompts=False, grades=True)
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -145,7 +146,7 @@ class GRPOModule(PolicyModule):
     def advantages(self, batch: PromptBatch, rollouts: Rollouts) -> Tensor:
         """Grade completions, and return the advantage of each. Shape [completions]. Every rank must call."""
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
-        self.log_grading(attempts.problems)
+        self.log_grading(attempts)
         rewards = torch.tensor(self.reward(attempts), dtype=torch.float32).view(-1, rollouts.n)
         spread = rewards.std(dim=1, keepdim=True)
         total, same, rows, groups = self.ranks.sum(

@@ -9,22 +9,23 @@ LoRA-adapted model plays both roles: the student reads the question, the teacher
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from opsd_lightning.evaluation.evaluator import Evaluator
-from opsd_lightning.grading.math_grader import PROBLEMS
+from opsd_lightning.grading.base import PROBLEMS
 from opsd_lightning.losses.objectives import DivergenceObjective, Objective, Term
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepOutput
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.prompts.online_contexts import OnlineContext, ReasonFirst, read_attempts
+from opsd_lightning.prompts.online_contexts import Attempts, OnlineContext, WrittenContext, read_attempts
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import seed_for
 from opsd_lightning.teachers import FixedTeacher, GenerativeTeacher, Teacher
@@ -45,11 +46,11 @@ class TeacherPrompts(NamedTuple):
 
     Args:
         tokens: Token ids that the teacher reads before each completion.
-        has_context: False for completions without a context, which get no weight in the loss.
+        learned: Number of leading tokens of each completion that are learned from. 0 for a completion without a context.
     """
 
     tokens: list[list[int]]
-    has_context: list[bool]
+    learned: list[int]
 
 
 @checked
@@ -66,6 +67,8 @@ class DistillationModule(PolicyModule):
         context: Context that is made anew in each step, from the completions or by the teacher. Defaults to
             ``data.context``.
         prompts: Prompts of both roles, for ``context``. On the command line linked to ``data.prompts``.
+        learn_from: Completions that are learned from: ``all``, or only those that ``data.grader`` grades as ``wrong`` or as
+            ``right``. Defaults to ``all``.
         anchor: A second term, which holds the student near a reference on its own prompt. Defaults to none.
         max_importance_ratio: From the second update on a batch, limit on the ratio of a token's probability to that before
             the first update, which weights its loss. Above 0. Defaults to 2.
@@ -83,7 +86,7 @@ class DistillationModule(PolicyModule):
     )
     idle_reason: ClassVar[str] = (
         "the teacher gives every token the student's own probability: it reads no more than the student (NoContext), no "
-        "context was found, or it is the student itself"
+        "context was found, it is the student itself, or model.learn_from leaves out every completion"
     )
 
     def __init__(
@@ -94,6 +97,7 @@ class DistillationModule(PolicyModule):
         *,
         context: OnlineContext | None = None,
         prompts: Prompts = Prompts(),
+        learn_from: Literal["all", "wrong", "right"] = "all",
         anchor: Anchor | None = None,
         max_importance_ratio: PositiveFloat | None = None,
         evaluate_teacher: bool = False,
@@ -104,6 +108,11 @@ class DistillationModule(PolicyModule):
         self.teacher.keeps_head = self.updates_per_batch > 1
         self._objective = objective or DivergenceObjective()
         self.context, self.prompts, self.anchor = context, prompts, anchor
+        self.learn_from = learn_from
+        if learn_from not in ("all", "wrong", "right"):
+            raise ConfigError(f"it is {learn_from!r}", "model.learn_from", "Choose all, wrong or right")
+        if learn_from != "all":
+            self.require_grades(f"model.learn_from ({learn_from})")
         if not self._objective.uses_teacher:
             raise ConfigError(
                 f"{type(self._objective).__name__} does not use the teacher",
@@ -119,6 +128,8 @@ class DistillationModule(PolicyModule):
         self.max_importance_ratio = 2.0 if max_importance_ratio is None else max_importance_ratio
         if context is not None:
             context.check(self.sampling)
+            if context.needs_grades:
+                self.require_grades(f"model.context ({type(context).__name__})")
             if not self.teacher.privileged:
                 raise ConfigError(
                     f"{type(context).__name__} is for a teacher that reads a context, and model.teacher "
@@ -127,15 +138,18 @@ class DistillationModule(PolicyModule):
                     "Set model.teacher.init_args.privileged to true, or leave model.context out",
                 )
         if not isinstance(self.teacher, GenerativeTeacher):
-            if evaluate_teacher or isinstance(context, ReasonFirst):
+            if evaluate_teacher or isinstance(context, WrittenContext):
                 raise ConfigError(
                     f"{type(self.teacher).__name__} scores completions but cannot generate text, which "
-                    f"{'model.evaluate_teacher' if evaluate_teacher else 'model.context ReasonFirst'} needs",
+                    f"{'model.evaluate_teacher' if evaluate_teacher else f'model.context {type(context).__name__}'} needs",
                     "model.teacher",
                     "Choose a teacher that can generate, such as FixedTeacher, or leave that setting out",
                 )
         elif evaluate_teacher:
+            self.require_grades("model.evaluate_teacher")
             self.evaluator = Evaluator(self.evaluator.sampling, self.evaluator.grader, self.teacher)
+        if self.demonstration_teacher is not None:
+            self.evaluator = Evaluator(self.evaluator.sampling, self.evaluator.grader, divergence=True)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         """Run algorithm 1 of arXiv 2601.18734 on one batch: one optimizer step, or ``updates_per_batch`` of them."""
@@ -147,7 +161,8 @@ class DistillationModule(PolicyModule):
             anchor = self.anchor.score(self.scorer, step.student_prompts, step.rollouts)
         for ratios in self.updates(step):
             weights = self.objective.token_weights(step.rollouts)
-            weights = [weight * known for weight, known in zip(weights, prompts.has_context, strict=True)]
+            for weight, learned in zip(weights, prompts.learned, strict=True):
+                weight[learned:] = 0
             weights = self._reweighted(self.normalized(weights), ratios)
             terms = [Term(self.objective, weights, teacher, prompts.tokens)]
             if self.anchor is not None:
@@ -168,28 +183,39 @@ class DistillationModule(PolicyModule):
 
     @property
     def data_requirements(self) -> DataRequirements:
-        needs = replace(super().data_requirements, privileged=self.teacher.privileged)
+        selects = self.learn_from != "all"
+        needs = replace(super().data_requirements, privileged=self.teacher.privileged, grades=selects)
         if self.context is None:
             return needs
         traces, answers = self.context.needs_traces, self.context.needs_answers
-        return replace(needs, teacher_prompts=traces, traces=traces, answers=answers)
+        grades = selects or (self.context.needs_grades and answers)
+        return replace(needs, teacher_prompts=traces, traces=traces, answers=answers or selects, grades=grades)
 
     @property
     def teachers(self) -> list[Teacher]:
         """All teachers that score the completions."""
         return [self.teacher] if self.anchor is None else [self.teacher, self.anchor.teacher]
 
+    @property
+    def demonstration_teacher(self) -> Teacher | None:
+        # A context that is made in each step needs completions.
+        return self.teacher if self.context is None and self.evaluator.demonstrations is not None else None
+
     def logged_names(self) -> set[str]:
         found = super().logged_names()
         if self.updates_per_batch > 1:
             found |= {"train/update_ratio", "train/update_ratio_max", "train/update_ratio_clipped"}
         if self.context is not None:
-            found |= {"train/context_missing_fraction", *(f"train/{name}" for name in PROBLEMS)}
+            found.add("train/context_missing_fraction")
+        if self.learn_from != "all":
+            found.add("train/selected_fraction")
+        if self.context is not None or self.learn_from != "all":
+            found |= {f"train/{name}" for name in PROBLEMS}
         return found
 
     def attach(self) -> None:
         limit = self.policy.context_length()
-        if isinstance(self.context, ReasonFirst) and limit is not None and self.context.sampling.max_new_tokens >= limit:
+        if isinstance(self.context, WrittenContext) and limit is not None and self.context.sampling.max_new_tokens >= limit:
             raise ConfigError(
                 f"{self.context.sampling.max_new_tokens} tokens fill the model's whole context of {limit} tokens",
                 "model.context.init_args.sampling.max_new_tokens",
@@ -204,24 +230,45 @@ class DistillationModule(PolicyModule):
         """Return the teacher's prompt of every completion. Every rank must call."""
         source = batch.teacher if self.teacher.privileged and self.data_requirements.teacher_prompts else batch.student
         prompts = [prompt for prompt in source for _ in range(rollouts.n)]
-        known = [True] * len(prompts)
-        if self.context is None or not rollouts.sampled:  # traces in place of completions take data.context
-            return TeacherPrompts(prompts, known)
-        limit = min(length or sys.maxsize for length in (self.policy.context_length(), self.teacher.context_length()))
+        learned = [len(completion) for completion in rollouts.completions]
+        grades = self.context is not None or self.learn_from != "all"
+        if not grades or not rollouts.sampled:  # traces in place of completions take data.context
+            return TeacherPrompts(prompts, learned)
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
-        self.log_grading(attempts.problems)
+        self.log_grading(attempts)
+        if self.context is not None:
+            prompts, learned = self._online_prompts(self.context, attempts, batch, rollouts)
+        if self.learn_from != "all":
+            right = self.learn_from == "right"
+            learned = [tokens * (correct == right) for tokens, correct in zip(learned, attempts.correct, strict=True)]
+            selected, rows = self.ranks.sum([attempts.correct.count(right), len(learned)])
+            self.log("train/selected_fraction", selected / rows, batch_size=1)
+        return TeacherPrompts(prompts, learned)
+
+    def _online_prompts(
+        self, context: OnlineContext, attempts: Attempts, batch: PromptBatch, rollouts: Rollouts
+    ) -> TeacherPrompts:
+        """Return the teacher's prompts with the contexts of a step. Every rank must call."""
+        prompts, learned, has_context = list[list[int]](), list[int](), list[bool]()
+        limit = min(length or sys.maxsize for length in (self.policy.context_length(), self.teacher.context_length()))
         # Contexts made from traces get them cut, and the result is not cut again: an analysis after a long trace must stay.
         cut = [example._replace(trace=self.prompts.cut(self.tokenizer, example.trace)) for example in batch.examples]
-        for row, text in enumerate(self.context.texts(attempts._replace(examples=cut), self._generate)):
+        for row, text in enumerate(context.texts(attempts._replace(examples=cut), self._generate)):
+            completion, prompt = rollouts.completions[row], None
             if text is not None:
-                example, whole = batch.examples[row // rollouts.n], self.context.needs_traces
-                prompts[row] = self.prompts.teacher(self.tokenizer, example, text, whole)
-            known[row] = text is not None and len(prompts[row]) + len(rollouts.completions[row]) <= limit
-            if not known[row]:
-                prompts[row] = batch.student[row // rollouts.n]
-        missing, rows = self.ranks.sum([known.count(False), len(known)])
+                example, whole = batch.examples[row // rollouts.n], isinstance(context, WrittenContext)
+                prompt = self.prompts.teacher(self.tokenizer, example, text, whole)
+            if prompt is None or len(prompt) + len(completion) > limit:
+                has_context.append(False)
+                prompts.append(batch.student[row // rollouts.n])
+                learned.append(0)
+            else:
+                has_context.append(True)
+                prompts.append(prompt)
+                learned.append(math.ceil(len(completion) * context.prefix_share))
+        missing, rows = self.ranks.sum([sum(not known for known in has_context), len(has_context)])
         self.log("train/context_missing_fraction", missing / rows, batch_size=1)
-        return TeacherPrompts(prompts, known)
+        return TeacherPrompts(prompts, learned)
 
     def _reweighted(self, weights: list[Tensor], ratios: list[Tensor] | None) -> list[Tensor]:
         """Apply truncated importance sampling, if there are ratios."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import regex
 
+from opsd_lightning.grading.base import Grader
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.prompts.templates import UNIT
 from opsd_lightning.types import ConfigError, Example, OpenUnitInterval, checked
@@ -26,7 +27,7 @@ class PrivilegedContext(ABC):
     """
 
     needs_traces: bool = True
-    grader: MathGrader = MathGrader()
+    grader: Grader = MathGrader()
 
     @abstractmethod
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
@@ -151,7 +152,7 @@ class WrongContext(PrivilegedContext):
 
         def wrong(other: Example) -> bool:
             answer = other.answer.strip()
-            return bool(answer) and answer != reference and not self.grader.equal(answer, reference)
+            return bool(answer) and answer != reference and not self.grader.same(answer, reference)
 
         try:
             answer = _another(index, examples, self.seed, wrong, "answer").answer.strip()
@@ -159,12 +160,15 @@ class WrongContext(PrivilegedContext):
             if {other.answer.strip() for other in examples} <= {reference, ""}:
                 raise
             # All answers are equal, in several notations.
-            answer = next(number for number in ("0", "1") if not self.grader.equal(number, reference))
+            answer = next(number for number in ("0", "1") if not self.grader.same(number, reference))
         # Not inside a word, a longer number or a fraction.
         alone = rf"(?<!\w)(?<!\d[.,/]){re.escape(reference)}(?!\w)(?![.,/]\d)"
         trace, replaced = re.subn(alone, lambda _: answer, example.trace)
-        final = self.grader.find_answer(trace) if replaced else None
-        if final is None or (final.strip() != answer and self.grader.equal(final, reference)):
+        if not replaced:
+            return f"The final answer is {answer}."
+        grade = self.grader.grade(trace, example)
+        right = self.grader.is_right(grade.score) and (grade.answer or "").strip() != answer
+        if grade.answer is None or right:
             return f"The final answer is {answer}."
         return trace
 
@@ -184,15 +188,23 @@ class ColumnContext(PrivilegedContext):
         self.column = column
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
-        columns = examples[index].columns
-        if self.column not in columns:
-            problem = f"the data have no column {self.column!r}; they have {', '.join(map(str, columns))}"
-            raise ConfigError(problem, "data.context.column", "Set it to one of them")
-        try:
-            return (column_text(columns[self.column]) or "").strip()
-        except NotTextError as error:
-            problem = f"the column {self.column!r} holds {error} at the question {examples[index].question[:60]!r}"
-            raise ConfigError(problem, "data.context.column", "Name a column of text or numbers") from None
+        return text_of_column(examples[index], self.column, "data.context.column")
+
+
+def text_of_column(example: Example, column: str, setting: str) -> str:
+    """Return the text of a column of an example's row. Empty for null.
+
+    Raises:
+        ConfigError: The row has no such column, or it holds no text.
+    """
+    if column not in example.columns:
+        problem = f"the data have no column {column!r}; they have {', '.join(map(str, example.columns))}"
+        raise ConfigError(problem, setting, "Set it to one of them")
+    try:
+        return (column_text(example.columns[column]) or "").strip()
+    except NotTextError as error:
+        problem = f"the column {column!r} holds {error} at the question {example.question[:60]!r}"
+        raise ConfigError(problem, setting, "Name a column of text or numbers") from None
 
 
 def _another(

@@ -1,20 +1,32 @@
 """Privileged contexts that are made at each step, from the student's completions or by the teacher.
 
 Contexts that are made once from the data are in contexts.py. Sources: majority vote, U-OPSD (arXiv 2608.06296); shortest
-correct completion, SSOPD (arXiv 2605.17497); `ReasonFirst` is the variant of arXiv 2601.18734 in which the teacher first
-writes about the trace.
+correct completion, SSOPD (arXiv 2605.17497); feedback, SDPO (TRL's ``SDPOTrainer``); critique of the student's attempt,
+arXiv 2606.11173; `ReasonFirst` is the variant of arXiv 2601.18734 in which the teacher first writes about the trace.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from opsd_lightning.grading.base import Grade, Grader
+from opsd_lightning.grading.final_answer import strip_thinking
 from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.prompts.contexts import text_of_column
 from opsd_lightning.prompts.templates import fill
-from opsd_lightning.types import ConfigError, Example, OpenUnitInterval, PromptBatch, Rollouts, Sampling, checked
+from opsd_lightning.types import (
+    ConfigError,
+    Example,
+    OpenUnitInterval,
+    PositiveFloat,
+    PromptBatch,
+    Rollouts,
+    Sampling,
+    checked,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,33 +38,35 @@ class Attempts(NamedTuple):
     Args:
         examples: The questions.
         texts: Text of each completion, without special tokens.
-        answers: Final answer of each completion. None if it has none.
-        correct: True for each completion with a right answer.
+        grades: Grade of each completion.
         finished: True for each completion that ended with an EOS token.
         n: Number of completions of each question.
-        grader: The grader of the answers.
-        problems: Reason why a completion could not be graded, for each completion. See `Grade`.
+        grader: The grader.
     """
 
     examples: Sequence[Example]
     texts: Sequence[str]
-    answers: Sequence[str | None]
-    correct: Sequence[bool]
+    grades: Sequence[Grade]
     finished: Sequence[bool]
     n: int
-    grader: MathGrader = MathGrader()
-    problems: Sequence[str] = ()
+    grader: Grader = MathGrader()
+
+    @property
+    def answers(self) -> list[str | None]:
+        """Answer of each completion. None if it has none."""
+        return [grade.answer for grade in self.grades]
+
+    @property
+    def correct(self) -> list[bool]:
+        """True for each right completion."""
+        return [self.grader.is_right(grade.score) for grade in self.grades]
 
 
-def read_attempts(
-    tokenizer: PreTrainedTokenizerBase, grader: MathGrader, batch: PromptBatch, rollouts: Rollouts
-) -> Attempts:
+def read_attempts(tokenizer: PreTrainedTokenizerBase, grader: Grader, batch: PromptBatch, rollouts: Rollouts) -> Attempts:
     """Decode and grade completions."""
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rollouts.completions]
-    grades = grader.grades(texts, [batch.examples[i // rollouts.n].answer for i in range(len(texts))])
-    answers, correct = [grade.answer for grade in grades], [grade.correct for grade in grades]
-    problems = [grade.problem for grade in grades]
-    return Attempts(batch.examples, texts, answers, correct, rollouts.terminated, rollouts.n, grader, problems)
+    grades = grader.grades(texts, [batch.examples[i // rollouts.n] for i in range(len(texts))])
+    return Attempts(batch.examples, texts, grades, rollouts.terminated, rollouts.n, grader)
 
 
 #: Samples the teacher's answers to user messages, each in the conversation of its example (see `Prompts.ask`). None for a
@@ -65,11 +79,15 @@ class OnlineContext(ABC):
 
     Attributes:
         needs_traces: If True, the context is made of traces, and training questions without one are dropped.
-        needs_answers: If True, the context depends on grades, and training questions without answer and trace are dropped.
+        needs_answers: If True, the context depends on answers, and training questions without answer and trace are dropped.
+        needs_grades: If True, the context depends on the grades of ``data.grader``.
+        prefix_share: Share of the tokens of each completion that are learned from, from its start.
     """
 
     needs_traces: bool = False
     needs_answers: bool = True
+    needs_grades: bool = True
+    prefix_share: float = 1.0
 
     def check(self, sampling: Sampling) -> None:
         """Raise `ConfigError` if the context cannot be made with these settings of ``model.sampling``."""
@@ -87,7 +105,17 @@ class OnlineContext(ABC):
         """
 
 
-class ReasonFirst(OnlineContext):
+class WrittenContext(OnlineContext):
+    """Base class of contexts that the teacher writes. The teacher must be able to generate text.
+
+    Attributes:
+        sampling: Sampling of the texts.
+    """
+
+    sampling: Sampling
+
+
+class ReasonFirst(WrittenContext):
     """The trace and an analysis of it, which the teacher writes first.
 
     Args:
@@ -97,6 +125,7 @@ class ReasonFirst(OnlineContext):
     """
 
     needs_traces = True
+    needs_grades = False
 
     def __init__(
         self,
@@ -105,12 +134,7 @@ class ReasonFirst(OnlineContext):
         joined: str = "{trace}\n\nWhy it holds:\n{analysis}",
         sampling: Sampling = Sampling(max_new_tokens=256, temperature=0.0),
     ) -> None:
-        for name, text, needed in (("template", template, "trace"), ("joined", joined, "analysis")):
-            if f"{{{needed}}}" not in text:
-                raise ConfigError(f"it lacks {{{needed}}}", f"model.context.init_args.{name}", "Add the placeholder")
-        if sampling.n != 1:
-            problem = f"it is {sampling.n}, and each question gets one analysis"
-            raise ConfigError(problem, "model.context.init_args.sampling.n", "Set it to 1")
+        _check_writing({"template": (template, "trace"), "joined": (joined, "analysis")}, sampling)
         self.template, self.joined, self.sampling = template, joined, sampling
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
@@ -123,8 +147,78 @@ class ReasonFirst(OnlineContext):
         return [text for text in found for _ in range(attempts.n)]
 
 
+class CritiqueContext(WrittenContext):
+    """A critique of the completion, which the teacher's weights write with the reference at hand.
+
+    Source: arXiv 2606.11173. Every completion gets its own critique, so that a step samples as many further texts as it has
+    completions. Thinking blocks of the completion are not shown.
+
+    Args:
+        template: User message that asks for the critique. Placeholders are ``{question}``, ``{attempt}``, ``{reference}``
+            (the trace, or without one the reference answer) and ``{feedback}`` of the grader, which may be empty.
+        joined: Context of the teacher, with ``{critique}``. Further placeholders are ``{attempt}`` and ``{reference}``.
+        sampling: Sampling of the critique. Its ``n`` must be 1. Defaults to greedy decoding of at most 256 tokens.
+    """
+
+    needs_grades = False
+
+    def __init__(
+        self,
+        template: str = "{question}\n\nHere is a reference solution:\n{reference}\n\nHere is a student's attempt:\n{attempt}"
+        "\n\nGo through the attempt step by step. Name the first step that is wrong, and say how to correct it. If every "
+        "step is right, say so.",
+        joined: str = "An earlier attempt:\n{attempt}\n\nA critique of it:\n{critique}",
+        sampling: Sampling = Sampling(max_new_tokens=256, temperature=0.0),
+    ) -> None:
+        _check_writing({"template": (template, "attempt"), "joined": (joined, "critique")}, sampling)
+        self.template, self.joined, self.sampling = template, joined, sampling
+
+    def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
+        examples = [attempts.examples[i // attempts.n] for i in range(len(attempts.texts))]
+        shown = [
+            {"attempt": shown_attempt(text), "reference": example.trace or example.answer, "feedback": grade.feedback}
+            for text, example, grade in zip(attempts.texts, examples, attempts.grades, strict=True)
+        ]
+        messages = [fill(self.template, question=e.question, **each) for e, each in zip(examples, shown, strict=True)]
+        critiques = write(examples, messages, self.sampling)
+        return [
+            None if text is None or not each["reference"] else fill(self.joined, critique=text.strip(), **each)
+            for text, each in zip(critiques, shown, strict=True)
+        ]
+
+
+def _check_writing(templates: Mapping[str, tuple[str, str]], sampling: Sampling) -> None:
+    """Check the settings of a context that the teacher writes: each template by name, with its placeholder."""
+    for name, (text, needed) in templates.items():
+        if f"{{{needed}}}" not in text:
+            raise ConfigError(f"it lacks {{{needed}}}", f"model.context.init_args.{name}", "Add the placeholder")
+    if sampling.n != 1:
+        problem = f"it is {sampling.n}, and the teacher writes one text each time"
+        raise ConfigError(problem, "model.context.init_args.sampling.n", "Set it to 1")
+
+
+def shown_attempt(text: str) -> str:
+    """Return a completion without its thinking blocks, as a context shows it."""
+    answer = strip_thinking(text)
+    return "(no answer: it ends while still thinking)" if answer is None else answer.strip()
+
+
+@checked
 class _OwnCompletionContext(OnlineContext):
-    """The shortest accepted completion of the same question, other than the scored one."""
+    """The shortest accepted completion of the same question, other than the scored one.
+
+    Args:
+        only_longest_wrong: If True, learn only from the longest completion of each question that is not accepted.
+        prefix_share: Share of the tokens of a completion that are learned from, from its start. Above 0 and at most 1.
+    """
+
+    @abstractmethod
+    def __init__(self, only_longest_wrong: bool, prefix_share: float) -> None:
+        if not 0 < prefix_share <= 1:
+            raise ConfigError(
+                f"it is {prefix_share:g}", "model.context.init_args.prefix_share", "Set it above 0 and at most to 1"
+            )
+        self.only_longest_wrong, self.prefix_share = only_longest_wrong, prefix_share
 
     def check(self, sampling: Sampling) -> None:
         if sampling.n < 2:
@@ -135,27 +229,48 @@ class _OwnCompletionContext(OnlineContext):
             )
 
     @abstractmethod
-    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
-        """Return True for each completion of a question that the teacher may read."""
+    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: Grader) -> list[bool] | None:
+        """Return True for each completion of a question that the teacher may read. None if the question is left out."""
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         found: list[str | None] = []
+        answers, correct = attempts.answers, attempts.correct
         for start in range(0, len(attempts.texts), attempts.n):
             rows = range(start, start + attempts.n)
-            answers, correct = [attempts.answers[i] for i in rows], [attempts.correct[i] for i in rows]
-            good = self.good(answers, correct, attempts.grader)
-            shown = [i for i, may in zip(rows, good, strict=True) if may and attempts.finished[i]]
+            good = self.good([answers[i] for i in rows], [correct[i] for i in rows], attempts.grader)
+            if good is None:
+                found += [None] * attempts.n
+                continue
+            shown = {
+                i: shown_attempt(attempts.texts[i])
+                for i, may in zip(rows, good, strict=True)
+                if may and attempts.finished[i] and strip_thinking(attempts.texts[i]) is not None
+            }
+            wrong = [i for i, may in zip(rows, good, strict=True) if not may]
+            longest = max(wrong, key=lambda i: len(attempts.texts[i]), default=None)
             for row in rows:
-                others = [i for i in shown if i != row]
-                best = min(others, key=lambda i: len(attempts.texts[i]), default=None)
-                found.append(None if best is None else attempts.texts[best].strip())
+                others = {i: text for i, text in shown.items() if i != row}
+                best = min(others.values(), key=len, default=None)
+                found.append(None if self.only_longest_wrong and row != longest else best)
         return found
 
 
+@checked
 class ShortestCorrectContext(_OwnCompletionContext):
-    """The shortest correct completion of the same question. Needs the reference answer, but no trace."""
+    """The shortest correct completion of the same question. Needs the reference answer, but no trace.
 
-    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
+    Source: SSOPD (arXiv 2605.17497), which learns from prefixes of the longest wrong completion only
+    (``only_longest_wrong``).
+
+    Args:
+        only_longest_wrong: If True, learn only from the longest wrong completion of each question.
+        prefix_share: Share of the tokens of a completion that are learned from, from its start. Above 0 and at most 1.
+    """
+
+    def __init__(self, only_longest_wrong: bool = False, prefix_share: PositiveFloat = 1.0) -> None:
+        super().__init__(only_longest_wrong, prefix_share)
+
+    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: Grader) -> list[bool] | None:
         return list(correct)
 
 
@@ -163,47 +278,72 @@ class ShortestCorrectContext(_OwnCompletionContext):
 class MajorityContext(_OwnCompletionContext):
     """The shortest completion with the most frequent answer to the question. Needs neither answer nor trace.
 
-    Mathematically equal answers ("0.5" and "1/2") count as one, as in maj@k.
+    Answers that ``data.grader`` finds equal ("0.5" and "1/2") count as one, as in maj@k. With ``only_longest_wrong`` this is
+    U-OPSD (arXiv 2608.06296), which distills a prefix of the longest completion that disagrees with the majority.
 
     Args:
         min_share: Share of a question's completions that must agree, above 0 and below 1.
+        only_longest_wrong: If True, learn only from the longest completion of each question with another answer or none.
+        prefix_share: Share of the tokens of a completion that are learned from, from its start. Above 0 and at most 1.
     """
 
     needs_answers = False
 
-    def __init__(self, min_share: OpenUnitInterval = 0.5) -> None:
+    def __init__(
+        self,
+        min_share: OpenUnitInterval = 0.5,
+        only_longest_wrong: bool = False,
+        prefix_share: PositiveFloat = 1.0,
+    ) -> None:
+        super().__init__(only_longest_wrong, prefix_share)
         self.min_share = min_share
 
-    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: MathGrader) -> list[bool]:
+    def good(self, answers: Sequence[str | None], correct: Sequence[bool], grader: Grader) -> list[bool] | None:
         cast = grader.votes(answers, [False] * len(answers))  # the context may not use the reference
         most = Counter(vote for vote in cast if vote is not None).most_common(2)
         if not most or most[0][1] < self.min_share * len(answers) or (len(most) > 1 and most[1][1] == most[0][1]):
-            return [False] * len(answers)
+            return None
         return [vote == most[0][0] for vote in cast]
 
 
 class FeedbackContext(OnlineContext):
-    """The completion itself with its grade, and the reference answer if it is wrong. Needs no trace.
+    """The completion itself with its grade and the grader's feedback. Needs no trace.
+
+    The feedback is the text of ``column`` in the data, or the feedback of ``data.grader`` for the completion, such as a
+    failed test or the error of a parser. Without either, it is the reference answer. Thinking blocks of the completion are
+    not shown. Source: SDPO, as in TRL.
 
     Args:
-        right: Context for a right completion. Placeholders are ``{attempt}``, ``{answer}`` and ``{reference}``.
+        right: Context for a right completion. Placeholders are ``{attempt}``, ``{answer}``, ``{score}``, ``{feedback}`` and
+            ``{reference}``.
         wrong: Context for a wrong completion, with the same placeholders.
+        column: Column of the data with feedback. Defaults to none.
     """
 
     def __init__(
         self,
-        right: str = "An earlier attempt:\n{attempt}\n\nIts answer, {answer}, is correct.",
-        wrong: str = "An earlier attempt:\n{attempt}\n\nIts answer, {answer}, is wrong. The correct answer is {reference}.",
+        right: str = "An earlier attempt:\n{attempt}\n\nIt is correct.",
+        wrong: str = "An earlier attempt:\n{attempt}\n\nIt is wrong. {feedback}",
+        column: str | None = None,
     ) -> None:
-        self.right, self.wrong = right, wrong
+        self.right, self.wrong, self.column = right, wrong, column
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         found: list[str | None] = []
-        for i, (text, answer, correct) in enumerate(zip(attempts.texts, attempts.answers, attempts.correct, strict=True)):
+        for i, (text, grade, right) in enumerate(zip(attempts.texts, attempts.grades, attempts.correct, strict=True)):
+            example = attempts.examples[i // attempts.n]
+            reference = f"The correct answer is {example.answer}." if example.answer else ""
             values = {
-                "attempt": text.strip(),
-                "answer": answer or "none",
-                "reference": attempts.examples[i // attempts.n].answer,
+                "attempt": shown_attempt(text),
+                "answer": grade.answer or "none",
+                "score": f"{grade.score:.2g}",
+                "feedback": self._column(example) or grade.feedback or reference,
+                "reference": example.answer,
             }
-            found.append(fill(self.right if correct else self.wrong, **values))
+            found.append(fill(self.right if right else self.wrong, **values).strip())
         return found
+
+    def _column(self, example: Example) -> str:
+        if self.column is None:
+            return ""
+        return text_of_column(example, self.column, "model.context.init_args.column")

@@ -22,6 +22,12 @@ _CHARTS: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
         False,
         (("train/forward_kl", "forward KL"), ("train/reverse_kl", "reverse KL")),
     ),
+    (
+        "Validation demonstrations",
+        "nats per token",
+        False,
+        (("val/nll", "negative log-likelihood"), ("val/divergence", "divergence of student and teacher")),
+    ),
     ("Divergence of the first token", "nats, forward KL", False, (("train/first_token_forward_kl", "forward KL"),)),
     ("Entropy", "nats per token", False, (("train/student_entropy", "student"), ("train/teacher_entropy", "teacher"))),
     (

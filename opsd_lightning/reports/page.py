@@ -272,19 +272,25 @@ def _held_out(run: Run) -> dict[str, Any] | None:
     rows = []
     scores: dict[str, dict[Any, float]] = {}
     for name, records in run.held_out.items():
-        by_question: dict[Any, list[bool]] = {}
+        by_question: dict[Any, list[float]] = {}
         for record in records:
-            by_question.setdefault(record.get("index", record["question"]), []).append(bool(record["correct"]))
+            if record["correct"] is not None:  # not graded
+                score = float(record.get("score", record["correct"]))
+                by_question.setdefault(record.get("index", record["question"]), []).append(score)
+        if not by_question:
+            continue
         scores[name] = {key: sum(values) / len(values) for key, values in by_question.items()}
         shares = list(scores[name].values())
         mean, half = mean_and_interval(shares)
-        single = all(len(values) == 1 for values in by_question.values())
+        single = all(len(values) == 1 and values[0] in (0, 1) for values in by_question.values())
         interval = wilson([share > 0 for share in shares]) if single else (max(mean - half, 0.0), min(mean + half, 1.0))
         tokens = sum(record["completion_tokens"] for record in records) / len(records)
         truncated = sum(bool(record["truncated"]) for record in records) / len(records)
         silent = sum(record["answer"] is None for record in records) / len(records)
         row = {"name": name, "questions": len(shares), "value": mean, "interval": interval}
         rows.append(row | {"silent": silent, "tokens": tokens, "truncated": truncated})
+    if not rows:
+        return None
     before, after = scores.get("before: student", {}), scores.get("after: student", {})
     same = [key for key in before if key in after]
     change = mean_and_interval([after[key] - before[key] for key in same]) if same else None

@@ -324,7 +324,8 @@ class RunReport(Callback):
                     "reference": batch.examples[row // n].answer,
                     "completion": attempts.texts[row],
                     "answer": attempts.answers[row],
-                    "correct": attempts.correct[row],
+                    "correct": attempts.correct[row] if attempts.grader.grades_completions else None,
+                    "score": attempts.grades[row].score if attempts.grader.grades_completions else None,
                     "completion_tokens": len(completion),
                     "truncated": not shown.terminated[row],
                 }

@@ -27,7 +27,7 @@ from opsd_lightning.reports.html import check_extension, render_template
 from opsd_lightning.reports.token_scores import Predictions, score_tokens
 from opsd_lightning.runs.reader import RECORD_FOLDER
 from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run
-from opsd_lightning.types import PositiveInt, PromptBatch, UserError, checked
+from opsd_lightning.types import Example, PositiveInt, PromptBatch, UserError, checked
 from opsd_lightning.utils.disk_errors import warn_on_write_error
 from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
@@ -178,7 +178,7 @@ class TokenReport(StepCallback):
                     "reference": example.answer,
                     "student_prompt": redact_text(str(module.tokenizer.decode(record.student_prompts[row]))),
                     "teacher_prompt": None if read is None else redact_text(str(read)),
-                    **self._grade(module, completion, example.answer),
+                    **self._grade(module, completion, example),
                     "truncated": not rollouts.terminated[row],
                     "sampled": rollouts.sampled,
                     "length": len(completion),
@@ -192,16 +192,15 @@ class TokenReport(StepCallback):
             )
         return found
 
-    def _grade(self, module: PolicyModule, completion: Sequence[int], reference: str) -> dict[str, Any]:
+    def _grade(self, module: PolicyModule, completion: Sequence[int], example: Example) -> dict[str, Any]:
         grader = module.evaluator.grader
-        answer = grader.find_answer(str(module.tokenizer.decode(list(completion), skip_special_tokens=True)))
-        if not reference:
-            grade = "ungraded"
-        elif answer is None:
-            grade = "none"
-        else:
-            grade = "correct" if grader.equal(answer, reference) else "wrong"
-        return {"answer": answer, "grade": grade}
+        if not grader.can_grade(example):
+            return {"answer": None, "grade": "ungraded"}
+        text = str(module.tokenizer.decode(list(completion), skip_special_tokens=True))
+        (found,) = grader.grades([text], [example])
+        right = grader.is_right(found.score)
+        grade = "correct" if right else "none" if found.answer is None else "wrong"
+        return {"answer": found.answer, "grade": grade}
 
     def _pieces_of(self, rollouts: list[dict[str, Any]]) -> dict[int, Any]:
         """Return the text of each token that occurs, or text and kind for tokens of other kinds than text."""

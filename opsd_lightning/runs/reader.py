@@ -27,8 +27,14 @@ from opsd_lightning.utils.yaml_limits import check_yaml
 
 RECORD_FOLDER = "record"
 # Entries of a graded completion that the report reads.
-_GRADED: dict[str, type] = {"question": str, "correct": int, "answer": object, "completion_tokens": int, "truncated": int}
-_SAMPLE: dict[str, type] = _GRADED | {"completion": str, "samples": int, "right": int}
+_GRADED: dict[str, type | UnionType] = {
+    "question": str,
+    "correct": int | None,
+    "answer": object,
+    "completion_tokens": int,
+    "truncated": int,
+}
+_SAMPLE: dict[str, type | UnionType] = _GRADED | {"completion": str, "samples": int, "right": int}
 _FIX = "Give the folder of a run (trainer.default_root_dir or a CSVLogger version)"
 _FILES = ("run.json", "metrics.jsonl", "metrics.csv", "config.yaml", "samples.jsonl")
 

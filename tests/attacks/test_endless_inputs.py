@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from helpers.attack import Attack
+from helpers.grading import with_answers
 from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from opsd_lightning.cli.command import main
 from opsd_lightning.cli.parser import load_yaml
@@ -233,7 +234,7 @@ def test_answer_patterns(attack: Attack) -> None:
     for number in range(attack.tries(sample=2, whole=20)):
         grader = MathGrader(answer_pattern=patterns[number % len(patterns)], timeout_seconds=0.3)
         with within(20, grader):
-            grader.grade("a" * attack.random.choice([100, 10_000]) + "!=b ", "5")
+            grader.grade("a" * attack.random.choice([100, 10_000]) + "!=b ", *with_answers(["5"]))
         attack.tried("endless regular expressions")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.attack import Attack
+from helpers.grading import with_answers
 from opsd_lightning.grading import math_grader as grading, worker_pool
 from opsd_lightning.grading.math_grader import JOB, MathGrader
 from opsd_lightning.grading.math_job import MEMORY
@@ -139,17 +140,17 @@ def test_hostile_completions(attack: Attack, monkeypatch: pytest.MonkeyPatch) ->
                 cases.append((text.format(n=n), reference.format(n=n), verdict))
         rng.shuffle(cases)
         started = time.monotonic()
-        grades = grader.grades([text for text, _, _ in cases], [reference for _, reference, _ in cases])
+        grades = grader.grades([text for text, _, _ in cases], with_answers([reference for _, reference, _ in cases]))
         seconds, slow = time.monotonic() - started, sum(grade.problem != "" for grade in grades)
         allowed = 20.0 + 0.3 * len(cases) + (slow + 1) * SECONDS  # a busy machine's, far below what one endless case takes
         assert seconds < allowed, f"round {attack.round}: {seconds:.0f} s for {len(cases)} completions, {slow} of them slow"
         for (text, reference, verdict), grade in zip(cases, grades, strict=True):
             if verdict is not None:
-                correct = grade.correct
+                correct = grade.score == 1
                 if grade.problem == "timeout":  # on a busy machine
-                    correct = MathGrader(timeout_seconds=60.0).grade(text, reference)
+                    correct = MathGrader(timeout_seconds=60.0).grade(text, *with_answers([reference])).score == 1
                 assert correct is verdict, f"round {attack.round}: {text!r} against {reference!r}"
-            elif grade.correct:
+            elif grade.score:
                 assert len(grade.answer or "") < 60, f"round {attack.round}: {text[:200]!r}"
         assert pool._process is not None
         assert all(memory(pid) < MEMORY for pid in children(pool._process.pid))

@@ -363,7 +363,10 @@ def test_settings_in_a_checkpoint_run_nothing(attack: Attack, good_file: Path, t
     assert SFTModule.load_from_checkpoint(good_file)
     assert OPSDDataModule.load_from_checkpoint(good_file, policy=Policy(base), batch_size=2).batch_size == 2
     plain = {"_instantiator": good["hyper_parameters"]["_instantiator"], "policy": good["hyper_parameters"]["policy"]}
-    plain |= {"prompts": {"student_template": "a: {question}\nb: c"}, "grader": {"answer_pattern": "[(](.*)[)]"}}
+    plain |= {
+        "prompts": {"student_template": "a: {question}\nb: c"},
+        "grader": {"class_path": "MathGrader", "init_args": {"answer_pattern": "[(](.*)[)]"}},
+    }
     torch.save(good | {"hyper_parameters": plain}, tmp_path / "honest.ckpt")
     assert OPSDModule.load_from_checkpoint(tmp_path / "honest.ckpt").policy.model == base
     for broken in ({}, {"policy": plain["policy"]}, plain | {"seed": "x"}, plain | {"sampling": 3}, {"_instantiator": 5}):

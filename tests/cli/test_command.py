@@ -40,7 +40,7 @@ def test_every_subcommand_runs(base: list[str], tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "predict.jsonl").read_text().splitlines()]
     assert len(lines) == 8
     assert set(lines[0]) == {
-        "role", "index", "sample", "vote", "question", "reference", "completion", "answer", "correct", "completion_tokens", "truncated",
+        "role", "index", "sample", "vote", "question", "reference", "completion", "answer", "correct", "score", "completion_tokens", "truncated",
     }  # fmt: skip
 
 

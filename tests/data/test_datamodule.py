@@ -218,7 +218,7 @@ def test_held_out_questions_need_no_trace(data: Callable[..., OPSDDataModule], c
         for stage in ("fit", "test"):
             module.setup(stage)
     assert [e.answer for e in module.rows["test"].examples] == [e.answer for e in module.rows["val"].examples] == ["6"]
-    assert "1 of 2 rows; 1 left out: neither trace nor answer" in caplog.text
+    assert "data.val (Listed): 1 of 2 rows; 1 left out: " in caplog.text
     assert "1 of 2 rows; 1 left out: empty trace" in caplog.text  # in training
     assert module.rows["test"].teacher == [[]] and all(module.rows["train"].teacher)
 

@@ -123,6 +123,7 @@ PLAN = Preparation(
     Prompts(),
     TraceContext(),
     MathGrader(),
+    True,
     DataRequirements(),
     RowLimits(8),
     [3],
@@ -155,6 +156,8 @@ NEEDS: dict[str, Any] = {
     "answers": False,
     "trace_completions": True,
     "graded_teacher": True,
+    "grades": True,
+    "scores_demonstrations": True,
 }
 CONTEXTS = {
     "answer": AnswerContext(),
@@ -200,6 +203,7 @@ def changed(**settings: Any) -> Preparation:
 CHANGES: dict[str, Preparation] = {
     "split": changed(split="val"),
     "end": changed(end=[4]),
+    "verify": changed(verify=False),
     "held_out": changed(held_out=frozenset({"a", "b"})),
     **{f"prompts {name}": changed(prompts=Prompts(**{name: value})) for name, value in PROMPTS.items()},
     **{f"grader {name}": changed(grader=MathGrader(**{name: value})) for name, value in GRADER.items()},

@@ -439,13 +439,13 @@ def test_progress_is_shown_in_a_terminal(
 def test_a_cached_start_takes_less_work(data: Callable[..., OPSDDataModule], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the rows that confirm the cached ones are graded again."""
     graded: list[int] = []
-    real = MathGrader.grades
+    real = MathGrader.verifications
 
-    def grades(self: MathGrader, completions: Sequence[str], references: Sequence[str]) -> Any:
-        graded.append(len(completions))
-        return real(self, completions, references)
+    def verifications(self: MathGrader, examples: Sequence[Example]) -> Any:
+        graded.append(len(examples))
+        return real(self, examples)
 
-    monkeypatch.setattr(MathGrader, "grades", grades)
+    monkeypatch.setattr(MathGrader, "verifications", verifications)
     data()
     first, graded[:] = sum(graded), []
     data()

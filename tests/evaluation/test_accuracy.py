@@ -43,6 +43,19 @@ def test_metrics_equal_hand_counts() -> None:
     }
 
 
+def test_avg_is_the_mean_of_partial_scores() -> None:
+    """The other metrics count right completions. Without scores they are 1 and 0."""
+    metric = AccuracyAtK(2)
+    metric.update([0, 1], [True, False], [1.0, 0.5])
+    metric.update([0, None], [False, False], [0.25, 0.0])
+    values = {name: float(value) for name, value in metric.compute().items()}
+    assert values["avg@2"] == pytest.approx((0.75 + 0.125) / 2)
+    assert values["pass@2"] == 0.5 and values["maj@2"] == pytest.approx(0.25)
+    assert values["avg@2_se"] == pytest.approx(float(torch.tensor([0.75, 0.125]).std()) / 2**0.5)
+    variances = [torch.tensor(scores).var().item() / 2 for scores in ([1.0, 0.5], [0.25, 0.0])]
+    assert values["avg@2_se_samples"] == pytest.approx(sum(variances) ** 0.5 / 2)
+
+
 def test_sample_errors_equal_the_enumerated_bootstrap() -> None:
     """All 4^4 resamples of one question."""
     votes, correct = [0, 0, 1, 2], [True, True, False, False]

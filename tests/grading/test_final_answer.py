@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from helpers.grading import with_answers
 from opsd_lightning.grading.final_answer import final_answer
 from opsd_lightning.grading.math_grader import MathGrader
 
@@ -94,7 +95,7 @@ def test_final_answers_are_read(text: str, answer: str) -> None:
      ("The answer is 3 million.", "3"), ("The answer is x = 2 or x = 6.", "2"), ("The answer is 7:45.", "7"), ("The answer is (4, 9).", "4")],
 )  # fmt: skip
 def test_fragments_are_not_graded_right(completion: str, fragment: str) -> None:
-    assert GRADER.find_answer(completion) is not None and not GRADER.grade(completion, fragment)
+    assert GRADER.find_answer(completion) is not None and GRADER.grade(completion, *with_answers([fragment])).score == 0
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,9 @@ CASES = [
          ("f = abs", "```python\ndef f(x):\n    return -x\n```"), ("f = int", "f = (", "abs")),
     Case(JudgeGrader(JUDGE.url, "judge", "OPSD_TEST_JUDGE_KEY", cache_dir=None), Example("?", "Paris", "Paris"), ("Paris", " Paris"), ("Rome",), KEY),
     Case(ReasoningGymGrader(), SUM, (f"<answer>{SUM.answer}</answer>", f"The sum is\n{SUM.answer}"), ("<answer>?</answer>", SUM.answer + "0")),
+    Case(MathGrader(), Example("5 + 7?", "The answer is 12.", "12"), (r"\boxed{12}", "#### 12.0"), ("12 or 13", "Hm.")),
     Case(NoGrader(), Example("Greet me.", "Ahoy!", ""), (), ("Hello.", "Ahoy!")),
 ]  # fmt: skip
-if issubclass(MathGrader, Grader):
-    CASES.append(
-        Case(MathGrader(), Example("5 + 7?", "The answer is 12.", "12"), (r"\boxed{12}", "#### 12.0"), ("12 or 13", "Hm."))
-    )  # type: ignore[unreachable]
 IDS = [f"{type(case.grader).__name__}-{place}" for place, case in enumerate(CASES)]
 cases = pytest.mark.parametrize("case", CASES, ids=IDS)
 
@@ -182,3 +179,11 @@ def test_yaml_names_graders_by_short_and_full_names(grader: Grader, path: str) -
     text = settings(grader) | {name: list(value) for name, value in settings(grader).items() if isinstance(value, tuple)}
     found = parser.instantiate(parser.parse_object({"grader": {"class_path": path, "init_args": text}}))["grader"]
     assert repr(found).replace("[", "(").replace("]", ")") == repr(grader).replace("[", "(").replace("]", ")")
+
+
+@cases
+def test_what_can_be_graded(case: Case) -> None:
+    """Examples with a reference, if the grader grades completions at all."""
+    assert case.grader.can_grade(case.example) == case.grader.grades_completions
+    if isinstance(case.grader, (MathGrader, ExactMatch, JSONGrader, ChoiceGrader)):
+        assert not case.grader.can_grade(case.example._replace(answer=""))

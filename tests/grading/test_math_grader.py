@@ -72,7 +72,7 @@ def test_huge_powers_are_wrong_within_the_time_limit(bomb: str) -> None:
     quick = MathGrader(timeout_seconds=1.0)
     assert quick.equal("0.5", r"\frac{1}{2}")  # the worker runs
     started = time.perf_counter()
-    assert not quick.grade(rf"so it is \boxed{{{bomb}}}", "3")
+    assert not quick.equal(quick.find_answer(rf"so it is \boxed{{{bomb}}}"), "3")
     assert time.perf_counter() - started < 9
     assert GRADER.equal("0.5", r"\frac{1}{2}"), "the grader works on after a time-out"
 
@@ -116,7 +116,7 @@ def test_custom_pattern_is_used() -> None:
     assert grader.find_answer("=> 4 => 5") == "5"
     assert grader.find_answer("The answer is 3") is None
     for bad in ["(", "no group"]:
-        with pytest.raises(ValueError, match=r"grader\.answer_pattern"):
+        with pytest.raises(ValueError, match=r"grader\.init_args\.answer_pattern"):
             MathGrader(answer_pattern=bad)
 
 

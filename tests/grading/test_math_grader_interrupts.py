@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from helpers.grading import with_answers
 from helpers.paths import ROOT
 from opsd_lightning.grading.math_grader import MathGrader
 
@@ -29,19 +30,22 @@ def test_an_interrupt_ends_slow_comparisons_at_once() -> None:
     started = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            grader.grades([SLOW % n for n in range(9, 15)], [r"\pi^2"] * 6)
+            grader.grades([SLOW % n for n in range(9, 15)], with_answers([r"\pi^2"] * 6))
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 20
-    assert [grade.correct for grade in grader.grades([r"\boxed{\sqrt{9}}"] * 2, [r"2\cdot 1", r"3\cdot 1"])] == [False, True]
+    assert [grade.score for grade in grader.grades([r"\boxed{\sqrt{9}}"] * 2, with_answers([r"2\cdot 1", r"3\cdot 1"]))] == [
+        0.0,
+        1.0,
+    ]
 
 
 def test_the_interpreter_ends_while_a_thread_grades() -> None:
     program = (
         "import threading, time\n"
-        "from opsd_lightning.grading.math_grader import MathGrader\n"
+        "from opsd_lightning import Example, MathGrader\n"
         f"texts = [{SLOW!r} % n for n in range(9, 15)]\n"
-        "work = lambda: MathGrader(timeout_seconds=120.0).grades(texts, ['\\\\pi^2'] * 6)\n"
+        "work = lambda: MathGrader(timeout_seconds=120.0).grades(texts, [Example('', '', '\\\\pi^2')] * 6)\n"
         "threading.Thread(target=work, daemon=True).start()\n"
         "time.sleep(4)\n"
     )

@@ -17,8 +17,11 @@ from typing import ClassVar
 
 import pytest
 
+from helpers.grading import with_answers
 from opsd_lightning.grading import answer_forms, math_grader as grading, worker_pool
-from opsd_lightning.grading.math_grader import JOB, Grade, MathGrader
+from opsd_lightning.grading.base import Grade
+from opsd_lightning.grading.math_grader import JOB, MathGrader
+from opsd_lightning.types import Example
 
 pytestmark = [
     pytest.mark.integration,
@@ -98,16 +101,16 @@ def test_slow_answers_are_graded_side_by_side(monkeypatch: pytest.MonkeyPatch) -
     texts = [rf"so \boxed{{{answer}}}" for answer in [*answers, "2x/4", "x"]]
     found: list[Grade] = []
     started = time.monotonic()
-    in_thread(lambda: found.extend(MathGrader(timeout_seconds=0.5).grades(texts, ["0.5x"] * 18))).join(60)
+    in_thread(lambda: found.extend(MathGrader(timeout_seconds=0.5).grades(texts, with_answers(["0.5x"] * 18)))).join(60)
     assert time.monotonic() - started < 16 * 0.5 / 4 + 2.0
-    assert found == [Grade(answer, False, "timeout") for answer in answers] + [Grade("2x/4", True), Grade("x", False)]
+    assert found == [Grade(0.0, answer, problem="timeout") for answer in answers] + [Grade(1.0, "2x/4"), Grade(0.0, "x")]
 
 
 def test_identical_comparisons_run_once() -> None:
     server()
     started = time.monotonic()
-    found = MathGrader(timeout_seconds=1.0).grades([r"\boxed{9!!!!!!}"] * 50, ["3x"] * 50)
-    assert found == [Grade("9!!!!!!", False, "timeout")] * 50 and time.monotonic() - started < 4
+    found = MathGrader(timeout_seconds=1.0).grades([r"\boxed{9!!!!!!}"] * 50, with_answers(["3x"] * 50))
+    assert found == [Grade(0.0, "9!!!!!!", problem="timeout")] * 50 and time.monotonic() - started < 4
 
 
 def test_a_worker_killed_at_work_costs_a_retry() -> None:
@@ -115,19 +118,21 @@ def test_a_worker_killed_at_work_costs_a_retry() -> None:
     for n in range(1, 4):
         found = list[Grade]()
         texts = [rf"\boxed{{(x+{n})^{{40}}(x+5)^{{40}}}}"]
-        references = [f"(x^2+{n + 5}x+{5 * n})^{{40}}"]
+        references = with_answers([f"(x^2+{n + 5}x+{5 * n})^{{40}}"])
         thread = in_thread(lambda to=found, of=(texts, references): to.extend(grader.grades(*of)))
         assert eventually(lambda: any(busy(worker) for worker in children(pid)))
         for worker in children(pid):
             if busy(worker):
                 os.kill(worker, signal.SIGKILL)
         thread.join(60)
-        assert [grade.correct for grade in found] == [True]
+        assert [grade.score for grade in found] == [1.0]
 
 
 def test_a_question_that_ends_two_workers_is_wrong_and_counted() -> None:
     pid, found = server(), list[Grade]()
-    thread = in_thread(lambda: found.extend(MathGrader(timeout_seconds=30.0).grades([r"\boxed{9!!!!!!}"], ["3x"])))
+    thread = in_thread(
+        lambda: found.extend(MathGrader(timeout_seconds=30.0).grades([r"\boxed{9!!!!!!}"], with_answers(["3x"])))
+    )
     dead = set[int]()
     for _ in range(2):
         assert eventually(lambda: any(busy(worker) for worker in set(children(pid)) - dead))
@@ -136,7 +141,7 @@ def test_a_question_that_ends_two_workers_is_wrong_and_counted() -> None:
                 os.kill(worker, signal.SIGKILL)
                 dead.add(worker)
     thread.join(20)
-    assert found == [Grade("9!!!!!!", False, "failure")]
+    assert found == [Grade(0.0, "9!!!!!!", problem="failure")]
     assert MathGrader().equal("0.5x", r"\frac{x}{2}")
 
 
@@ -183,7 +188,9 @@ def test_memory_is_bounded() -> None:
 
     watcher = in_thread(watch)
     bombs = [r"2^{2^{34}}", r"\binom{10^{9}}{5 \cdot 10^{8}}", r"2^{2^{33}}-2^{2^{33}}+1", "10**10**10"]
-    assert not any(grade.correct for grade in grader.grades([rf"\boxed{{{bomb}}}" for bomb in bombs], ["3x"] * 4))
+    assert not any(
+        grade.score for grade in grader.grades([rf"\boxed{{{bomb}}}" for bomb in bombs], with_answers(["3x"] * 4))
+    )
     done.set()
     watcher.join()
     assert max(peaks) * os.sysconf("SC_PAGESIZE") < 2**30
@@ -191,12 +198,12 @@ def test_memory_is_bounded() -> None:
 
 PARENT = """
 import sys, threading, time
-from opsd_lightning import MathGrader
+from opsd_lightning import Example, MathGrader
 from opsd_lightning.grading.math_grader import JOB
 from opsd_lightning.grading.worker_pool import shared
 grader = MathGrader(timeout_seconds=600.0)
 grader.equal("0.5x", "x/2")
-threading.Thread(target=grader.grades, args=([r"\\boxed{9!!!!!!}", r"\\boxed{7^{7^{7^{7}}}x}"], ["3x", "4x"])).start()
+threading.Thread(target=grader.grades, args=([r"\\boxed{9!!!!!!}", r"\\boxed{7^{7^{7^{7}}}x}"], [Example("", "", answer) for answer in ("3x", "4x")])).start()
 print(shared(JOB)._process.pid, flush=True)
 time.sleep(600)
 """
@@ -262,8 +269,8 @@ def test_forking_while_threads_grade() -> None:
 
 
 def child_grades(grader: MathGrader) -> bool:
-    found = grader.grades([r"\boxed{5x+7}", r"\boxed{5x}"], ["7+5x"] * 2)
-    return [grade.correct for grade in found] == [True, False]
+    found = grader.grades([r"\boxed{5x+7}", r"\boxed{5x}"], with_answers(["7+5x"] * 2))
+    return [grade.score for grade in found] == [1.0, 0.0]
 
 
 def test_a_forked_child_does_not_keep_the_parents_workers_alive() -> None:
@@ -294,8 +301,10 @@ def test_verdicts_do_not_depend_on_the_number_of_workers(monkeypatch: pytest.Mon
         monkeypatch.setattr(worker_pool, "workers", lambda count=count: count)
         worker_pool.shared(JOB).stop()
         grading._verdicts.clear()
-        found = MathGrader(timeout_seconds=30.0).grades([rf"\boxed{{{a}}}" for a, _ in pairs], [r for _, r in pairs])
-        seen.append([(grade.correct, grade.problem) for grade in found])
+        found = MathGrader(timeout_seconds=30.0).grades(
+            [rf"\boxed{{{a}}}" for a, _ in pairs], with_answers([r for _, r in pairs])
+        )
+        seen.append([(grade.score, grade.problem) for grade in found])
     assert seen[0] == seen[1] and {correct for correct, _ in seen[0]} == {True, False}
 
 
@@ -323,30 +332,30 @@ class Lenient(MathGrader):
 
 def test_a_subclass_grades_many_in_turn_on_this_thread() -> None:
     grader = Lenient(timeout_seconds=1.0)
-    found = grader.grades(["is: a cat", "is: x/2", "is:", "is: 9!!!!!!"], ["cat", "0.5x", "1", "3x"])
-    assert found == [Grade("a cat", True), Grade("x/2", True), Grade(None, False), Grade("9!!!!!!", False, "timeout")]
+    found = grader.grades(["is: a cat", "is: x/2", "is:", "is: 9!!!!!!"], with_answers(["cat", "0.5x", "1", "3x"]))
+    assert found == [Grade(1.0, "a cat"), Grade(1.0, "x/2"), Grade(0.0), Grade(0.0, "9!!!!!!", problem="timeout")]
     assert set(Lenient.threads) == {threading.get_ident()}
 
 
 class ByGrade(MathGrader):
     """A user's: grades whole texts."""
 
-    def grade(self, completion: str, reference: str) -> bool:
-        return completion.endswith(reference) or super().grade(completion, reference)
+    def grade(self, completion: str, example: Example) -> Grade:
+        return Grade(1.0) if completion.endswith(example.answer) else super().grade(completion, example)
 
 
 def test_subclass_may_grade_whole_texts() -> None:
     found = ByGrade(timeout_seconds=1.0).grades(
-        ["so it is a cat", r"\boxed{x/2}", r"\boxed{9!!!!!!}"], ["cat", "0.5x", "3x"]
+        ["so it is a cat", r"\boxed{x/2}", r"\boxed{9!!!!!!}"], with_answers(["cat", "0.5x", "3x"])
     )
-    assert found == [Grade(None, True), Grade("x/2", True), Grade("9!!!!!!", False, "timeout")]
+    assert found == [Grade(1.0), Grade(1.0, "x/2"), Grade(0.0, "9!!!!!!", problem="timeout")]
 
 
 def test_a_slow_answer_votes_by_its_text_without_waiting_again() -> None:
     server()
     grader = MathGrader(timeout_seconds=0.5)
-    grades = [Grade(answer, False, "timeout") for answer in [SLOW[0], SLOW[1], SLOW[0]]]
-    questions = [[Grade("2", True), *grades, Grade(None, False), Grade("2x", False), Grade("x+x", False)]] * 2
+    grades = [Grade(0.0, answer, problem="timeout") for answer in [SLOW[0], SLOW[1], SLOW[0]]]
+    questions = [[Grade(1.0, "2"), *grades, Grade(0.0), Grade(0.0, "2x"), Grade(0.0, "x+x")]] * 2
     started = time.monotonic()
     cast = grader.votes_of(questions)
     assert time.monotonic() - started < 0.5 and cast[0] == cast[1]
@@ -357,8 +366,8 @@ def test_a_slow_pattern_is_a_time_out_and_runs_beside_others(monkeypatch: pytest
     monkeypatch.setattr(worker_pool, "workers", lambda: 8)
     grader = MathGrader(answer_pattern=r"((?:\w+\s?)+)=", timeout_seconds=0.5)
     started = time.monotonic()
-    found = grader.grades(["a" * 5_000 + f"{n}!=" for n in range(8)] + ["7="], ["7"] * 9)
-    assert found == [Grade(None, False, "timeout")] * 8 + [Grade("7", True)]
+    found = grader.grades(["a" * 5_000 + f"{n}!=" for n in range(8)] + ["7="], with_answers(["7"] * 9))
+    assert found == [Grade(0.0, problem="timeout")] * 8 + [Grade(1.0, "7")]
     assert time.monotonic() - started < 8 * 0.5 - 0.2
 
 

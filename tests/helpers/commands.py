@@ -71,7 +71,7 @@ MISTAKES = {
     ),
     "trace without answer": Mistake(
         lambda p, f: strict(rows(p, row(solution="Hm."))),
-        ["data.train", "row 4", "data.grader.answer_pattern"],
+        ["data.train", "row 4", "data.grader", "data.verify"],
         repeats=True,
     ),
     "prompt too long": Mistake(lambda p, f: strict(rows(p, row("q" * 600))), ["data.train", "row 4", " 512 "], repeats=True),
@@ -119,7 +119,9 @@ MISTAKES = {
         lambda p, f: ['--data.val.columns={"trace": null, "answer": "gold"}', "--model.evaluate_teacher=true"],
         ["model.evaluate_teacher", "4 of 4", "data.val"],
     ),
-    "broken answer pattern": Mistake(lambda p, f: ["--data.grader.answer_pattern=("], ["data.grader.answer_pattern", "'('"]),
+    "broken answer pattern": Mistake(
+        lambda p, f: ["--data.grader.answer_pattern=("], ["data.grader.init_args.answer_pattern", "'('"]
+    ),
     "unknown class": Mistake(lambda p, f: ["--model.teacher=NoSuchTeacher"], ["NoSuchTeacher"]),
     "unknown setting": Mistake(lambda p, f: ["--model.nonsense=1"], ["nonsense"]),
     "missing config": Mistake(lambda p, f: ["--config=nowhere.yaml"], ["config", "nowhere.yaml"]),

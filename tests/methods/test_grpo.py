@@ -13,6 +13,7 @@ from helpers.fixed_completions import BATCH, REWARDS, Fixed, Fixing, logprobs, s
 from helpers.messages import mentions
 from helpers.models import PROMPTS
 from helpers.steps import adapter, fit
+from opsd_lightning.grading.base import Grade
 from opsd_lightning.losses.objectives import NegativeLogLikelihood, SampledKLObjective
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.methods.grpo import AnswerReward, GRPOModule
@@ -117,9 +118,9 @@ def test_sampler_logprobs_do_not_change_update_ratios(make_policy: Callable[...,
 
 
 def test_right_answers_get_a_higher_reward() -> None:
-    attempts = Attempts([Example("q", "", "4")] * 2, ["4", "5", "", "4"], ["4", "5", None, "4"], [True, False, False, True],
-                        [True] * 4, 2)  # fmt: skip
-    assert AnswerReward()(attempts) == [1.0, 0.0, 0.0, 1.0]
+    grades = [Grade(1.0, "4"), Grade(0.0, "5"), Grade(0.0), Grade(0.25, "4")]
+    attempts = Attempts([Example("q", "", "4")] * 2, ["4", "5", "", "4"], grades, [True] * 4, 2)
+    assert AnswerReward()(attempts) == [1.0, 0.0, 0.0, 0.25]
 
 
 def test_single_completions_are_refused(make_policy: Callable[..., Policy]) -> None:

@@ -22,6 +22,8 @@ from opsd_lightning.callbacks.export import AdapterExport
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.sources import Columns, FileSource
+from opsd_lightning.grading.base import Grade, Grader
+from opsd_lightning.grading.no_grader import NoGrader
 from opsd_lightning.losses.divergences import ForwardKL
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.losses.position_weights import DecayingPositions, FirstPositions, PositionWeight
@@ -35,6 +37,7 @@ from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.prompts.contexts import AnswerContext
 from opsd_lightning.prompts.online_contexts import (
     Attempts,
+    CritiqueContext,
     FeedbackContext,
     MajorityContext,
     OnlineContext,
@@ -276,11 +279,15 @@ def test_updates_end_with_max_steps(make_policy: MakePolicy, tmp_path: Path) -> 
 
 # -- contexts ----------------------------------------------------------------------------------------------------------
 
+
+def graded(answers: Sequence[str | None], right: Sequence[bool] = (False,) * 8) -> list[Grade]:
+    return [Grade(float(correct), answer) for answer, correct in zip(answers, right, strict=True)]
+
+
 ATTEMPTS = Attempts(
     examples=[Example("one?", "because 1", "1"), Example("two?", "because 2", "2")],
     texts=["it is long, 1", "so 1", "7", "also 1", "2!", "3", "3 indeed", "4"],
-    answers=["1", "1", "7", "1", "2", "3", "3", None],
-    correct=[True, True, False, True, True, False, False, False],
+    grades=graded(["1", "1", "7", "1", "2", "3", "3", None], [True, True, False, True, True, False, False, False]),
     finished=[True, True, True, False, True, True, True, True],
     n=4,
 )
@@ -300,13 +307,116 @@ def test_majority_needs_no_reference() -> None:
     found = MajorityContext().texts(ATTEMPTS, no_writing)
     assert found == ["so 1", "it is long, 1", "so 1", "so 1", "3", "3 indeed", "3", "3"]
     assert MajorityContext(0.6).texts(ATTEMPTS, no_writing)[4:] == [None] * 4
-    tie = ATTEMPTS._replace(answers=["1", "1", "7", "7", *ATTEMPTS.answers[4:]])
+    tie = ATTEMPTS._replace(grades=graded(["1", "1", "7", "7", *ATTEMPTS.answers[4:]]))
     assert MajorityContext().texts(tie, no_writing)[:4] == [None] * 4
     wrong = [Example(e.question, "", "another") for e in ATTEMPTS.examples]
-    blind = ATTEMPTS._replace(examples=wrong, correct=[False] * 8)
+    blind = ATTEMPTS._replace(examples=wrong, grades=graded(ATTEMPTS.answers))
     assert MajorityContext().texts(blind, no_writing) == found
-    equal = ATTEMPTS._replace(finished=[True] * 8, answers=["0.5", "\\frac{1}{2}", "1/2", "3", *ATTEMPTS.answers[4:]])
+    equal = ATTEMPTS._replace(finished=[True] * 8, grades=graded(["0.5", "\\frac{1}{2}", "1/2", "3", *ATTEMPTS.answers[4:]]))
     assert MajorityContext().texts(equal, no_writing)[3] == "7"  # the shortest of the three halves
+
+
+def test_only_the_longest_wrong_completion_of_a_question() -> None:
+    """The longest completion that disagrees, where the others agree: SSOPD with grades, U-OPSD with votes."""
+    assert ShortestCorrectContext(only_longest_wrong=True).texts(ATTEMPTS, no_writing) == [
+        *(None, None, "so 1", None), *(None, None, "2!", None),
+    ]  # fmt: skip
+    found = MajorityContext(only_longest_wrong=True).texts(ATTEMPTS, no_writing)
+    assert found == [None, None, "so 1", None, "3", None, None, None]
+    assert MajorityContext(0.6, only_longest_wrong=True).texts(ATTEMPTS, no_writing)[4:] == [None] * 4
+    for share in (0.0, 1.5):
+        with pytest.raises(UserError, match=mentions("prefix_share", share)):
+            MajorityContext(prefix_share=share)
+
+
+def test_only_a_prefix_is_learned_from(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """The first half of each completion, rounded up."""
+    policy, prompts = make_policy(), Prompts()
+    tokenizer = policy.load_tokenizer()
+
+    class Half(Only):
+        prefix_share = 0.5
+
+    told = {row: "told" for row in range(3)}
+    read = [prompts.teacher(tokenizer, example, "told") for example in BATCH.examples]
+
+    def loss(flat: Any, step: int) -> torch.Tensor:
+        teacher = frozen(flat, read)
+        rows = zip(teacher, distributions(flat, PROMPTS), strict=True)
+        return torch.cat([kl(theirs, ours)[: -(-len(ours) // 2)] for theirs, ours in rows]).mean()
+
+    module = OPSDModule(policy, context=Half(told), prompts=prompts, rollouts=Fixed(), optimizer=sgd)
+    same_weights(run(module, 2, tmp_path), flat_run(policy, loss, 2))
+
+
+class Second(Grader):
+    """Right is the completion of the second question; without a verdict on the third."""
+
+    def grade(self, completion: str, example: Example) -> Grade:
+        return Grade(float(example.question == "1"), problem="timeout" if example.question == "2" else "")
+
+
+@pytest.mark.parametrize(("learn_from", "rows"), [("right", [1]), ("wrong", [0, 2])])
+def test_learning_from_right_or_wrong_completions(
+    learn_from: Any, rows: list[int], make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    policy = make_policy()
+
+    def loss(flat: Any, step: int) -> torch.Tensor:
+        teacher, student = frozen(flat, TEACHER_PROMPTS), distributions(flat, PROMPTS)
+        return torch.cat([kl(teacher[row], student[row]) for row in rows]).mean()
+
+    module = OPSDModule(policy, learn_from=learn_from, grader=Second(), rollouts=Fixed(), optimizer=sgd)
+    examples = [Example(str(row), "", "") for row in range(3)]
+    torch.manual_seed(0)
+    trainer = fit(module, 1, tmp_path, BATCH._replace(examples=examples))
+    assert float(trainer.callback_metrics["train/selected_fraction"]) == pytest.approx(len(rows) / 3)
+    assert float(trainer.callback_metrics["train/grading_timeouts"]) == 1
+    same_weights(module, flat_run(policy, loss, 1))
+    for bad in ({"learn_from": "best"}, {"learn_from": learn_from, "grader": NoGrader()}):
+        with pytest.raises(UserError, match=mentions("model.learn_from")):
+            OPSDModule(policy, **bad)
+
+
+def test_critique_of_each_completion() -> None:
+    """Written about the completion without its thinking, with the trace, or else the answer, as the reference."""
+    examples = [Example("one?", "because 1", "1"), Example("two?", "", "2"), Example("three?", "", "")]
+    texts = ["<think>{reference}</think>{critique}", "<think>so", "3"]
+    grades = [Grade(0.0, feedback="line 1"), Grade(0.0), Grade(0.0)]
+    attempts = Attempts(examples, texts, grades, [True] * 3, 1)
+    asked: list[tuple[Example, str]] = []
+
+    def write(examples: Sequence[Example], messages: Sequence[str], sampling: Sampling) -> list[str | None]:
+        asked.extend(zip(examples, messages, strict=True))
+        return ["{attempt}", "good", "good"]
+
+    context = CritiqueContext("{question} {reference} {attempt} {feedback}", "{attempt} / {critique}")
+    found = context.texts(attempts, write)
+    assert asked[0] == (examples[0], "one? because 1 {critique} line 1") and asked[1][1].startswith("two? 2 (")
+    assert found[0] == "{critique} / {attempt}" and found[1] is not None and "so" not in found[1] and found[2] is None
+    for bad in ({"template": "{question}"}, {"joined": "{attempt}"}, {"sampling": Sampling(n=2)}):
+        with pytest.raises(UserError, match=mentions("model.context.init_args")):
+            CritiqueContext(**bad)
+
+
+def test_feedback_of_the_grader_or_of_a_column() -> None:
+    """A column before the grader's feedback, and the reference answer without both. Thinking is not shown."""
+    examples = [
+        Example("one?", "", "1", {"note": "look"}),
+        Example("two?", "", "2", {"note": None}),
+        Example("three?", "", ""),
+    ]
+    grades = [Grade(0.5, "7", "half of it"), Grade(0.0, None, "line 2: no"), Grade(1.0, "3")]
+    attempts = Attempts(examples, ["<think>7?</think>7", "x", "3"], grades, [True] * 3, 1)
+    context = FeedbackContext("{attempt} ok {feedback}", "{attempt}|{score}|{feedback}")
+    assert context.texts(attempts, no_writing) == ["7|0.5|half of it", "x|0|line 2: no", "3 ok"]
+    with_column = attempts._replace(examples=examples[:2], texts=attempts.texts[:2], grades=grades[:2])
+    context = FeedbackContext(wrong="{attempt}|{feedback}", column="note")
+    assert context.texts(with_column, no_writing) == ["7|look", "x|line 2: no"]
+    with pytest.raises(UserError, match=mentions("model.context.init_args.column", "nothing")):
+        FeedbackContext(column="nothing").texts(with_column, no_writing)
+    told = FeedbackContext().texts(attempts._replace(grades=[Grade(0.0)] * 3), no_writing)
+    assert "1" in str(told[0]) and "2" in str(told[1])
 
 
 def test_feedback_tells_right_from_wrong() -> None:
@@ -317,7 +427,7 @@ def test_feedback_tells_right_from_wrong() -> None:
 def test_placeholders_inside_what_is_filled_in_stay() -> None:
     """A completion that writes a placeholder is not told the reference answer, nor does a trace bring the analysis in."""
     example = Example("q {trace}", "t {analysis}", "42")
-    attempts = Attempts([example], ["{reference} and {answer}"], ["7"], [False], [True], 1)
+    attempts = Attempts([example], ["{reference} and {answer}"], [Grade(0.0, "7")], [True], 1)
     assert FeedbackContext(wrong="{attempt}: {answer}").texts(attempts, no_writing) == ["{reference} and {answer}: 7"]
     asked: list[str] = []
 

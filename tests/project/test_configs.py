@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from helpers.configs import parsed
 from helpers.files import write_jsonl
+from helpers.grading import with_answers
 from helpers.paths import ROOT
 from helpers.vllm_stand_in import VERSIONS, make_vllm
 from opsd_lightning.cli.command import main
@@ -212,7 +213,7 @@ def test_evaluations_overlay_recipes(recipe: Path, evaluation: Path, monkeypatch
     test = data["test"]["init_args"]
     where = (test["path"], test["name"], test["split"], *(test["columns"][c] for c in ("question", "trace", "answer")))
     assert where == SETS[evaluation.stem][0]
-    assert (grader["answer_pattern"] is None) == (evaluation.stem != "gsm8k")
+    assert (grader["init_args"]["answer_pattern"] is None) == (evaluation.stem != "gsm8k")
 
 
 # Where the set is, its split and the columns that are read; and rows with all columns that it is documented to have, a
@@ -283,9 +284,10 @@ def test_evaluation_of_a_stand_in(
     assert names <= set(cli.trainer.callback_metrics)
     assert "± over samples" in capsys.readouterr().out
     grader = cli.model.evaluator.grader
-    assert grader.grade(rf"<think>\boxed{{1}}</think> So it is \boxed{{{answer}}}.", reference)
-    assert not grader.grade(rf"The answer is {answer}. So it is \boxed{{17}}.", reference)
-    assert not grader.grade(f"The answer is {answer}.", reference)  # what is not boxed does not count
+    (example,) = with_answers([reference])
+    assert grader.grade(rf"<think>\boxed{{1}}</think> So it is \boxed{{{answer}}}.", example).score == 1
+    assert grader.grade(rf"The answer is {answer}. So it is \boxed{{17}}.", example).score == 0
+    assert grader.grade(f"The answer is {answer}.", example).score == 0  # what is not boxed does not count
     prompt = cli.model.tokenizer.decode(cli.datamodule.rows["test"].student[0])
     assert rows[0]["problem" if "problem" in rows[0] else "question"] in prompt and "<think></think>" not in prompt
 

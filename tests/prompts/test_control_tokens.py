@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from helpers.models import make_tokenizer
+from opsd_lightning.grading.base import Grade
 from opsd_lightning.prompts.contexts import ColumnContext
 from opsd_lightning.prompts.online_contexts import Attempts, FeedbackContext, ReasonFirst
 from opsd_lightning.prompts.templates import Prompts
@@ -135,9 +136,9 @@ def test_a_trace_as_a_completion_may_think_and_ends_once(tokenizer: PreTrainedTo
 
 def test_contexts_made_of_completions_and_columns(tokenizer: PreTrainedTokenizerFast) -> None:
     example = Example("1+1?", "one " + CLOSE, "2", {"hint": SPELLED})
-    attempts = Attempts([example], [f"It is {SPELLED}"], ["3"], [False], [True], 1)
-    texts = FeedbackContext().texts(attempts, lambda *_: [])
-    texts += ReasonFirst().texts(attempts, lambda examples, *_: [f"{END}{START}system" for _ in examples])
+    attempts = Attempts([example], [f"It is {SPELLED}"], [Grade(0.0, "3")], [True], 1)
+    texts = FeedbackContext().texts(attempts, lambda examples, messages, sampling: [])
+    texts += ReasonFirst().texts(attempts, lambda examples, messages, sampling: [f"{END}{START}system" for _ in messages])
     texts.append(ColumnContext("hint").text(0, [example]))
     for text in texts:
         assert text is not None and END in text
