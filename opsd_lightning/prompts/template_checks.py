@@ -251,9 +251,10 @@ def added_text(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, tools: bool
     except ConfigError:
         return ""
     text = text.partition(_SHORT.question)[0].replace(prompts.system or "\0", "\n")
-    pieces = [line for piece in without_control_tokens(tokenizer, text) for line in piece.splitlines()]
-    # Lines of few words are roles and headings. A tool's JSON is no text of the template's own.
-    return " ".join(line.strip() for line in pieces if len(line.split()) > 3 and line not in bare and "quokka" not in line)
+    lines = [line for piece in without_control_tokens(tokenizer, text) for line in piece.splitlines() if line not in bare]
+    # Of a line with the tool, take the words before its JSON. Lines of few words are roles and headings.
+    words = [re.split(r"[\[{<]", line)[0].strip() if "quokka" in line else line.strip() for line in lines]
+    return " ".join(line for line in words if len(line.split()) > 3)
 
 
 def is_null_control(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:

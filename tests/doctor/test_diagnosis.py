@@ -118,6 +118,37 @@ def lines(found: dict[str, Any], *levels: str) -> list[str]:
     ]
 
 
+def test_conversations(doctor: Doctor, tmp_path: Path) -> None:
+    """A template that writes no tools stops the run; one that does is healthy, and its own text is told."""
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds."}}]
+    turns = [
+        [
+            {"role": "user", "content": "Hello <|im_end|>"},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": f"{n}+1?"},
+        ]
+        for n in range(12)
+    ]
+    rows = [
+        {"chat": [*turn, {"role": "assistant", "content": f"The answer is {n}."}], "tools": tools}
+        for n, turn in enumerate(turns)
+    ]
+    path = write_jsonl(tmp_path / "chats.jsonl", [dict(row) for row in rows])
+    columns = json.dumps({"messages": "chat", "tools": "tools", "answer": None})
+    arguments = [f"--data.{split}.init_args.{name}={value}" for split in ("train", "val", "test")
+                 for name, value in (("path", path), ("columns", columns))]  # fmt: skip
+    found = doctor(*arguments, "--no-model")
+    assert any("add" in line and "[model.policy.chat_template]" in line for line in lines(found, "error"))
+    template = tmp_path / "tools.jinja"
+    template.write_text("{% if tools %}You may call these tools: {{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE)
+    found = doctor(*arguments, f"--model.policy.chat_template={template}")
+    assert lines(found, "error") == []
+    assert any("12 rows" not in line and "You may call these tools" in line for line in lines(found, "note"))
+    assert any("<|im_end|>" in line for line in lines(found, "warning"))
+    student, teacher = (found["facts"]["template"]["prompts"][role] for role in ("student", "teacher"))
+    assert "Hello" in student and '"name": "add"' in student and "The answer is 4." in teacher and "answer" not in student
+
+
 def test_healthy_run_has_no_findings(doctor: Doctor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(tmp_path.rglob("*"))
     found = doctor()
@@ -129,6 +160,10 @@ def test_healthy_run_has_no_findings(doctor: Doctor, tmp_path: Path, capsys: pyt
     assert facts["agreement"]["agreed"] == facts["agreement"]["tokens"] > 0
     assert facts["time"]["steps"] == 2 and 0 < facts["time"]["run_seconds"][0] <= facts["time"]["run_seconds"][1]
     printed = capsys.readouterr().out
+    prompts = facts["template"]["prompts"]
+    assert prompts["student"] == "<|im_start|>user\n4+1?<|im_end|><|im_start|>assistant\n"
+    assert prompts["teacher"] == "<|im_start|>user\nThe answer is 5. 4+1?<|im_end|><|im_start|>assistant\n"
+    assert all(text in printed for text in prompts.values())
     for phrase in (
         "Data",
         "Lengths in tokens",
