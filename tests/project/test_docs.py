@@ -177,10 +177,22 @@ def test_a_wrong_setting_is_found(name: str) -> None:
 def test_trl_names_and_defaults_are_current() -> None:
     """Every name in the left column of docs/coming_from.md is a setting of TRL's trainer, with the default that is told of."""
     sdft = pytest.importorskip("trl.experimental.sdft", reason="TRL is one of the extra dev")
-    text = (ROOT / "docs" / "coming_from.md").read_text().split("## From")[1]
-    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    names = {name for cell in cells if "(of the trainer)" not in cell for name in re.findall(r"`(\w+)`", cell)}
-    fields = set(sdft.SDFTConfig.__dataclass_fields__)
-    assert names <= fields and fields - set(TrainingArguments.__dataclass_fields__) <= names
+    sdpo = pytest.importorskip("trl.experimental.sdpo", reason="TRL is one of the extra dev")
+    _, own, feedback, _ = (ROOT / "docs" / "coming_from.md").read_text().split("## From")
+    names, others = (
+        {
+            name
+            for line in text.split("### Forms of data")[0].splitlines()
+            if line.startswith("| `") and "(of the trainer)" not in line.split("|")[1]
+            for name in re.findall(r"`(\w+)`", line.split("|")[1])
+        }
+        for text in (own, feedback)
+    )
+    fields, common = set(sdft.SDFTConfig.__dataclass_fields__), set(TrainingArguments.__dataclass_fields__)
+    assert names <= fields and fields - common <= names
+    assert set(sdpo.SDPOConfig.__dataclass_fields__) - common - fields == others
     assert "peft_config" in inspect.signature(sdft.SDFTTrainer.__init__).parameters
+    assert "reward_funcs" in inspect.signature(sdpo.SDPOTrainer.__init__).parameters
     assert sdft.SDFTConfig.__dataclass_fields__["teacher_update_rate"].default == 0.05
+    changed = {"distillation_mode": "sampled_token", "distillation_alpha": 1.0, "teacher_model_kind": "ema"}
+    assert {name: sdpo.SDPOConfig.__dataclass_fields__[name].default for name in changed} == changed
