@@ -28,7 +28,7 @@ from opsd_lightning.types import ConfigError, Sampling
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "Solve 2+2."}
-SOLVED = "Example. The answer is 4."
+SOLVED = "Example answer: 4."
 REPLY = {"role": "assistant", "content": SOLVED}
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"n": 2}}}]}
 RESULT = {"role": "tool", "name": "add", "content": "4"}
@@ -84,6 +84,7 @@ FORMS = {
         TRL,
         ["Solve", "2+2."],
     ),
+    "SDFT: a number": Form(row([ASK], 42), TRL, ["Solve 2+2."], "42"),
     "SDPO: feedback": Form(
         row([ASK], "Your earlier answer used the wrong format.") | {"gold": 4},
         Columns("prompt", None, "gold"),
@@ -121,6 +122,12 @@ FORMS = {
         Columns(messages="messages", tools="tools"),
         ['"name": "add"', "Solve 2+2.", '"n": 2', "tool\n4"],
     ),
+    "tool calling, a call as the demonstration": Form(
+        {"messages": [ASK, CALL], "tools": TOOLS},
+        Columns(messages="messages", tools="tools"),
+        ['"name": "add"', "Solve 2+2."],
+        '{"name": "add", "arguments": {"n": 2}}',
+    ),
     "harmony": Form(
         {"messages": [{"role": "developer", "content": "Be kind."}, ASK, REPLY | {"thinking": "hm"}]},
         Columns(messages="messages"),
@@ -157,7 +164,7 @@ def test_form_trains(name: str, arrow: bool, make_policy: Callable[..., Policy],
         policy, context=form.online, prompts=prompts, sampling=sampling, optimizer=lambda p: torch.optim.SGD(p, 0.1)
     )
     data = OPSDDataModule(
-        policy, source, prompts=prompts, context=form.context, batch_size=1, max_new_tokens=4, cache_dir=None
+        policy, source, prompts=prompts, context=form.context, verify=False, batch_size=1, max_new_tokens=4, cache_dir=None
     )
     trainer = one_step(tmp_path)
     trainer.fit(module, data)

@@ -149,7 +149,7 @@ def test_named_settings_exist(page: Path) -> None:
 
 #: Where a class that a page names may be, if it is none of the package's public ones.
 ELSEWHERE = ("lightning.pytorch", "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies",
-             "lightning.pytorch.plugins", "transformers", "peft", "trl", "trl.experimental.sdft", "torch.optim",
+             "lightning.pytorch.plugins", "transformers", "peft", "trl", "trl.experimental.sdft", "trl.experimental.sdpo", "torch.optim",
              "torch.optim.lr_scheduler", "bitsandbytes.optim", "opsd_lightning.methods.base", "opsd_lightning.prompts.templates")  # fmt: skip
 
 
