@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -36,11 +36,14 @@ from opsd_lightning.callbacks.export import AdapterExport
 from opsd_lightning.callbacks.health import Health
 from opsd_lightning.callbacks.progress import ProgressLines
 from opsd_lightning.callbacks.rollouts import RolloutTable, RolloutWriter
+from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.doctor.command import main as doctor
+from opsd_lightning.grading.no_grader import NoGrader
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.step import StepCallback
 from opsd_lightning.models.policy import base_of
 from opsd_lightning.models.scoring import score
+from opsd_lightning.prompts.online_contexts import CritiqueContext, FeedbackContext, OnlineContext
 from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.reports.token_report import TokenReport
 from opsd_lightning.types import ConfigError, Sampling
@@ -238,3 +241,32 @@ def test_a_step_reads_its_measurements_once(folder: str, tmp_path: Path) -> None
         reads = {place: count for place, count in device.counts["micro-batches"].waits.items() if "copy to the CPU" in place}
     assert sum(reads.values()) == 1, reads
     assert isinstance(module, OPSDModule)
+
+
+@pytest.mark.parametrize(
+    "context", [CritiqueContext(sampling=Sampling(max_new_tokens=4, temperature=0.0)), FeedbackContext()]
+)
+def test_contexts_of_completions_run_on_the_device(context: OnlineContext, folder: str, tmp_path: Path) -> None:
+    """With learning from wrong completions only."""
+    with watched_device() as device:
+        module, data = parts_of({}, folder, context=context, learn_from="wrong")
+        run = trainer_of(tmp_path, max_steps=2, limit_val_batches=0)
+        run.fit(module, data)
+        assert not device.mixes
+    assert float(run.callback_metrics["train/selected_fraction"]) == 1
+
+
+def test_demonstrations_are_scored_on_the_device(folder: str, tmp_path: Path) -> None:
+    """The same values as on the CPU."""
+
+    def values(module: OPSDModule, data: OPSDDataModule, run: Trainer) -> dict[str, float]:
+        data.grader = NoGrader()
+        run.validate(module, data, verbose=False)
+        return {name: float(value) for name, value in run.callback_metrics.items()}
+
+    with watched_device() as device:
+        found = values(*parts_of({}, folder, grader=NoGrader()), trainer_of(tmp_path))
+        assert not device.mixes
+    plain = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    expected = values(*parts_of({}, folder, grader=NoGrader()), plain)
+    assert found.keys() == {"val/nll", "val/divergence"} and found == pytest.approx(expected, rel=1e-3)

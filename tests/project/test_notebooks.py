@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from traitlets.config import Config
 
 from helpers.paths import ROOT
+from opsd_lightning.data.drop_reasons import DropReason
 
 pytestmark = [
     pytest.mark.integration,
@@ -157,7 +158,7 @@ def qlora(names: dict[str, Any], printed: str, folder: Path) -> None:
     run = folder / "runs" / "qlora"
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert any(bool(value.any()) for name, value in weights.items() if "lora_B" in name)  # it learned something
-    assert (run / "report.html").exists() and "trace contradicts the reference answer" in printed
+    assert (run / "report.html").exists() and str(DropReason.WRONG_ANSWER) in printed
     assert names["data"].dropped["train"].total() == 1  # the row with the mistake, and no other
     assert names["plain"].base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
     assert names["apart"] == pytest.approx(0, abs=1e-4)  # in float32
