@@ -45,13 +45,14 @@ from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.distributed.checks import check_strategy
 from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
 from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.grading.no_grader import NoGrader
 from opsd_lightning.methods.anchor import Anchor
 from opsd_lightning.methods.grpo import GRPOModule
 from opsd_lightning.methods.mixed import MixedOPSDModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.models.scoring import Scorer
-from opsd_lightning.prompts.online_contexts import FeedbackContext
+from opsd_lightning.prompts.online_contexts import CritiqueContext, FeedbackContext
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher, FixedTeacher, LiveTeacher, Teacher
@@ -106,6 +107,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"method": GRPOModule, "grader": ByLength(), "anchor": Anchor(0.1), "updates_per_batch": 2},
     "sft": {"method": SFTModule, "objective": None},
     "mixed": {"method": MixedOPSDModule, "trace_share": 0.5, "updates_per_batch": 2, "teacher": EMATeacher(0.5)},
+    "right": {"learn_from": "right", "grader": ByLength()},
+    "critique": {
+        "context": CritiqueContext(sampling=Sampling(max_new_tokens=4, temperature=0.0)),
+        "prompts": Prompts("{question}", "{question} {context}"),
+    },
     "feedback": {
         "context": FeedbackContext(),
         "prompts": Prompts("{question}", "{question} {context}"),
@@ -133,6 +139,24 @@ def test_other_methods_on_two_ranks_equal_one(
     assert len({round(loss, 6) for loss in one.losses}) > 1
     for two in on_ranks(lambda rank: run(policy, tmp_path, 2, STRATEGIES[strategy], **settings), tmp_path):
         assert_same(two, one)
+
+
+@both
+def test_demonstrations_on_two_ranks_equal_one(strategy: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Five questions: one is repeated on the second rank, and does not count."""
+    policy = make_policy()
+
+    def values(rank: int, **settings: Any) -> dict[str, float]:
+        module, data = parts(policy, 2, grader=NoGrader())
+        data.grader = NoGrader()
+        run = trainer(tmp_path, limit_val_batches=1.0, **settings)
+        run.validate(module, data, verbose=False)
+        return {name: float(value) for name, value in run.callback_metrics.items()}
+
+    one = values(0)
+    assert one.keys() == {"val/nll", "val/divergence"} and one["val/divergence"] > 0
+    for two in on_ranks(lambda rank: values(rank, devices=2, strategy=STRATEGIES[strategy]()), tmp_path):
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_an_adapted_head_trains_under_sharding(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
