@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import io
 import itertools
 import json
 import operator
@@ -259,14 +260,15 @@ def _changes(value: Any) -> bool:
 # -- the code under test ---------------------------------------------------------------------------------------------------
 
 
-class Output:
+class Output(io.TextIOBase):
     """A text stream that keeps the beginning of what is printed."""
-
-    encoding = "utf-8"
 
     def __init__(self) -> None:
         self._parts: list[str] = []
         self._left = _MOST_OUTPUT
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, text: str) -> int:
         if self._left > 0:
@@ -277,11 +279,6 @@ class Output:
     def take(self) -> str:
         text, self._parts = "".join(self._parts), []
         return text
-
-    def flush(self) -> None: ...
-
-    def isatty(self) -> bool:
-        return False
 
 
 class Server(_Codec):

@@ -55,7 +55,7 @@ RIGHT = [
      "from collections import Counter, deque\nfrom fractions import Fraction\nassert f() == (Counter('aab'), deque([1]), {1: {2.5}}, (None, b'x', 1j, 10**5000, Fraction(1, 3)))"),
     ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f():\n    return P(1, 2)", "assert f() == (1, 2)\nassert f().y == 2"),
     ("from enum import Enum\nclass C(Enum):\n    A = 1\ndef f():\n    return C.A", "assert f() is C.A\nassert f().value == 1"),
-    ("def f():\n    print('hello')", "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f()\nassert out.getvalue() == 'hello\\n'"),
+    ("import sys\ndef f():\n    sys.stdout.writelines(['hel', 'lo'])\n    print(flush=True)", "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f()\nassert out.getvalue() == 'hello\\n'"),
     ("async def f():\n    return 3", "import asyncio\nasync def main():\n    return await f()\nassert asyncio.run(main()) == 3\nassert asyncio.run(f()) == 3"),
     ("class Poor(Exception):\n    def __str__(self):\n        return 'poor'\ndef f():\n    raise Poor(1)", "import pytest\nwith pytest.raises(Poor, match='poor') as found:\n    f()\nassert found.value.args == (1,)"),
     ("import numpy as np\ndef f():\n    return np.arange(3) * 2, np.float64(1.5)", "assert f()[0].tolist() == [0, 2, 4] and (f()[0] == np.array([0, 2, 4])).all() and f()[1] == 1.5"),
@@ -173,13 +173,98 @@ def test_forged_verdicts_fail(code: str) -> None:
     assert found.score == 0 and found.problem == "", found
 
 
-def test_comparisons_of_numbers_are_not_the_codes_to_make() -> None:
-    number = ("class N:\n    def __sub__(self, o): return 0.0\n    __rsub__ = __sub__\n    def __abs__(self): return 0.0\n    def __lt__(self, o): return True\n"
-              "    def __contains__(self, o): return True\n    def __iter__(self): return iter([])\n    def __exit__(self, *a): return True\n    def __enter__(self): return 0\n"
-              "def f(x): return N()")  # fmt: skip
-    for tests in ("assert abs(f(2) - 1.5) < 1e-6", "assert f(2) < 3", "assert 3 in f(2)", "assert f(2) in [4]", "assert [f(2)] == [4]",
-                  "assert f(2) + 1 == 5", "assert not f(2) != 4", "with f(2) as y:\n    assert y == 4"):  # fmt: skip
-        assert score(number, tests) == 0, tests
+LIAR = """
+class A:
+    def __init__(self,*a): pass
+    def __eq__(self,o): return True
+    def __ne__(self,o): return False
+    def __hash__(self): return hash(4)
+    def __sub__(self,o): return 0.0
+    __rsub__=__add__=__radd__=__sub__
+    def __abs__(self): return 0
+    def __float__(self): return 0.0
+    def __round__(self,*a): return A()
+    def __iter__(self): return iter([A()]*2)
+    def __len__(self): return 2
+    def __getitem__(self,k): return A()
+    def __getattr__(self,n): return A()
+    def __call__(self,*a,**k): return A()
+    def __str__(self): return '4'
+    def __bool__(self): return True
+    def __contains__(self,o): return True
+    def __lt__(self,o): return True
+    __gt__=__le__=__ge__=__lt__
+    def __enter__(self): return self
+    def __exit__(self,*a): return True
+def f(x): return A()
+"""
+COMPARISONS = [
+    "assert f(2)==5",
+    "assert 5==f(2)",
+    "assert f(2) in (5,6)",
+    "assert f(2) in {4}",
+    "assert {f(2)}=={4}",
+    "assert [f(2)]==[4]",
+    "assert (f(2),1)==(4,1)",
+    "assert {'a':f(2)}=={'a':4}",
+    "assert f(2).x==3",
+    "assert f(2)[0]==3",
+    "assert f(2)()==3",
+    "assert not (f(2)!=5)",
+    "assert abs(f(2)-4)<1e-6",
+    "import math\nassert math.isclose(f(2),3.5)",
+    "assert round(f(2),2)==1.25",
+    "assert sorted(f(2))==[1,2]",
+    "assert list(f(2))==[1,2]",
+    "assert tuple(f(2))==(1,2)",
+    "assert set(f(2))=={4}",
+    "import numpy as np\nassert np.allclose(f(2),[1,2])",
+    "import numpy as np\nassert np.array_equal(f(2),[1,2])",
+    "import numpy as np\nnp.testing.assert_allclose(f(2),[1,2])",
+    "import numpy as np\nassert (np.array([1,2])==f(2)).all()",
+    "import pytest\nassert f(2)==pytest.approx(3.5)",
+    "import unittest\nclass T(unittest.TestCase):\n  def test_a(self): self.assertEqual(f(2),5)",
+    "import unittest\nclass T(unittest.TestCase):\n  def test_a(self): self.assertAlmostEqual(f(2),5.5)",
+    "import unittest\nclass T(unittest.TestCase):\n  def test_a(self): self.assertIn(5,f(2))",
+    "import unittest\nclass T(unittest.TestCase):\n  def test_a(self): self.assertCountEqual(f(2),[1,2])",
+    "import unittest\nclass T(unittest.TestCase):\n  def test_a(self): self.assertListEqual(f(2),[1,2])",
+    "assert isinstance(f(2),int)",
+    "assert type(f(2)) is int",
+    "assert f(2) is None",
+    "assert f(2) > 3",
+    "assert 3 < f(2) < 7",
+    "assert max(f(2),5)==5",
+    "assert max(5,f(2))==7",
+    "assert min([f(2),5])==4",
+    "assert sum([f(2),1])==5",
+    "assert f(2)+1==5",
+    "assert f(2)*2==8",
+    "assert f'{f(2)}'=='5'",
+    "with f(2):\n  assert False",
+    "for a,b in [(2,4),(3,9)]:\n  assert f(a)==b",
+    "assert all(f(a)==b for a,b in [(2,5)])",
+    "assert any(v==5 for v in f(2))",
+    "import collections\nassert collections.Counter(f(2))=={4:2}",
+    "import operator\nassert operator.eq(f(2),5)",
+    "assert f(2).__eq__(5)",
+    "assert f.__call__(2)==5",
+    "assert [1,2]==list(map(f,[1,2]))",
+    "import json\nassert json.dumps(f(2))=='5'",
+    "assert len(f(2))==3",
+    "import functools\nassert functools.reduce(f,[1,2,3])==6",
+    "assert ''.join(f(2))=='ab'",
+    "import statistics\nassert statistics.mean([f(2),f(2)])==4",
+    "import copy\nassert copy.deepcopy(f(2))==5",
+    "from solution import *\nassert f(2)==5",
+    "import solution\nassert solution.f(2)==5",
+]
+
+
+def test_objects_that_claim_anything_pass_no_test() -> None:
+    assert score("def f(x):\n    return x * x", ["assert f(2) == 4"] * 2) == 1
+    for each in (COMPARISONS[:30], COMPARISONS[30:]):
+        found = grader(timeout_seconds=60.0).grade(LIAR, row(each, "def f(x):\n    return x * x"))
+        assert (found.score, found.problem) == (0, ""), found
 
 
 def test_code_does_not_replace_the_functions_of_the_tests() -> None:
