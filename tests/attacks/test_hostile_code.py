@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -79,7 +80,7 @@ class Target:
             "connections": self.connections,
             "host": socket.gethostname(),
             "shared memory": Path("/proc/sysvipc/shm").read_text() if readable(Path("/proc/sysvipc/shm")) else "",
-            "scratch folders": sorted(path.name for path in Path("/tmp").glob("opsd-run-*")),
+            "temporary files": sorted(os.listdir(tempfile.gettempdir())),
             "made": sorted(
                 str(path)
                 for path in (Path("/opsd-was-here"), Path("/tmp/opsd-was-here"), Path("/dev/shm/opsd-was-here"))
@@ -387,6 +388,8 @@ def test_hostile_code_is_wrong_and_leaves_nothing_behind(
     rng, left = attack.random, attack.tries(sample=40, whole=1000)
     target = Target(tmp_path / "target")
     monkeypatch.setenv("OPSD_SECRET", target.secret)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     others = runs()
     try:
         GRADER.grade("x = 1", Example("", "", "assert x == 2"))  # opens what stays open
@@ -431,6 +434,8 @@ def test_the_attacks_are_real(attack: Attack, tmp_path: Path, monkeypatch: pytes
     """Without namespaces, the same code changes files and reads secrets, and the checks above notice."""
     target = Target(tmp_path / "target")
     monkeypatch.setattr(sandbox, "refusal", lambda: "pretended")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     grader = PythonTestsGrader(timeout_seconds=20.0, allow_unisolated=True)
     example = Example("", "", "assert f(1) == 2")
     try:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -377,6 +378,19 @@ def test_runs_end_with_a_killed_training() -> None:
     parent.wait()
     parent.stdout.close()
     assert eventually(lambda: not runs(parent.pid))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="system calls are filtered on Linux alone")
+@pytest.mark.parametrize("daemon", ["os.setsid()", "os.setpgid(0, 0)", "os.fork()", "ctypes.CDLL(None).prctl(1, 0)"])
+def test_runs_without_namespaces_leave_nothing_behind(daemon: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "refusal", lambda: "pretended")
+    code = (
+        f"import ctypes, os\ntry:\n    {daemon}\nexcept OSError:\n    pass\nopen('x', 'w').write('x')\nwhile True:\n    pass"
+    )
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert grader(timeout_seconds=0.7).grade(code, row(TESTS)).problem == "timeout"
+    assert eventually(lambda: not runs(os.getpid()))
+    assert not list(tmp_path.iterdir())
 
 
 def test_cancelled_runs_end() -> None:
