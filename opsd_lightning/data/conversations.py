@@ -18,6 +18,7 @@ from opsd_lightning.utils.texts import NotTextError, text_of
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
+_DEEPEST = 100  # levels of nesting in tools and arguments
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
@@ -140,7 +141,7 @@ def read_tools(value: Any, null_filled: bool = False) -> list[dict[str, Any]]:
         tool = _from_json(tool, f"tool {place}") if isinstance(tool, str) else tool
         tool = _plain(tool, f"tool {place}", null_filled)
         function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             fix = 'Write JSON schemas such as {"type": "function", "function": {"name": "add", "parameters": {...}}}'
             raise ConversationError(f"tool {place} has no name", fix)
         found.append(tool)
@@ -249,13 +250,15 @@ def _from_json(text: str, what: str) -> Any:
         raise ConversationError(f"{what}: a text that is no JSON ({error})", "Write it as JSON, or as an object") from None
 
 
-def _plain(value: Any, where: str, null_filled: bool) -> Any:
+def _plain(value: Any, where: str, null_filled: bool, depth: int = 0) -> Any:
     """Return a value of the types that JSON has."""
+    if depth > _DEEPEST:
+        raise ConversationError(f"{where} is nested too deeply", f"Use at most {_DEEPEST} levels of lists and objects")
     if isinstance(value, Mapping):
         items = {str(key): each for key, each in value.items() if each is not None or not null_filled}
-        return {key: _plain(each, where, null_filled) for key, each in items.items()}
+        return {key: _plain(each, where, null_filled, depth + 1) for key, each in items.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each, where, null_filled) for each in value]
+        return [_plain(each, where, null_filled, depth + 1) for each in value]
     if value is None or type(value) in (bool, int):
         return value
     if isinstance(value, float):

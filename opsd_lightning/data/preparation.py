@@ -259,7 +259,9 @@ class Preparation:
         kinds: dict[Hashable, int] = {}
         for number, item in enumerate(work):
             if item is not None:
-                kinds.setdefault((*kind(item[0].messages, item[0].tools), item[1] is None), number)
+                example, context = item
+                written = frozenset(example.demonstration or ())
+                kinds.setdefault((*kind(example.messages, example.tools), written, context is None), number)
         first = {number: tokens(work[number]) for number in kinds.values()}
         rest = [number for number in range(len(work)) if number not in first]
         with ThreadPoolExecutor(threads, "tokenizing") as pool:  # fast tokenizers release the GIL

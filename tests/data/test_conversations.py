@@ -134,6 +134,9 @@ def test_messages_in_the_columns_of_questions_and_traces() -> None:
     assert list(example.messages) == [user("1+1?")] and list(example.tools) == [TOOL]
 
 
+NESTED: dict[str, Any] = {}
+for _ in range(200):
+    NESTED = {"n": [NESTED]}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
@@ -165,6 +168,7 @@ MALFORMED: list[tuple[Any, list[Any]]] = [
     ([user("x"), {"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}], ["message", 2, "name"]),
     ([user([{"type": "text", "text": "x"}, IMAGE])], ["message", 1, "image_url"]),
     ([user([{"type": "image"}])], ["image"]),
+    ([user("x"), calling(NESTED)], ["add", "deeply"]),
     ([user([{"type": "input_audio", "input_audio": {}}])], ["input_audio"]),
     ([user([{"type": "video", "video": "x"}])], ["video"]),
     ([user("\ud800")], ["message", 1, "surrogate"]),
@@ -187,7 +191,19 @@ def test_malformed_conversations_are_refused_by_row(setting: str, chat: Any, wor
     assert caught.value.setting == f"columns.{setting}" and caught.value.fix
 
 
-@pytest.mark.parametrize("tools", ["x", {"name": "f"}, [{"type": "function"}], [1], ["{"], [{"function": {"name": None}}]])
+@pytest.mark.parametrize(
+    "tools",
+    [
+        "x",
+        {"name": "f"},
+        [{"name": ""}],
+        [{"name": "f", "parameters": NESTED}],
+        [{"type": "function"}],
+        [1],
+        ["{"],
+        [{"function": {"name": None}}],
+    ],
+)
 def test_malformed_tools_are_refused(tools: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         read([user("?")], tools)

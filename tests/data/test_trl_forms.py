@@ -20,6 +20,7 @@ from helpers.steps import one_step
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import Columns, FileSource, HubSource
 from opsd_lightning.methods.opsd import OPSDModule
+from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import AnswerContext, ColumnContext, PrivilegedContext, TraceContext
 from opsd_lightning.prompts.online_contexts import FeedbackContext, OnlineContext
@@ -221,3 +222,26 @@ def test_form_is_refused_with_advice(name: str, make_policy: Callable[..., Polic
     with pytest.raises(ConfigError, match=mentions(*words)) as caught:
         data.setup("fit")
     assert caught.value.fix
+
+
+def test_demonstrations_of_tool_calls_are_trained_on_as_the_template_writes_them(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    rows = [{"messages": [ASK, CALL | {"content": f"{n}"}] if n % 2 else [ASK, REPLY], "tools": TOOLS} for n in range(40)]
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    policy = make_policy(chat_template=str(template))
+    columns = Columns(messages="messages", tools="tools")
+    source = FileSource(str(write_jsonl(tmp_path / "rows.jsonl", rows)), columns=columns)
+    prompts = Prompts("{question}", "{question} {context}")
+    module = SFTModule(policy, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    data = OPSDDataModule(policy, source, prompts=prompts, verify=False, batch_size=4, max_new_tokens=4, cache_dir=None)
+    one_step(tmp_path).fit(module, data)
+    tokenizer, made = policy.load_tokenizer(), data.rows["train"]
+    for example, student, trace in zip(made.examples, made.student, made.traces, strict=True):
+        whole = tokenizer.apply_chat_template(
+            [*example.messages, example.demonstration],  # type: ignore[list-item]
+            tools=list(example.tools),  # type: ignore[arg-type]
+            return_dict=False,
+        )
+        assert [*student, *trace] == whole
