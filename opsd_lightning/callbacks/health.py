@@ -25,6 +25,7 @@ from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
+from opsd_lightning.utils.messages import prompt_text
 from opsd_lightning.utils.token_text import Pieces
 
 
@@ -128,7 +129,7 @@ class Health(StepCallback):
         values["leak_fraction"] = leaking.compute()["fraction"]
 
         overlap = TraceOverlap(self.overlap_n).to(module.device)
-        overlap.update(texts, [e.trace or "" for e in examples], [e.question for e in examples])
+        overlap.update(texts, [e.trace or "" for e in examples], [prompt_text(e) for e in examples])
         values["trace_overlap"] = overlap.compute()
 
         distinct = Distinct().to(module.device)

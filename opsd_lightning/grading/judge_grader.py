@@ -31,6 +31,7 @@ from opsd_lightning.types import (
 from opsd_lightning.utils.file_cache import AUTO, FileCache
 from opsd_lightning.utils.files import is_remote
 from opsd_lightning.utils.http import is_address
+from opsd_lightning.utils.messages import prompt_text
 
 TEMPLATE = """Grade the answer to the question below.
 
@@ -77,8 +78,9 @@ class JudgeGrader(Grader):
         base_url: Address of the server with its version, such as ``http://localhost:8000/v1``.
         model: Name of the model on the server.
         api_key_env: Environment variable with the API key, if the server needs one. The key itself is never saved.
-        template: The judge's prompt. ``{question}``, ``{reference}`` and ``{completion}`` are replaced. Without
-            ``{reference}``, rows need no reference answer.
+        template: The judge's prompt. ``{question}``, ``{reference}`` and ``{completion}`` are replaced. In a conversation,
+            ``{question}`` is the text of all messages before the completion. Without ``{reference}``, rows need no reference
+            answer.
         verdict_pattern: Regular expression whose first group is the verdict. Its last match in the judge's reply counts.
         worst: Number that is score 0. Numbers between ``worst`` and ``best`` are scores between 0 and 1.
         best: Number that is score 1. May be below ``worst``.
@@ -184,7 +186,7 @@ class JudgeGrader(Grader):
         return chat_server.shared(endpoint)
 
     def _request(self, text: str, example: Example) -> dict[str, Any]:
-        parts = {"question": example.question, "reference": example.answer, "completion": text}
+        parts = {"question": prompt_text(example), "reference": example.answer, "completion": text}
         tag = f"text-{_digest(parts)[:12]}"
         prompt = _PLACES.sub(lambda place: f"<{tag}>\n{_clean(parts[place[1]])}\n</{tag}>", self.template)
         messages = [{"role": "system", "content": _SYSTEM.format(tag=tag)}, {"role": "user", "content": prompt}]

@@ -73,6 +73,25 @@ def column_text(value: Any) -> str | None:
     return "\n".join(filter(None, (message_text(each, " ") for each in value))) if is_messages(value) else text_of(value)
 
 
+def prompt_text(example: Example) -> str:
+    """Return the question, or a conversation of several messages as text: each message below its role.
+
+    Example::
+
+        >>> from opsd_lightning import Example
+        >>> turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+        >>> print(prompt_text(Example("1 + 1?", "", "", messages=turns)))
+        system:
+        Be brief.
+        <BLANKLINE>
+        user:
+        1 + 1?
+    """
+    if len(example.messages) < 2:
+        return example.question
+    return "\n\n".join(f"{message['role']}:\n{message_text(message)}" for message in example.messages)
+
+
 def question_key(example: Example) -> str:
     """Return a text that is the same for two examples if they ask the same question.
 

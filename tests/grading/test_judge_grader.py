@@ -63,6 +63,17 @@ def test_the_request_and_the_score(server: JudgeServer, monkeypatch: pytest.Monk
     assert KEY not in repr(grader) + str(vars(grader)) + json.dumps(server.requests)
 
 
+def test_the_judge_reads_whole_conversations(server: JudgeServer) -> None:
+    earlier = [
+        [{"role": "user", "content": country}, {"role": "assistant", "content": "Yes?"}] for country in ("Peru", "Chile")
+    ]
+    last = {"role": "user", "content": "Its capital?"}
+    examples = [Example("Its capital?", "", "x", messages=[*turns, last]) for turns in earlier]
+    judge(server).grades(["Lima"] * 2, examples)
+    asked = sorted(parts(request["messages"][1]["content"])[0] for request in server.requests)
+    assert len(asked) == 2 and "Chile" in asked[0] and "Peru" in asked[1] and all("Its capital?" in text for text in asked)
+
+
 @pytest.mark.parametrize(
     ("settings", "reply", "score"),
     [
