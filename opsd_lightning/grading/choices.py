@@ -254,6 +254,10 @@ class ChoiceReader:
             return name if name in of_content else None
         if self._is_list(text[label.end() :], name):
             return None
+        if "\n" in content:  # a first line that names an option, and an answer phrase below it that names another one
+            decided, later = self._after_phrases(content)
+            if decided and later != name:
+                return None
         if _WRONG.search(re.split(r"\n|(?<=\w)\.\s", content[:300], maxsplit=1)[0]):
             return None
         if label["bare"] is not None and label["word"] is None:

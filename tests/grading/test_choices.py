@@ -18,6 +18,10 @@ TEXTS = ["Paris", "The Nile", "A whale", "all of the above"]
 # What a completion chooses between the options 10, 12, 14 and 16. None: it makes no clear choice.
 READ: list[tuple[str, str | None]] = [
     ("B", "B"),
+    ("A) 10\n\nThe correct answer is (B) 12.", "B"),  # a first guess above an answer
+    ("(A) 10\nThe answer is B.", "B"),
+    ("Option A\nThe correct answer is (B) 12.", "B"),
+    ("(B) 12\n\nThe answer is B because 5 + 7 = 12.", "B"),
     ("b", "B"),
     ("B.", "B"),
     ("B)", "B"),
