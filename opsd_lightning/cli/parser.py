@@ -2,10 +2,15 @@
 
 jsonargparse loads the value of a class's option as YAML and converts it by ``str`` for the parser of that class: ``null``
 becomes the text ``None``, ``007`` becomes ``7``, and ``123e456``, a Git revision, becomes ``inf``.
+
+It also gives a class that replaces another one the former class's settings, even those that nobody set: `ChoiceGrader` in
+place of `MathGrader` would get its default ``answer_pattern: auto``. Here only settings that differ from the former class's
+defaults stay.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +20,8 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import Namespace, _typehints, get_loader, set_loader
+from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
 from opsd_lightning.types import ConfigError
@@ -117,6 +123,21 @@ def load_yaml(text: str, path: str | None = None) -> Any:
 
 _jsonargparse_loader = get_loader("yaml")
 set_loader("yaml", load_yaml, (yaml.YAMLError,))
+
+
+def _discard_settings(parser_or_action: Any, previous: Any, value: Any) -> None:
+    """Remove the settings of a former class that have its defaults, and those that the new class does not take."""
+    if previous and previous.get("init_args") and previous["class_path"] != value["class_path"]:
+        former = previous["init_args"]
+        with suppress(ValueError, TypeError, ImportError, AttributeError):  # a callable without a signature
+            for name, parameter in inspect.signature(import_object(previous["class_path"])).parameters.items():
+                if name in former and former[name] == parameter.default:
+                    former.pop(name)
+    _jsonargparse_discard(parser_or_action, previous, value)
+
+
+_jsonargparse_discard = _typehints.discard_init_args_on_class_path_change
+_typehints.discard_init_args_on_class_path_change = _discard_settings
 
 
 def _check_keys(node: Any) -> None:

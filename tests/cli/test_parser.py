@@ -151,3 +151,18 @@ def test_duplicate_yaml_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         parsed("--config", str(tmp_path / "c.yaml"))
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("given", ["option", "file"])
+def test_another_class_has_its_own_defaults(given: str, tmp_path: Path) -> None:
+    """``answer_pattern`` and ``timeout_seconds`` of `MathGrader`, the default, have other defaults in other graders."""
+    path = tmp_path / "grader.yaml"
+    path.write_text("data:\n  grader: {class_path: ReasoningGymGrader}\n")
+    arguments = ["--data.grader=ReasoningGymGrader"] if given == "option" else [f"--config={path}"]
+    settings = parsed(*arguments).data.grader.init_args
+    assert (settings.answer_pattern, settings.timeout_seconds) == (None, 10.0)
+
+
+def test_another_class_keeps_settings_that_were_given() -> None:
+    arguments = ["--data.grader=MathGrader", "--data.grader.init_args.timeout_seconds=3", "--data.grader=ExactMatch"]
+    assert parsed(*arguments).data.grader.init_args.timeout_seconds == 3
