@@ -39,6 +39,14 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
         ReasoningGymSource as ReasoningGymSource,
         WordProblems as WordProblems,
     )
+    from opsd_lightning.data.task_sources import (
+        CategoryQuestions as CategoryQuestions,
+        HomeRequests as HomeRequests,
+        HotelReplies as HotelReplies,
+        NumberFunctions as NumberFunctions,
+        TableBookings as TableBookings,
+        TaskSource as TaskSource,
+    )
     from opsd_lightning.distributed.fsdp2 import FSDP2Strategy as FSDP2Strategy
     from opsd_lightning.doctor.diagnosis import diagnose as diagnose
     from opsd_lightning.doctor.findings import Diagnosis as Diagnosis, Finding as Finding
@@ -156,6 +164,7 @@ _NAMES = {
     "data.datamodule": "OPSDDataModule",
     "data.drop_reasons": "DropReason",
     "data.sources": "Columns ExampleSource FileSource HubSource ReasoningGymSource WordProblems",
+    "data.task_sources": "CategoryQuestions HomeRequests HotelReplies NumberFunctions TableBookings TaskSource",
     "distributed.fsdp2": "FSDP2Strategy",
     "doctor.diagnosis": "diagnose",
     "doctor.findings": "Diagnosis Finding",

@@ -20,6 +20,7 @@ import opsd_lightning.callbacks.health
 import opsd_lightning.callbacks.progress
 import opsd_lightning.callbacks.rollouts
 import opsd_lightning.data.sources
+import opsd_lightning.data.task_sources
 import opsd_lightning.distributed.fsdp2
 import opsd_lightning.grading.choice_grader
 import opsd_lightning.grading.exact_match

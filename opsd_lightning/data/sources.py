@@ -19,6 +19,7 @@ from opsd_lightning.data.conversations import (
     read_message,
     read_tools,
 )
+from opsd_lightning.data.generation import distinct_examples
 from opsd_lightning.data.tables import FORMATS, Table, first_line, read_table, typed_rows
 from opsd_lightning.grading.reasoning_gym_grader import COLUMN
 from opsd_lightning.grading.reasoning_gym_job import encode, make_dataset
@@ -448,21 +449,15 @@ class WordProblems(ExampleSource):
         self.size, self.seed, self.largest = size, seed, largest
 
     def examples(self) -> list[Example]:
-        draw = random.Random(f"word problems {self.seed}")
-        found: dict[str, Example] = {}
-        repeats = 0
-        while len(found) < self.size:
-            if repeats > 1000:
-                problem = f"there are no {self.size} distinct questions with numbers up to {self.largest}"
-                raise ConfigError(problem, "size", "Lower it, or raise largest")
-            template, sign, end = draw.choice(self._KINDS)
-            big = draw.randint(5, self.largest)
-            b = draw.randint(2, big - 2)
-            a, answer = (big - b, big) if sign == "+" else (big, big - b)
-            name, other = draw.sample(self._NAMES, 2)
-            things = draw.choice(self._THINGS)
-            question = template.format(a=a, b=b, name=name, other=other, things=things)
-            trace = f"{name} has {a} {sign} {b} = {answer} {things} {end}, so the answer is {answer}."
-            repeats = repeats + 1 if question in found else 0
-            found[question] = Example(question, trace, str(answer))
-        return list(found.values())
+        return distinct_examples(self._draw, self.size, f"word problems {self.seed}", "raise largest")
+
+    def _draw(self, numbers: random.Random) -> Example:
+        template, sign, end = numbers.choice(self._KINDS)
+        big = numbers.randint(5, self.largest)
+        b = numbers.randint(2, big - 2)
+        a, answer = (big - b, big) if sign == "+" else (big, big - b)
+        name, other = numbers.sample(self._NAMES, 2)
+        things = numbers.choice(self._THINGS)
+        question = template.format(a=a, b=b, name=name, other=other, things=things)
+        trace = f"{name} has {a} {sign} {b} = {answer} {things} {end}, so the answer is {answer}."
+        return Example(question, trace, str(answer))

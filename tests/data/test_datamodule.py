@@ -21,6 +21,7 @@ from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
 from opsd_lightning.data.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource, WordProblems
+from opsd_lightning.data.task_sources import TaskSource
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import (
@@ -111,7 +112,7 @@ def test_word_problems_are_right_and_distinct() -> None:
 
 def test_every_source_is_under_test() -> None:
     ours = {cls for cls in subclasses(ExampleSource) if cls.__module__.startswith("opsd_lightning")}
-    assert ours == {FileSource, HubSource, ReasoningGymSource, WordProblems}
+    assert ours == {FileSource, HubSource, ReasoningGymSource, WordProblems, *subclasses(TaskSource), TaskSource}
 
 
 @pytest.fixture
