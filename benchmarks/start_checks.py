@@ -30,7 +30,7 @@ CHECKS: dict[str, list[tuple[str, str]]] = {
         ("methods.base", "check_dtypes"),
         ("methods.base", "check_precision"),
     ],
-    "folders and loggers": [("cli.command", "check_folders"), ("cli.command", "check_last")],
+    "folders and loggers": [("cli.command", "check_folders"), ("cli.command", "check_checkpoint_alias")],
     "prompts rendered with sentinels": [("data.datamodule", "OPSDDataModule._check_prompts")],
     "tensors, vocabulary, routers": [
         ("models.policy", "check_config"),
