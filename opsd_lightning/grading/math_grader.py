@@ -13,12 +13,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-import regex
-
 from opsd_lightning.grading import answer_forms, worker_pool
 from opsd_lightning.grading.base import Grade, Grader, Problem
+from opsd_lightning.grading.example_columns import SETTING
 from opsd_lightning.grading.final_answer import final_answer, last_boxed, strip_thinking
-from opsd_lightning.types import ConfigError, Example, PositiveFloat, checked
+from opsd_lightning.grading.patterns import check_pattern, last_match
+from opsd_lightning.types import Example, PositiveFloat, checked
 
 AUTO = "auto"
 """Value of ``answer_pattern`` that selects `final_answer`."""
@@ -65,16 +65,8 @@ class MathGrader(Grader):
     def __post_init__(self) -> None:
         if self.answer_pattern is None or self.answer_pattern == AUTO:
             return
-        setting, fix = (
-            "data.grader.init_args.answer_pattern",
-            "Put the part with the answer in parentheses, or set it to auto or null",
-        )
-        try:
-            groups = regex.compile(self.answer_pattern).groups
-        except regex.error as error:
-            raise ConfigError(f"{self.answer_pattern!r} is not a regular expression ({error})", setting, fix) from None
-        if groups < 1:
-            raise ConfigError(f"{self.answer_pattern!r} has no capturing group", setting, fix)
+        fix = "Put the part with the answer in parentheses, or set it to auto or null"
+        check_pattern(self.answer_pattern, f"{SETTING}answer_pattern", fix)
 
     def find_answer(self, text: str) -> str | None:
         """Return the final answer of a text, or None. The answer is never empty."""
@@ -84,15 +76,11 @@ class MathGrader(Grader):
         boxed = last_boxed(text)
         if boxed is not None or self.answer_pattern is None:
             return boxed
-        found = None
         try:
-            # concurrent=True releases the GIL
-            for match in regex.finditer(self.answer_pattern, text, timeout=self.timeout_seconds, concurrent=True):
-                found = (match[1] or "").strip() or found
+            return last_match(self.answer_pattern, text, self.timeout_seconds)
         except TimeoutError:
-            _record_problem("timeout", f"searching {text[-200:]!r} for data.grader.init_args.answer_pattern")
+            _record_problem("timeout", f"searching {text[-200:]!r} for {SETTING}answer_pattern")
             return None
-        return found
 
     def equal(self, answer: str | None, reference: str) -> bool:
         """Return True if an answer is mathematically equal to the reference, and False if the comparison takes too long."""
