@@ -230,7 +230,11 @@ class Preparation:
             return _Verdict(DropReason.EMPTY_QUESTION)
         if not example.trace and needs_trace:
             return _Verdict(DropReason.EMPTY_TRACE)
-        if not verifies and not self.grader.can_grade(example) and (needs.answers if self.verify else needs.grades):
+        if (
+            not verifies
+            and not self.grader.can_grade(example)
+            and (needs.answers if self.verify and self.grader.grades_completions else needs.grades)
+        ):
             return _Verdict(DropReason.NO_ANSWER)
         if question_key(example) in self.held_out:
             return _Verdict(DropReason.HELD_OUT)
