@@ -161,12 +161,6 @@ def trained(small: Callable[[str], list[str]], tmp_path_factory: pytest.TempPath
     return run
 
 
-TOOL = {
-    "type": "function",
-    "function": {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}},
-}
-
-
 def chat(number: int) -> list[dict[str, str]]:
     return [
         {"role": "system", "content": "You add."},
@@ -187,7 +181,7 @@ def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch
     (tmp_path / "runs" / "models" / "SmolLM2-135M-Instruct").symlink_to(roomy)
     rows = [{"problem": f"{n}+1?", "solution": rf"\boxed{{{n + 1}}}", "gold": str(n + 1)} for n in range(132)]
     write_jsonl(tmp_path / "questions.jsonl", rows)
-    write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat(n), "tools": [TOOL]} for n in range(132)])
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat(n), "tools": None} for n in range(132)])
     (tmp_path / "my_parts.py").write_text("\n\n".join(PARTS.values()), encoding="utf-8")
     for notebook in NOTEBOOKS:
         for source in ("".join(cell["source"]) for cell in json.loads(_text(notebook))["cells"]):
