@@ -378,16 +378,14 @@ class Prompts:
         marks = Marks(tokenizer, texts_in([[turn.message for turn in turns], list(tools)]))
         marked = []
         for turn in turns:
-            if turn.inserted is not None:
-                content: Any = marks.hide(turn.message["content"], turn.inserted)
-                marked.append(Turn({**turn.message, "content": content}, turn.inserted))
-                continue
             written = ("content", *_REASONING) if turn.role == "assistant" else ()  # the model may think in its own turns
             message = {
-                name: marks.hide_in(value, "completion" if name in written else "prompt")
+                name: marks.hide(value, turn.inserted)
+                if name == "content" and turn.inserted is not None
+                else marks.hide_in(value, "completion" if name in written else "prompt")
                 for name, value in turn.message.items()
             }
-            marked.append(Turn(message))
+            marked.append(Turn(message, turn.inserted))
         return _Marked(marked, [marks.hide_in(tool) for tool in tools], marks.hidden)
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], example: Example, role: Role) -> Prompt:

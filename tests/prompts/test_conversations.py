@@ -236,6 +236,18 @@ def test_no_value_of_a_conversation_brings_a_control_token(family: str, position
         assert "\ue000" not in tokenizer.decode(found)
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+def test_names_of_messages_bring_no_control_token(position: ContextPosition) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = LOOP.replace("m['role'] +", "m['role'] + (m['name'] or '') +")
+    messages = [{**SYSTEM, "name": SPELLED}, user("a") | {"name": SPELLED}]
+    prompts = Prompts("{question}!", context_position=position)
+    for ids in (prompts.student(tokenizer, example := Example("a", "", "", messages=messages)),
+                prompts.teacher(tokenizer, example, "b")):  # fmt: skip
+        text = str(tokenizer.decode(ids))
+        assert text.count(SPELLED) == 2 and ids.count(tokenizer.eos_token_id or 0) == text.count("<|im_end|>") - 2
+
+
 def test_the_model_may_think_in_its_own_turns() -> None:
     """An earlier turn's thinking is a real tag, which the template strips; a user's is text."""
     tokenizer = tokenizer_for("deepseek_r1_distill")
