@@ -365,7 +365,7 @@ def test_settings_in_a_checkpoint_run_nothing(attack: Attack, good_file: Path, t
     plain = {"_instantiator": good["hyper_parameters"]["_instantiator"], "policy": good["hyper_parameters"]["policy"]}
     plain |= {
         "prompts": {"student_template": "a: {question}\nb: c"},
-        "grader": {"class_path": "MathGrader", "init_args": {"answer_pattern": "[(](.*)[)]"}},
+        "grader": {"class_path": "opsd_lightning.MathGrader", "init_args": {"answer_pattern": "[(](.*)[)]"}},
     }
     torch.save(good | {"hyper_parameters": plain}, tmp_path / "honest.ckpt")
     assert OPSDModule.load_from_checkpoint(tmp_path / "honest.ckpt").policy.model == base
@@ -660,6 +660,8 @@ def test_every_load_in_the_repository_is_safe() -> None:
         code = [cell for cell in code if not cell.startswith("%%")]  # files and shells
         lines = [line for cell in code for line in cell.splitlines() if not line.lstrip().startswith(("!", "%"))]
         sources[str(path)] = "\n".join(lines)
+    # It executes the code of completions, as a script in a sandbox (test_hostile_code.py).
+    del sources[str(root / "opsd_lightning" / "grading" / "sandbox_worker.py")]
     found = {path: list(unsafe(ast.parse(text))) for path, text in sources.items()}
     assert not {path: names for path, names in found.items() if names}
     for text in (

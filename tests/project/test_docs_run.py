@@ -349,8 +349,9 @@ def test_named_metrics_are_logged(trained: Callable[[str], Path]) -> None:
     assert len(named) > 20
     # Of other methods, of callbacks that were not there, and of completions that ended or are right, of which there may be none.
     elsewhere = {"context_missing_fraction", "importance_ratio", "update_ratio", "clipped_fraction", "terminated_tokens"}
-    elsewhere |= {"rollout_logprob_difference", "teacher_gap_correct"}
+    elsewhere |= {"rollout_logprob_difference", "teacher_gap_correct", "selected_fraction"}
     assert all(re.search(rf'[/"]{name}["{{]', source) or f'"{name}"' in source for name in elsewhere)
     logged |= {f"{stage}/{name}" for stage in ("train", "health") for name in elsewhere}
+    logged |= {"val/nll", "val/divergence"}  # of data without answers (tests/evaluation/test_demonstrations.py)
     # MLflow's name, other k, and a ratio to tokens of style, which no single character is.
     assert named - logged <= {"val/avg1", "val/avg@k", "val/avg@4", "health/forward_kl_style_over_math"}
