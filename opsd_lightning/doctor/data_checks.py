@@ -285,7 +285,8 @@ def setting_findings(module: Any, data: OPSDDataModule, trainer: Trainer, usable
     if module.sampling.temperature == 0 and module.sampling.n > 1:
         text = f"the {module.sampling.n} completions of a question are all the same at temperature 0"
         yield Finding("error", "settings", text, "model.sampling.temperature", "set it to 1, or model.sampling.n to 1")
-    if validates and evaluation.max_new_tokens < module.sampling.max_new_tokens:
+    samples = validates and module.evaluator.demonstrations is None
+    if samples and evaluation.max_new_tokens < module.sampling.max_new_tokens:
         text = (
             f"validation stops a completion at {evaluation.max_new_tokens} tokens, training at "
             f"{module.sampling.max_new_tokens}: answers that come later count as wrong"

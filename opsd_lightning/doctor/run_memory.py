@@ -23,7 +23,9 @@ def step_of(module: PolicyModule, data: OPSDDataModule, prompt: int, completion:
         prompt: Tokens of a long student's prompt.
         completion: Tokens of the longest completion. Defaults to ``sampling.max_new_tokens``.
     """
-    samples, evaluates = not isinstance(module, SFTModule), data.sources["val"] is not None
+    samples = not isinstance(module, SFTModule)
+    # Without grades validation samples nothing, and scores demonstrations within the token budget of training.
+    evaluates = data.sources["val"] is not None and module.evaluator.demonstrations is None
     rows, eval_rows = data.batch_size, data.eval_batch_size * module.evaluator.sampling.n
     if samples:
         rows *= module.sampling.n

@@ -140,3 +140,8 @@ def test_larger_cards_sample_more_rows_at_one_time(estimate: Estimate) -> None:
         larger = dataclasses.replace(estimator, device=DeviceMemory.card(gigabytes))
         rows.append(larger.rows_at_once(step))
     assert rows == sorted(rows) and rows[0] < rows[-1]
+
+
+def test_validation_without_grades_samples_nothing(estimate: Estimate) -> None:
+    graded, scored = (estimate("qwen3_1.7b_qlora", *more)[1] for more in ((), ("--data.grader=NoGrader",)))
+    assert graded.eval_rows > 0 and scored == dataclasses.replace(graded, eval_rows=0, rows_at_once=scored.rows_at_once)
