@@ -144,4 +144,4 @@ def test_larger_cards_sample_more_rows_at_one_time(estimate: Estimate) -> None:
 
 def test_validation_without_grades_samples_nothing(estimate: Estimate) -> None:
     graded, scored = (estimate("qwen3_1.7b_qlora", *more)[1] for more in ((), ("--data.grader=NoGrader",)))
-    assert graded.eval_rows > 0 and scored == dataclasses.replace(graded, eval_rows=0, rows_at_once=scored.rows_at_once)
+    assert graded.eval_rows > 0 and scored == graded._replace(eval_rows=0, rows_at_once=scored.rows_at_once)
