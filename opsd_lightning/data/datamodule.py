@@ -279,11 +279,12 @@ class OPSDDataModule(LightningDataModule):
         if any(example.tools for example in found) and (added := added_text(tokenizer, self.prompts, tools=True)):
             rank_zero_info(f"data.{split}: the chat template describes the tools with a text of its own: {added[:200]!r}")
         if not rows.usable:
-            problem, graded = f"no usable row of {len(found)} ({reasons})", rows.reasons.keys() & GRADED
-            fix = "Check the source and its columns"
-            if graded:
-                fix += ". Choose the data.grader of this task, or set data.verify to false"
-            raise ConfigError(problem, f"data.{split}", fix)
+            problem = f"no usable row of {len(found)} ({reasons})"
+            fixes = [
+                "Check the source and its columns",
+                *map(self._fix_of_grades, sorted(GRADED & rows.reasons.keys(), key=str)),
+            ]
+            raise ConfigError(problem, f"data.{split}", ". ".join(dict.fromkeys(filter(None, fixes))))
         examples = rows.examples(found, rows.usable)
         student, teacher, traces = (token_lists(ids) for ids in (rows.student, rows.teacher, rows.traces))
         return PromptBatch(student, teacher, examples, [True] * len(examples), traces=traces)
@@ -309,8 +310,17 @@ class OPSDDataModule(LightningDataModule):
         """Raise for a dropped row under ``on_invalid: error``."""
         if self.on_invalid == "error":
             problem = f"row {index}: {self.limits[split].text(reason)}"
-            demonstration = ", or data.verify to false for demonstrations" if reason in GRADED else ""
-            raise ConfigError(problem, f"data.{split}", f"Fix the row, or set data.on_invalid to drop{demonstration}")
+            fixes = ["Fix the row, or set data.on_invalid to drop", self._fix_of_grades(reason)]
+            raise ConfigError(problem, f"data.{split}", ". ".join(filter(None, fixes)))
+
+    def _fix_of_grades(self, reason: DropReason) -> str:
+        """Return what to change if rows are dropped because of their grades. Empty for other reasons."""
+        if reason not in GRADED:
+            return ""
+        if reason is not DropReason.NO_ANSWER:
+            return "Choose the data.grader of this task, or set data.verify to false for demonstrations"
+        fix = "Name the column of the answers (columns.answer), or choose NoGrader as data.grader for data without answers"
+        return fix if self.verify else f"{fix}. Under data.verify: true, answers are read from traces"
 
     def _shows_progress(self) -> bool:
         trainer = self.trainer

@@ -14,7 +14,7 @@ class DropReason(Enum):
     EMPTY_QUESTION = "empty question"
     EMPTY_TRACE = "empty trace"
     EMPTY_CONTEXT = "data.context gives the teacher an empty text"
-    NO_ANSWER = "data.grader finds nothing to compare completions with: neither trace nor answer"
+    NO_ANSWER = "data.grader has no reference to compare completions with"
     HELD_OUT = "question is also in data.val or data.test"
     NO_FINAL_ANSWER = "data.grader finds no answer in the trace"
     WRONG_ANSWER = "data.grader grades the trace as wrong"

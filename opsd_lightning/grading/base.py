@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from opsd_lightning.types import ConfigError, Example
 
@@ -74,7 +75,13 @@ class Grader(ABC):
         """
 
     def can_grade(self, example: Example) -> bool:
-        """Return True if an example has what `grade` compares completions with. Defaults to a reference answer."""
+        """Return True if an example has what `grade` compares completions with. Defaults to a reference answer.
+
+        The data module calls it before training.
+
+        Raises:
+            ConfigError: The example has a reference that cannot be read.
+        """
         return bool(example.answer)
 
     def is_right(self, score: float) -> bool:
@@ -107,7 +114,7 @@ class Grader(ABC):
             examples: The example of each completion.
 
         Raises:
-            ConfigError: A score is not a number from 0 to 1.
+            ConfigError: `grade` returns something else than a `Grade`, or a score that is not a number from 0 to 1.
         """
         found = self.map(lambda pair: self.grade(*pair), list(zip(completions, examples, strict=True)))
         return [self._checked(grade) for grade in found]
@@ -116,7 +123,7 @@ class Grader(ABC):
         """Grade the traces of many examples with `verify`.
 
         Raises:
-            ConfigError: A score is not a number from 0 to 1.
+            ConfigError: See `grades`.
         """
         return [self._checked(grade) for grade in self.map(self.verify, examples)]
 
@@ -183,11 +190,27 @@ class Grader(ABC):
     def cancel(self, threads: Sequence[threading.Thread]) -> None:
         """End the running calls of some threads, after an error or Ctrl-C. Called if `concurrent_calls` is above 1."""
 
-    def _checked(self, grade: Grade) -> Grade:
-        if not 0 <= grade.score <= 1:  # also NaN
-            problem = f"{type(self).__name__} returns the score {grade.score!r}"
-            raise ConfigError(problem, "data.grader", "Return a number from 0 to 1")
-        return grade
+    def _checked(self, grade: object) -> Grade:
+        """Return a grade with its score as a float. The methods of a user's grader may return anything."""
+
+        def refused(what: str, fix: str) -> ConfigError:
+            return ConfigError(f"{type(self).__name__} returns {what}", "data.grader", fix)
+
+        if not isinstance(grade, Grade):
+            raise refused(f"a {type(grade).__name__} instead of a Grade", "Return Grade(score=...)")
+        try:
+            score = math.nan if isinstance(grade.score, str) else float(grade.score)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not 0 <= score <= 1:  # also NaN
+            raise refused(f"the score {grade.score!r}", "Return a number from 0 to 1")
+        if not isinstance(grade.answer, (str, type(None))):
+            raise refused(f"an answer of type {type(grade.answer).__name__}", "Return a text, or None for no answer")
+        if not isinstance(grade.feedback, str):
+            raise refused(f"feedback of type {type(grade.feedback).__name__}", "Return a text, which may be empty")
+        if grade.problem not in get_args(Problem):
+            raise refused(f"the problem {grade.problem!r}", "Return timeout, failure or an empty text")
+        return grade._replace(score=score)
 
 
 def _add_undecided_votes(votes: Sequence[int | None], grades: Sequence[Grade]) -> list[int | None]:

@@ -86,7 +86,7 @@ class PythonTestsGrader(Grader):
         return workers()
 
     def can_grade(self, example: Example) -> bool:
-        return bool(example.columns.get(self.tests_column) or example.answer)
+        return bool((example.columns.get(self.tests_column) or example.answer) and self._tests(example))
 
     def grade(self, completion: str, example: Example) -> Grade:
         """Run the code of a completion against the tests of its row."""

@@ -148,13 +148,15 @@ class GRPOModule(PolicyModule):
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
         self.log_grading(attempts)
         rewards = torch.tensor(self.reward(attempts), dtype=torch.float32).view(-1, rollouts.n)
-        spread = rewards.std(dim=1, keepdim=True)
+        # Equal scores such as 0.85 have a spread of rounding errors, which an optimizer such as Adam would follow.
+        equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+        spread = rewards.std(dim=1, keepdim=True).masked_fill(equal, 0.0)
         total, same, rows, groups = self.ranks.sum(
             [float(rewards.sum()), float((spread == 0).sum()), rewards.numel(), len(rewards)]
         )
         self.log("train/reward", total / rows, prog_bar=True, batch_size=1)
         self.log("train/groups_without_signal", same / groups, batch_size=1)
-        return ((rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-4)).flatten()
+        return ((rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-4)).masked_fill(equal, 0.0).flatten()
 
     def _clipped(self, shares: list[Tensor], advantages: Tensor, ratios: list[Tensor] | None) -> list[Tensor]:
         """Weight tokens by rho A, or 0 where rho is clipped. Logs the clipped share. Every rank must call."""

@@ -139,6 +139,6 @@ def test_verification_is_a_choice(verify: bool, make_policy: MakePolicy, caplog:
 def test_rows_without_an_answer_are_no_validation_questions(make_policy: MakePolicy) -> None:
     """With verification off, a grader still cannot grade them: all would count as wrong."""
     rows = data(make_policy(), MathGrader(), verify=False)
-    with pytest.raises(ConfigError, match=mentions("data.val", "data.grader")):
+    with pytest.raises(ConfigError, match=mentions("data.val", "data.grader", "NoGrader", "data.verify: true")):
         rows.setup("fit")
     assert rows.dropped["val"] == {DropReason.NO_ANSWER: 5}

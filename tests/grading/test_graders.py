@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
 import opsd_lightning.cli.command  # every class that YAML may name  # noqa: F401
 from helpers.classes import subclasses
 from helpers.judge_server import JudgeServer
+from helpers.messages import mentions
 from opsd_lightning.data.sources import ReasoningGymSource
 from opsd_lightning.grading.base import PROBLEMS, Grade, Grader
 from opsd_lightning.grading.choice_grader import ChoiceGrader
@@ -28,7 +30,7 @@ from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.grading.no_grader import NoGrader
 from opsd_lightning.grading.python_tests import PythonTestsGrader
 from opsd_lightning.grading.reasoning_gym_grader import ReasoningGymGrader
-from opsd_lightning.types import Example
+from opsd_lightning.types import ConfigError, Example
 
 OPTIONS = {"options": ["10", "12", "14"]}
 CALL = '{"name": "add", "arguments": {"a": 5, "b": 7}}'
@@ -187,3 +189,50 @@ def test_what_can_be_graded(case: Case) -> None:
     assert case.grader.can_grade(case.example) == case.grader.grades_completions
     if isinstance(case.grader, (MathGrader, ExactMatch, JSONGrader, ChoiceGrader)):
         assert not case.grader.can_grade(case.example._replace(answer=""))
+
+
+class Returns(Grader):
+    """A grader of a user that returns anything."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def grade(self, completion: str, example: Example) -> Grade:
+        return self.value  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 0.5, (1.0, "4", "", ""), Grade(2.0), Grade(-0.1), Grade(math.nan), Grade("1"), Grade(None), Grade(0.5, 42),  # type: ignore[arg-type]
+     Grade(0.5, "4", None), Grade(0.0, problem="late")],  # type: ignore[arg-type]
+)  # fmt: skip
+def test_what_is_no_grade_is_refused(value: Any) -> None:
+    example = Example("q", "t", "4")
+    for call in (lambda: Returns(value).grades(["4"], [example]), lambda: Returns(value).verifications([example])):
+        with pytest.raises(ConfigError, match=mentions("data.grader", "Returns")):
+            call()
+
+
+@pytest.mark.parametrize("score", [True, torch.tensor(1.0), 1])
+def test_scores_are_plain_numbers(score: Any) -> None:
+    """Records of completions are written as JSON."""
+    (grade,) = Returns(Grade(score, "4")).grades(["4"], [Example("q", "", "4")])
+    assert type(grade.score) is float and grade.score == 1
+
+
+@pytest.mark.parametrize(
+    ("grader", "example"),
+    [
+        (ChoiceGrader(), Example("5 + 7?", "", "F", OPTIONS)),
+        (ChoiceGrader(), Example("5 + 7?", "", "B", {"options": ["12"]})),
+        (ChoiceGrader(), Example("5 + 7?", "", "B", {"choices": ["10", "12"]})),
+        (JSONGrader(), Example("q", "", "{")),
+        (ExactMatch(references="more"), Example("q", "", "4", {"others": ["5"]})),
+        (PYTHON_TESTS, Example("q", "", "", {"tests": {"assert": 1}})),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_references_that_cannot_be_read_are_refused_before_grading(grader: Grader, example: Example) -> None:
+    """The data module asks `can_grade` for every row that it does not verify, before training."""
+    with pytest.raises(ConfigError, match=mentions("data.grader.init_args")):
+        grader.can_grade(example)

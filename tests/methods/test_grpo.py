@@ -16,7 +16,7 @@ from helpers.steps import adapter, fit
 from opsd_lightning.grading.base import Grade
 from opsd_lightning.losses.objectives import NegativeLogLikelihood, SampledKLObjective
 from opsd_lightning.methods.anchor import Anchor
-from opsd_lightning.methods.grpo import AnswerReward, GRPOModule
+from opsd_lightning.methods.grpo import AnswerReward, GRPOModule, Reward
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.online_contexts import Attempts
 from opsd_lightning.rollouts.base import RolloutEngine
@@ -121,6 +121,22 @@ def test_right_answers_get_a_higher_reward() -> None:
     grades = [Grade(1.0, "4"), Grade(0.0, "5"), Grade(0.0), Grade(0.25, "4")]
     attempts = Attempts([Example("q", "", "4")] * 2, ["4", "5", "", "4"], grades, [True] * 4, 2)
     assert AnswerReward()(attempts) == [1.0, 0.0, 0.0, 0.25]
+
+
+@pytest.mark.parametrize("score", [0.43, 0.86])
+def test_equal_partial_scores_change_nothing(score: float, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """Their mean and standard deviation have rounding errors, which Adam would follow at its full rate."""
+
+    class Equal(Reward):
+        def __call__(self, attempts: Attempts) -> Sequence[float]:
+            return [score] * len(attempts.texts)
+
+    module = GRPOModule(make_policy(), Equal(), rollouts=Fixed(), sampling=Sampling(n=3), optimizer=torch.optim.Adam)
+    module.configure_model()
+    start = adapter(module)
+    run = fit(module, 1, tmp_path, BATCH)
+    assert run.callback_metrics["train/groups_without_signal"] == 1 and run.callback_metrics["train/grad_norm"] == 0
+    assert all(value.equal(start[name]) for name, value in adapter(module).items())
 
 
 def test_single_completions_are_refused(make_policy: Callable[..., Policy]) -> None:
