@@ -127,8 +127,9 @@ class RolloutWriter(Callback):
 
     Each batch is written as soon as it is finished. An interrupted evaluation resumes and does not sample finished batches
     again. This requires the same weights, questions, prompts, sampling, seed, engine, grader and number of ranks. Otherwise
-    the evaluation starts in a new folder beside the old one. At the end of ``test``, the metrics are printed. With
-    ``fast_dev_run`` nothing is written.
+    the evaluation starts in a new folder beside the old one. The code of a grader outside this package counts as well: the
+    modules that define its class, its base classes and the objects that it holds. At the end of ``test``, the metrics are
+    printed. With ``fast_dev_run`` nothing is written.
 
     Args:
         folder: Folder for ``predict.jsonl`` or ``test.jsonl`` of the last finished evaluation and for ``results/``, which

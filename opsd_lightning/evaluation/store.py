@@ -7,15 +7,19 @@ merges these files.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -35,6 +39,7 @@ from opsd_lightning.utils.redaction import redact
 _SETTINGS, _JOINED, _METRICS = "settings.json", "completions.jsonl", "metrics.json"
 # Names of all files that are written into an evaluation's folder.
 _OWN = re.compile(r"settings\.json|completions\.jsonl|metrics\.json|rank\d+\.jsonl|\.[a-z0-9]+\.jsonl?\.partial")
+_DEEPEST = 6  # parts of parts of a grader
 # Keys that every line of completions has.
 _RECORD = {"role", "index", "sample", "question", "completion", "correct"}
 
@@ -61,7 +66,7 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
         "sampling": asdict(evaluator.sampling),
         "seed": module.seed,
         "engine": {"class": type(engine).__name__} | settings,
-        "grader": {"class": type(evaluator.grader).__name__} | _public(evaluator.grader),
+        "grader": _described(evaluator.grader),
         "teacher": None if evaluator.teacher is None else type(evaluator.teacher).__name__,
         "eos_ids": sorted(eos_ids(module.model)),
         "device": device_of(module.model).type,
@@ -72,6 +77,63 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
 
 def _public(part: object) -> dict[str, Any]:
     return {name: value for name, value in vars(part).items() if not name.startswith("_")}
+
+
+def _described(value: Any, depth: int = 0) -> Any:
+    """Return a grader, or a part of one, as its class and its settings, with a digest of code outside this package.
+
+    Settings are public attributes. A class outside this package may also keep the arguments ``name`` of its ``__init__`` as
+    ``_name``.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _described(each, depth + 1) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(each, depth + 1) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_described(each, depth + 1) for each in value), key=repr)
+    if isinstance(value, (re.Pattern, range, Path, bytes)):
+        return repr(value)
+    if isinstance(value, partial):
+        return _described({"partial": value.func, "args": value.args} | value.keywords, depth + 1)
+    kind = value if isinstance(value, (type, FunctionType)) else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    code = {} if name.startswith("opsd_lightning.") else {"code": _code(kind)}
+    if kind is value or isinstance(value, (Tensor, nn.Module)) or not hasattr(value, "__dict__") or depth > _DEEPEST:
+        return {"class": name} | code
+    found = _public(value)
+    if code:
+        parameters = inspect.signature(kind).parameters
+        found |= {key[1:]: each for key, each in vars(value).items() if key.startswith("_") and key[1:] in parameters}
+    short = {"class": name if code else kind.__name__}
+    return short | code | {key: _described(each, depth + 1) for key, each in found.items()}
+
+
+def _code(kind: Any) -> str:
+    """Return a digest of the modules that define a class and its base classes outside this package, or a function.
+
+    Of modules without a source, such as notebooks, it is a digest of the compiled functions.
+    """
+    parts: list[str] = []
+    for each in getattr(kind, "__mro__", [kind]):
+        top = each.__module__.partition(".")[0]
+        if top == "opsd_lightning" or top in sys.stdlib_module_names - {"__main__"}:
+            continue
+        try:
+            parts.append(inspect.getsource(sys.modules[each.__module__]))
+        except (KeyError, OSError, TypeError):
+            functions = (
+                [each] if isinstance(each, FunctionType) else [f for f in vars(each).values() if hasattr(f, "__code__")]
+            )
+            parts += [repr(_compiled(function.__code__)) for function in functions]
+    return digest(parts)[:12]
+
+
+def _compiled(code: CodeType) -> tuple[Any, ...]:
+    """Return what a code object does, without its place in a file and addresses in memory."""
+    constants = [_compiled(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return code.co_code, code.co_names, code.co_varnames, constants
 
 
 def _architecture(model: nn.Module) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,11 +20,14 @@ from helpers.distributed import ddp, parts
 from helpers.processes import on_ranks
 from opsd_lightning.callbacks.rollouts import RolloutWriter
 from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.grading.base import Grade, Grader
+from opsd_lightning.grading.exact_match import ExactMatch
+from opsd_lightning.grading.json_grader import JSONGrader
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher
-from opsd_lightning.types import ConfigError, Rollouts, Sampling
+from opsd_lightning.types import ConfigError, Example, Rollouts, Sampling
 
 pytestmark = pytest.mark.integration
 
@@ -184,6 +190,53 @@ def test_changed_settings_start_over(
     build = Policy.build
     monkeypatch.setattr(Policy, "build", lambda self, *args: build(replace(self, **changes), *args))
     assert run(tmp_path)[1] == 8 and len(list((tmp_path / "results").iterdir())) == 2
+
+
+class Half(Grader):
+    """Half of the score of another grader, and of what a function says."""
+
+    def __init__(self, inner: Grader, share: float = 0.5, bonus: Callable[[str], float] | None = None) -> None:
+        self.inner, self._share, self.bonus = inner, share, bonus
+
+    def grade(self, completion: str, example: Example) -> Grade:
+        return Grade(self._share * self.inner.grade(completion, example).score)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Half(ExactMatch()), Half(ExactMatch(ignore_case=True))),
+        (Half(ExactMatch()), Half(ExactMatch(), share=0.25)),
+        (Half(ExactMatch(), bonus=partial(min, 1)), Half(ExactMatch(), bonus=partial(min, 2))),
+        (Half(Half(ExactMatch())), Half(Half(JSONGrader()))),
+    ],
+    ids=["setting of a part", "private attribute", "argument of a function", "class of a part"],
+)
+def test_parts_of_graders_tell_evaluations_apart(
+    first: Grader, second: Grader, run: Callable[..., Run], tmp_path: Path
+) -> None:
+    assert [run(tmp_path, grader=grader)[1] > 0 for grader in (first, first, second)] == [True, False, True]
+
+
+@pytest.mark.parametrize("has_source", [True, False])
+def test_changed_code_of_a_grader_starts_over(
+    has_source: bool, run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user corrects the grader, and evaluates again. In a notebook, the module has no source."""
+    text = (
+        "from opsd_lightning import Grade, Grader\n"
+        "class Constant(Grader):\n    def grade(self, completion, example):\n        return Grade(SCORE)\n"
+    )
+    found = []
+    for number, score in enumerate(("0.25", "0.25", "0.75")):
+        module = ModuleType("graders_of_a_user")
+        module.__file__ = str(tmp_path / f"{number}.py") if has_source else None
+        (tmp_path / f"{number}.py").write_text(text.replace("SCORE", score))
+        exec(compile(text.replace("SCORE", score), str(module.__file__), "exec"), vars(module))
+        monkeypatch.setitem(sys.modules, "graders_of_a_user", module)
+        values, calls = run(tmp_path / "run", grader=module.Constant())
+        found.append((values["test/avg@4"], calls > 0))
+    assert found == [(0.25, True), (0.25, False), (0.75, True)]
 
 
 def test_changed_weights_start_over(run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
