@@ -108,6 +108,8 @@ class OnlineContext(ABC):
 class WrittenContext(OnlineContext):
     """Base class of contexts that the teacher writes. The teacher must be able to generate text.
 
+    Its thinking blocks are left out. A text that ends within a thinking block, or is empty, gives no context.
+
     Attributes:
         sampling: Sampling of the texts.
     """
@@ -141,7 +143,7 @@ class ReasonFirst(WrittenContext):
         messages = [fill(self.template, question=example.question, trace=example.trace) for example in attempts.examples]
         analyses = write(attempts.examples, messages, self.sampling)
         found = [
-            None if text is None else fill(self.joined, trace=example.trace, analysis=text.strip())
+            None if (analysis := written_text(text)) is None else fill(self.joined, trace=example.trace, analysis=analysis)
             for example, text in zip(attempts.examples, analyses, strict=True)
         ]
         return [text for text in found for _ in range(attempts.n)]
@@ -182,7 +184,9 @@ class CritiqueContext(WrittenContext):
         messages = [fill(self.template, question=e.question, **each) for e, each in zip(examples, shown, strict=True)]
         critiques = write(examples, messages, self.sampling)
         return [
-            None if text is None or not each["reference"] else fill(self.joined, critique=text.strip(), **each)
+            None
+            if (critique := written_text(text)) is None or not each["reference"]
+            else fill(self.joined, critique=critique, **each)
             for text, each in zip(critiques, shown, strict=True)
         ]
 
@@ -195,6 +199,11 @@ def _check_writing(templates: Mapping[str, tuple[str, str]], sampling: Sampling)
     if sampling.n != 1:
         problem = f"it is {sampling.n}, and the teacher writes one text each time"
         raise ConfigError(problem, "model.context.init_args.sampling.n", "Set it to 1")
+
+
+def written_text(text: str | None) -> str | None:
+    """Return a text of the teacher without its thinking blocks. None if nothing else is left, or if there is none."""
+    return None if text is None else (strip_thinking(text) or "").strip() or None
 
 
 def shown_attempt(text: str) -> str:
@@ -318,6 +327,7 @@ class FeedbackContext(OnlineContext):
             ``{reference}``.
         wrong: Context for a wrong completion, with the same placeholders.
         column: Column of the data with feedback. Defaults to none.
+        undecided: Context for a completion without a verdict (`Grade.problem`), with the same placeholders.
     """
 
     def __init__(
@@ -325,8 +335,12 @@ class FeedbackContext(OnlineContext):
         right: str = "An earlier attempt:\n{attempt}\n\nIt is correct.",
         wrong: str = "An earlier attempt:\n{attempt}\n\nIt is wrong. {feedback}",
         column: str | None = None,
+        undecided: str = "An earlier attempt:\n{attempt}\n\nIt could not be graded. {feedback}",
     ) -> None:
-        self.right, self.wrong, self.column = right, wrong, column
+        self.right, self.wrong, self.column, self.undecided = right, wrong, column, undecided
+        if column is not None and not any("{feedback}" in text for text in (right, wrong, undecided)):
+            problem = "no template has {feedback}, so that the column is not read"
+            raise ConfigError(problem, "model.context.init_args.column", "Add {feedback} to wrong, or leave column out")
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         found: list[str | None] = []
@@ -340,7 +354,8 @@ class FeedbackContext(OnlineContext):
                 "feedback": self._column(example) or grade.feedback or reference,
                 "reference": example.answer,
             }
-            found.append(fill(self.right if right else self.wrong, **values).strip())
+            template = self.undecided if grade.problem else self.right if right else self.wrong
+            found.append(fill(template, **values).strip())
         return found
 
     def _column(self, example: Example) -> str:

@@ -44,6 +44,7 @@ from opsd_lightning.prompts.online_contexts import (
     ReasonFirst,
     ShortestCorrectContext,
     Write,
+    WrittenContext,
 )
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.base import RolloutEngine
@@ -415,6 +416,8 @@ def test_feedback_of_the_grader_or_of_a_column() -> None:
     assert context.texts(with_column, no_writing) == ["7|look", "x|line 2: no"]
     with pytest.raises(UserError, match=mentions("model.context.init_args.column", "nothing")):
         FeedbackContext(column="nothing").texts(with_column, no_writing)
+    with pytest.raises(UserError, match=mentions("model.context.init_args.column", "{feedback}")):
+        FeedbackContext("right", "wrong", "note", "undecided")
     told = FeedbackContext().texts(attempts._replace(grades=[Grade(0.0)] * 3), no_writing)
     assert "1" in str(told[0]) and "2" in str(told[1])
 
@@ -422,6 +425,26 @@ def test_feedback_of_the_grader_or_of_a_column() -> None:
 def test_feedback_tells_right_from_wrong() -> None:
     found = FeedbackContext("{answer} right", "{attempt}: {answer} is not {reference}").texts(ATTEMPTS, no_writing)
     assert found[0] == "1 right" and found[2] == "7: 7 is not 1" and found[7] == "4: none is not 2"
+
+
+def test_completions_without_a_verdict_are_not_called_wrong() -> None:
+    """They count as wrong in metrics, but the teacher is not told so."""
+    grades = [Grade(0.0, "1", "too slow", "timeout"), Grade(0.0, "1", "no reply", "failure"), Grade(0.0, "1", "no")]
+    attempts = Attempts([Example("q", "", "")] * 3, ["a", "b", "c"], grades, [True] * 3, 1)
+    context = FeedbackContext("right", "wrong", undecided="{attempt}: {feedback}")
+    assert context.texts(attempts, no_writing) == ["a: too slow", "b: no reply", "wrong"]
+    timeout, failure, wrong = map(str, FeedbackContext().texts(attempts, no_writing))
+    assert "wrong" in wrong and "wrong" not in timeout + failure and "too slow" in timeout
+
+
+@pytest.mark.parametrize(
+    "context", [CritiqueContext(joined="{critique}"), ReasonFirst(joined="{analysis}")], ids=["critique", "reason"]
+)
+def test_thinking_of_the_teacher_is_no_context(context: WrittenContext) -> None:
+    """A thinking teacher writes its text behind its thinking, or runs out of tokens before."""
+    texts = ["<think>Hm.</think>Step 2.", "<think>Hm", "<think>Hm</think> ", "", None, " Step 3."]
+    attempts = Attempts([Example("q", "t", "1")] * 6, ["a"] * 6, [Grade(0.0)] * 6, [True] * 6, 1)
+    assert context.texts(attempts, lambda *_: texts) == ["Step 2.", None, None, None, None, "Step 3."]
 
 
 def test_placeholders_inside_what_is_filled_in_stay() -> None:
