@@ -256,8 +256,9 @@ class DistillationModule(PolicyModule):
         for row, text in enumerate(context.texts(attempts._replace(examples=cut), self._generate)):
             completion, prompt = rollouts.completions[row], None
             if text is not None:
-                example, whole = batch.examples[row // rollouts.n], isinstance(context, WrittenContext)
-                prompt = self.prompts.teacher(self.tokenizer, example, text, whole)
+                example, attempt = batch.examples[row // rollouts.n], context.shows_attempt
+                whole = attempt or isinstance(context, WrittenContext)
+                prompt = self.prompts.teacher(self.tokenizer, example, text, whole, attempt)
             if prompt is None or len(prompt) + len(completion) > limit:
                 has_context.append(False)
                 prompts.append(batch.student[row // rollouts.n])

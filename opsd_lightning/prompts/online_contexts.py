@@ -81,12 +81,16 @@ class OnlineContext(ABC):
         needs_traces: If True, the context is made of traces, and training questions without one are dropped.
         needs_answers: If True, the context depends on answers, and training questions without answer and trace are dropped.
         needs_grades: If True, the context depends on the grades of ``data.grader``.
+        shows_attempt: If True, the context is about the scored completion itself. It is then not presented as a reference,
+            unless ``data.prompts.teacher_template`` does so, and it is not cut to ``data.prompts.max_trace_tokens``, since
+            the verdict is at its end.
         prefix_share: Share of the tokens of each completion that are learned from, from its start.
     """
 
     needs_traces: bool = False
     needs_answers: bool = True
     needs_grades: bool = True
+    shows_attempt: bool = False
     prefix_share: float = 1.0
 
     def check(self, sampling: Sampling) -> None:
@@ -163,6 +167,7 @@ class CritiqueContext(WrittenContext):
     """
 
     needs_grades = False
+    shows_attempt = True
 
     def __init__(
         self,
@@ -329,6 +334,8 @@ class FeedbackContext(OnlineContext):
         column: Column of the data with feedback. Defaults to none.
         undecided: Context for a completion without a verdict (`Grade.problem`), with the same placeholders.
     """
+
+    shows_attempt = True
 
     def __init__(
         self,

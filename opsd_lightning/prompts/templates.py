@@ -54,6 +54,11 @@ CONTEXT_TEMPLATE = """Here is a reference response to the user's last message.
 
 Respond to that message yourself, in your own words, without copying the reference response and without mentioning it."""
 
+#: The end of the teacher's message, or the text at another position, if its context is an attempt and not a reference.
+ATTEMPT_REQUEST = """{context}
+
+Now answer the last message again yourself, in your own words and without mentioning the attempt."""
+
 #: The messages of a prompt that the teacher's context is part of.
 ContextPosition = Literal["user", "system", "turn"]
 
@@ -126,8 +131,9 @@ class Prompts:
         student_template: The student's last user turn, with ``{question}``. Defaults to a request to reason step by step and
             to box the answer; in conversations to ``{question}`` alone.
         teacher_template: The teacher's last user turn, with ``{question}`` and ``{context}``. Defaults to the question, the
-            reference between markers and the student's request; in conversations to the same in neutral words. At another
-            ``context_position`` it is the text there, with ``{context}``.
+            reference between markers and the student's request; in conversations to the same in neutral words. Where the
+            context is an attempt (`FeedbackContext`, `CritiqueContext`), to the student's turn with the attempt below. At
+            another ``context_position`` it is the text there, with ``{context}``.
         system: System message of both roles, for rows without a system message of their own. Defaults to none, or to the
             chat template's own.
         student_chat_template_kwargs: Further arguments of the chat template for the student, such as
@@ -183,10 +189,19 @@ class Prompts:
                 if template is not None and f"{{{placeholder}}}" not in template:
                     raise ConfigError(f"it lacks {{{placeholder}}}", f"data.prompts.{name}", "Add the placeholder")
 
-    def template(self, role: Role, conversation: bool) -> str:
-        """Return the template of a role, with the default for a question or for a conversation."""
+    def template(self, role: Role, conversation: bool, attempt: bool = False) -> str:
+        """Return the template of a role, with the default for a question or for a conversation.
+
+        Args:
+            role: The role.
+            conversation: If True, the template is for a conversation.
+            attempt: If True, the teacher's context is about an attempt instead of a reference.
+        """
         if role == "student":
             return self.student_template or ("{question}" if conversation else STUDENT_TEMPLATE)
+        if attempt and self.teacher_template is None:
+            student = self.template("student", conversation)
+            return f"{student}\n\n{ATTEMPT_REQUEST}" if self.context_position == "user" else ATTEMPT_REQUEST
         if self.teacher_template or self.context_position == "user":
             return self.teacher_template or (CONVERSATION_TEMPLATE if conversation else TEACHER_TEMPLATE)
         return CONTEXT_TEMPLATE
@@ -222,7 +237,12 @@ class Prompts:
         return text[: places[-1]]
 
     def teacher(
-        self, tokenizer: PreTrainedTokenizerBase, example: Example, context: str | None, whole: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        example: Example,
+        context: str | None,
+        whole: bool = False,
+        attempt: bool = False,
     ) -> Prompt:
         """Return the teacher's prompt.
 
@@ -231,9 +251,10 @@ class Prompts:
             example: The question.
             context: The privileged context. If None, the prompt is made with the student's template.
             whole: If True, do not cut the context to ``max_trace_tokens``.
+            attempt: If True, the context is about an attempt instead of a reference.
         """
         shown = context if context is None or whole else self.cut(tokenizer, context)
-        prompt = self._prompt(tokenizer, self.turns(example, shown), example, "teacher")
+        prompt = self._prompt(tokenizer, self.turns(example, shown, attempt), example, "teacher")
         if self.teacher_response_prefix:
             prompt.extend(tokenizer.encode(self.teacher_response_prefix, add_special_tokens=False))
         prompt.trace_was_cut = shown != context
@@ -314,12 +335,13 @@ class Prompts:
             )
         return ids[: place + 1]
 
-    def turns(self, example: Example, context: str | None = None) -> list[Turn]:
+    def turns(self, example: Example, context: str | None = None, attempt: bool = False) -> list[Turn]:
         """Return the messages of a prompt.
 
         Args:
             example: The question or conversation.
             context: The privileged context. If None, the messages are the student's.
+            attempt: If True, the context is about an attempt instead of a reference.
         """
         conversation = bool(example.messages)
         given = example.messages or [{"role": "user", "content": example.question}]
@@ -327,7 +349,7 @@ class Prompts:
         last = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=None)
         if last is None:
             raise ConfigError("a conversation has no user turn", "data.train", "Give every conversation a user turn")
-        teacher = self.template("teacher", conversation)
+        teacher = self.template("teacher", conversation, attempt)
         question = {"question": content_text(turns[last].message["content"])}
         values = question if context is None else question | {"context": context}
         if context is not None and self.context_position == "user":

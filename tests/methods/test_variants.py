@@ -468,6 +468,37 @@ def test_own_completions_need_several(context: OnlineContext, make_policy: MakeP
         OPSDModule(make_policy(), context=context)
 
 
+class Reading(FixedTeacher):
+    """Keeps the prompts of the last step."""
+
+    def score(self, scorer: Any, prompts: Any, completions: Any) -> Any:
+        self._read = prompts
+        return super().score(scorer, prompts, completions)
+
+
+@pytest.mark.parametrize("position", ["user", "system", "turn"])
+@pytest.mark.parametrize("conversation", [False, True], ids=["question", "conversation"])
+def test_an_attempt_is_no_reference(position: Any, conversation: bool, make_policy: MakePolicy, tmp_path: Path) -> None:
+    """The student's request, its wrong attempt and the whole verdict, and nothing that presents them as a solution."""
+    prompts = Prompts(max_trace_tokens=5, context_position=position)
+    messages = [{"role": "user", "content": "one?"}] if conversation else []
+    example = Example("one?", "", "1", messages=messages)
+    module = OPSDModule(
+        make_policy(), Reading(), context=FeedbackContext(), prompts=prompts, rollouts=Fixed(), optimizer=sgd
+    )
+    fit(module, 1, tmp_path, BATCH._replace(examples=[example] * 3))
+    for read, completion in zip(module.teacher._read, COMPLETIONS, strict=True):
+        text = module.tokenizer.decode(read)
+        request = prompts.messages(example)[-1]["content"]
+        verdict = "It is wrong. The correct answer is 1."
+        for part in (request, module.tokenizer.decode(completion, skip_special_tokens=True).strip(), verdict):
+            assert part in text
+        assert "eference" not in text
+    asked = Prompts(teacher_template="{question}: {context}", context_position=position)
+    assert "one?: told" in str(asked.messages(example, "told")) or position != "user"
+    assert asked.messages(example, "told") == [dict(turn.message) for turn in asked.turns(example, "told", attempt=True)]
+
+
 class Only(OnlineContext):
     """A text for some questions, nothing for the others."""
 
