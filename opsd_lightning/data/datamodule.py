@@ -242,12 +242,13 @@ class OPSDDataModule(LightningDataModule):
 
         def prepare() -> tuple[PreparedRows, str]:
             found.extend(self._read(split))
-            end = self.prompts.end(tokenizer, self.policy.end_ids(tokenizer)) if needs.trace_completions else []
+            stops = self.policy.end_ids(tokenizer) if needs.trace_completions else []
+            end = self.prompts.end(tokenizer, stops) if stops else []
             others = ("val", "test") if split == "train" else ()
             held_out = frozenset(question_key(example) for other in others for example in self._questions(other))
             limits, refuse = self.limits[split], partial(self._refuse, split)
             plan = Preparation(
-                split, tokenizer, self.prompts, self.context, self.grader, self.verify, needs, limits, end, held_out
+                split, tokenizer, self.prompts, self.context, self.grader, self.verify, needs, limits, end, stops, held_out
             )
             return prepare_rows(plan, found, self.cache_dir, refuse, self._shows_progress()), texts()
 

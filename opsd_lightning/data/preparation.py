@@ -74,6 +74,7 @@ class Preparation:
         needs: Requirements of the training method or of the evaluation.
         limits: Context lengths that rows must fit.
         end: Tokens at the end of a trace that is trained on.
+        stops: All tokens that end a sampled completion.
         held_out: Normalized questions that training must not use.
     """
 
@@ -86,6 +87,7 @@ class Preparation:
     needs: DataRequirements
     limits: RowLimits
     end: Sequence[int]
+    stops: Sequence[int]
     held_out: frozenset[str]
 
     def fingerprint(self, found: Sequence[Example]) -> str:
@@ -118,6 +120,7 @@ class Preparation:
             needs,
             self.limits,
             list(self.end),
+            list(self.stops),
             sorted(self.held_out),
             len(found),
             list(found),
@@ -284,7 +287,9 @@ class Preparation:
     def _prompts_of(self, example: Example, context: str | None, reads: bool) -> _Tokens:
         student = self.prompts.student(self.tokenizer, example)
         teacher = self.prompts.teacher(self.tokenizer, example, context) if reads else None
-        trace = self.prompts.trace(self.tokenizer, example, self.end) if self.needs.trace_completions else None
+        trace = None
+        if self.needs.trace_completions:
+            trace = self.prompts.trace(self.tokenizer, example, self.end, self.stops)
         return _Tokens(
             _ints(student),
             _ints(teacher or []),

@@ -278,12 +278,7 @@ def thinking_findings(
     if empty:
         text = f"{empty} of {total} traces ({percent(empty, total)}) hold an empty thinking block"
         yield Finding("warning", "thinking", text, "data.train", "remove the blocks from the traces")
-    if in_place and having and student != "none":
-        where = "a thinking block that is already open" if student == "open" else "a thinking block that is already closed"
-        text = f"{having} of {total} traces ({percent(having, total)}) begin to think after {where}"
-        fix = "remove the block from the traces, or leave enable_thinking at true"
-        yield Finding("error", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
-    elif in_place and facts["template_can_switch"] and student == "none" and having < total:
+    if in_place and facts["template_can_switch"] and student == "none" and having < total:
         text = f"{total - having} of {total} traces do not think, and the student's prompt asks for it"
         fix = "set {enable_thinking: false}"
         yield Finding("warning", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)

@@ -11,7 +11,9 @@ for each `kind` of conversation.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -68,9 +70,13 @@ def render(
             raise ConfigError(problem, "data.prompts", "Leave tools out of the chat_template_kwargs of both roles")
         kwargs = {**kwargs, "tools": list(tools)}
     _check_ends(tokenizer, messages, kwargs, day, generation)
+    written = _in_form(messages, content_form(tokenizer))
     try:
-        return _apply(tokenizer, _in_form(messages, content_form(tokenizer)), kwargs, day, generation)
+        return _apply(tokenizer, written, kwargs, day, generation)
     except Exception as error:  # templates are programs, which can raise anything
+        if any(message.get("tool_calls") for message in messages):
+            with suppress(Exception):
+                return _apply(tokenizer, _as_sent(written), kwargs, day, generation)
         reason = " ".join(str(error).split()) or "no message"
         held = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
         several = f" on a conversation with the roles {held}" if len(messages) > 2 else ""
@@ -101,13 +107,13 @@ def _check_ends(
         return
 
     def both() -> None:
-        for written in (messages, _in_form(messages, "parts")):
+        for written in (messages, _in_form(messages, "parts"), _as_sent(messages)):
             try:
                 if len(_apply(tokenizer, written, kwargs, day, generation)) > _LONGEST:
                     raise MemoryError
             except MemoryError:
                 raise
-            except Exception:  # a template may accept only one of the two
+            except Exception:  # a template may accept only one of them
                 continue
 
     taken = exceeded_limit(both, _SECONDS, _MEMORY)
@@ -149,6 +155,25 @@ def _in_form(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:
         elif form == "text" and isinstance(content, list | tuple):
             message["content"] = content_text(content)
     return found
+
+
+def _as_sent(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages with tool calls as a server takes them: with a content, and with arguments as a JSON text.
+
+    DeepSeek's templates read this form only.
+    """
+    found = [dict(message) for message in messages]
+    for message in found:
+        if message.get("tool_calls"):
+            message.setdefault("content", "")
+            message["tool_calls"] = [_with_json(call) for call in message["tool_calls"]]
+    return found
+
+
+def _with_json(call: Message) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_json(call["function"])}
+    return {**call, "arguments": json.dumps(call.get("arguments"), ensure_ascii=False)}
 
 
 def _apply(

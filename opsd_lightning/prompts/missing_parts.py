@@ -10,7 +10,8 @@ from opsd_lightning.prompts.control_tokens import texts_in
 from opsd_lightning.types import Message
 from opsd_lightning.utils.messages import SYSTEM_ROLES, calls_of
 
-_THOUGHT_END = "</think>"
+#: Tags around the thinking in an assistant's message.
+THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 
 
 def missing_part(text: str, messages: Sequence[Message], tools: Sequence[Message]) -> str:
@@ -61,12 +62,31 @@ def missing_part(text: str, messages: Sequence[Message], tools: Sequence[Message
     return ""
 
 
+def holds_answer(text: str, answer: str) -> bool:
+    """Return True if a rendered text has an assistant's message with its thinking, in the template's form.
+
+    Example::
+
+        >>> holds_answer("<channel>final</channel>It is 4.", "It is 4.")
+        True
+        >>> holds_answer("It is 4.", "<think>2 + 2</think>It is 4.")
+        False
+    """
+    position = 0
+    for part in filter(str.strip, re.split(f"{THOUGHT_START}|{THOUGHT_END}", answer)):
+        found = _find(text, part, position)
+        if found is None:
+            return False
+        position = found[1]
+    return True
+
+
 def _texts(message: Message) -> list[str]:
     """Return the texts of a message's content that every template should write."""
     content = message.get("content")
     texts = [part["text"] for part in content] if isinstance(content, list | tuple) else [content or ""]
     if message["role"] == "assistant":
-        texts = [text.rpartition(_THOUGHT_END)[2] for text in texts]
+        texts = [text.rpartition(THOUGHT_END)[2] for text in texts]
     return texts
 
 

@@ -13,7 +13,7 @@ import regex
 
 from opsd_lightning.prompts.chat_template import SETTING, render
 from opsd_lightning.prompts.control_tokens import Marks, Span, encode, encode_text, texts_in
-from opsd_lightning.prompts.missing_parts import missing_part
+from opsd_lightning.prompts.missing_parts import THOUGHT_END, THOUGHT_START, holds_answer, missing_part
 from opsd_lightning.types import ConfigError, Example, Message, PositiveInt, checked
 from opsd_lightning.utils.messages import SYSTEM_ROLES, content_text
 
@@ -270,36 +270,59 @@ class Prompts:
             turns.pop()
         return self._prompt(tokenizer, [*turns, Turn({"role": "user", "content": message})], example, "teacher")
 
-    def trace(self, tokenizer: PreTrainedTokenizerBase, example: Example, end: Sequence[int]) -> list[int]:
-        """Return the tokens of the trace as a completion of the student's prompt, with the tokens ``end`` at its end.
+    def trace(
+        self, tokenizer: PreTrainedTokenizerBase, example: Example, end: Sequence[int], stops: Sequence[int] = ()
+    ) -> list[int]:
+        """Return the tokens of the trace as a completion of the student's prompt.
 
-        A demonstration with tool calls, or with reasoning in a field of its own, is written by the chat template.
+        The chat template writes it if it has tool calls or reasoning in a field of its own, or if the template puts text
+        between the prompt and an answer, such as an empty thinking block. Otherwise it is the text of the trace and ``end``.
+
+        Args:
+            tokenizer: The policy's tokenizer.
+            example: The question or conversation, with its trace.
+            end: Tokens behind a trace, see `end`.
+            stops: All tokens that end a sampled completion. A tool call may end with another one than an answer. Defaults to
+                the last one of ``end``.
 
         Raises:
-            ConfigError: The chat template does not write the demonstration behind the student's prompt.
+            ConfigError: The trace cannot follow the student's prompt: the chat template does not write it there, or one of
+                them begins or ends a thinking block that the other has not.
         """
-        if example.demonstration is None or example.demonstration.keys() <= {"role", "content"}:
-            return [*encode_text(tokenizer, example.trace, "completion"), *end]
+        given = example.demonstration or {}
+        plain = not given.keys() & {"tool_calls", *_REASONING}
+        message = {"role": "assistant", "content": example.trace} if plain else given
         turns, kwargs = self.turns(example), self.student_chat_template_kwargs
-        marked = self._marked(tokenizer, [*turns, Turn(example.demonstration)], example.tools)
+        marked = self._marked(tokenizer, [*turns, Turn(message)], example.tools)
         messages = [turn.message for turn in marked.turns]
-        opened = self.rendered(tokenizer, messages[:-1], kwargs, tools=marked.tools)
-        whole = self.rendered(tokenizer, messages, kwargs, generation=False, tools=marked.tools)
-        if not whole.startswith(opened) or whole == opened:
+        try:
+            opened = self.rendered(tokenizer, messages[:-1], kwargs, tools=marked.tools)
+            whole = self.rendered(tokenizer, messages, kwargs, generation=False, tools=marked.tools)
+        except ConfigError:
+            if not plain:
+                raise
+            return [*encode_text(tokenizer, example.trace, "completion"), *end]  # a template for questions only
+        written = whole[len(opened) :] if whole.startswith(opened) else ""
+        if plain:
+            content = str(messages[-1]["content"])
+            if written.lstrip().startswith(content) or not holds_answer(written, content):
+                text = example.trace if written.lstrip().startswith(content) else _behind(opened, example.trace)
+                return [*encode_text(tokenizer, text, "completion"), *end]
+        elif not written:
             raise ConfigError(
                 "the chat template does not write a demonstration with tool calls or reasoning behind the prompt",
                 SETTING,
                 "Give a template that writes both and opens the assistant's turn as it writes it, or leave such rows out",
             )
-        if missing := missing_part(whole[len(opened) :], messages[-1:], ()):
+        elif missing := missing_part(written, messages[-1:], ()):
             raise ConfigError(
                 f"the chat template drops or changes a part of the demonstration: {missing}", SETTING, _DROPS_FIX
             )
         # Encode it behind the prompt: some tokenizers add a space at the beginning of a text.
         start, ids = encode(tokenizer, opened, marked.hidden), encode(tokenizer, whole, marked.hidden)
         same = ids[: len(start)] == start
-        ids = ids[len(start) :] if same else encode(tokenizer, whole[len(opened) :], marked.hidden)
-        stop = next((place for place, token in enumerate(ids) if token == end[-1]), None)
+        ids = ids[len(start) :] if same else encode(tokenizer, written, marked.hidden)
+        stop = next((place for place, token in enumerate(ids) if token in (*stops, end[-1])), None)
         return [*ids, *end] if stop is None else ids[: stop + 1]
 
     def end(self, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> list[int]:
@@ -419,6 +442,29 @@ class Prompts:
             problem = f"the chat template drops or changes a part of the {role}'s prompt: {missing}"
             raise ConfigError(problem, SETTING, _DROPS_FIX)
         return Prompt(encode(tokenizer, text, marked.hidden))
+
+
+def _behind(prompt: str, trace: str) -> str:
+    """Return a trace as a completion of a prompt that may end inside or behind a thinking block.
+
+    Raises:
+        ConfigError: The prompt and the trace do not agree on thinking.
+    """
+    thinks, end = trace.startswith(THOUGHT_START), prompt.rstrip()
+    setting = "data.prompts.student_chat_template_kwargs"
+    if end.endswith(THOUGHT_START):
+        if thinks:
+            return trace.removeprefix(THOUGHT_START).lstrip("\n")
+        problem = f"the student's prompt opens a thinking block, and the trace {trace[:40]!r} has none"
+        fix = (
+            f"Set enable_thinking to false if the chat template knows it, write {THOUGHT_START}...{THOUGHT_END} in traces, "
+            "or give another model.policy.chat_template"
+        )
+        raise ConfigError(problem, setting, fix)
+    if end.endswith(THOUGHT_END) and thinks:
+        problem = f"the student's prompt ends with a closed thinking block, and the trace {trace[:40]!r} begins with another"
+        raise ConfigError(problem, setting, "Leave enable_thinking at true, or remove the blocks from the traces")
+    return trace
 
 
 def _filled(message: Message, template: str, values: Mapping[str, str]) -> Turn:

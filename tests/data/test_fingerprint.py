@@ -127,6 +127,7 @@ PLAN = Preparation(
     DataRequirements(),
     RowLimits(8),
     [3],
+    [3, 4],
     frozenset({"a"}),
 )
 
@@ -203,6 +204,7 @@ def changed(**settings: Any) -> Preparation:
 CHANGES: dict[str, Preparation] = {
     "split": changed(split="val"),
     "end": changed(end=[4]),
+    "stops": changed(stops=[3]),
     "verify": changed(verify=False),
     "held_out": changed(held_out=frozenset({"a", "b"})),
     **{f"prompts {name}": changed(prompts=Prompts(**{name: value})) for name, value in PROMPTS.items()},

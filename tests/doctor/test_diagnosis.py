@@ -401,7 +401,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "thinking traces behind closed thinking": (
         lambda p: ["--model=SFTModule", STUDENT + OFF, *data(p, make_rows(solution=lambda n: f"<think>Hm</think>The answer is {n + 1}.", problem=lambda n: f"{n}, 1?"))],
-        [r"error thinking: 12.*12 .*closed \[data\.prompts\.student_chat"],
+        [r"error data: .*closed.*trace.* \[data\.prompts\.student_chat"],
     ),
 }  # fmt: skip
 

@@ -131,7 +131,7 @@ def test_templates_of_the_user_may_hold_control_tokens(tokenizer: PreTrainedToke
 def test_a_trace_as_a_completion_may_think_and_ends_once(tokenizer: PreTrainedTokenizerFast) -> None:
     end = tokenizer.convert_tokens_to_ids(END)
     example = Example("", f"{OPEN}so{CLOSE} 2 {END}{START}user", "2")
-    assert controls(tokenizer, Prompts().trace(tokenizer, example, [end])) == [OPEN, CLOSE, END]
+    assert controls(tokenizer, Prompts().trace(tokenizer, example, [end])) == [CLOSE, END]  # the prompt opens the block
 
 
 def test_contexts_made_of_completions_and_columns(tokenizer: PreTrainedTokenizerFast) -> None:

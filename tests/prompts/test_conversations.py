@@ -348,10 +348,62 @@ def test_a_demonstration_is_what_the_template_writes(family: str, demonstration:
     assert trace[-1] == eos and trace.count(eos) == 1
 
 
-def test_a_demonstration_of_text_is_its_trace() -> None:
-    tokenizer = tokenizer_for("qwen3")
-    example = Example("Hi?", "Hello.", "", messages=[user("Hi?")], demonstration=assistant("Hello."))
-    assert prompts_text(tokenizer, Prompts().trace(tokenizer, example, [7])[:-1]) == "Hello."
+PLAIN, THOUGHT = assistant("It is 22."), assistant("<think>\nhm\n</think>\n\nIt is 22.")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("demonstration", [PLAIN, THOUGHT, {**PLAIN, "weight": 1, "name": "a"}])
+def test_a_trace_of_text_is_what_the_template_writes(family: str, demonstration: dict[str, Any]) -> None:
+    tokenizer, messages = tokenizer_for(family), [user("Weather?")]
+    prompts = Prompts(date=date.today().isoformat())
+    text = demonstration["content"]
+    example = Example("Weather?", text, "", messages=messages, demonstration=demonstration)
+    if family in ("deepseek_r1_distill", "nemotron_3_nano") and demonstration is not THOUGHT:
+        with pytest.raises(ConfigError, match=mentions("thinking")) as caught:
+            prompts.trace(tokenizer, example, [0])
+        assert caught.value.setting == "data.prompts.student_chat_template_kwargs"
+        return
+    prompt = prompts.student(tokenizer, example)
+    trace = prompts.trace(tokenizer, example, [3])
+    assert trace == prompts.trace(tokenizer, Example("Weather?", text, "", messages=messages), [3])
+    found = str(tokenizer.decode(prompt + trace)).split("Weather?")[1]
+    whole = str(tokenizer.apply_chat_template([*messages, assistant(text)], tokenize=False)).split("Weather?")[1]
+    shown = whole[: whole.rindex("It is 22.") + len("It is 22.")]
+    assert found.count("<think>") <= 1
+    if "hm" in shown or demonstration is not THOUGHT:
+        assert found.startswith(shown)
+    else:  # the template drops thinking
+        assert "hm" in found
+
+
+def test_a_trace_that_thinks_behind_a_closed_block_is_refused() -> None:
+    prompts = Prompts(student_chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(ConfigError) as caught:
+        prompts.trace(tokenizer_for("qwen3"), Example("Hi?", "<think>\nhm\n</think>\n\nHello.", ""), [7])
+    assert caught.value.setting == "data.prompts.student_chat_template_kwargs"
+    trace = prompts.trace(tokenizer_for("qwen3"), Example("Hi?", "Hello.", ""), [7])
+    assert prompts_text(tokenizer_for("qwen3"), trace[:-1]) == "Hello."
+
+
+@pytest.mark.parametrize(("family", "answer", "call"), [("gptoss", "<|return|>", "<|call|>"),
+                                                        ("gemma4", "<turn|>", "<|tool_response>")])  # fmt: skip
+def test_a_tool_call_ends_with_the_token_that_stops_sampling(family: str, answer: str, call: str) -> None:
+    tokenizer = copy.deepcopy(tokenizer_for(family))
+    tokenizer.add_tokens([answer, call], special_tokens=True)
+    stops = tokenizer.convert_tokens_to_ids([answer, call])
+    assert isinstance(stops, list)
+    example = Example("Weather?", "x", "", messages=[user("Weather?")], tools=TOOLS, demonstration=CALL)
+    trace = Prompts().trace(tokenizer, example, stops[:1], stops)
+    assert [token for token in trace if token in stops] == [trace[-1]] == stops[1:]
+
+
+def test_templates_that_read_arguments_as_text_get_text() -> None:
+    tokenizer = tokenizer_for("deepseekv3")
+    called = {key: value for key, value in CALL.items() if key != "content"}
+    sent = copy.deepcopy(CALL)
+    sent["tool_calls"][0]["function"]["arguments"] = '{"city": "a \\"b\\" \u4e2d"}'
+    prompt = Prompts().student(tokenizer, Example("?", "", "", messages=[user("Weather?"), called, RESULT]))
+    assert prompt == own(tokenizer, [user("Weather?"), sent, RESULT])
 
 
 def prompts_text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
