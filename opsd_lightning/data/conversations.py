@@ -19,6 +19,8 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 _DEEPEST = 100  # levels of nesting in tools and arguments
+_LEARNED = ("weight", "train", "training", "loss")  # of a message: OpenAI, Axolotl, ms-swift
+_CALLS = ("tool_call", "function_call", "tool_response", "observation", "function")  # roles of other forms
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
@@ -78,7 +80,10 @@ def read_conversation(value: Any, null_filled: bool = False) -> Conversation:
         raise ConversationError("the conversation is empty", "Leave such rows out")
     messages = [read_message(message, place, null_filled) for place, message in enumerate(value, 1)]
     _check_order(messages)
-    demonstration = messages.pop() if messages[-1]["role"] == "assistant" else None
+    demonstration = None
+    if messages[-1]["role"] == "assistant":
+        demonstration = _demonstration(messages[-1], len(messages))
+        messages.pop()
     if not any(message["role"] == "user" for message in messages):
         raise ConversationError("no user turn before the demonstration", "Write the question as a message of the role user")
     return Conversation(messages, demonstration)
@@ -106,7 +111,8 @@ def read_message(message: Any, place: int = 1, null_filled: bool = False) -> dic
     role = given.pop("role", None)
     if role not in _ROLES:
         problem = f"message {place} has {'no role' if role is None else f'the unknown role {role!r}'}"
-        raise ConversationError(problem, f"Use the roles {', '.join(_ROLES)}")
+        calls = "write a call as tool_calls of the assistant's message, and its result as a tool's message"
+        raise ConversationError(problem, f"Use the roles {', '.join(_ROLES)}" + (f"; {calls}" if role in _CALLS else ""))
     if "function_call" in given:
         raise ConversationError(
             f"message {place} has function_call", "Write it as tool_calls, and its result as a tool's turn"
@@ -124,6 +130,20 @@ def read_message(message: Any, place: int = 1, null_filled: bool = False) -> dic
     if "content" not in found and "tool_calls" not in found:
         raise ConversationError(f"{where} has no content", "Write its text as content")
     return found | {key: _plain(value, f"{key} of {where}", null_filled) for key, value in given.items()}
+
+
+def read_demonstration(message: Any, null_filled: bool = False) -> dict[str, Any]:
+    """Read a message that is a reference by itself. See `read_message`."""
+    return _demonstration(read_message(message, 1, null_filled), 1)
+
+
+def _demonstration(message: dict[str, Any], place: int) -> dict[str, Any]:
+    """Return a demonstration, or raise `ConversationError` if the data say that it must not be learned."""
+    for name in _LEARNED:
+        if message.get(name) in (False, 0):
+            fix = "Leave such rows out, or end the conversation with a turn to learn"
+            raise ConversationError(f"message {place} is the demonstration, and its {name} is {message[name]!r}", fix)
+    return message
 
 
 def read_tools(value: Any, null_filled: bool = False) -> list[dict[str, Any]]:
@@ -200,7 +220,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, str]]:
             return text_of(content) or ""
         return [{"type": "text", "text": content_text([part])} for part in content]
     except NotTextError as error:
-        fix = "Use text alone: images, audio and video are not supported"
+        fix = "Use parts of the type text: images, audio and video are not supported, and calls belong into tool_calls"
         raise ConversationError(f"the content of {where} holds {error}", fix) from None
 
 

@@ -16,6 +16,7 @@ from opsd_lightning.data.conversations import (
     check_no_media,
     decoded,
     read_conversation,
+    read_demonstration,
     read_message,
     read_tools,
 )
@@ -24,7 +25,7 @@ from opsd_lightning.data.tables import FORMATS, Table, first_line, read_table, t
 from opsd_lightning.grading.reasoning_gym_grader import COLUMN
 from opsd_lightning.grading.reasoning_gym_job import encode, make_dataset
 from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
-from opsd_lightning.utils.messages import column_text, is_messages, message_text
+from opsd_lightning.utils.messages import SYSTEM_ROLES, column_text, is_messages, message_text
 from opsd_lightning.utils.texts import NotTextError, text_of
 
 AUTO = "auto"
@@ -32,6 +33,8 @@ AUTO = "auto"
 
 _TRACE_KEY = "answer_cot"
 _Part = TypeVar("_Part")
+# Columns with further parts of the prompt, by the column of the question, in the forms of Alpaca and ms-swift.
+_WITH_QUESTION = {"instruction": ("input", "history", "system"), "query": ("history", "system")}
 # The beginning of a list of messages that was written into one text, such as a cell of CSV.
 _WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
@@ -121,6 +124,10 @@ class Columns:
         names = {setting: name for setting in read if (name := getattr(self, setting)) is not None}
         for setting, name in names.items():
             if not any(name in row for row in rows):
+                chats = [str(key) for key, value in rows[0].items() if is_messages(value)]
+                if self.messages is None and setting == "question" and len(chats) == 1:
+                    problem = f"{origin} has no column {name!r}, and its column {chats[0]!r} holds conversations"
+                    raise ConfigError(problem, "columns.messages", f"Set it to {chats[0]}")
                 there = ", ".join(map(str, dict.fromkeys(key for row in rows for key in row)))
                 problem = f"{origin} has no column {name!r} (columns.{setting}); it has {there or 'none'}"
                 raise ConfigError(problem, f"columns.{setting}", "Set it to one of them")
@@ -132,6 +139,10 @@ class Columns:
                     raise ConfigError(problem, f"columns.{setting}", "Write null in rows without a value")
             examples.append(_Row(row, f"{origin}, {place}", names, null_filled).example())
         return examples
+
+
+def _texts_of(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(message["role"], message_text(message).strip()) for message in messages]
 
 
 class _Row(NamedTuple):
@@ -155,7 +166,8 @@ class _Row(NamedTuple):
         asked = "messages" if "messages" in self.names else "question"
         if asked == "question" and not is_messages(self._value("question")):
             question = self._text("question")
-            trace, demonstration = self._trace()
+            self._check_all_read(*_WITH_QUESTION.get(self.names["question"], ()))
+            trace, demonstration = self._trace([{"role": "user", "content": question}])
             if not tools and not (demonstration or {}).get("tool_calls"):
                 return Example(question, trace, answer, self.values)
             turns = [{"role": "user", "content": question}]
@@ -171,7 +183,9 @@ class _Row(NamedTuple):
                 "Remove it, and set data.prompts.student_chat_template_kwargs and teacher_chat_template_kwargs for all rows"
             )
             raise ConfigError(problem, f"columns.{asked}", fix)
-        trace, demonstration = self._trace()
+        if found.messages[0]["role"] not in SYSTEM_ROLES:
+            self._check_all_read("system")
+        trace, demonstration = self._trace(found.messages)
         if trace and found.demonstration:
             problem = f"{self.place}: the column {self.names[asked]!r} ends with an assistant's turn"
             fix = "Remove this turn from the column, or set columns.trace to null to make it the demonstration"
@@ -180,12 +194,32 @@ class _Row(NamedTuple):
             trace, demonstration = found.trace.strip(), found.demonstration
         return Example(found.question.strip(), trace, answer, self.values, found.messages, tools, demonstration)
 
-    def _trace(self) -> tuple[str, dict[str, Any] | None]:
-        """Return the text of the trace, and the assistant's message if the trace is one."""
+    def _check_all_read(self, *columns: str) -> None:
+        """Raise `ConfigError` if the row has one of these columns, which belong to the prompt."""
+        for name in columns:
+            value = self.values.get(name)
+            if value and name not in self.names.values() and (not isinstance(value, str) or value.strip()):
+                asked = "messages" if "messages" in self.names else "question"
+                problem = f"{self.place}: the column {name!r} belongs to the prompt and is not read"
+                fix = f"Write it into the column {self.names[asked]!r} (a system text as the first message), or remove it"
+                raise ConfigError(problem, f"columns.{asked}", fix)
+
+    def _trace(self, prompt: list[dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
+        """Return the text of the trace, and the assistant's message if the trace is one.
+
+        A trace may repeat the messages of the prompt, as in preference data.
+        """
         messages = self._value("trace")
-        if not is_messages(messages) or len(messages) > 1:
+        if not is_messages(messages):
             return self._text("trace", column_text), None
-        message = self._part("trace", lambda *_: read_message(messages[0], 1, self.null_filled))
+        if len(messages) > 1:
+            found = self._part(
+                "trace", lambda *_: [read_message(each, i, self.null_filled) for i, each in enumerate(messages, 1)]
+            )
+            if _texts_of(found[:-1]) != _texts_of(prompt):
+                return self._text("trace", column_text), None
+            messages = messages[-1:]
+        message = self._part("trace", lambda *_: read_demonstration(messages[0], self.null_filled))
         return message_text(message).strip(), message if message["role"] == "assistant" else None
 
     def _value(self, setting: str) -> Any:

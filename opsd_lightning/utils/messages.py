@@ -95,8 +95,8 @@ def prompt_text(example: Example) -> str:
 def question_key(example: Example) -> str:
     """Return a text that is the same for two examples if they ask the same question.
 
-    Texts are compared as by `normalize_text`. All messages and tools of a conversation count, not only the last user turn. A
-    conversation of one user turn equals the same question without a conversation.
+    Texts are compared as by `normalize_text`. The texts, roles and calls of all messages count, and the tools. Other fields,
+    such as the ids of calls, do not. A conversation of one user turn equals the same question without a conversation.
 
     Example::
 
@@ -105,10 +105,15 @@ def question_key(example: Example) -> str:
         >>> question_key(Example("1 +  1?", "", "", messages=turns))
         '1 + 1?'
     """
-    messages = [_normalized({**message, "content": content_text(message.get("content"))}) for message in example.messages]
+    messages = [_normalized(_said(message)) for message in example.messages]
     if not example.tools and messages in ([], [{"role": "user", "content": normalize_text(example.question)}]):
         return normalize_text(example.question)
     return json.dumps([messages, _normalized(example.tools)], ensure_ascii=False, sort_keys=True)
+
+
+def _said(message: Message) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": message["role"], "content": content_text(message.get("content"))}
+    return said | ({"calls": list(calls_of(message))} if message.get("tool_calls") else {})
 
 
 def _normalized(value: Any) -> Any:

@@ -219,6 +219,63 @@ def test_columns_that_would_be_dropped_in_silence_are_refused(column: str) -> No
         columns.read([row | {column: None}], "rows")
 
 
+def test_a_system_column_beside_a_conversation_without_a_system_message_is_refused() -> None:
+    for messages in ([user("1+1?"), assistant("2")], [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]):
+        with pytest.raises(ConfigError, match=mentions("system", "row 1")):
+            read(messages, system="You are a pirate.")
+        assert read(messages, system=" ").question == "1+1?"
+    assert read([SYSTEM, user("1+1?")], system="Be brief.").messages[0] == SYSTEM
+
+
+@pytest.mark.parametrize(
+    ("row", "dropped"),
+    [
+        ({"instruction": "Translate.", "output": "cat", "input": "chat"}, "input"),
+        ({"query": "And?", "output": "Yes.", "history": [["a", "b"]]}, "history"),
+        ({"query": "And?", "output": "Yes.", "system": "Be brief."}, "system"),
+    ],
+)
+def test_further_parts_of_a_prompt_in_forms_of_others_are_refused(row: dict[str, Any], dropped: str) -> None:
+    question = next(iter(row))
+    columns = Columns(question, "output")
+    with pytest.raises(ConfigError, match=mentions(dropped, question)) as caught:
+        columns.read([row], "rows")
+    assert caught.value.setting == "columns.question"
+    for empty in ("", None, []):
+        assert columns.read([row | {dropped: empty}], "rows")[0].question == row[question]
+    other = {f"my {key}" if key == question else key: value for key, value in row.items()}
+    assert Columns(f"my {question}", "output").read([other], "rows")[0].question == row[question]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}, {"weight": 0.0}])
+def test_a_demonstration_that_must_not_be_learned_is_refused(mark: dict[str, Any]) -> None:
+    (name,) = mark
+    with pytest.raises(ConfigError, match=mentions(name, "4")):
+        read([user("1+1?"), assistant("2"), user("More?"), assistant("3") | mark])
+    earlier = read([user("1+1?"), assistant("2") | mark, user("More?"), assistant("3") | {name: 1}])
+    assert earlier.trace == "3"
+    with pytest.raises(ConfigError, match=mentions(name)) as caught:
+        Columns("prompt", "completion").read([{"prompt": "1+1?", "completion": [assistant("2") | mark]}], "rows")
+    assert caught.value.setting == "columns.trace"
+
+
+def test_a_trace_that_repeats_the_prompt_is_its_last_message() -> None:
+    columns, whole = Columns("prompt", "chosen"), [user("1+1?"), assistant("2")]
+    for prompt in ("1+1?", [user("1+1?")]):
+        (example,) = columns.read([{"prompt": prompt, "chosen": whole}], "rows")
+        assert (example.question, example.trace) == ("1+1?", "2")
+    (example,) = columns.read([{"prompt": [SYSTEM, user("1+1?")], "chosen": [SYSTEM, *whole]}], "rows")
+    assert example.trace == "2" and example.demonstration == whole[-1]
+    (other,) = columns.read([{"prompt": "2+2?", "chosen": whole}], "rows")
+    assert other.trace == "1+1?\n2"
+
+
+def test_a_column_of_conversations_is_named() -> None:
+    with pytest.raises(ConfigError, match=mentions("conversations")) as caught:
+        Columns().read([{"conversations": [user("1+1?"), assistant("2")]}], "rows")
+    assert caught.value.setting == "columns.messages"
+
+
 def test_settings_that_contradict_each_other_are_refused() -> None:
     for settings in ({"question": "q"}, {"trace": "t"}):
         with pytest.raises(ConfigError) as caught:

@@ -87,3 +87,14 @@ def test_column_text_of_messages_has_a_line_for_each_message_and_call() -> None:
     assert (column_text(None), column_text(2), column_text("x")) == (None, "2", "x")
     with pytest.raises(NotTextError):
         column_text(["a"])
+
+
+def test_ids_of_calls_do_not_make_another_question() -> None:
+    def asked(number: int, argument: int = 1, **more: Any) -> str:
+        call = {"id": f"call_{number}", "type": "function", "function": {"name": "add", "arguments": {"n": argument}}}
+        turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "tool_calls": [call]} | more]
+        result = {"role": "tool", "tool_call_id": f"call_{number}", "content": "2"}
+        return question_key(Example("1+1?", "", "", messages=[*turns, result]))
+
+    assert asked(1) == asked(2) == asked(3, content="", weight=0)
+    assert asked(1) != asked(1, 2) and asked(1) != asked(1, content="Let me see.")
