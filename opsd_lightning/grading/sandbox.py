@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from contextlib import suppress
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from opsd_lightning.utils.folders import remove_tree
 
 _SCRIPT = Path(__file__).with_name("sandbox_worker.py")
 _GRACE_SECONDS = 30.0  # to start and to end a run on a busy machine, beyond its time limit
@@ -165,7 +166,7 @@ def _run_once(code: str, tests: Sequence[str], reference: str, limits: Limits, i
                 process.stdout.close()
     finally:
         if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_tree(Path(scratch))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
