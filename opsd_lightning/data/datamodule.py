@@ -221,6 +221,11 @@ class OPSDDataModule(LightningDataModule):
                 "teacher_response_prefix). The teacher trains the student, so this run is no null control"
             )
 
+    def asks_for_unread_boxes(self, examples: Sequence[Example]) -> bool:
+        r"""Return True if the default prompt asks for ``\boxed{}`` at some rows, and the grader does not read it."""
+        default = self.prompts.student_template is None and not self.grader.reads_boxes
+        return default and not all(example.messages for example in examples)
+
     def _ready(self, split: str) -> bool:
         needs = self.requirements()
         rows = self.rows.get(split)
@@ -277,6 +282,11 @@ class OPSDDataModule(LightningDataModule):
         cuts = f"; {rows.cut} traces cut to data.prompts.max_trace_tokens" if rows.cut else ""
         counts = f"{len(rows.usable)} of {len(found)} rows{'; ' + reasons if reasons else ''}{cuts}"
         rank_zero_info(f"data.{split} ({type(self.sources[split]).__name__}): {counts}")
+        if self.asks_for_unread_boxes(found):
+            rank_zero_info(
+                f"data.{split}: the default data.prompts.student_template asks for a final answer in \\boxed{{}}, and "
+                f"{type(self.grader).__name__} does not read it. Set it to the request of the task, or to '{{question}}'"
+            )
         if any(example.tools for example in found) and (added := added_text(tokenizer, self.prompts, tools=True)):
             rank_zero_info(f"data.{split}: the chat template describes the tools with a text of its own: {added[:200]!r}")
         if not rows.usable:

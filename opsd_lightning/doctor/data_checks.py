@@ -109,6 +109,10 @@ def data_findings(
         share = f"{count} of {total} rows of data.{split} ({percent(count, total)})"
         text = f"{share} are left out: {data.limits[split].text(reason)}"
         yield Finding(level, "data", text, setting.format(split=split), fix)
+    if split in data.rows and data.asks_for_unread_boxes(data.rows[split].examples):
+        text = f"the questions of data.{split} ask for a final answer in \\boxed{{}}, and data.grader does not read it"
+        fix = "set it to the request that fits the task, or to '{question}'"
+        yield Finding("warning", "template", text, "data.prompts.student_template", fix)
     repeats, kept = facts["repeated_questions"], facts["kept"]
     if repeats:
         text = f"{repeats} of {kept} rows of data.{split} ({percent(repeats, kept)}) repeat the question of another"

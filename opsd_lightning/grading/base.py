@@ -65,6 +65,14 @@ class Grader(ABC):
     def concurrent_calls(self) -> int:
         return 1
 
+    @property
+    def reads_boxes(self) -> bool:
+        r"""True if the answer may be in ``\boxed{...}``, which the default prompts of questions ask for. Defaults to False.
+
+        If it is False, ``data.prompts.student_template`` should be set, and a message before training says so.
+        """
+        return False
+
     @abstractmethod
     def grade(self, completion: str, example: Example) -> Grade:
         """Grade a completion.

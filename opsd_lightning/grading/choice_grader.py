@@ -64,6 +64,10 @@ class ChoiceGrader(Grader):
         if self.first_index not in (0, 1):
             raise ConfigError(f"it is {self.first_index!r}", f"{SETTING}first_index", "Set it to 0 or 1")
 
+    @property
+    def reads_boxes(self) -> bool:
+        return self.answer_pattern is None or "boxed" in self.answer_pattern
+
     def can_grade(self, example: Example) -> bool:
         return bool(example.answer.strip()) and self._right(self._reader(example), example) is not None
 

@@ -72,6 +72,10 @@ class ExactMatch(Grader):
         if self.unicode_form not in ("NFC", "NFKC", None):
             raise ConfigError(f"it is {self.unicode_form!r}", f"{SETTING}unicode_form", "Set it to NFC, NFKC or null")
 
+    @property
+    def reads_boxes(self) -> bool:
+        return "boxed" in (self.answer_pattern or "")
+
     def can_grade(self, example: Example) -> bool:
         return bool(self._accepted(example))
 

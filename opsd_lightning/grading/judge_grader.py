@@ -146,6 +146,10 @@ class JudgeGrader(Grader):
             raise ConfigError(problem, f"{SETTING}api_key_env", "Set the variable to the server's API key")
 
     @property
+    def reads_boxes(self) -> bool:
+        return True
+
+    @property
     def concurrent_calls(self) -> int:
         return self.max_concurrency
 

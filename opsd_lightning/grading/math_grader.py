@@ -87,6 +87,10 @@ class MathGrader(Grader):
         return answer is not None and bool(_compare(reference.strip(), answer.strip(), self.timeout_seconds))
 
     @property
+    def reads_boxes(self) -> bool:
+        return True
+
+    @property
     def concurrent_calls(self) -> int:
         return worker_pool.workers() if type(self) is MathGrader else 1  # methods of a subclass need not be thread-safe
 

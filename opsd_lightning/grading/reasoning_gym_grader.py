@@ -74,6 +74,10 @@ class ReasoningGymGrader(Grader):
     def cancel(self, threads: Sequence[threading.Thread]) -> None:
         worker_pool.shared(JOB).end(threads)
 
+    @property
+    def reads_boxes(self) -> bool:
+        return "boxed" in (self.answer_pattern or "")
+
     def can_grade(self, example: Example) -> bool:
         return COLUMN in example.columns
 

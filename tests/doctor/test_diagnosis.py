@@ -403,6 +403,9 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         lambda p: ["--model=SFTModule", STUDENT + OFF, *data(p, make_rows(solution=lambda n: f"<think>Hm</think>The answer is {n + 1}.", problem=lambda n: f"{n}, 1?"))],
         [r"error data: .*closed.*trace.* \[data\.prompts\.student_chat"],
     ),
+    "prompts of mathematics for another task": (
+        lambda p: ["--data.grader=NoGrader", "--data.prompts.student_template=null"], [r"warning template: .*data\.val.*\[data\.prompts\.student_template\]"],
+    ),
 }  # fmt: skip
 
 

@@ -142,3 +142,21 @@ def test_rows_without_an_answer_are_no_validation_questions(make_policy: MakePol
     with pytest.raises(ConfigError, match=mentions("data.val", "data.grader", "NoGrader", "data.verify: true")):
         rows.setup("fit")
     assert rows.dropped["val"] == {DropReason.NO_ANSWER: 5}
+
+
+@pytest.mark.parametrize(
+    ("grader", "template", "told"),
+    [(NoGrader(), None, True), (NoGrader(), "{question}", False), (MathGrader(), None, False)],
+)
+def test_a_request_that_the_grader_does_not_read_is_reported(
+    grader: Grader, template: str | None, told: bool, make_policy: MakePolicy, caplog: pytest.LogCaptureFixture
+) -> None:
+    r"""Style demonstrations whose prompts ask for \boxed{}: the default prompts are those of mathematics."""
+    rows = data(make_policy(), grader, verify=False, val=None, test=None)
+    rows.prompts = Prompts(template, "{question} {context}")
+    with caplog.at_level("INFO"):
+        rows.setup("fit")
+    assert ("data.prompts.student_template" in caplog.text) == told
+    rows.prompts, rows.grader = Prompts(), NoGrader()
+    chat = [{"role": "user", "content": "Greet Ada."}]
+    assert not rows.asks_for_unread_boxes([ROWS[0]._replace(messages=chat)])  # conversations are asked as they are
