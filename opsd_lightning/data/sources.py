@@ -371,7 +371,8 @@ class ReasoningGymSource(ExampleSource):
     Args:
         task: Name of the task, such as ``gsm_symbolic``.
         size: Number of questions, at least 1.
-        seed: Seed for generating the questions. Give each split its own.
+        seed: Seed for generating the questions. Question i of seed s is question 0 of seed s + i, so give the splits seeds
+            that are further apart than ``size``.
         trace_key: Key of the trace in the task's metadata. ``auto`` reads ``answer_cot``, which ``gsm_symbolic`` has, and
             leaves the trace empty for tasks without it. Null always leaves it empty.
         options: Further settings of the task, by name. The parts of ``composite`` are objects with ``name``, ``weight`` and

@@ -86,8 +86,8 @@ class CategoryQuestions(TaskSource):
 class HomeRequests(TaskSource):
     """Requests to a smart home, each answered by one tool call as JSON.
 
-    The trace and the answer are the call, an object with ``name`` and ``arguments``. The tools are ``switch(device, room,
-    state)``, ``set_temperature(room, degrees)`` and ``set_timer(minutes, label)``.
+    The answer is the call, an object with ``name`` and ``arguments``. The trace is the same in a fenced block. Tools are
+    ``switch(device, room, state)``, ``set_temperature(room, degrees)`` and ``set_timer(minutes, label)``.
 
     Args:
         size: Number of distinct questions, at least 1.
@@ -127,7 +127,7 @@ class HomeRequests(TaskSource):
         call = {"name": name, "arguments": arguments}
         return Example(
             question=numbers.choice(forms).format(**arguments),
-            trace=json.dumps(call),
+            trace=f"```json\n{json.dumps(call, indent=2)}\n```",
             answer=json.dumps(call),
         )
 
@@ -135,7 +135,7 @@ class HomeRequests(TaskSource):
 class NumberFunctions(TaskSource):
     """Requests for a Python function of one number, each with the function and its tests.
 
-    The trace is the function. The column ``tests`` has a text of assertions. There is no reference answer.
+    The trace is the function in a fenced block. The column ``tests`` has a text of assertions. There is no reference answer.
 
     Args:
         size: Number of distinct questions, at least 1.
@@ -147,8 +147,10 @@ class NumberFunctions(TaskSource):
         >>> (example,) = NumberFunctions(size=1).examples()
         >>> print(example.question, example.trace, sep="\\n")
         Write a Python function compute(x) that squares x and adds 34.
+        ```python
         def compute(x):
             return x ** 2 + 34
+        ```
     """
 
     #: Request and body of each kind of function, with the numbers that it takes.
@@ -173,7 +175,7 @@ class NumberFunctions(TaskSource):
         arguments = [0, a, a + 1, numbers.randint(101, 199)]
         return Example(
             question=f"Write a Python function {name}(x) that {request.format(a=a, b=b)}.",
-            trace=f"def {name}(x):\n    return {body.format(a=a, b=b)}",
+            trace=f"```python\ndef {name}(x):\n    return {body.format(a=a, b=b)}\n```",
             answer="",
             columns={"tests": "\n".join(f"assert {name}({x}) == {value(x, a, b)}" for x in arguments)},
         )

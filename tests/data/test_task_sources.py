@@ -64,19 +64,24 @@ def test_answers_are_not_always_the_same_letter() -> None:
 def test_calls_are_made_of_words_of_the_request() -> None:
     for example in HomeRequests(300).examples():
         call = json.loads(example.answer)
-        assert call == json.loads(example.trace) and call["name"] in ("switch", "set_temperature", "set_timer")
+        assert call == json.loads(example.trace.strip("`json\n")) and call["name"] in (
+            "switch",
+            "set_temperature",
+            "set_timer",
+        )
         assert all(re.search(rf"\b{value}\b", example.question) for value in call["arguments"].values())
 
 
 def test_functions_pass_their_tests() -> None:
     for example in NumberFunctions(300).examples():
         names: dict[str, object] = {}
-        exec(f"{example.trace}\n{example.columns['tests']}", names)  # our own text
+        code = example.trace.removeprefix("```python\n").removesuffix("\n```")
+        exec(f"{code}\n{example.columns['tests']}", names)  # our own text
 
 
 def test_functions_without_their_number_fail_their_tests() -> None:
     for example in NumberFunctions(100).examples():
-        name = example.trace.split("(")[0].removeprefix("def ")
+        name = example.trace.split("def ")[1].split("(")[0]
         with pytest.raises(AssertionError):
             exec(f"def {name}(x): return x\n{example.columns['tests']}", {})
 

@@ -45,6 +45,7 @@ def test_every_benchmark_is_run_here() -> None:
     assert {path.stem for path in BENCHMARKS.glob("*.py")} - {"__init__", "common"} == set(SMALL) | {
         "servers",  # test_vllm
         "real_model",  # test_quickstart
+        "tasks",  # test_quickstart
         "structure",
         "structure_step",
     }
@@ -69,6 +70,25 @@ def run(folders: dict[str, str], roomy: str, tmp_path: Path, monkeypatch: pytest
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for value in result.values() if isinstance(value, list) for row in value]
+
+
+def test_the_table_of_tasks_compares_question_by_question(tmp_path: Path) -> None:
+    from benchmarks.tasks import table
+
+    write_json = lambda name, value: (tmp_path / name).write_text(json.dumps(value))  # noqa: E731
+    write_json("choice-before.json", {"task": "choice", "student": "0001" * 20, "teacher": "1" * 80})
+    write_json("choice-seed0.json", {"task": "choice", "seed": 0, "student": "0111" * 20})
+    before, teacher, after = (line.split(" | ") for line in table(tmp_path).splitlines()[2:])
+    assert before[2:4] == ["25.0 %", "16.8 to 35.5 %"] and teacher[2] == "100.0 %"
+    half = 100 * 1.96 * (0.25 / 79 * 80) ** 0.5 / 80**0.5
+    assert after[2] == "75.0 %" and after[4] == f"+50.0 ± {half:.1f} |"
+
+
+def test_the_page_of_tasks_has_the_table_of_the_results() -> None:
+    from benchmarks.tasks import RESULTS, table
+
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert list(RESULTS.glob("*-seed*.json")) and table(RESULTS) in page
 
 
 def test_objective(run: Any) -> None:

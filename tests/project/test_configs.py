@@ -26,6 +26,7 @@ pytestmark = pytest.mark.integration
 
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
+TASKS = sorted((CONFIGS / "tasks").glob("*.yaml"))
 PRESETS = sorted((CONFIGS / "presets").glob("*.yaml"))
 EVALUATIONS = sorted((CONFIGS / "eval").glob("*.yaml"))
 FAMILY = {"quickstart": "llama", "learn": "llama"}
@@ -81,6 +82,39 @@ def test_recipe_takes_a_step(
     weights = [p for n, p in cli.model.model.named_parameters() if "lora_B.default" in n]
     assert all(p.dtype == torch.float32 and p.any() for p in weights)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("recipe", TASKS, ids=lambda path: path.stem)
+def test_task_takes_a_step_with_its_own_data(
+    recipe: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its grader grades every reference as right, and its checkpoints are chosen by a metric that it logs."""
+    monkeypatch.chdir(tmp_path)
+    sizes = [f"--data.{split}.init_args.size={size}" for split, size in (("train", 8), ("val", 2), ("test", 2))]
+    cli = main(
+        [
+            "fit",
+            f"--config={recipe}",
+            f"--model.policy.model={folders['llama']}",
+            *sizes,
+            "--data.batch_size=2",
+            "--model.sampling.max_new_tokens=8",
+            "--model.eval_sampling.max_new_tokens=8",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.max_steps=1",
+            "--trainer.val_check_interval=1",
+        ]
+    )
+    assert cli.trainer.global_step == 1 and not cli.datamodule.dropped["train"]
+    assert cli.trainer.checkpoint_callback.best_model_path
+    grader = cli.datamodule.grader
+    if grader.grades_completions:
+        context = cli.datamodule.context
+        examples = cli.datamodule.rows["train"].examples
+        shown = [context.text(index, examples) for index in range(len(examples))]
+        assert all(grade.score == 1 for grade in grader.grades(shown, examples))
+        assert all(grade.score < 1 for grade in grader.grades([""] * len(examples), examples))
+    assert f"runs/tasks/{recipe.stem}" in recipe.read_text() and f"make task NAME={recipe.stem}" in recipe.read_text()
 
 
 def pairs(recipes: Sequence[Path], overlays: Sequence[Any]) -> list[Any]:
@@ -305,5 +339,5 @@ def test_an_evaluation_that_the_model_cannot_hold(
 
 def test_every_recipe_has_its_row_in_the_readme() -> None:
     text = (CONFIGS / "README.md").read_text()
-    for path in [*RECIPES, *PRESETS, *EVALUATIONS]:
+    for path in [*RECIPES, *TASKS, *PRESETS, *EVALUATIONS]:
         assert f"`{path.relative_to(CONFIGS)}`" in text, path
