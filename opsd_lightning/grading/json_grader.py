@@ -88,7 +88,7 @@ class JSONGrader(Grader):
         if not result.difference:
             return Grade(1.0, answer)
         score = result.share if self.partial else 0.0
-        return Grade(score, answer, _sentence(result.difference))
+        return Grade(score, answer, f"{result.difference}.")
 
     def same(self, first: str, second: str) -> bool:
         """Return True if two answers are equal as JSON."""

@@ -283,7 +283,7 @@ class Comparer:
         if self._equal(reference, found):
             return Comparison(1, 1)
         fields = max(self.fields(reference), self.fields(found))
-        return Comparison(0, fields, f"{path or 'the value'} is {_short(found)}, not {_short(reference)}")
+        return Comparison(0, fields, f"{path or 'The value'} is {_short(found)}, not {_short(reference)}")
 
     def fields(self, value: Any) -> int:
         """Return the number of fields of a value."""

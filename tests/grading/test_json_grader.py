@@ -209,3 +209,16 @@ def test_hostile_texts_end_in_time() -> None:
             started = time.thread_time()
             grade = grader.grade(text, Example("?", "", TEXT))
             assert 0 <= grade.score < 1 and time.thread_time() - started < 5.0, text[:60]
+
+
+@pytest.mark.parametrize(
+    ("completion", "feedback"),
+    [
+        ('{"city": "Rome"}', 'city is "Rome"'),
+        ("{}", "city is missing"),
+        ('{"city": "Oslo", "unit": 1}', "unit is not expected"),
+    ],
+)
+def test_the_feedback_spells_keys_as_they_are(completion: str, feedback: str) -> None:
+    """A teacher that reads "City is missing" would ask for another key."""
+    assert JSONGrader().grade(completion, Example("q", "", '{"city": "Oslo"}')).feedback.startswith(feedback)
