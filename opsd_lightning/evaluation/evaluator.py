@@ -134,7 +134,7 @@ class Evaluator(nn.Module):
                     "index": batch.indices[place] if batch.indices else None,
                     "sample": sample,
                     "question": batch.examples[place].question,
-                    "reference": batch.examples[place].answer,
+                    "reference": self.grader.shown_reference(batch.examples[place]),
                     "completion": text,
                     "answer": grade.answer,
                     "correct": self.grader.is_right(grade.score) if graded else None,

@@ -92,6 +92,10 @@ class Grader(ABC):
         """
         return bool(example.answer)
 
+    def shown_reference(self, example: Example) -> str:
+        """Return the reference answer of an example as contexts and reports show it. Defaults to ``example.answer``."""
+        return example.answer
+
     def is_right(self, score: float) -> bool:
         """Return True if a completion with this score counts as right in pass@k, maj@k and contexts. Defaults to score 1."""
         return score >= 1

@@ -99,6 +99,12 @@ class ChoiceGrader(Grader):
             return grade._replace(answer=options[grade.answer])
         return grade._replace(answer=str(list(options).index(grade.answer) + self.first_index))
 
+    def shown_reference(self, example: Example) -> str:
+        """Return the reference answer. An index is shown as the letter of its option, which the question shows."""
+        if self.reference != "index" or not example.answer.strip():
+            return example.answer
+        return self._right(self._reader(example), example) or ""
+
     def _reader(self, example: Example) -> ChoiceReader:
         setting = f"{SETTING}options"
         value = example.question if self.options is None else column_of(example, self.options, setting)

@@ -61,7 +61,7 @@ class AnswerContext(PrivilegedContext):
     needs_traces = False
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
-        answer = examples[index].answer
+        answer = self.grader.shown_reference(examples[index])
         return f"The final answer is {answer}." if answer.strip() else ""
 
 
@@ -145,19 +145,19 @@ class WrongContext(PrivilegedContext):
         self.seed = seed
 
     def text(self, index: int, examples: Sequence[Example]) -> str | None:
-        example = examples[index]
-        reference = example.answer.strip()
+        example, known = examples[index], self.grader.shown_reference
+        reference = known(example).strip()
         if not reference:
             return ""
 
         def wrong(other: Example) -> bool:
-            answer = other.answer.strip()
+            answer = known(other).strip()
             return bool(answer) and answer != reference and not self.grader.same(answer, reference)
 
         try:
-            answer = _another(index, examples, self.seed, wrong, "answer").answer.strip()
+            answer = known(_another(index, examples, self.seed, wrong, "answer")).strip()
         except ConfigError:
-            if {other.answer.strip() for other in examples} <= {reference, ""}:
+            if {known(other).strip() for other in examples} <= {reference, ""}:
                 raise
             # All answers are equal, in several notations.
             answer = next(number for number in ("0", "1") if not self.grader.same(number, reference))

@@ -183,7 +183,11 @@ class CritiqueContext(WrittenContext):
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         examples = [attempts.examples[i // attempts.n] for i in range(len(attempts.texts))]
         shown = [
-            {"attempt": shown_attempt(text), "reference": example.trace or example.answer, "feedback": grade.feedback}
+            {
+                "attempt": shown_attempt(text),
+                "reference": example.trace or attempts.grader.shown_reference(example),
+                "feedback": grade.feedback,
+            }
             for text, example, grade in zip(attempts.texts, examples, attempts.grades, strict=True)
         ]
         messages = [fill(self.template, question=e.question, **each) for e, each in zip(examples, shown, strict=True)]
@@ -353,13 +357,14 @@ class FeedbackContext(OnlineContext):
         found: list[str | None] = []
         for i, (text, grade, right) in enumerate(zip(attempts.texts, attempts.grades, attempts.correct, strict=True)):
             example = attempts.examples[i // attempts.n]
-            reference = f"The correct answer is {example.answer}." if example.answer else ""
+            answer = attempts.grader.shown_reference(example)
+            reference = f"The correct answer is {answer}." if answer else ""
             values = {
                 "attempt": shown_attempt(text),
                 "answer": grade.answer or "none",
                 "score": f"{grade.score:.2g}",
                 "feedback": self._column(example) or grade.feedback or reference,
-                "reference": example.answer,
+                "reference": answer,
             }
             template = self.undecided if grade.problem else self.right if right else self.wrong
             found.append(fill(template, **values).strip())

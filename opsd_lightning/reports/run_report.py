@@ -321,7 +321,7 @@ class RunReport(Callback):
                     "index": None,
                     "sample": row % n,
                     "question": batch.examples[row // n].question,
-                    "reference": batch.examples[row // n].answer,
+                    "reference": attempts.grader.shown_reference(batch.examples[row // n]),
                     "completion": attempts.texts[row],
                     "answer": attempts.answers[row],
                     "correct": attempts.correct[row] if attempts.grader.grades_completions else None,

@@ -175,7 +175,7 @@ class TokenReport(StepCallback):
                     "row": row,
                     "question": example.question,
                     "trace": example.trace,
-                    "reference": example.answer,
+                    "reference": module.evaluator.grader.shown_reference(example),
                     "student_prompt": redact_text(str(module.tokenizer.decode(record.student_prompts[row]))),
                     "teacher_prompt": None if read is None else redact_text(str(read)),
                     **self._grade(module, completion, example),

@@ -11,6 +11,8 @@ import regex
 from helpers.files import write_jsonl
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import FileSource
+from opsd_lightning.grading.base import Grade
+from opsd_lightning.grading.choice_grader import ChoiceGrader
 from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import (
@@ -21,6 +23,7 @@ from opsd_lightning.prompts.contexts import (
     PrivilegedContext,
     WrongContext,
 )
+from opsd_lightning.prompts.online_contexts import Attempts, CritiqueContext, FeedbackContext
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Example
 
@@ -164,3 +167,26 @@ def test_another_problem_is_another_one() -> None:
     with pytest.raises(ConfigError) as caught:
         OtherProblemContext().text(0, [own, *same])
     assert caught.value.setting == "data.context"
+
+
+def test_an_index_is_shown_as_the_letter_that_the_question_shows() -> None:
+    """ "The final answer is 1." would name the wrong option to a teacher that reads A) 1 B) 2."""
+    options = {"options": ["1", "2", "3"]}
+    first = Example("1 + 1? A) 1 B) 2 C) 3", "1 + 1 = 2, so (B).", "1", options)
+    second = first._replace(question="1 + 2? A) 1 B) 2 C) 3", trace="It is (C).", answer="2")
+    grader = ChoiceGrader(reference="index")
+    answer, wrong = AnswerContext(), WrongContext()
+    answer.grader = wrong.grader = grader
+    assert answer.text(0, [first, second]) == "The final answer is B."
+    assert wrong.text(0, [first, second]) == "1 + 1 = 2, so (C)."
+    attempts = Attempts([first._replace(trace="")], ["?"], [Grade(0.0)], [True], 1, grader)
+    (told,) = FeedbackContext(wrong="{feedback} {reference}").texts(attempts, lambda *_: [])
+    assert told == "The correct answer is B. B"
+    asked: list[str] = []
+    CritiqueContext("{reference} {attempt}").texts(attempts, lambda examples, messages, _: [str(asked.extend(messages))])
+    assert asked == ["B ?"]
+    assert ChoiceGrader(first_index=1, reference="index").shown_reference(first) == "A"
+    assert (
+        ChoiceGrader().shown_reference(first._replace(answer="2")) == "2"
+        and grader.shown_reference(first._replace(answer="")) == ""
+    )
