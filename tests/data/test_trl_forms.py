@@ -27,6 +27,8 @@ from opsd_lightning.prompts.online_contexts import FeedbackContext, OnlineContex
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Sampling
 
+pytestmark = pytest.mark.integration
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "Solve 2+2."}
 SOLVED = "Example answer: 4."

@@ -30,6 +30,8 @@ from opsd_lightning.reports.run_report import RunReport
 from opsd_lightning.reports.token_report import TokenReport
 from opsd_lightning.types import ConfigError, Example, Sampling
 
+pytestmark = pytest.mark.integration
+
 MakePolicy = Callable[..., Policy]
 ROWS = [Example(f"Greet {name}.", f"Ahoy, {name}!", "") for name in ("Ada", "Ben", "Caroline", "Dan", "Eve")]
 SAMPLING = Sampling(max_new_tokens=4)

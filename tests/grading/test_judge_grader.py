@@ -21,7 +21,7 @@ from opsd_lightning.types import ConfigError, Example
 EXAMPLE = Example("Capital of France?", "", "Paris")
 KEY = "sk-judge-0123456789abcdefghij"
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.grading")]
 
 
 @pytest.fixture
