@@ -86,7 +86,9 @@ class PythonTestsGrader(Grader):
         return workers()
 
     def can_grade(self, example: Example) -> bool:
-        return bool((example.columns.get(self.tests_column) or example.answer) and self._tests(example))
+        held = example.columns.get(self.tests_column) or example.answer
+        missing = not held and self.tests_column not in example.columns  # an error names the setting
+        return bool((held or missing) and self._tests(example))
 
     def grade(self, completion: str, example: Example) -> Grade:
         """Run the code of a completion against the tests of its row."""

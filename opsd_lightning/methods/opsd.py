@@ -151,6 +151,12 @@ class DistillationModule(PolicyModule):
         if self.demonstration_teacher is not None:
             self.evaluator = Evaluator(self.evaluator.sampling, self.evaluator.grader, divergence=True)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        rows = getattr(getattr(self.trainer, "datamodule", None), "rows", {}).get("train")
+        if self.context is not None and rows is not None:
+            self.context.check_examples(rows.examples)
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         """Run algorithm 1 of arXiv 2601.18734 on one batch: one optimizer step, or ``updates_per_batch`` of them."""
         step = self.begin_step(batch, self.completions(batch))

@@ -96,6 +96,9 @@ class OnlineContext(ABC):
     def check(self, sampling: Sampling) -> None:
         """Raise `ConfigError` if the context cannot be made with these settings of ``model.sampling``."""
 
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        """Raise `ConfigError` if the context cannot be made for these training questions."""
+
     @abstractmethod
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         """Return the context of every completion, for ``data.prompts.teacher_template``.
@@ -352,6 +355,10 @@ class FeedbackContext(OnlineContext):
         if column is not None and not any("{feedback}" in text for text in (right, wrong, undecided)):
             problem = "no template has {feedback}, so that the column is not read"
             raise ConfigError(problem, "model.context.init_args.column", "Add {feedback} to wrong, or leave column out")
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        for example in examples:
+            self._column(example)
 
     def texts(self, attempts: Attempts, write: Write) -> list[str | None]:
         found: list[str | None] = []

@@ -252,8 +252,8 @@ def added_text(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, tools: bool
         return ""
     text = text.partition(_SHORT.question)[0].replace(prompts.system or "\0", "\n")
     lines = [line for piece in without_control_tokens(tokenizer, text) for line in piece.splitlines() if line not in bare]
-    # Of a line with the tool, take the words before its JSON. Lines of few words are roles and headings.
-    words = [re.split(r"[\[{<]", line)[0].strip() if "quokka" in line else line.strip() for line in lines]
+    # Of a line with the tool, take the words before its JSON or its name. Lines of few words are roles and headings.
+    words = [re.split(r"[\[{<]|quokka", line)[0].strip() if "quokka" in line else line.strip() for line in lines]
     return " ".join(line for line in words if len(line.split()) > 3)
 
 

@@ -128,6 +128,9 @@ def test_rows_without_tests_are_refused() -> None:
     for example in (Example("", "", ""), row(3), Example("", "", "", {"test": "assert True"})):
         with pytest.raises(ConfigError, match=mentions("data.grader.init_args.tests_column")):
             grader().grade("x = 1", example)
+        with pytest.raises(ConfigError, match=mentions("data.grader.init_args.tests_column")):
+            grader().can_grade(example)
+    assert not grader().can_grade(row(None)) and not grader().can_grade(row(""))
     assert grader().grade("def f(): return 1", Example("", "", "assert f() == 1")).score == 1
     for tests in ("f()", "x = 1", "def check(f):\n    assert f() == 1", "assert ("):
         found = grader().grade("def f(): return 1", row(tests))

@@ -18,6 +18,7 @@ from helpers.fixed_completions import BATCH, COMPLETIONS, Fixed, same_weights, s
 from helpers.messages import mentions
 from helpers.models import EOS, PROMPTS, TEACHER_PROMPTS, perturb
 from helpers.steps import adapter, fit, one_step
+from helpers.training import Recorder, parts, trainer
 from opsd_lightning.callbacks.export import AdapterExport
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.drop_reasons import DropReason
@@ -420,6 +421,13 @@ def test_feedback_of_the_grader_or_of_a_column() -> None:
         FeedbackContext("right", "wrong", "note", "undecided")
     told = FeedbackContext().texts(attempts._replace(grades=[Grade(0.0)] * 3), no_writing)
     assert "1" in str(told[0]) and "2" in str(told[1])
+
+
+def test_a_missing_column_of_feedback_is_refused_before_the_first_step(make_policy: MakePolicy, tmp_path: Path) -> None:
+    module, data = parts(make_policy(), context=FeedbackContext(column="nothing"))
+    with pytest.raises(UserError, match=mentions("model.context.init_args.column", "nothing")):
+        trainer(tmp_path, Recorder(crash_before=0), num_sanity_val_steps=1).fit(module, data)
+    assert module.validated == 0
 
 
 def test_feedback_tells_right_from_wrong() -> None:

@@ -324,6 +324,8 @@ def test_texts_that_a_template_adds_are_found() -> None:
     assert added_text(tokenizer_for("qwen2_5"), Prompts(system="Be brief, and say no more than that.")) == ""
     assert added_text(tokenizer_for("qwen3"), Prompts()) == ""
     assert "function" in added_text(tokenizer_for("qwen3"), Prompts(), tools=True)
+    harmony = added_text(tokenizer_for("gptoss"), Prompts(), tools=True)
+    assert "commentary" in harmony and "quokka" not in harmony
     assert "2024" in added_text(tokenizer_for("llama3_2"), Prompts())
 
 
