@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +48,8 @@ class PythonTestsGrader(Grader):
 
     Args:
         tests_column: Column with the tests of a row: a text, or a list of texts that are run one after another, each with
-            global names of its own. The reference answer is used if the row does not have the column.
+            global names of its own. In CSV, the list is its JSON text. The reference answer is used if the row does not have
+            the column.
         partial_scores: If False, the score is 1 if all tests pass, otherwise 0.
         timeout_seconds: Time limit of the code and its tests in seconds of wall-clock time.
         memory_mib: Limit of the code's address space in MiB. The tests' process has the same limit.
@@ -125,7 +128,7 @@ class PythonTestsGrader(Grader):
         found: Any = example.columns.get(self.tests_column)
         if found is None:
             found = example.answer
-        texts = [found] if isinstance(found, str) else found
+        texts = _listed(found) if isinstance(found, str) else found
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
             raise ConfigError(
                 f"the column {self.tests_column!r} holds a {type(found).__name__}",
@@ -139,6 +142,16 @@ class PythonTestsGrader(Grader):
                 f"Name the column with the tests. This row has {', '.join(map(repr, example.columns)) or 'no columns'}",
             )
         return [_with_check(text, example.columns) for text in texts]
+
+
+def _listed(text: str) -> list[str]:
+    """Return the texts of a JSON list, or the text itself."""
+    if text.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(text)
+            if found and all(isinstance(each, str) for each in found):
+                return list(found)
+    return [text]
 
 
 def _refused(reason: str) -> ConfigError:

@@ -40,7 +40,7 @@ def missing_part(text: str, messages: Sequence[Message], tools: Sequence[Message
         for part in _texts(message):
             found = _find(text, part, start)
             if found is None:
-                name = "the system message" if system else f"message {place}, the {message['role']}'s,"
+                name = f"the {message['role']} message" if system else f"message {place}, the {message['role']}'s,"
                 return f"{name} ({part.strip()[:40]!r})"
             used.append(found)
             start = found[1]

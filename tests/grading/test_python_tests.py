@@ -124,6 +124,12 @@ def test_traces_are_verified() -> None:
     assert grader().verify(row("", "def f():\n    return 1")).score == 0
 
 
+def test_a_list_of_tests_may_be_json() -> None:
+    code = "def f():\n    return 1"
+    assert grader().grade(code, row('["assert f() == 1", "assert f() == 2"]')).score == 0.5
+    assert grader().grade(code, row("[x for x in range(2)]\nassert f() == 1")).score == 1
+
+
 def test_rows_without_tests_are_refused() -> None:
     for example in (Example("", "", ""), row(3), Example("", "", "", {"test": "assert True"})):
         with pytest.raises(ConfigError, match=mentions("data.grader.init_args.tests_column")):

@@ -296,6 +296,12 @@ def test_a_template_that_drops_a_part_is_refused(template: str, case: str, words
     assert caught.value.setting == SETTING
 
 
+def test_a_developer_message_that_the_template_drops_is_named() -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, user("Hi?")]
+    with pytest.raises(ConfigError, match=mentions("developer", "Be brief.")):
+        Prompts().student(tokenizer_for("qwen3"), Example("Hi?", "", "", messages=messages))
+
+
 def test_a_tools_name_in_a_message_does_not_count_as_the_tool() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = LOOP
