@@ -209,7 +209,8 @@ class RolloutWriter(Callback):
         path = run_on_rank_zero(lambda: results.join(metrics))
         self._release(trainer)
         if trainer.is_global_zero:
-            say(f"Graded completions are in {path} and {results.folder}")
+            unsampled = metrics is not None and module.evaluator.demonstrations is not None
+            say(f"{'Metrics are in' if unsampled else f'Graded completions are in {path} and'} {results.folder}")
 
     def _release(self, trainer: Trainer) -> None:
         if self._lock is not None:

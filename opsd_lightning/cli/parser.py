@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -48,7 +49,7 @@ class Parser(LightningArgumentParser):
         return super().parse_args(args, *more, **options)
 
     def error(self, text: str, ex: Exception | None = None) -> NoReturn:
-        super().error(safe_text(text), ex)
+        super().error(safe_text(_missing_settings(text) or text), ex)
 
 
 @contextmanager
@@ -64,6 +65,19 @@ def remembering(arguments: Sequence[Any] | None) -> Iterator[None]:
         yield
     finally:
         _typed.reset(token)
+
+
+def _missing_settings(text: str) -> str | None:
+    """Return a message that names missing settings of a class. jsonargparse puts them between lists of all settings."""
+    found = re.search(r"Problem with given class_path '([^']+)':\s+the following arguments are required: ([\w, ]+)", text)
+    keys = [] if found is None else re.findall(r'Parser key "([^"]+)"', text[: found.start()])
+    if found is None or not keys or keys[0].partition(".")[0] not in ("model", "data", "trainer"):
+        return None  # or the parser of a class, inside that of the command
+    # `model.grader` is linked to `data.grader`, and parsed first.
+    part = "data.grader" if keys[-2:] == ["model", "grader"] else ".init_args.".join(keys)
+    names = [f"{part}.init_args.{name.strip()}" for name in found[2].split(",")]
+    them = "it" if len(names) == 1 else "them"
+    return f"{' and '.join(names)}: missing, and {found[1].rpartition('.')[2]} needs {them}. Set {them}"
 
 
 def check_nulls(arguments: Sequence[str], config: Any) -> None:

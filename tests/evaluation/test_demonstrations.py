@@ -80,7 +80,9 @@ def test_values_equal_plain_transformers(make_policy: MakePolicy, tmp_path: Path
     assert all(trace[-1] in ends for trace in rows.rows["val"].traces), "the EOS token counts"
 
 
-def test_training_lowers_the_loss_of_demonstrations(make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_of_demonstrations(
+    make_policy: MakePolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With every callback, and a record and pages that can be read."""
     policy = make_policy()
     module = SFTModule(policy, grader=NoGrader(), sampling=SAMPLING, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
@@ -93,6 +95,7 @@ def test_training_lowers_the_loss_of_demonstrations(make_policy: MakePolicy, tmp
     assert len(logged) == 3 and logged[-1] < logged[0]
     run.test(module, data(policy), verbose=False)
     assert "test/nll" in run.callback_metrics and (tmp_path / "report.html").exists()
+    assert "test.jsonl" not in capsys.readouterr().out, "no completion was sampled"
 
 
 def test_opsd_without_grades_trains_with_all_callbacks(make_policy: MakePolicy, tmp_path: Path) -> None:

@@ -123,6 +123,13 @@ MISTAKES = {
         lambda p, f: ["--data.grader.answer_pattern=("], ["data.grader.init_args.answer_pattern", "'('"]
     ),
     "unknown class": Mistake(lambda p, f: ["--model.teacher=NoSuchTeacher"], ["NoSuchTeacher"]),
+    "grader without its settings": Mistake(
+        lambda p, f: ["--data.grader=JudgeGrader", "--data.grader.model=judge"],
+        ["data.grader.init_args.base_url", "JudgeGrader"],
+    ),
+    "context without its settings": Mistake(
+        lambda p, f: ["--data.context=ColumnContext"], ["data.context.init_args.column", "ColumnContext"], repeats=True
+    ),
     "unknown setting": Mistake(lambda p, f: ["--model.nonsense=1"], ["nonsense"]),
     "missing config": Mistake(lambda p, f: ["--config=nowhere.yaml"], ["config", "nowhere.yaml"]),
     "missing model folder": Mistake(lambda p, f: ["--model.policy.model=./nowhere"], ["model.policy.model", "./nowhere"]),
