@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
 
 from helpers.attack import Attack
 from opsd_lightning import quickstart
@@ -80,7 +81,14 @@ def of_quickstart(folder: Path, text: str) -> Callable[[], None]:
         (folder / when / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "metrics.csv").write_text("step,train/loss,train/reverse_kl,train/tokens_generated\n0,1,1,1\n")
     trainer = SimpleNamespace(logger=SimpleNamespace(log_dir=str(folder)))
-    return lambda: quickstart.report(folder, trainer, 3.0)
+
+    def report() -> None:
+        console = Console(width=110, emoji=False)
+        quickstart.report_grades(console, folder)
+        quickstart.report_training(console, trainer)
+        quickstart.report_completions(console, folder)
+
+    return report
 
 
 def progress(text: str) -> None:
