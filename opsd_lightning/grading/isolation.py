@@ -89,9 +89,17 @@ def _visible_paths() -> list[tuple[str, str]]:
     return found
 
 
+def _scratch_folder(shown: Iterable[str]) -> str:
+    """Return the folder that can be written: ``/tmp``, or another one if Python or its packages lie there."""
+    paths = list(shown)
+    choices = ("/tmp", "/var/tmp", "/scratch")  # Python's tempfile tries the first two
+    return next(each for each in choices if not any(f"{path}/".startswith(f"{each}/") for path in paths))
+
+
 def _make_root(scratch_bytes: int) -> None:
-    """Replace the root folder by one that holds Python, libraries and an empty ``/tmp``, all but the last read-only."""
+    """Replace the root folder by one that holds Python, libraries and a scratch folder, all but the last read-only."""
     shown = _visible_paths()
+    scratch = _scratch_folder(path for path, _ in shown)
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755")
     os.mkdir("/tmp/old")
@@ -110,14 +118,14 @@ def _make_root(scratch_bytes: int) -> None:
     for path in _DEVICES:
         _make_file("/new" + path)
         _mount("/old" + path, "/new" + path, "", _MS_BIND)
-    os.makedirs("/new/tmp", exist_ok=True)
+    os.makedirs("/new" + scratch, exist_ok=True)
     _restrict_mount("/new", recursive=False)
-    _mount("tmpfs", "/new/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=777,size={scratch_bytes},nr_inodes=2000")
+    _mount("tmpfs", "/new" + scratch, "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=777,size={scratch_bytes},nr_inodes=2000")
     _check(_libc.umount2(b"/old", _MNT_DETACH), "umount2")
     os.chdir("/new")
     _pivot(".", ".")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount2")
-    os.chdir("/tmp")
+    os.chdir(scratch)
 
 
 def _make_file(path: str) -> None:
@@ -132,7 +140,8 @@ def enter_namespaces(scratch_bytes: int) -> None:
     root becomes one of ``NOBODY`` first if it may, so that it owns no files of root.
 
     Args:
-        scratch_bytes: Size of ``/tmp``, the only folder that can be written. It is in memory, and ends with the namespace.
+        scratch_bytes: Size of the only folder that can be written (see `_scratch_folder`), which becomes the current one. It
+            is in memory, and ends with the namespace.
 
     Raises:
         OSError: The system or its settings do not allow it.

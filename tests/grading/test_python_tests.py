@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,6 +371,7 @@ def eventually(check: Callable[[], bool]) -> bool:
 
 PARENT = """
 import os
+import shutil
 from opsd_lightning import Example, PythonTestsGrader
 grader = PythonTestsGrader(allow_unisolated=True, timeout_seconds=60.0)
 print(flush=True)
@@ -412,3 +414,26 @@ def test_cancelled_runs_end() -> None:
     sandbox.end([thread])
     thread.join(10)
     assert found and not sandbox._running
+
+
+@isolated
+def test_packages_of_an_environment_below_the_scratch_folder_are_there(tmp_path: Path) -> None:
+    """An environment in /tmp, where the sandbox has its scratch folder otherwise. Files can be written elsewhere."""
+    environment = Path(tempfile.mkdtemp(dir="/tmp")) / "a venv"
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+        (packages,) = environment.glob("lib/*/site-packages")
+        (packages / "own_package.py").write_text("NUMBER = 7\n")
+        code = (
+            "import tempfile, own_package\ndef f():\n    with tempfile.TemporaryFile() as file:\n"
+            "        return file.write(b'x' * own_package.NUMBER)\n"
+        )
+        grading = (
+            f"import sys; sys.path[:0] = {[path for path in sys.path if path]!r}\n"
+            "from opsd_lightning import Example, PythonTestsGrader\n"
+            f"grade = PythonTestsGrader(timeout_seconds=20.0).grade({code!r}, Example('', '', '', {{'tests': 'assert f() == 7'}}))\n"
+            "assert grade.score == 1, grade\n"
+        )
+        subprocess.run([environment / "bin" / "python", "-c", grading], check=True, cwd=tmp_path)
+    finally:
+        shutil.rmtree(environment.parent)
