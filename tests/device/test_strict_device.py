@@ -356,6 +356,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
+@pytest.mark.integration
 def test_processes_forked_later_can_make_backward_passes() -> None:
     """Also if the first backward pass of the process was on the device. Other tests fork this process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -78,8 +78,16 @@ CASES = [
     Case(MathGrader(), Example("5 + 7?", "The answer is 12.", "12"), (r"\boxed{12}", "#### 12.0"), ("12 or 13", "Hm.")),
     Case(NoGrader(), Example("Greet me.", "Ahoy!", ""), (), ("Hello.", "Ahoy!")),
 ]  # fmt: skip
+#: Graders that start processes of their own.
+PROCESSES = ("PythonTestsGrader", "ReasoningGymGrader")
 IDS = [f"{type(case.grader).__name__}-{place}" for place, case in enumerate(CASES)]
-cases = pytest.mark.parametrize("case", CASES, ids=IDS)
+cases = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.integration if name.startswith(PROCESSES) else ())
+        for case, name in zip(CASES, IDS, strict=True)
+    ],
+)
 
 ODD = [
     "", " \n\t", "\0", "\ud800", "\x00\x01\xff" * 5_000, "".join(map(chr, range(0, 0x3000, 7))), "<think>", "</think>", "a" * 300_000,

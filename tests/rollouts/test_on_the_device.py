@@ -29,7 +29,10 @@ from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.teachers import EMATeacher
 from opsd_lightning.types import ConfigError, Sampling
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
+]
 
 LAYERS = 28  # of Qwen3-1.7B
 NF4 = BitsAndBytesConfig(
