@@ -68,7 +68,8 @@ class OPSDDataModule(LightningDataModule):
         batch_size: Questions of one optimizer step on each device, at least 1.
         eval_batch_size: Questions of one batch in validation, test and predict, at least 1.
         max_new_tokens: Longest completion that must fit behind a prompt, in tokens. On the command line taken from
-            ``model.sampling`` and ``model.eval_sampling``.
+            ``model.sampling`` and ``model.eval_sampling``. Behind training prompts only the method's own
+            ``sampling.max_new_tokens`` must fit.
         on_invalid: ``drop`` drops invalid rows and logs their number and the reasons. ``error`` refuses them.
         seed: Seed for the order of the training questions. On the command line taken from ``seed_everything``.
         cache_dir: Folder for verified and tokenized rows, which later runs with the same data and settings read. Defaults to
@@ -202,6 +203,14 @@ class OPSDDataModule(LightningDataModule):
         needs = self.requirements()
         return needs.graded_teacher or (needs.privileged and (stage == "fit" or needs.scores_demonstrations))
 
+    def longest_completion(self, split: str) -> int:
+        """Return the longest completion that must fit behind the prompts of a split, in tokens.
+
+        Long completions of an evaluation do not count for training questions, of which they would drop many.
+        """
+        sampled = self.requirements().max_new_tokens if split == "train" else 0
+        return sampled or self.max_new_tokens
+
     def _check_prompts(self, tokenizer: PreTrainedTokenizerBase, stage: str) -> None:
         prompts, reads = self.prompts, self.reads_teacher(stage)
         for problem in rendering_problems(tokenizer, prompts, reads):
@@ -210,7 +219,8 @@ class OPSDDataModule(LightningDataModule):
             rank_zero_info(f"The chat template adds a text of its own to every prompt: {added[:200]!r}")
         if reads_date(tokenizer, prompts):
             rank_zero_info(f"The chat template asks for the date, and gets {prompts.date} (data.prompts.date)")
-        if not opens_answer(tokenizer, prompts, prompts.student_chat_template_kwargs):
+        kwargs = [prompts.of_split(split).student_chat_template_kwargs for split in ("train", "val")]
+        if not all(opens_answer(tokenizer, prompts, each) for each in kwargs):
             rank_zero_warn(
                 "model.policy.chat_template has no generation prompt: it does not open the assistant's turn at the end of a "
                 "prompt"
@@ -218,7 +228,8 @@ class OPSDDataModule(LightningDataModule):
         if reads and isinstance(self.context, NoContext) and not is_null_control(tokenizer, prompts):
             rank_zero_warn(
                 "data.context is NoContext, but the prompts of student and teacher still differ (chat_template_kwargs, "
-                "teacher_response_prefix). The teacher trains the student, so this run is no null control"
+                "teacher_response_prefix). The teacher trains the student, so this run is no null control. It is the "
+                "control of a run with the same prompts and a context"
             )
 
     def asks_for_unread_boxes(self, examples: Sequence[Example]) -> bool:
@@ -241,19 +252,20 @@ class OPSDDataModule(LightningDataModule):
         needs = self.requirements()
         if split != "train":
             needs = self._evaluation_needs(needs)
-        self.limits[split] = self._limits(needs, limit)
+        self.limits[split] = self._limits(split, needs, limit)
         self.lengths[split] = []
         found: list[Example] = []
 
         def prepare() -> tuple[PreparedRows, str]:
             found.extend(self._read(split))
             stops = self.policy.end_ids(tokenizer) if needs.trace_completions else []
-            end = self.prompts.end(tokenizer, stops) if stops else []
+            prompts = self.prompts.of_split(split)
+            end = prompts.end(tokenizer, stops) if stops else []
             others = ("val", "test") if split == "train" else ()
             held_out = frozenset(question_key(example) for other in others for example in self._questions(other))
             limits, refuse = self.limits[split], partial(self._refuse, split)
             plan = Preparation(
-                split, tokenizer, self.prompts, self.context, self.grader, self.verify, needs, limits, end, stops, held_out
+                split, tokenizer, prompts, self.context, self.grader, self.verify, needs, limits, end, stops, held_out
             )
             return prepare_rows(plan, found, self.cache_dir, refuse, self._shows_progress()), texts()
 
@@ -337,11 +349,11 @@ class OPSDDataModule(LightningDataModule):
         trainer = self.trainer
         return sys.stderr.isatty() and (trainer is None or trainer.progress_bar_callback is not None)
 
-    def _limits(self, needs: DataRequirements, limit: int | None) -> RowLimits:
+    def _limits(self, split: str, needs: DataRequirements, limit: int | None) -> RowLimits:
         lengths = [(teacher, teacher.context_length() or limit) for teacher in needs.teachers]
         teachers = [TeacherLimit(each.setting, length, each.privileged) for each, length in lengths if length is not None]
         return RowLimits(
-            self.max_new_tokens,
+            self.longest_completion(split),
             limit,
             "" if limit is None else self.policy.limit_hint(),
             needs.max_new_tokens,

@@ -154,7 +154,7 @@ def trace_lengths(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example
 def length_facts(data: OPSDDataModule, limit: int | None, traces: list[int], max_new_tokens: int) -> dict[str, Any]:
     """Summarize the lengths of prompts, including those that are too long, and of traces."""
     pairs = data.lengths.get("train", [])
-    room = None if limit is None else limit - data.max_new_tokens
+    room = None if limit is None else limit - data.longest_completion("train")
     return {
         "context": limit,
         "max_new_tokens": max_new_tokens,

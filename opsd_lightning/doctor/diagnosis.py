@@ -212,7 +212,7 @@ class _Examination:
 
     def _room(self, split: str) -> list[Room]:
         """Return the context lengths that prompts and completions of a split must fit, as in `OPSDDataModule.setup`."""
-        found = [] if self.limit is None else [Room(self.limit, self.data.max_new_tokens)]
+        found = [] if self.limit is None else [Room(self.limit, self.data.longest_completion(split))]
         for teacher in self.teachers if split == "train" else []:
             own, new = teacher.context_length(), self.module.sampling.max_new_tokens
             if (limit := own or self.limit) is not None:
@@ -253,7 +253,7 @@ class _Examination:
         examples = [rows.examples[i] for i in picked]
         reads = module.data_requirements.privileged
         teachers = [rows.teacher[i] for i in picked] if reads else []
-        roles = roles_of(prompts, examples, [rows.student[i] for i in picked], teachers)
+        roles = roles_of(prompts, examples, [rows.student[i] for i in picked], teachers, self.data.rows.get("val"))
         vocabulary = self.policy.load_config().get_text_config().vocab_size
         eos = self._eos(tokenizer)
         in_place = module.data_requirements.trace_completions

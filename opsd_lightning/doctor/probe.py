@@ -94,7 +94,7 @@ def divergence_findings(facts: Sequence[dict[str, Any]], skipped: int) -> Iterat
             yield Finding("note", "divergence", f"{text}; skip_first_tokens leaves {skipped} out")
             return
         fix = (
-            "give both prompts the same ending and the same chat_template_kwargs, or set "
+            "end both prompts alike, also with data.prompts.teacher_response_prefix, or set "
             "model.objective.init_args.skip_first_tokens to 1"
         )
         yield Finding("warning", "divergence", text, "data.prompts.teacher_template", fix)

@@ -13,7 +13,7 @@ from opsd_lightning.prompts.contexts import NoContext, PrivilegedContext
 from opsd_lightning.prompts.control_tokens import spelled, texts_in
 from opsd_lightning.prompts.template_checks import added_text, is_null_control, opens_answer, reads_date
 from opsd_lightning.prompts.templates import Prompts
-from opsd_lightning.types import ConfigError, Example
+from opsd_lightning.types import ConfigError, Example, PromptBatch
 
 _TEMPLATE = "model.policy.chat_template"
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -28,7 +28,7 @@ class Role(NamedTuple):
     """The prompts of a role.
 
     Args:
-        name: ``student`` or ``teacher``.
+        name: ``student``, ``teacher``, or ``evaluation`` for the student in validation and test.
         prompts: Token ids of one prompt per example.
         examples: Questions from which the prompts were rendered.
         kwargs: Further arguments of the chat template.
@@ -46,12 +46,24 @@ class Role(NamedTuple):
         return f"data.prompts.{self.name}_chat_template_kwargs"
 
 
-def roles_of(prompts: Prompts, examples: Sequence[Example], students: Any, teachers: Any) -> list[Role]:
-    """Return the role of the student, and of the teacher if it has prompts of its own."""
+def roles_of(
+    prompts: Prompts, examples: Sequence[Example], students: Any, teachers: Any, evaluation: PromptBatch | None
+) -> list[Role]:
+    """Return the role of the student, and those of the teacher and of the evaluation if they have prompts of their own.
+
+    Args:
+        prompts: Templates of the prompts.
+        examples: Some training questions.
+        students: Token ids of the student's prompts.
+        teachers: Token ids of the teacher's prompts. Empty if training does not read them.
+        evaluation: The validation questions with their prompts, if there are any.
+    """
     found = [Role("student", students, examples, prompts.student_chat_template_kwargs)]
     if teachers and all(teachers):
         settings = prompts.teacher_chat_template_kwargs, prompts.teacher_response_prefix
         found.append(Role("teacher", teachers, examples, *settings))
+    if evaluation is not None and prompts.evaluation_chat_template_kwargs is not None:
+        found.append(Role("evaluation", evaluation.student, evaluation.examples, prompts.evaluation_chat_template_kwargs))
     return found
 
 
@@ -201,7 +213,10 @@ def context_findings(
         text = (
             "the roles' prompts differ even without a context: the teacher trains the student, and this is no null control"
         )
-        fix = "give both roles the same chat_template_kwargs and leave data.prompts.teacher_response_prefix out"
+        fix = (
+            "leave it as the control of a run with the same prompts and a context; for a null control give both roles the "
+            "same chat_template_kwargs, and leave data.prompts.teacher_response_prefix out"
+        )
         yield Finding("warning", "template", text, "data.context", fix)
     if added := added_text(tokenizer, prompts):
         text = f"the chat template adds a text of its own to every prompt: {added[:200]!r}"
@@ -220,10 +235,13 @@ def thinking_facts(
     """Return the thinking mode of the template and of each role's prompts, and the number of traces with thinking."""
     messages = prompts.messages(_SHORT)
     on, off = (prompts.rendered(tokenizer, messages, {"enable_thinking": value}) for value in (True, False))
+    modes = {role.name: _mode(prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix) for role in roles}
     return {
         "template_can_switch": on != off,
         "template_thinks": on != off or _OPEN in str(tokenizer.chat_template),
-        "prompts": {role.name: _mode(prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix) for role in roles},
+        "prompts": modes,
+        # Qwen 3's prompt ends before a thinking block that the model opens itself, other templates open it.
+        "thinks": {name: mode == "open" or (on != off and mode == _mode(on) != "closed") for name, mode in modes.items()},
         "traces_with_thinking": sum(_OPEN in trace for trace in traces),
         "traces_with_empty_thinking": sum(bool(re.search(rf"{_OPEN}\s*{_CLOSE}", trace)) for trace in traces),
         "traces": len(traces),
@@ -268,12 +286,28 @@ def thinking_findings(
         if student == "closed":
             text += ": the teacher expects <think> where the student answers, so that the first token diverges widely"
         fix = (
-            "give both roles the same enable_thinking, or close the teacher's block with "
-            "data.prompts.teacher_response_prefix, or set model.objective.init_args.skip_first_tokens to 1"
+            "close the teacher's block with data.prompts.teacher_response_prefix, or set "
+            "model.objective.init_args.skip_first_tokens to 1"
         )
+        if facts["thinks"]["student"]:
+            fix = "set {enable_thinking: false} for the student, with data.prompts.teacher_response_prefix for the teacher"
         if skipped:
             text, fix = f"{text}; skip_first_tokens leaves {skipped} out", ""
         yield Finding("note" if skipped else "warning", "thinking", text, "data.prompts.teacher_chat_template_kwargs", fix)
+    if facts["thinks"]["student"] and "teacher" in modes:
+        text = (
+            "the student thinks in training, and others report that such students lose accuracy (siyan-zhao/OPSD#16; "
+            "arXiv 2607.05184; arXiv 2609.20612). We have not rerun these reports"
+        )
+        fix = (
+            "train without thinking, with {enable_thinking: false} if the template knows it, and validate with "
+            "data.prompts.evaluation_chat_template_kwargs; or compare with the model before training on held-out questions"
+        )
+        yield Finding("warning", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
+    if "evaluation" in modes and facts["thinks"]["evaluation"] != facts["thinks"]["student"]:
+        does = "thinks" if facts["thinks"]["evaluation"] else "does not think"
+        text = f"the student {does} in validation, other than in training: that is how checkpoints are compared"
+        yield Finding("note", "thinking", text, "data.prompts.evaluation_chat_template_kwargs")
     having, empty, total = facts["traces_with_thinking"], facts["traces_with_empty_thinking"], facts["traces"]
     if empty:
         text = f"{empty} of {total} traces ({percent(empty, total)}) hold an empty thinking block"

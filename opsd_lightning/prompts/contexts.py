@@ -122,7 +122,8 @@ class NoContext(PrivilegedContext):
 
     This is the null control, in which a fixed teacher teaches nothing, if the prompts of both roles are equal. They still
     differ with other chat template arguments for the teacher, or with ``data.prompts.teacher_response_prefix``. Then the
-    teacher trains the student, and a warning says so before training.
+    teacher trains the student, and a warning says so before training: this is the control of a run in which the teacher
+    thinks, the student does not, and the teacher also reads a context (arXiv 2609.20612).
     """
 
     needs_traces = False

@@ -39,10 +39,7 @@ _OPPOSITE |= {other: word for word, other in _OPPOSITE.items()}
 class _Role(NamedTuple):
     name: Role
     kwargs: dict[str, Any]
-
-    @property
-    def setting(self) -> str:
-        return f"data.prompts.{self.name}_chat_template_kwargs"
+    setting: str
 
     def messages(self, prompts: Prompts, question: str = _QUESTION, context: str = _CONTEXT) -> list[dict[str, Any]]:
         """Return the messages of this role's prompt for a question."""
@@ -57,10 +54,15 @@ def rendering_problems(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, tea
         prompts: Templates of the prompts.
         teacher: If True, check the teacher's prompts too.
     """
-    names: list[Role] = ["student", "teacher"] if teacher else ["student"]
+    roles = [_Role("student", prompts.student_chat_template_kwargs, "data.prompts.student_chat_template_kwargs")]
+    if prompts.evaluation_chat_template_kwargs is not None:
+        setting = "data.prompts.evaluation_chat_template_kwargs"
+        roles.append(_Role("student", prompts.evaluation_chat_template_kwargs, setting))
+    if teacher:
+        roles.append(_Role("teacher", prompts.teacher_chat_template_kwargs, "data.prompts.teacher_chat_template_kwargs"))
     found: dict[str, ConfigError] = {}
-    for name in names:
-        for problem in _role_problems(tokenizer, prompts, _Role(name, prompts.kwargs(name))):
+    for role in roles:
+        for problem in _role_problems(tokenizer, prompts, role):
             found.setdefault(str(problem), problem)
     return list(found.values())
 
@@ -250,7 +252,8 @@ def added_text(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, tools: bool
         bare = prompts.rendered(tokenizer, messages, kwargs) if tools else ""
     except ConfigError:
         return ""
-    text = text.partition(_SHORT.question)[0].replace(prompts.system or "\0", "\n")
+    content = str(messages[-1]["content"]).strip()  # with the wording of data.prompts; templates may strip it too
+    text = text.partition(content if content in text else _SHORT.question)[0].replace(prompts.system or "\0", "\n")
     lines = [line for piece in without_control_tokens(tokenizer, text) for line in piece.splitlines() if line not in bare]
     # Of a line with the tool, take the words before its JSON or its name. Lines of few words are roles and headings.
     words = [re.split(r"[\[{<]|quokka", line)[0].strip() if "quokka" in line else line.strip() for line in lines]

@@ -6,8 +6,8 @@ import datetime
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 import regex
 
@@ -139,6 +139,9 @@ class Prompts:
         student_chat_template_kwargs: Further arguments of the chat template for the student, such as
             ``{enable_thinking: false}``.
         teacher_chat_template_kwargs: Further arguments of the chat template for the teacher.
+        evaluation_chat_template_kwargs: Further arguments of the chat template for the student in validation, test and
+            predict, such as ``{enable_thinking: true}`` for a student that trains without thinking. Defaults to
+            ``student_chat_template_kwargs``.
         teacher_response_prefix: Text behind the teacher's generation prompt. An empty thinking block, for example, makes a
             thinking teacher score the completions of a student that does not think.
         max_trace_tokens: Longest context of the teacher, in tokens. Longer contexts are cut, counted and reported; the
@@ -169,6 +172,7 @@ class Prompts:
     max_trace_tokens: PositiveInt | None = None
     date: str = "2024-07-26"
     context_position: ContextPosition = "user"
+    evaluation_chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -209,6 +213,16 @@ class Prompts:
     def kwargs(self, role: Role) -> dict[str, Any]:
         """Return the further arguments of the chat template for a role."""
         return self.student_chat_template_kwargs if role == "student" else self.teacher_chat_template_kwargs
+
+    def of_split(self, split: str) -> Self:
+        """Return the prompts of a split of the data, in which the student's arguments of the chat template are those of it.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+        """
+        evaluation = None if split == "train" else self.evaluation_chat_template_kwargs
+        student = self.student_chat_template_kwargs if evaluation is None else evaluation
+        return replace(self, student_chat_template_kwargs=student, evaluation_chat_template_kwargs=None)
 
     @property
     def day(self) -> datetime.date:

@@ -139,16 +139,47 @@ INVALID = {
 }
 
 
+def attached(module: OPSDDataModule, needs: DataRequirements) -> OPSDDataModule:
+    """Return a data module with a trainer and a method that has these requirements."""
+
+    class Method(LightningModule):
+        data_requirements = needs
+
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.trainer.strategy.connect(Method())
+    return module
+
+
+def test_evaluation_prompts_have_their_own_chat_template_settings(data: Callable[..., OPSDDataModule]) -> None:
+    off, on = {"enable_thinking": False}, {"enable_thinking": True}
+    prompts = Prompts("{question}", "{question} {context}", None, off, off, evaluation_chat_template_kwargs=on)
+    held_out = Example("2+2?", "The answer is 4.", "4")
+    module = data(GOOD, val=Listed(held_out), test=Listed(held_out), prompts=prompts)
+    module.setup("fit")
+    module.setup("test")
+    ends = {split: module.policy.load_tokenizer().decode(rows.student[0])[-16:] for split, rows in module.rows.items()}
+    assert ends["train"].endswith("<think></think>") and "think" not in ends["val"] + ends["test"]
+
+
+def test_long_completions_of_an_evaluation_drop_no_training_question(data: Callable[..., OPSDDataModule]) -> None:
+    """The context has 512 tokens."""
+    val = Listed(Example("2+2?", "", "4"), Example("2+2" + "?" * 50, "", "4"))
+    for sampled in (16, 480):
+        module = attached(data(GOOD, max_new_tokens=480, val=val), DataRequirements(max_new_tokens=sampled))
+        if sampled == 480:
+            with pytest.raises(ConfigError, match=r"^data\.train: "):
+                module.setup("fit")
+        else:
+            module.setup("fit")
+            assert len(module.rows["train"].examples) == 1
+        assert module.dropped["val"] == {DropReason.PROMPT_TOO_LONG: 1}
+
+
 def test_held_out_questions_are_left_out_without_traces_too(data: Callable[..., OPSDDataModule]) -> None:
     """As GRPO trains on, and contexts of the model's own completions."""
 
-    class Method(LightningModule):
-        data_requirements = DataRequirements(teacher_prompts=False)
-
     module = data(Example("1+1?", "", "2"), Example("2+2?", "", "4"), val=Listed(Example("2+2?", "", "4")))
-    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    module.trainer.strategy.connect(Method())
-    module.setup("fit")
+    attached(module, DataRequirements(teacher_prompts=False)).setup("fit")
     assert [e.question for e in module.rows["train"].examples] == ["1+1?"]
     assert module.dropped["train"] == {DropReason.HELD_OUT: 1}
 

@@ -138,6 +138,7 @@ PROMPTS: dict[str, Any] = {
     "system": "You are a tutor.",
     "student_chat_template_kwargs": {"enable_thinking": False},
     "teacher_chat_template_kwargs": {"enable_thinking": False},
+    "evaluation_chat_template_kwargs": {"enable_thinking": False},
     "teacher_response_prefix": "<think></think>",
     "max_trace_tokens": 7,
     "date": "2025-01-01",

@@ -21,7 +21,7 @@ CUT, SHORTER = "data.prompts.max_trace_tokens", "model.sampling.max_new_tokens"
 
 def advice(pairs: list[tuple[int, int]], *rooms: Room, reason: DropReason = DropReason.PROMPT_TOO_LONG) -> Finding | None:
     data: Any = SimpleNamespace(
-        lengths={"train": pairs}, dropped={"train": Counter({reason: len(pairs)})}, max_new_tokens=NEW
+        lengths={"train": pairs}, dropped={"train": Counter({reason: len(pairs)})}, longest_completion=lambda split: NEW
     )
     found = list(length_findings(data, {"train": rooms}, OVERHEAD, [], Sampling(NEW), DivergenceObjective(), True))
     assert len(found) <= 1

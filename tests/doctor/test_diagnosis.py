@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, DynamicCache
 
 from helpers.commands import MISTAKES, folder
 from helpers.files import write_jsonl
-from helpers.models import ARCHITECTURES, CHAT_TEMPLATE, make_model, make_tokenizer
+from helpers.models import ARCHITECTURES, CHAT_TEMPLATE, PLAIN, make_model, make_tokenizer
 from opsd_lightning.__main__ import entry
 from opsd_lightning.doctor import diagnosis, probe, trial
 from opsd_lightning.doctor.command import main
@@ -62,11 +62,17 @@ def make_rows(count: int = 12, **changes: Callable[[int], str]) -> list[dict[str
 def base(folders: dict[str, str], tmp_path: Path) -> list[str]:
     """Arguments of a tiny run in which nothing is wrong."""
     write_jsonl(tmp_path / "rows.jsonl", make_rows())
+    (tmp_path / "plain.jinja").write_text(PLAIN)  # a student that thinks is a finding
     columns = {"answer": "gold"}
     splits = {"train": "train[4:]", "val": "train[:2]", "test": "train[2:4]"}
     config = {
         "model": {
-            "policy": {"model": folders["llama"], "dtype": "float32", "lora": {"r": 4, "alpha": 8.0}},
+            "policy": {
+                "model": folders["llama"],
+                "dtype": "float32",
+                "lora": {"r": 4, "alpha": 8.0},
+                "chat_template": str(tmp_path / "plain.jinja"),
+            },
             "sampling": {"max_new_tokens": 24},
             "eval_sampling": {"max_new_tokens": 24},
         },
@@ -235,7 +241,8 @@ _REFUSED = [
 def test_errors_of_fit_are_found(mistake: str, doctor: Doctor, folders: dict[str, str], tmp_path: Path) -> None:
     """With one clear line each, and without the model's weights."""
     (tmp_path / "there").mkdir()
-    found = doctor("--no-model", *MISTAKES[mistake].arguments(tmp_path / "there", folders))
+    own = ["--model.policy.chat_template=null"]  # the models' own, which one of them lacks
+    found = doctor("--no-model", *own, *MISTAKES[mistake].arguments(tmp_path / "there", folders))
     errors = lines(found, "error")
     said = [f"{each['setting']}: {each['text']}. {each['fix']}" for each in found["findings"]]
     assert any(all(word in " ".join(line.split()) for word in MISTAKES[mistake].words) for line in [*errors, *said]), errors
@@ -270,6 +277,11 @@ def template(tmp_path: Path, text: str) -> list[str]:
     return [f"--model.policy.chat_template={path}"]
 
 
+def thinking(tmp_path: Path) -> list[str]:
+    """A template in which the model thinks unless ``enable_thinking`` is false."""
+    return template(tmp_path, CHAT_TEMPLATE)
+
+
 def doubled_bos(tmp_path: Path) -> list[str]:
     path = folder(tmp_path, bos_token="<|end|>")
     return [f"--model.policy.model={path}", *template(tmp_path, "{{ '<|end|><|end|>' }}" + CHAT_TEMPLATE)]
@@ -295,7 +307,6 @@ def more_tokens(tmp_path: Path) -> list[str]:
 
 
 OFF = "={enable_thinking: false}"
-PLAIN = CHAT_TEMPLATE[: CHAT_TEMPLATE.index("{% if enable_thinking")] + "{% endif %}"
 SILENT = CHAT_TEMPLATE[: CHAT_TEMPLATE.index("{% if add_generation_prompt")]
 STUDENT, TEACHER = "--data.prompts.student_chat_template_kwargs", "--data.prompts.teacher_chat_template_kwargs"
 
@@ -385,22 +396,33 @@ DEFECTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         [r"error template: .*student's.*107.*\b107\b.*\[model\.policy\.model\]"],
     ),
     "one thinks": (
-        lambda p: [STUDENT + OFF],
+        lambda p: [*thinking(p), STUDENT + OFF],
         [
             r"warning thinking: .*student.*closed.*teacher.*"
             r"\[data\.prompts\.teacher_chat_template_kwargs\] .*teacher_response_prefix.*skip_first_tokens"
         ],
     ),
     "one thinks, its first token skipped": (
-        lambda p: [STUDENT + OFF, "--model.objective.skip_first_tokens=1"],
+        lambda p: [*thinking(p), STUDENT + OFF, "--model.objective.skip_first_tokens=1"],
         [r"note thinking: .*skip_first_tokens.*1"],
     ),
+    "the student thinks": (
+        lambda p: [*thinking(p), TEACHER + OFF],
+        [
+            r"warning thinking: .*student.*before.*teacher.*closed",
+            r"warning thinking: the student thinks.*\[data\.prompts\.student_chat_template_kwargs\] .*evaluation_chat_template_kwargs",
+        ],
+    ),
+    "validation thinks": (
+        lambda p: [*thinking(p), STUDENT + OFF, TEACHER + OFF, "--data.prompts.evaluation_chat_template_kwargs={enable_thinking: true}"],
+        [r"note thinking: .*\[data\.prompts\.evaluation_chat_template_kwargs\]"],
+    ),
     "thinking closed twice": (
-        lambda p: [STUDENT + OFF, TEACHER + OFF, "--data.prompts.teacher_response_prefix=<think></think>"],
+        lambda p: [*thinking(p), STUDENT + OFF, TEACHER + OFF, "--data.prompts.teacher_response_prefix=<think></think>"],
         [r"error thinking: .*teacher's.*\[data\.prompts\.teacher_response_prefix\]"],
     ),
     "thinking traces behind closed thinking": (
-        lambda p: ["--model=SFTModule", STUDENT + OFF, *data(p, make_rows(solution=lambda n: f"<think>Hm</think>The answer is {n + 1}.", problem=lambda n: f"{n}, 1?"))],
+        lambda p: ["--model=SFTModule", *thinking(p), STUDENT + OFF, *data(p, make_rows(solution=lambda n: f"<think>Hm</think>The answer is {n + 1}.", problem=lambda n: f"{n}, 1?"))],
         [r"error data: .*closed.*trace.* \[data\.prompts\.student_chat"],
     ),
     "prompts of mathematics for another task": (

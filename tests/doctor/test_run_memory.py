@@ -90,6 +90,21 @@ def test_benchmarks_fit_the_cards_of_the_recipes(recipe: str, evaluation: Path, 
     assert rows * row > 10 * estimator.device.total, "all rows at once would not fit"
 
 
+@pytest.mark.parametrize("recipe", [*RECIPES, "qwen3_1.7b_lora_vllm"])
+def test_thinking_validation_fits_the_cards_of_the_recipes(recipe: str, estimate: Estimate) -> None:
+    """With few completions at one time."""
+    thinking = ROOT / "configs" / "presets" / "validate_thinking.yaml"
+    estimator, step = estimate(recipe, f"--config={thinking}")
+    assert (step.eval_completion, step.eval_rows) == (38912, 64) and step.completion == 1024
+    assert estimator.parts(step)["total"] < estimator.device.available
+    assert not list(memory_findings(estimator.least(step), estimator.device, "card"))
+    if recipe in RECIPES:  # the numbers of docs/reproducing.md
+        asked = step._replace(rows=step.eval_rows, completion=step.eval_completion)
+        larger = dataclasses.replace(estimator, device=DeviceMemory.card(80))
+        found = estimator.rows_at_once(asked), larger.rows_at_once(asked)
+        assert found == (1, {"1.7b": 13, "4b": 9, "8b": 8}[recipe.split("_")[1]])
+
+
 def test_vllm_in_this_process_fits_the_card_of_its_recipe(estimate: Estimate) -> None:
     """Its share of the card counts while it samples, or always where it does not sleep."""
     estimator, step = estimate("qwen3_1.7b_lora_vllm")

@@ -33,6 +33,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
 )
+#: The same without a switch for thinking.
+PLAIN = CHAT_TEMPLATE[: CHAT_TEMPLATE.index("{% if enable_thinking")] + "{% endif %}"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

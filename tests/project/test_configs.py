@@ -134,7 +134,8 @@ def pairs(recipes: Sequence[Path], overlays: Sequence[Any]) -> list[Any]:
 OVERLAID = [path for path in RECIPES if path not in LARGER]
 OTHERS = {"grpo": "GRPOModule", "sft": "SFTModule"}
 METHODS = [path for path in PRESETS if path.stem in ("paper_v1", "released_v3")]
-MACHINES = [path for path in PRESETS if path not in METHODS and path.stem not in (*OTHERS, "full_finetuning")]
+THINKING = CONFIGS / "presets" / "validate_thinking.yaml"
+MACHINES = [path for path in PRESETS if path not in (*METHODS, THINKING) and path.stem not in (*OTHERS, "full_finetuning")]
 CHANGES = {  # what every other preset is for, by the setting's path
     "ddp": ("trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy"),
     "vllm": ("model.rollouts.class_path", "opsd_lightning.VLLMServerEngine"),
@@ -248,6 +249,35 @@ def test_evaluations_overlay_recipes(recipe: Path, evaluation: Path, monkeypatch
     where = (test["path"], test["name"], test["split"], *(test["columns"][c] for c in ("question", "trace", "answer")))
     assert where == SETS[evaluation.stem][0]
     assert (grader["init_args"]["answer_pattern"] is None) == (evaluation.stem != "gsm8k")
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if "qwen3" in path.stem], ids=lambda path: path.stem)
+def test_thinking_validation_is_the_papers_protocol_with_fewer_samples(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And changes nothing of training."""
+    own = parsed(["fit", f"--config={recipe}"], monkeypatch)
+    config = parsed(["fit", f"--config={recipe}", f"--config={THINKING}"], monkeypatch)
+    protocol = yaml.safe_load(EVALUATIONS[0].read_text())
+    samples = own["model"]["eval_sampling"]["n"]  # in the name of the metric that selects the checkpoint
+    assert config["model"]["eval_sampling"] == protocol["model"]["eval_sampling"] | {"n": samples}
+    thinking = protocol["data"]["prompts"]["student_chat_template_kwargs"]
+    assert config["data"]["prompts"] == own["data"]["prompts"] | {"evaluation_chat_template_kwargs": thinking}
+    same = {"eval_sampling": 0, "prompts": 0}
+    assert config["model"] | same == own["model"] | same and config["trainer"] == own["trainer"]
+    same = {"max_new_tokens": 0, "prompts": 0}
+    assert config["data"] | same == own["data"] | same
+
+
+def test_thinking_validation_trains_without_thinking(
+    shrunk: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, *settings = shrunk(CONFIGS / "qwen3_1.7b_qlora.yaml")
+    cli = main(["fit", recipe, f"--config={THINKING}", *settings])
+    tokenizer = cli.model.tokenizer
+    train, val = (tokenizer.decode(cli.datamodule.rows[split].student[0]) for split in ("train", "val"))
+    assert train.endswith("<think></think>") and "<think>" not in val
+    assert "val/avg@4" in cli.trainer.callback_metrics
 
 
 # Where the set is, its split and the columns that are read; and rows with all columns that it is documented to have, a

@@ -37,6 +37,8 @@ pytestmark = [
     pytest.mark.integration,
     # The commands share one run, whose data other pages change.
     pytest.mark.filterwarnings("ignore:ckpt_path. "),
+    # The control of a teacher that thinks and reads nothing else than the student (docs/reproducing.md).
+    pytest.mark.filterwarnings("ignore:data.context is NoContext"),
 ]
 
 

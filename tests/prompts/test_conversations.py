@@ -329,6 +329,8 @@ def test_texts_that_a_template_adds_are_found() -> None:
     assert "Alibaba" in added_text(tokenizer_for("qwen2_5"), Prompts())
     assert added_text(tokenizer_for("qwen2_5"), Prompts(system="Be brief, and say no more than that.")) == ""
     assert added_text(tokenizer_for("qwen3"), Prompts()) == ""
+    wording = "First give a short calculation, and then the answer.\n{question}"
+    assert added_text(tokenizer_for("qwen3"), Prompts(wording)) == ""
     assert "function" in added_text(tokenizer_for("qwen3"), Prompts(), tools=True)
     harmony = added_text(tokenizer_for("gptoss"), Prompts(), tools=True)
     assert "commentary" in harmony and "quokka" not in harmony

@@ -20,7 +20,7 @@ from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Example
 
 TEMPLATE, SYSTEM = "model.policy.chat_template", "data.prompts.system"
-STUDENT, TEACHER = (f"data.prompts.{role}_chat_template_kwargs" for role in ("student", "teacher"))
+STUDENT, TEACHER, EVALUATION = (f"data.prompts.{role}_chat_template_kwargs" for role in ("student", "teacher", "evaluation"))
 GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TURN = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + CONTENT + '<|im_end|>' }}{% endfor %}" + GENERATION
 
@@ -158,6 +158,7 @@ def test_numbers_for_truth_values_are_refused_where_the_template_tests_identity(
 )
 def test_arguments_that_no_template_reads_are_refused(kwargs: dict[str, Any]) -> None:
     assert found(CHAT_TEMPLATE, student_chat_template_kwargs=kwargs) == [STUDENT]
+    assert found(CHAT_TEMPLATE, evaluation_chat_template_kwargs=kwargs) == [EVALUATION]
 
 
 EFFORT = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from helpers.classes import subclasses
@@ -110,6 +112,19 @@ def test_chat_template_settings_per_role_and_response_prefix() -> None:
     assert Prompts().teacher(TOKENIZER, EXAMPLES[0], "ref")[-2:] != think
     for prompt in (student, teacher):
         assert TOKENIZER.decode(prompt).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_evaluation_has_its_own_chat_template_settings() -> None:
+    off, on = {"enable_thinking": False}, {"enable_thinking": True}
+    prompts = Prompts(student_chat_template_kwargs=off, teacher_chat_template_kwargs=off, evaluation_chat_template_kwargs=on)
+    rendered = {split: prompts.of_split(split).student(TOKENIZER, EXAMPLES[0]) for split in ("train", "val", "test")}
+    closed = TOKENIZER.convert_tokens_to_ids(["<think>", "</think>"])
+    assert rendered["train"] == prompts.student(TOKENIZER, EXAMPLES[0]) == [*rendered["val"], *closed]
+    assert rendered["val"] == rendered["test"]
+    assert prompts.of_split("val").kwargs("teacher") == off
+    assert Prompts(student_chat_template_kwargs=off).of_split("val").student_chat_template_kwargs == off
+    assert Prompts(student_chat_template_kwargs=off, evaluation_chat_template_kwargs={}).of_split("val") == Prompts()
+    assert prompts.of_split("train") == replace(prompts, evaluation_chat_template_kwargs=None)  # one key of cached rows
 
 
 def test_special_tokens_come_from_the_template_alone() -> None:
