@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
         PositionDivergence as PositionDivergence,
         TraceOverlap as TraceOverlap,
     )
+    from opsd_lightning.callbacks.kept_skills import KeptSkills as KeptSkills
     from opsd_lightning.callbacks.progress import ProgressLines as ProgressLines
     from opsd_lightning.callbacks.rollouts import RolloutTable as RolloutTable, RolloutWriter as RolloutWriter
     from opsd_lightning.data.datamodule import OPSDDataModule as OPSDDataModule
@@ -51,6 +52,16 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.doctor.diagnosis import diagnose as diagnose
     from opsd_lightning.doctor.findings import Diagnosis as Diagnosis, Finding as Finding
     from opsd_lightning.evaluation.accuracy import AccuracyAtK as AccuracyAtK
+    from opsd_lightning.evaluation.skill_sets import (
+        BaseDivergence as BaseDivergence,
+        ChoicesByLikelihood as ChoicesByLikelihood,
+        GradedCompletions as GradedCompletions,
+    )
+    from opsd_lightning.evaluation.skills import (
+        ItemScore as ItemScore,
+        SkillResult as SkillResult,
+        SkillSet as SkillSet,
+    )
     from opsd_lightning.grading.base import Grade as Grade, Grader as Grader
     from opsd_lightning.grading.choice_grader import ChoiceGrader as ChoiceGrader
     from opsd_lightning.grading.exact_match import ExactMatch as ExactMatch
@@ -159,6 +170,7 @@ _NAMES = {
     "callbacks.health": "Health",
     "callbacks.health_metrics": "ClassDivergence CorrectnessGap Distinct MeanLength PhraseRate PositionDivergence "
     "TraceOverlap",
+    "callbacks.kept_skills": "KeptSkills",
     "callbacks.progress": "ProgressLines",
     "callbacks.rollouts": "RolloutTable RolloutWriter",
     "data.datamodule": "OPSDDataModule",
@@ -169,6 +181,8 @@ _NAMES = {
     "doctor.diagnosis": "diagnose",
     "doctor.findings": "Diagnosis Finding",
     "evaluation.accuracy": "AccuracyAtK",
+    "evaluation.skill_sets": "BaseDivergence ChoicesByLikelihood GradedCompletions",
+    "evaluation.skills": "ItemScore SkillResult SkillSet",
     "grading.base": "Grade Grader",
     "grading.choice_grader": "ChoiceGrader",
     "grading.exact_match": "ExactMatch",

@@ -161,7 +161,8 @@ class RolloutWriter(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         if trainer.is_global_zero:
-            print_metrics({name.removeprefix("test/"): value for name, value in values.items()})
+            shown = {name.removeprefix("test/"): value for name, value in values.items()}
+            print_metrics({name: value for name, value in shown.items() if not name.startswith("skills/")})
         self._end(trainer, pl_module, values)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

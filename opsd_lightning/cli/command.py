@@ -17,11 +17,13 @@ import opsd_lightning.callbacks.baseline
 import opsd_lightning.callbacks.collapse_guard
 import opsd_lightning.callbacks.export
 import opsd_lightning.callbacks.health
+import opsd_lightning.callbacks.kept_skills
 import opsd_lightning.callbacks.progress
 import opsd_lightning.callbacks.rollouts
 import opsd_lightning.data.sources
 import opsd_lightning.data.task_sources
 import opsd_lightning.distributed.fsdp2
+import opsd_lightning.evaluation.skill_sets
 import opsd_lightning.grading.choice_grader
 import opsd_lightning.grading.exact_match
 import opsd_lightning.grading.json_grader

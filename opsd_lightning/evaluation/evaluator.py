@@ -258,6 +258,10 @@ class EvaluatedModule(LightningModule):
                 ]
                 tokens.append(max(map(len, prompts)) + sampling.max_new_tokens)
                 rows.append((data.batch_size if split == "train" else data.eval_batch_size) * sampling.n)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            for demand in callback.demand(stage) if hasattr(callback, "demand") else ():
+                tokens.append(demand.tokens)
+                rows.append(demand.rows)
         return Demand(max(tokens), max(rows)) if tokens else None
 
     def logged_names(self) -> set[str]:

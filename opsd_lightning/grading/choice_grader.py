@@ -105,6 +105,15 @@ class ChoiceGrader(Grader):
             return example.answer
         return self._right(self._reader(example), example) or ""
 
+    def choices(self, example: Example) -> tuple[dict[str, str], str | None]:
+        """Return the options of a question by label, and the label of the right one. None if it has no reference.
+
+        Raises:
+            ConfigError: The options or the reference cannot be read.
+        """
+        reader = self._reader(example)
+        return dict(reader.options), self._right(reader, example)
+
     def _reader(self, example: Example) -> ChoiceReader:
         setting = f"{SETTING}options"
         value = example.question if self.options is None else column_of(example, self.options, setting)

@@ -189,6 +189,8 @@ def monitor_problem(callback: Any, trainer: Trainer, module: EvaluatedModule, va
         text = f"{name} monitors {monitor}, which nothing in this run logs"
         return ConfigError(text, "trainer.callbacks.monitor", _similar_metrics(monitor, names))
     mode, direction = getattr(callback, "mode", None), better(monitor)
+    for other in trainer.callbacks if direction is None else ():  # type: ignore[attr-defined]
+        direction = direction or (other.better(monitor) if hasattr(other, "better") else None)
     if mode in ("min", "max") and direction is not None and mode != direction:
         effect = "keep and export the worst checkpoint" if isinstance(callback, ModelCheckpoint) else "prefer worse values"
         order = "higher" if direction == "max" else "lower"

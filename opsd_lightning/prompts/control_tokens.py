@@ -181,15 +181,15 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     own = {tokenizer.convert_tokens_to_ids(token) for token in spelled(tokenizer, text)}
     backend = _without_added_tokens(tokenizer)
     if backend is not None:
-        ids = _behind_a_break(lambda piece: list(backend.encode(piece).ids), text)
+        ids = behind_a_break(lambda piece: list(backend.encode(piece).ids), text)
         if own.isdisjoint(ids):
             return ids
     # The base vocabulary has the token too. Single characters are never control tokens.
     encode_piece = lambda piece: list(tokenizer.encode(piece, add_special_tokens=False))  # noqa: E731
-    return [token for character in text for token in _behind_a_break(encode_piece, character)]
+    return [token for character in text for token in behind_a_break(encode_piece, character)]
 
 
-def _behind_a_break(encode_piece: Callable[[str], list[int]], text: str) -> list[int]:
+def behind_a_break(encode_piece: Callable[[str], list[int]], text: str) -> list[int]:
     """Encode a text behind a line break, because some tokenizers add a space at the beginning of a text."""
     start, ids = encode_piece("\n"), encode_piece("\n" + text)
     return ids[len(start) :] if ids[: len(start)] == start else encode_piece(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import fmean, stdev
 
 _Z = 1.96
@@ -28,3 +29,33 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
     """
     center, half = share + _Z**2 / (2 * n), _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
     return max(0.0, (center - half) / (1 + _Z**2 / n)), min(1.0, (center + half) / (1 + _Z**2 / n))
+
+
+def ratio_and_error(totals: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Return sum(totals) / sum(weights) and its standard error over independent items.
+
+    With weights of 1 these are the mean and its standard error. Otherwise the error is that of a ratio of two means
+    (linearized), as for a mean over tokens whose independent items are completions.
+
+    Args:
+        totals: Total of each item.
+        weights: Weight of each item, such as its number of tokens. Their sum is above 0.
+    """
+    count, size = len(totals), sum(weights)
+    ratio = sum(totals) / size
+    squares = sum((total - ratio * weight) ** 2 for total, weight in zip(totals, weights, strict=True))
+    return ratio, math.sqrt(count / max(count - 1, 1) * squares) / size
+
+
+def paired_change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Return the mean change of paired scores from 0 to 1, and the half-width of its 95 % interval.
+
+    The interval is computed as if half an item more had gained a point and half an item more had lost one, each of weight
+    one half in both directions, so that it does not vanish if no score changes. For right and wrong answers it is the
+    interval of A. Agresti and Y. Min, "Simple improved confidence intervals for comparing matched proportions", 2005, around
+    the observed change.
+    """
+    changes = [late - early for early, late in zip(before, after, strict=True)]
+    size, total = len(changes) + 2, sum(changes)
+    variance = (sum(change * change for change in changes) + 1) / size - (total / size) ** 2
+    return fmean(changes), _Z * math.sqrt(variance / size)

@@ -39,7 +39,9 @@ from helpers.distributed import (
 from helpers.messages import mentions
 from helpers.models import EOS
 from helpers.processes import on_ranks
+from helpers.skills import records, skill_sets
 from opsd_lightning.callbacks.export import AdapterExport
+from opsd_lightning.callbacks.kept_skills import KeptSkills
 from opsd_lightning.callbacks.rollouts import RolloutWriter
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.distributed.checks import check_strategy
@@ -471,3 +473,31 @@ def test_bitsandbytes_optimizers_are_refused_under_sharding(make_policy: Callabl
             run(make_policy(quantization=BitsAndBytesConfig(load_in_8bit=True)), tmp_path, 2, fsdp2)
 
     on_ranks(work, tmp_path)
+
+
+@both
+@pytest.mark.parametrize("items", [1, 5])
+def test_kept_skills_of_two_ranks_are_those_of_one(
+    strategy: str, items: int, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Items are divided over the ranks, and sharded ranks make the same passes."""
+
+    keep = ModelCheckpoint(tmp_path / "saved", filename="run", every_n_train_steps=2)
+    trainer(tmp_path, keep, max_steps=2).fit(*parts(make_policy(), 8))
+
+    def measured(folder: Path, **chosen: Any) -> dict[str, Any]:
+        skills = KeptSkills(skill_sets(items))
+        run = trainer(folder, skills, **chosen)
+        run.test(*parts(make_policy(), 8), ckpt_path=tmp_path / "saved" / "run.ckpt", weights_only=True, verbose=False)
+        return {f"{name} {role}": result for role in ("base", "run") for name, result in vars(skills)[f"of_{role}"].items()}
+
+    alone = measured(tmp_path / "one")
+    both_ranks = on_ranks(lambda rank: measured(tmp_path / "two", devices=2, strategy=STRATEGIES[strategy]()), tmp_path)
+    assert len(records(tmp_path / "two" / "skills_test.jsonl")) == 5 * items
+    assert alone["drift run"].value > 1e-5
+    for found in both_ranks:
+        assert found.keys() == alone.keys()
+        for name, result in found.items():
+            assert [item.weight for item in result.items] == [item.weight for item in alone[name].items], name
+            scores = [[item.score for item in each.items] for each in (result, alone[name])]
+            assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-7), name
