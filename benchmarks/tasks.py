@@ -77,7 +77,7 @@ class Runs:
 
     def train(self, seed: int) -> None:
         """Train, and grade the weights after the last step."""
-        from benchmarks.real_model import read_log
+        from benchmarks.real_model.runs import read_log
         from opsd_lightning.quickstart import run, say
 
         done = self.results / f"{self.task}-seed{seed}.json"
@@ -105,7 +105,7 @@ class Runs:
 
     def _write(self, path: Path, result: dict[str, Any]) -> None:
         from benchmarks.learning.run import write
-        from benchmarks.real_model import made_with
+        from benchmarks.real_model.runs import made_with
 
         path.parent.mkdir(parents=True, exist_ok=True)
         write(
@@ -123,7 +123,7 @@ def verdicts(folder: Path, role: str) -> str:
 
 
 def digest_of(folder: Path) -> str:
-    from benchmarks.real_model import digest
+    from benchmarks.real_model.runs import digest
 
     return digest(folder / "test.jsonl")
 

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.messages import mentions
 from helpers.models import EOS, SECOND_EOS
 from helpers.paths import ROOT
 from opsd_lightning.data.sources import WordProblems
@@ -45,7 +44,7 @@ def test_quickstart_trains_and_writes_its_report(
     records = [json.loads(line) for line in (tmp_path / "after" / "test.jsonl").read_text().splitlines()]
     assert len(records) == 8
     assert [r["question"] for r in records] == [e.question for e in WordProblems(8, 3, 10).examples()]
-    template = "First give a short calculation, then end with 'so the answer is N.'\n{}"
+    template = "First give a short calculation, then end with 'so the answer is' and the number.\n{}"
     for record in records:
         turns = [
             {"role": "system", "content": "You solve word problems."},
@@ -69,83 +68,6 @@ def test_task_without_answers_reports_likelihoods(
     before, after = ([float(value) for value in re.findall(r"\d+\.\d+", row)] for row in rows)
     assert before != after and len(before) == len(after) == 2 and all(value > 0 for value in (*before, *after)), rows
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_comparison_of_methods_writes_a_table(
-    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """benchmarks/real_model.py: every method trains, a finished run is not made again, an interrupted one goes on."""
-    monkeypatch.chdir(ROOT)
-    from benchmarks import real_model
-
-    short = tmp_path / "short.yaml"
-    short.write_text(
-        (ROOT / real_model.CONFIG)
-        .read_text()
-        .replace("max_new_tokens: 40", "max_new_tokens: 6")
-        .replace("size: 64", "size: 4")
-    )
-    monkeypatch.setattr(real_model, "CONFIG", str(short))
-    asked = ["--model", folders["llama"], "--output", str(tmp_path), "--seeds", "1", "--questions", "6"]
-    real_model.main([*asked, "--steps", "3", "--methods", "opsd", "sft", "grpo"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["before", "teacher, before", "opsd", "sft", "grpo"]
-    result = json.loads((tmp_path / "grpo-seed0" / "result.json").read_text())
-    assert lines[0].split("|")[-2].startswith(" validation, at ") and lines[-2].split("|")[-2].strip() == "-"
-    assert result["training_seconds"] >= 0 and "%" in lines[-1].split("|")[-2]
-    assert 0 < result["tokens_generated"] <= 3 * 3 * 8 * 6 and result["made_with"]["model_sha256"]
-    assert json.loads((tmp_path / "sft-seed0" / "result.json").read_text())["tokens_generated"] == 0
-    ran: list[list[str]] = []
-    monkeypatch.setattr("opsd_lightning.quickstart.run", lambda args: ran.append(args))
-    real_model.main([*asked, "--steps", "3", "--methods", "opsd"])
-    assert not ran
-    for other in (["--steps", "4"], ["--questions", "5"], ["--model", folders["qwen3"]]):
-        with pytest.raises(SystemExit, match=mentions(other[0][2:], "--output")):
-            real_model.main([*asked, "--steps", "3", "--methods", "opsd", *other])
-    (tmp_path / "settings.json").unlink()  # older folders have none
-    with pytest.raises(SystemExit, match=r"(?s)grpo-seed0.result\.json.*\b3\b.*\b4\b"):
-        real_model.main([*asked, "--steps", "4"])
-    assert not ran
-    (tmp_path / "opsd-seed0" / "result.json").unlink()
-    real_model.main([*asked, "--steps", "3", "--methods", "opsd"])
-    assert f"--ckpt_path={tmp_path / 'opsd-seed0' / 'last.ckpt'}" in ran[0]
-
-
-@pytest.mark.parametrize(("steps", "every"), [(10, 2), (12, 3), (7, 1)])
-def test_the_last_step_of_a_comparison_is_saved(
-    steps: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks import real_model
-
-    class Stop(Exception):
-        pass
-
-    def stop(args: list[str]) -> None:
-        assert f"--trainer.callbacks.every_n_train_steps={every}" in args and f"--trainer.max_steps={steps}" in args
-        raise Stop
-
-    monkeypatch.setattr("opsd_lightning.quickstart.run", stop)
-    with pytest.raises(Stop):
-        real_model.once("opsd", "a-model", tmp_path, 0, steps, 6)
-
-
-def test_an_interrupted_comparison_counts_every_step_once(tmp_path: Path) -> None:
-    from benchmarks import real_model
-
-    heading = "step,time/rollout_seconds,train/loss,train/tokens_generated,val/avg@1\n"
-    logs = {  # stopped after the fifth step, taken up again after the third: made-up numbers
-        "version_0": "0,,,,0.1\n0,2,1,10,\n1,2,1,20,\n2,2,1,30,\n2,,,,0.2\n3,2,1,40,\n4,2,1,50,\n",
-        "version_1": "3,3,1,41,\n4,3,1,52,\n5,3,1,63,\n5,,,,0.4\n",
-    }
-    for name, text in logs.items():
-        (tmp_path / "lightning_logs" / name).mkdir(parents=True)
-        (tmp_path / "lightning_logs" / name / "metrics.csv").write_text(heading + text)
-    rows, validations = real_model.read_log(tmp_path)
-    assert validations == [(0, 0.1), (3, 0.2), (6, 0.4)]
-    assert [row["train/tokens_generated"] for row in rows] == [10, 20, 30, 41, 52, 63]
-    assert sum(row["time/rollout_seconds"] for row in rows) == 15
-    assert [point["tokens"] for point in real_model.curve(tmp_path)] == [0, 30, 63]
 
 
 def test_intervals_equal_known_values() -> None:

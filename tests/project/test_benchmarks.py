@@ -44,7 +44,6 @@ SMALL = {
 def test_every_benchmark_is_run_here() -> None:
     assert {path.stem for path in BENCHMARKS.glob("*.py")} - {"__init__", "common"} == set(SMALL) | {
         "servers",  # test_vllm
-        "real_model",  # test_quickstart
         "tasks",  # test_quickstart
         "structure",
         "structure_step",

@@ -1,0 +1,289 @@
+"""Runs of the comparison: training, measurements of the trained weights, and the second task.
+
+Every run is the command line's ``fit`` and ``test``. Each finished part writes one JSON file to the results folder and is
+not repeated. An interrupted part starts again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning.run import read
+from benchmarks.real_model.settings import ARMS, CONFIG, GENERAL_PROMPTS, RATES, SECOND_CONFIG, Arm, Scale
+
+Result = dict[str, Any]
+
+#: Seconds that a training spends on its own work, as logged: without loading and validation.
+SECONDS = ("time/rollout_seconds", "time/scoring_seconds")
+
+#: Sampling settings of the module: in training and in evaluation.
+SAMPLINGS = ("sampling", "eval_sampling")
+
+
+class Comparison:
+    """All runs of one model at one scale.
+
+    Args:
+        model: Hub id or folder of the model.
+        folder: Folder of the runs: checkpoints, logs and completions.
+        results: Folder of the result files.
+        scale: Sizes of the runs.
+    """
+
+    def __init__(self, model: str, folder: Path, results: Path, scale: Scale) -> None:
+        self.model, self.folder, self.results, self.scale = model, folder, results, scale
+
+    # Training
+
+    def train(self, arm: Arm, rate: float, seed: int) -> Result:
+        """Train an arm on the first task, unless it is done, and return the result."""
+        scale = self.scale
+        questions = scale.completions // (scale.group if arm.method == "grpo" else 1)
+        return self._fit(f"{arm.name}-lr{rate:g}-seed{seed}", self._first(arm), rate, seed, scale.steps, questions)
+
+    def chosen_rate(self, arm: Arm) -> float:
+        """Return the learning rate whose run with seed 0 validates best after the last step; the lower one in a tie."""
+        return max(RATES, key=lambda rate: (self.train(arm, rate, 0)["validation"], -rate))
+
+    def run_name(self, arm: Arm, seed: int) -> str:
+        """Return the name of an arm's run with its chosen learning rate."""
+        return f"{arm.name}-lr{self.chosen_rate(arm):g}-seed{seed}"
+
+    def train_second(self, arm: Arm, rate: float, seed: int) -> Result:
+        """Train on the second task from the weights after the first, unless it is done, and return the result.
+
+        The adapter of the first task is merged into the base model, and a new adapter trains. OPSD's fixed teacher is
+        therefore the model after the first task.
+        """
+        scale = self.scale
+        questions = scale.second_completions // (scale.group if arm.method == "grpo" else 1)
+        name = f"second-{arm.name}-lr{rate:g}-seed{seed}"
+        if (done := self.results / f"{name}.json").exists():
+            return read(done)
+        arguments = self._second(arm, self.merged(arm, seed))
+        return self._fit(name, arguments, rate, seed, scale.second_steps, questions)
+
+    def chosen_second_rate(self, arm: Arm) -> float:
+        """Return the learning rate for the second task, chosen as `chosen_rate`."""
+        return max(RATES, key=lambda rate: (self.train_second(arm, rate, 0)["validation"], -rate))
+
+    def merged(self, arm: Arm, seed: int) -> str:
+        """Return the folder of the model after the first task, with its adapter merged."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from opsd_lightning.utils.folders import replace_folder
+
+        run = self.folder / self.run_name(arm, seed)
+        if not (run / "merged" / "config.json").exists():
+            base = AutoModelForCausalLM.from_pretrained(self.model, dtype="float32")
+            model = PeftModel.from_pretrained(base, str(run / "adapter")).merge_and_unload()
+            with replace_folder(run / "merged", "--output", "merged model") as temporary:
+                model.save_pretrained(temporary)
+                AutoTokenizer.from_pretrained(self.model).save_pretrained(temporary)
+        return str(run / "merged")
+
+    def _fit(self, name: str, arguments: list[str], rate: float, seed: int, steps: int, questions: int) -> Result:
+        from opsd_lightning.quickstart import run, say
+
+        done = self.results / f"{name}.json"
+        if done.exists():
+            return read(done)
+        say(name)
+        started = time.perf_counter()
+        folder = self.folder / name
+        checkpoint = {"dirpath": str(folder), "filename": "last", "every_n_train_steps": steps}
+        checkpoint |= {"enable_version_counter": False, "save_top_k": 1}
+        callbacks = [
+            {"class_path": "ModelCheckpoint", "init_args": checkpoint},
+            {"class_path": "ProgressLines"},
+            {"class_path": "AdapterExport"},
+        ]
+        optimizer = {"max_lr": rate, "total_steps": steps}
+        fit = [f"--seed_everything={seed}", f"--model.init_args.optimizer.init_args.lr={rate}"]
+        fit += [f"--model.init_args.lr_scheduler.init_args.{key}={value}" for key, value in optimizer.items()]
+        fit += [f"--data.batch_size={questions}", f"--data.val.init_args.size={self.scale.validation}"]
+        fit += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
+        fit += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}", "--trainer.num_sanity_val_steps=0"]
+        fit += [f"--trainer.callbacks={json.dumps(callbacks)}"]
+        run(["fit", *arguments, *fit])
+        rows, validations = read_log(folder)
+        result = {
+            "run": name,
+            "seed": seed,
+            "learning_rate": rate,
+            "optimizer_steps": len(rows),
+            "completions_or_references": len(rows) * questions,
+            "tokens_generated": rows[-1]["train/tokens_generated"],
+            "validation": validations[-1][1],
+            "training_seconds": round(sum(value for row in rows for key, value in row.items() if key in SECONDS)),
+            "minutes": round((time.perf_counter() - started) / 60, 1),
+        }
+        return self._write(name, result, arguments + fit)
+
+    # Measurements
+
+    def measure_base(self) -> None:
+        """Measure the untrained model, and the teacher with references of each style."""
+        self._measure("base", ARMS["opsd-own"], self.model, None)
+        for style in dict.fromkeys(arm.style for arm in ARMS.values() if arm.style is not None):
+            name = f"teacher-{style}"
+            if not (self.results / f"{name}-measured.json").exists():
+                arguments = [*self._first(Arm("opsd", style)), "--model.init_args.evaluate_teacher=true"]
+                found = self._test(name, "target", arguments, None, role="teacher")
+                self._write(f"{name}-measured", {"run": name, "target": found}, arguments)
+        self._measure_second("base", ARMS["opsd-own"], self.model, None)
+
+    def measure(self, arm: Arm, seed: int) -> None:
+        """Measure the weights after the first task, with the chosen learning rate."""
+        name = self.run_name(arm, seed)
+        self._measure(name, arm, self.model, self.folder / name / "last.ckpt")
+
+    def measure_second(self, arm: Arm, seed: int) -> None:
+        """Measure the second task before training on it, and both tasks and the kept skills after it."""
+        self._measure_second(self.run_name(arm, seed), arm, self.model, self.folder / self.run_name(arm, seed) / "last.ckpt")
+        name = f"second-{arm.name}-lr{self.chosen_second_rate(arm):g}-seed{seed}"
+        checkpoint, merged = self.folder / name / "last.ckpt", self.merged(arm, seed)
+        self._measure_second(name, arm, merged, checkpoint)
+        self._measure(name, arm, merged, checkpoint)
+
+    def _measure(self, name: str, arm: Arm, model: str, checkpoint: Path | None) -> None:
+        """Measure the first task, its transfer and the kept skills."""
+        if (self.results / f"{name}-measured.json").exists():
+            return
+        first = self._first(arm, model)
+        skills = [{"class_path": "KeptSkills", "init_args": {"base": False, "sets": self._sets()}}]
+        found = {"target": self._test(name, "target", [*first, f"--trainer.callbacks={json.dumps(skills)}"], checkpoint)}
+        found |= kept_skills(self.folder / name / "target" / "skills_test.jsonl")
+        transfer = {"class_path": "RewordedProblems", "init_args": {"size": self.scale.questions, "seed": 3}}
+        found["transfer"] = self._test(name, "transfer", [*first, f"--data.test={json.dumps(transfer)}"], checkpoint)
+        self._write(f"{name}-measured", {"run": name, **found}, first)
+
+    def _measure_second(self, name: str, arm: Arm, model: str, checkpoint: Path | None) -> None:
+        if (self.results / f"{name}-second.json").exists():
+            return
+        second = self._second(arm, model)
+        found = self._test(name, "second", second, checkpoint)
+        self._write(f"{name}-second", {"run": name, "second": found}, second)
+
+    def _test(self, name: str, part: str, arguments: list[str], checkpoint: Path | None, role: str = "student") -> Result:
+        """Return the verdicts of one held-out set: strict, and by the last number of the completion."""
+        from opsd_lightning.quickstart import run, say
+        from opsd_lightning.runs.reader import read_records
+
+        say(f"{name}: {part}")
+        folder = self.folder / name / part
+        last = [f"--ckpt_path={checkpoint}"] if checkpoint else []
+        run(["test", *arguments, "--verbose=false", f"--trainer.default_root_dir={folder}", *last])
+        records = [record for record in read_records(folder / "test.jsonl") if record["role"] == role]
+        return {
+            "strict": digits(bool(record["correct"]) for record in records),
+            "last_number": digits(last_number(record["completion"]) == record["reference"] for record in records),
+            "completion_tokens": sum(record["completion_tokens"] for record in records) / len(records),
+            "truncated": sum(record["truncated"] for record in records) / len(records),
+            "completions_sha256": digest(folder / "test.jsonl"),
+        }
+
+    def _sets(self) -> dict[str, Any]:
+        """Return the sets of kept skills for `KeptSkills`."""
+
+        def source(name: str) -> dict[str, Any]:
+            return {"class_path": name, "init_args": {"size": self.scale.items}}
+
+        def made(name: str, **arguments: Any) -> dict[str, Any]:
+            return {"class_path": name, "init_args": arguments}
+
+        prompts = made("FileSource", path=GENERAL_PROMPTS)
+        return {
+            "facts": made("ChoicesByLikelihood", source=source("CommonFacts"), normalization="bytes"),
+            "stories": made("ChoicesByLikelihood", source=source("StoryContinuations"), normalization="bytes", chat=False),
+            "formats": made(
+                "GradedCompletions", source=source("FormatInstructions"), grader=made("FormatGrader"), max_new_tokens=32
+            ),
+            "drift": made("BaseDivergence", source=prompts, max_new_tokens=48),
+        }
+
+    # Arguments
+
+    def _first(self, arm: Arm, model: str | None = None) -> list[str]:
+        style = [f"--data.{split}.init_args.style={arm.style}" for split in ("train", "test") if arm.style]
+        limits = [f"--model.init_args.{part}.max_new_tokens={self.scale.max_new_tokens}" for part in SAMPLINGS]
+        size = f"--data.test.init_args.size={self.scale.questions}"
+        return [*self._common(CONFIG, arm, model or self.model), *limits, *style, size]
+
+    def _second(self, arm: Arm, model: str) -> list[str]:
+        return [*self._common(SECOND_CONFIG, arm, model), f"--data.test.init_args.size={self.scale.second_questions}"]
+
+    def _common(self, config: str, arm: Arm, model: str) -> list[str]:
+        preset = [] if arm.method == "opsd" else ["--config", f"configs/presets/{arm.method}.yaml"]
+        group = [f"--model.init_args.sampling.n={self.scale.group}"] if arm.method == "grpo" else []
+        return ["--config", config, *preset, f"--model.init_args.policy.model={model}", *group]
+
+    def _write(self, name: str, result: Result, arguments: list[str]) -> Result:
+        from benchmarks.learning.run import write
+
+        result |= {"scale": asdict(self.scale), "arguments": arguments, "made_with": made_with(self.model)}
+        write(self.results / f"{name}.json", result)
+        return result
+
+
+def read_log(folder: Path) -> tuple[list[dict[str, float]], list[tuple[int, float]]]:
+    """Return the training steps of the latest run in a folder, and its validations as (optimizer steps, accuracy)."""
+    from opsd_lightning.runs.reader import read_metrics
+
+    logs = sorted(folder.glob("lightning_logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
+    return read_metrics(logs[-1])
+
+
+def kept_skills(path: Path) -> Result:
+    """Return the verdicts of each set of kept skills, and the divergence from the base in nats a token."""
+    from opsd_lightning.runs.reader import read_records
+
+    records = [record for record in read_records(path) if record["role"] == "run"]
+    found: Result = {}
+    for name in ("facts", "stories", "formats"):
+        found[name] = digits(bool(record["score"]) for record in records if record["set"] == name)
+    drift = [(record["score"], record["weight"]) for record in records if record["set"] == "drift"]
+    found["base_divergence"] = sum(score for score, _ in drift) / sum(weight for _, weight in drift)
+    return found
+
+
+def last_number(text: str) -> str | None:
+    """Return the last whole number of a text, or None."""
+    found = re.findall(r"\d+", text)
+    return found[-1] if found else None
+
+
+def digits(verdicts: Iterable[bool]) -> str:
+    """Return verdicts as text, 1 for a right one."""
+    return "".join(str(int(verdict)) for verdict in verdicts)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def model_hash(model: str) -> str:
+    """Return the hash of the weights in a folder, or the name itself for a hub id."""
+    weights = Path(model) / "model.safetensors"
+    return digest(weights) if weights.exists() else model
+
+
+def made_with(model: str) -> dict[str, str]:
+    """Return the versions, the revision of this repository and the hash of the model's weights."""
+    found = {name: version(name) for name in ("torch", "transformers", "peft", "lightning", "opsd_lightning")}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    found["revision"] = git.stdout.strip() or "unknown"
+    found["model_sha256"] = model_hash(model)
+    return found | {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}

@@ -1,0 +1,94 @@
+"""Arms of the comparison, and the settings that all of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+#: Recipe of the first task, and of the second task in the continual-learning runs.
+CONFIG = "configs/quickstart.yaml"
+SECOND_CONFIG = "configs/tasks/code.yaml"
+
+#: Prompts on which the divergence from the base model is measured.
+GENERAL_PROMPTS = "benchmarks/real_model/general_prompts.jsonl"
+
+#: Learning rates that every arm tries on seed 0.
+RATES = (2e-4, 5e-4, 1.25e-3)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with the style of its references.
+
+    Args:
+        method: The method.
+        style: Style of the references (see `WordProblems`). None for a method that reads none.
+    """
+
+    method: Literal["opsd", "sft", "grpo"]
+    style: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.method if self.style is None else f"{self.method}-{self.style}"
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("opsd", "own"),
+        Arm("sft", "own"),
+        Arm("grpo"),
+        Arm("opsd", "terse"),
+        Arm("sft", "terse"),
+        Arm("opsd", "formal"),
+        Arm("sft", "formal"),
+    )
+}
+
+#: Arms that go on to the second task.
+SEQUENCE_ARMS = ("opsd-own", "sft-own", "grpo")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of all runs of a results folder. Results with other sizes are not mixed.
+
+    Args:
+        steps: Optimizer steps of a run.
+        completions: Completions per step. OPSD and SFT read as many references per step, one for each question.
+        group: Completions per question in GRPO.
+        max_new_tokens: Length limit of completions on the first task, in training and in evaluation.
+        validation: Number of validation questions.
+        questions: Number of held-out questions of the target task and of its transfer.
+        items: Number of items of each set of kept skills.
+        second_steps: Optimizer steps on the second task.
+        second_completions: Completions per step on the second task.
+        second_questions: Number of held-out questions of the second task.
+    """
+
+    steps: int = 16
+    completions: int = 24
+    group: int = 8
+    max_new_tokens: int = 80
+    validation: int = 96
+    questions: int = 256
+    items: int = 320
+    second_steps: int = 8
+    second_completions: int = 16
+    second_questions: int = 96
+
+
+#: Sizes for a check of the whole chain on a tiny model.
+SMALL = Scale(
+    steps=2,
+    completions=4,
+    group=2,
+    max_new_tokens=6,
+    validation=4,
+    questions=6,
+    items=8,
+    second_steps=1,
+    second_completions=4,
+    second_questions=4,
+)

@@ -1,0 +1,123 @@
+"""Tests of benchmarks/real_model: every part runs once, finished parts are not repeated, and tables hold known values."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.learning.run import write
+from benchmarks.real_model import runs, settings
+from benchmarks.real_model.__main__ import main
+from benchmarks.real_model.report import Report
+from helpers.paths import ROOT
+
+
+@pytest.mark.slow
+def test_every_part_runs_once(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(settings, "RATES", rates := (1e-3, 2e-3))
+    for module in ("runs", "report", "__main__"):
+        monkeypatch.setattr(f"benchmarks.real_model.{module}.RATES", rates)
+    results = tmp_path / "results"
+    asked = ["--model", folders["llama"], "--output", str(tmp_path / "runs"), "--results", str(results), "--small"]
+    asked += ["--arms", "opsd-own", "sft-own", "sft-terse", "grpo", "--seeds", "1"]
+    main(asked)
+    printed = capsys.readouterr().out
+    found = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    for arm in ("opsd-own", "sft-own", "sft-terse", "grpo"):
+        trained = [found[f"{arm}-lr{rate:g}-seed0"] for rate in rates]
+        assert all(run["optimizer_steps"] == 2 for run in trained)
+        assert all((run["tokens_generated"] > 0) == (not arm.startswith("sft")) for run in trained)
+        chosen = max(trained, key=lambda run: (run["validation"], -run["learning_rate"]))["run"]
+        measured = found[f"{chosen}-measured"]
+        assert {len(measured[name]) for name in ("facts", "stories", "formats")} == {8}
+        assert len(measured["target"]["strict"]) == len(measured["transfer"]["last_number"]) == 6
+        assert measured["base_divergence"] > 0
+        assert re.search(rf"^\| {arm} +\|", printed, re.MULTILINE)
+        assert any(name.startswith(f"second-{arm}-") for name in found) == (arm in settings.SEQUENCE_ARMS)
+    assert found["base-measured"]["base_divergence"] == pytest.approx(0, abs=1e-6)
+    style = "--data.train.init_args.style=terse"
+    assert (
+        style in found["sft-terse-lr0.001-seed0"]["arguments"] and style not in found["sft-own-lr0.001-seed0"]["arguments"]
+    )
+    monkeypatch.setattr("opsd_lightning.quickstart.run", lambda args: pytest.fail(f"ran {args}"))
+    main(asked)
+    main(["--results", str(results), "--report"])
+
+
+def test_the_rate_that_validates_best_is_chosen(tmp_path: Path) -> None:
+    comparison = runs.Comparison("no-model", tmp_path, tmp_path, settings.SMALL)
+    arm = settings.ARMS["grpo"]
+    for rate, validation in zip(settings.RATES, (0.5, 0.75, 0.75), strict=True):
+        write(tmp_path / f"grpo-lr{rate:g}-seed0.json", {"validation": validation})
+    assert comparison.chosen_rate(arm) == settings.RATES[1]  # the lower one of two equal ones
+
+
+@pytest.mark.parametrize(
+    ("completion", "number"),
+    [
+        ("4 + 5 = 9.", "9"),
+        ("so the answer is 10", "10"),
+        ("She has 3 of 12 left, 3 in all.", "3"),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_last_number_of_a_completion(completion: str, number: str | None) -> None:
+    assert runs.last_number(completion) == number
+
+
+def measured(run: str, target: str, transfer: str, drift: float, facts: str = "1111") -> dict[str, Any]:
+    found = {
+        part: {"strict": digits, "last_number": digits} for part, digits in (("target", target), ("transfer", transfer))
+    }
+    return {"run": run, **found, "facts": facts, "stories": "1010", "formats": "1100", "base_divergence": drift}
+
+
+def test_tables_hold_means_over_seeds_and_paired_intervals(tmp_path: Path) -> None:
+    rate = f"{settings.RATES[0]:g}"
+    files = {"base-measured": measured("base", "0000", "0000", 0.0), "base-second": {"second": {"strict": "0011"}}}
+    for method, targets in {"opsd": ("1110", "1111"), "sft": ("1000", "1000")}.items():
+        for seed, target in enumerate(targets):
+            run = f"{method}-own-lr{rate}-seed{seed}"
+            files[run] = {
+                "run": run,
+                "seed": seed,
+                "learning_rate": settings.RATES[0],
+                "completions_or_references": 8,
+                "tokens_generated": 100 + 2 * seed,
+                "validation": 0.5,
+            }
+            files[f"{run}-measured"] = measured(run, target, "0000", 0.25 * seed, "1011")
+            files[f"{run}-second"] = {"run": run, "second": {"strict": "0001"}}
+    second = f"second-opsd-own-lr{rate}-seed1"
+    files[second] = {"run": second, "seed": 1, "learning_rate": settings.RATES[0], "validation": 0.25}
+    files[f"{second}-measured"] = measured(second, "0111", "0000", 0.0)
+    files[f"{second}-second"] = {"run": second, "second": {"strict": "1111"}}
+    for name, content in files.items():
+        write(tmp_path / f"{name}.json", content)
+    report = Report(tmp_path)
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table_rows(report.scores())
+    }
+    # Questions score 1, 1, 1 and 0.5 over the seeds: the mean is 0.875, and the deviation of four values 0.25.
+    assert rows["opsd-own"][:4] == [rate, "8", "101", "87.5 ± 24.5 % (75.0, 100.0)"]
+    assert rows["opsd-own"][-1] == "0.125 (0.000 to 0.250)" and rows["before"][3] == "0.0 ± 0.0 %"
+    changes = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in table_rows(report.differences())}
+    assert changes["opsd-own minus sft-own"] == "+62.5 ± 46.9"  # 0, 1, 1 and 0.5: the deviation is 0.479
+    assert changes["sft-own minus before"] == "+25.0 ± 49.0"
+    (sequence,) = table_rows(report.sequence())  # only seed 1 went on
+    cells = [cell.strip() for cell in sequence.split("|")[1:-1]]
+    assert cells[0] == "opsd-own" and [cell.split(" ")[0] for cell in cells[1:]] == [
+        *("0.0", "100.0", "75.0", "-25.0", "50.0", "25.0", "100.0"),
+    ]
+
+
+def table_rows(table: str) -> list[str]:
+    return table.splitlines()[2:]
