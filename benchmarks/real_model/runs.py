@@ -217,7 +217,8 @@ class Comparison:
     # Arguments
 
     def _first(self, arm: Arm, model: str | None = None) -> list[str]:
-        style = [f"--data.{split}.init_args.style={arm.style}" for split in ("train", "test") if arm.style]
+        styled = ("train", "test") if arm.style not in (None, "own") else ()
+        style = [f"--data.{split}.init_args.style={arm.style}" for split in styled]
         limits = [f"--model.init_args.{part}.max_new_tokens={self.scale.max_new_tokens}" for part in SAMPLINGS]
         size = f"--data.test.init_args.size={self.scale.questions}"
         return [*self._common(CONFIG, arm, model or self.model), *limits, *style, size]
