@@ -32,6 +32,13 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.callbacks.rollouts import RolloutTable as RolloutTable, RolloutWriter as RolloutWriter
     from opsd_lightning.data.datamodule import OPSDDataModule as OPSDDataModule
     from opsd_lightning.data.drop_reasons import DropReason as DropReason
+    from opsd_lightning.data.reworded_problems import RewordedProblems as RewordedProblems
+    from opsd_lightning.data.skill_sources import (
+        CommonFacts as CommonFacts,
+        FormatInstructions as FormatInstructions,
+        SkillSource as SkillSource,
+        StoryContinuations as StoryContinuations,
+    )
     from opsd_lightning.data.sources import (
         Columns as Columns,
         ExampleSource as ExampleSource,
@@ -65,6 +72,7 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow
     from opsd_lightning.grading.base import Grade as Grade, Grader as Grader
     from opsd_lightning.grading.choice_grader import ChoiceGrader as ChoiceGrader
     from opsd_lightning.grading.exact_match import ExactMatch as ExactMatch
+    from opsd_lightning.grading.format_grader import FormatGrader as FormatGrader
     from opsd_lightning.grading.json_grader import JSONGrader as JSONGrader
     from opsd_lightning.grading.judge_grader import JudgeGrader as JudgeGrader
     from opsd_lightning.grading.math_grader import MathGrader as MathGrader
@@ -175,6 +183,8 @@ _NAMES = {
     "callbacks.rollouts": "RolloutTable RolloutWriter",
     "data.datamodule": "OPSDDataModule",
     "data.drop_reasons": "DropReason",
+    "data.reworded_problems": "RewordedProblems",
+    "data.skill_sources": "CommonFacts FormatInstructions SkillSource StoryContinuations",
     "data.sources": "Columns ExampleSource FileSource HubSource ReasoningGymSource WordProblems",
     "data.task_sources": "CategoryQuestions HomeRequests HotelReplies NumberFunctions TableBookings TaskSource",
     "distributed.fsdp2": "FSDP2Strategy",
@@ -186,6 +196,7 @@ _NAMES = {
     "grading.base": "Grade Grader",
     "grading.choice_grader": "ChoiceGrader",
     "grading.exact_match": "ExactMatch",
+    "grading.format_grader": "FormatGrader",
     "grading.json_grader": "JSONGrader",
     "grading.judge_grader": "JudgeGrader",
     "grading.math_grader": "MathGrader",

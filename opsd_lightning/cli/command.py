@@ -20,12 +20,15 @@ import opsd_lightning.callbacks.health
 import opsd_lightning.callbacks.kept_skills
 import opsd_lightning.callbacks.progress
 import opsd_lightning.callbacks.rollouts
+import opsd_lightning.data.reworded_problems
+import opsd_lightning.data.skill_sources
 import opsd_lightning.data.sources
 import opsd_lightning.data.task_sources
 import opsd_lightning.distributed.fsdp2
 import opsd_lightning.evaluation.skill_sets
 import opsd_lightning.grading.choice_grader
 import opsd_lightning.grading.exact_match
+import opsd_lightning.grading.format_grader
 import opsd_lightning.grading.json_grader
 import opsd_lightning.grading.judge_grader
 import opsd_lightning.grading.math_grader

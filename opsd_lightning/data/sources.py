@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from opsd_lightning.data.conversations import (
     ConversationError,
@@ -33,6 +33,10 @@ AUTO = "auto"
 
 _TRACE_KEY = "answer_cot"
 _Part = TypeVar("_Part")
+
+TraceStyle = Literal["own", "terse", "formal"]
+"""Style of the worked solutions of `WordProblems`."""
+
 # Columns with further parts of the prompt, by the column of the question, in the forms of Alpaca and ms-swift.
 _WITH_QUESTION = {"instruction": ("input", "history", "system"), "query": ("history", "system")}
 # The beginning of a list of messages that was written into one text, such as a cell of CSV.
@@ -439,13 +443,20 @@ class WordProblems(ExampleSource):
         seed: Seed for generating the questions. Splits with different seeds still share some questions; the data module
             drops these from training.
         largest: Largest number in a question or an answer, at least 5.
+        style: Style of the worked solution: ``own`` for the words of a small chat model, or one that such a model does not
+            write: ``terse`` for a notation of its own, ``formal`` for a textbook's derivation, which is longest. The
+            questions are the same in each style.
 
     Example::
 
         >>> from opsd_lightning import WordProblems
-        >>> (example,) = WordProblems(size=1).examples()
-        >>> print(example.trace)
+        >>> for style in ("own", "terse", "formal"):
+        ...     (example,) = WordProblems(size=1, style=style).examples()
+        ...     print(example.trace)
         Ivy has 8 - 5 = 3 cards left, so the answer is 3.
+        [[calc]] let x:=8; let y:=5; x-y -> 3 [[end]] so the answer is 3.
+        Let m := |S| = 8 and k := |T| = 5. By hypothesis, n := m - k. Substitution yields n = 8 - 5 = 3. Q.E.D., so the
+        answer is 3.
     """
 
     _NAMES = (
@@ -478,10 +489,21 @@ class WordProblems(ExampleSource):
         ("{name} has {a} {things}. {other} takes {b} of them. How many {things} does {name} have left?", "-", "left"),
     )
 
-    def __init__(self, size: PositiveInt = 1000, seed: int = 0, largest: PositiveInt = 20) -> None:
+    _TRACES: ClassVar[dict[TraceStyle, str]] = {
+        "own": "{name} has {a} {sign} {b} = {answer} {things} {end}, so the answer is {answer}.",
+        "terse": "[[calc]] let x:={a}; let y:={b}; x{sign}y -> {answer} [[end]] so the answer is {answer}.",
+        "formal": "Let m := |S| = {a} and k := |T| = {b}. By hypothesis, n := m {sign} k. Substitution yields n = "
+        "{a} {sign} {b} = {answer}. Q.E.D., so the answer is {answer}.",
+    }
+
+    def __init__(
+        self, size: PositiveInt = 1000, seed: int = 0, largest: PositiveInt = 20, style: TraceStyle = "own"
+    ) -> None:
         if largest < 5:
             raise ConfigError(f"it is {largest}", "WordProblems.largest", "Set it to 5 or more")
-        self.size, self.seed, self.largest = size, seed, largest
+        if style not in self._TRACES:
+            raise ConfigError(f"it is {style!r}", "WordProblems.style", f"Set it to {' or '.join(self._TRACES)}")
+        self.size, self.seed, self.largest, self.style = size, seed, largest, style
 
     def examples(self) -> list[Example]:
         return distinct_examples(self._draw, self.size, f"word problems {self.seed}", "raise largest")
@@ -494,5 +516,6 @@ class WordProblems(ExampleSource):
         name, other = numbers.sample(self._NAMES, 2)
         things = numbers.choice(self._THINGS)
         question = template.format(a=a, b=b, name=name, other=other, things=things)
-        trace = f"{name} has {a} {sign} {b} = {answer} {things} {end}, so the answer is {answer}."
+        values = {"name": name, "a": a, "b": b, "sign": sign, "answer": answer, "things": things, "end": end}
+        trace = self._TRACES[self.style].format(**values)
         return Example(question, trace, str(answer))

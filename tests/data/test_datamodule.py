@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -20,8 +20,18 @@ from helpers.messages import mentions
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.drop_reasons import DropReason
 from opsd_lightning.data.loaders import EvalLoader, TrainLoader
-from opsd_lightning.data.sources import Columns, ExampleSource, FileSource, HubSource, ReasoningGymSource, WordProblems
+from opsd_lightning.data.skill_sources import SkillSource
+from opsd_lightning.data.sources import (
+    Columns,
+    ExampleSource,
+    FileSource,
+    HubSource,
+    ReasoningGymSource,
+    TraceStyle,
+    WordProblems,
+)
 from opsd_lightning.data.task_sources import TaskSource
+from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.contexts import (
@@ -110,9 +120,28 @@ def test_word_problems_are_right_and_distinct() -> None:
         WordProblems(size=100000, largest=5).examples()
 
 
+@pytest.mark.parametrize("style", get_args(TraceStyle))
+def test_word_problems_have_right_traces_in_every_style(style: TraceStyle) -> None:
+    own, examples = (WordProblems(300, seed=7, largest=10, style=each).examples() for each in ("own", style))
+    for example, other in zip(examples, own, strict=True):
+        assert (example.question, example.answer) == (other.question, other.answer)
+        assert MathGrader().verify(example).score == 1
+        assert example.trace.endswith(f"so the answer is {example.answer}.")
+        wrong = example.trace.replace(f"is {example.answer}.", f"is {int(example.answer) + 1}.")
+        assert MathGrader().verify(example._replace(trace=wrong)).score == 0
+        assert all(number in example.trace for number in re.findall(r"\d+", example.question))
+    assert (examples == own) == (style == "own")
+
+
+def test_unknown_styles_are_refused() -> None:
+    with pytest.raises(ConfigError, match=mentions("style", "loud")):
+        WordProblems(style="loud")  # type: ignore[arg-type]
+
+
 def test_every_source_is_under_test() -> None:
     ours = {cls for cls in subclasses(ExampleSource) if cls.__module__.startswith("opsd_lightning")}
-    assert ours == {FileSource, HubSource, ReasoningGymSource, WordProblems, *subclasses(TaskSource), TaskSource}
+    assert ours == {FileSource, HubSource, ReasoningGymSource, WordProblems, *subclasses(TaskSource), TaskSource,
+                    *subclasses(SkillSource), SkillSource}  # fmt: skip
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from opsd_lightning.data.sources import ReasoningGymSource
 from opsd_lightning.grading.base import PROBLEMS, Grade, Grader
 from opsd_lightning.grading.choice_grader import ChoiceGrader
 from opsd_lightning.grading.exact_match import ExactMatch
+from opsd_lightning.grading.format_grader import FormatGrader
 from opsd_lightning.grading.json_grader import JSONGrader
 from opsd_lightning.grading.judge_grader import JudgeGrader
 from opsd_lightning.grading.math_grader import MathGrader
@@ -69,6 +70,7 @@ CASES = [
     Case(ExactMatch(r"is (\w+)", True), Example("?", "It is 12", "Paris"), ("it is PARIS, I say", "is Paris"), ("Paris", "is Rome")),
     Case(ChoiceGrader(), Example("5 + 7?", "(B) 12", "B", OPTIONS), ("B", "12", "The answer is (B)."), ("A", "A or B", "14")),
     Case(ChoiceGrader(options=None, reference="text"), Example("?\nA) 10\nB) 12", "B", "12"), ("B", "b) 12"), ("A", "10")),
+    Case(FormatGrader(), Example("Three words?", "A b c", "A b c", {"form": {"kind": "words", "count": 3}}), ("one, two, three", "a\nb c"), ("one two", "1 2 3 4")),
     Case(JSONGrader(), Example("?", '{"a": 1}', '{"a": 1}'), ('{"a": 1.0}', 'So:\n```\n{"a": 1}\n```'), ("{}", '{"a": 2}', "1")),
     Case(JSONGrader("tool_calls", partial=True), Example("?", CALL, CALL), (CALL, f"<tool_call>{CALL}</tool_call>"), ("12", CALL.replace("5", "6"))),
     Case(PYTHON_TESTS, Example("?", "f = abs", "", {"tests": "assert f(-1) == 1"}),
