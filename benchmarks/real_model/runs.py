@@ -110,9 +110,9 @@ class Comparison:
             {"class_path": "ProgressLines"},
             {"class_path": "AdapterExport"},
         ]
-        optimizer = {"max_lr": rate, "total_steps": steps}
+        schedule = {"max_lr": rate, "total_steps": steps, "pct_start": 0.34, "div_factor": 20}
         fit = [f"--seed_everything={seed}", f"--model.init_args.optimizer.init_args.lr={rate}"]
-        fit += [f"--model.init_args.lr_scheduler.init_args.{key}={value}" for key, value in optimizer.items()]
+        fit += [f"--model.init_args.lr_scheduler.init_args.{key}={value}" for key, value in schedule.items()]
         fit += [f"--data.batch_size={questions}", f"--data.val.init_args.size={self.scale.validation}"]
         fit += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
         fit += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}", "--trainer.num_sanity_val_steps=0"]

@@ -13,7 +13,7 @@ SECOND_CONFIG = "configs/tasks/code.yaml"
 GENERAL_PROMPTS = "benchmarks/real_model/general_prompts.jsonl"
 
 #: Learning rates that every arm tries on seed 0.
-RATES = (2e-4, 5e-4, 1.25e-3)
+RATES = (4e-4, 8e-4, 1.6e-3)
 
 
 @dataclass(frozen=True)
