@@ -85,9 +85,9 @@ class StoryContinuations(SkillSource):
     """Beginnings of everyday stories with four endings, of which one fits, in the manner of HellaSwag.
 
     The question is the beginning, two sentences. The columns are ``options`` (four endings of one sentence) and ``kind``
-    (the first topic of the situation). The answer is the right ending. Wrong endings are those of other situations about the
-    same person, of about the same length. There are 139 situations with three words to fill in each, so that up to three
-    examples have the same right ending.
+    (the first topic of the situation). The answer is the right ending. Wrong endings come from situations of other topics,
+    with the same person, the same kind of subject and about the same length. There are 139 situations with three words to
+    fill in each, so that up to three examples have the same right ending.
 
     Args:
         size: Number of distinct beginnings, from 1 to 417.
@@ -108,7 +108,7 @@ class StoryContinuations(SkillSource):
             def make(numbers: random.Random) -> Example:
                 situation, person = every[place], numbers.choice(PEOPLE)._asdict()
                 right = situation.ending.format(**person)
-                others = [each for each in every if not each.topics & situation.topics]
+                others = [each for each in every if each.alike(situation) and not each.topics & situation.topics]
                 endings = [each.ending.format(**person) for each in numbers.sample(others, 12)]
                 endings.sort(key=lambda ending: abs(len(ending) - len(right)))
                 options = [right, *endings[: _OPTIONS - 1]]
@@ -129,7 +129,7 @@ class FormatInstructions(SkillSource):
     answer of that form. There is no reference answer, since many are right. 32 new tokens are enough.
 
     Args:
-        size: Number of distinct instructions, from 1 to 432.
+        size: Number of distinct instructions, from 1 to 396.
         seed: Seed of the choice and the order of instructions.
 
     Example::
@@ -171,10 +171,6 @@ def _instructions() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         trace = "\n".join(f"{number}. {each}" for number, each in enumerate(items[:count], 1))
         question = f"Write a numbered list of {counts[count]} {name}."
         yield "numbered list", question, trace, {"kind": "numbered", "count": count}
-        count = 5 - count
-        trace = "\n".join(f"- {each}" for each in items[:count])
-        question = f"Write a bulleted list of {counts[count]} {name}."
-        yield "bulleted list", question, trace, {"kind": "bulleted", "count": count}
     for topic, question in format_items.QUESTIONS.items():
         yield "question", f"Ask me a question about {topic}.", question, {"kind": "question"}
     for name, pairs in format_items.OBJECTS.items():

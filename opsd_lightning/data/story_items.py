@@ -22,6 +22,10 @@ class Situation(NamedTuple):
     ending: str
     words: tuple[str, ...]
 
+    def alike(self, other: Situation) -> bool:
+        """Return True if both endings are about what the person does next, or neither is."""
+        return self.ending.startswith("{S}") == other.ending.startswith("{S}")
+
 
 class Person(NamedTuple):
     """A person with the pronouns of a sentence's start and middle.
@@ -80,7 +84,7 @@ school | {N} forgot to do {p} {x} homework. The teacher asked everyone to hand i
 school | {N} wanted to ask a question about the {x}. The teacher was writing on the board. | {S} raised {p} hand and waited. | lesson, poem, map
 school | {N} broke the tip of {p} pencil during the {x}. The paper was still half empty. | {S} took out a sharpener and used it. | exam, lesson, test
 school | The bell rang at the end of the {x}. {N} closed {p} books. | {S} packed {p} bag and left the classroom. | lesson, day, class
-school sleep travel | {N} overslept on the day of the {x}. The school bus left without {o}. | {P} father drove {o} to school instead. | exam, trip, concert
+school sleep travel late | {N} overslept on the day of the {x}. The school bus left without {o}. | {P} father drove {o} to school instead. | exam, trip, concert
 school eyes | {N} could not read the words on the {x}. They looked blurry from the back row. | {S} moved to a seat in the front. | board, screen, poster
 school shop | {N} had borrowed three {x} from the library. They were due back today. | {S} returned them to the librarian. | novels, comics, cookbooks
 school stage | {N} had made a poster about {x} for school. The teacher called {o} to the front. | {S} showed the class the pictures and explained them. | whales, volcanoes, castles
@@ -99,7 +103,7 @@ dog dirt | {N}'s dog rolled in the {x}. It was dirty from head to tail. | {S} ga
 pet lost | {N} cleaned the {x} and forgot to close the little door. The hamster was gone. | {S} searched under every piece of furniture. | cage, hutch, glass box
 pet clean | The fish tank was green with {x}. {N} could hardly see the fish. | {S} changed the water and scrubbed the glass. | algae, slime, dirt
 pet dog cat ill | {N}'s {x} had not eaten for three days. It lay in the corner and did not move. | {S} took it to the vet at once. | rabbit, dog, cat
-dog | {N} threw a {x} across the meadow. The dog ran after it. | It brought it back, wagging its tail. | stick, ball, frisbee
+dog sport | {N} threw a {x} across the meadow. The dog ran after it. | It brought it back, wagging its tail. | stick, ball, frisbee
 pet | {N} held out {x} to the horse. The horse stretched its neck. | It ate gently from {p} open palm. | an apple, a carrot, a lump of sugar
 pet bird | {N} heard chirping from a {x}. Three tiny beaks were wide open. | The mother bird fed them worms. | nest, tree, bush
 drive | {N} was driving to {x} when a tire burst. The car came to a stop. | {S} got out and put on the spare wheel. | work, the airport, the coast
@@ -184,7 +188,7 @@ phone water | {N} dropped {p} phone into the {x}. It sank to the bottom. | {S} f
 computer | {N} wanted to print {x}. A light showed that there was no paper. | {S} put a new stack in the tray. | a letter, a poster, the report
 phone mail | {N} got a text message from {p} {x}. It asked when {s} would arrive. | {S} typed a reply and sent it. | mother, sister, boss
 computer film | The video on {N}'s {x} kept stopping. The connection was very slow. | {S} restarted the router. | tablet, laptop, television
-work | {N} was late for work three times this {x}. The boss called {o} in. | He warned {o} to be on time. | week, month, year
+work late | {N} was late for work three times this {x}. The boss called {o} in. | He warned {o} to be on time. | week, month, year
 work mail | {N} applied for a job as a {x}. A letter arrived with good news. | {S} started work the following Monday. | cook, driver, gardener
 police money | {N} found a {x} full of money on the street. There was a name inside. | {S} took it to its owner. | wallet, purse, bag
 money | {N} put coins into {p} piggy bank to buy a {x}. After a year it was full. | {S} broke it open and counted the money. | bike, guitar, telescope

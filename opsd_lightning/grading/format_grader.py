@@ -37,7 +37,7 @@ class FormatGrader(Grader):
     - ``repeats`` (``text``): this text, and nothing else. ``one_of`` (``choices``): one of these texts, and nothing else.
     - ``json`` (``keys``): an object with these keys and no others, bare or in a fenced block, and nothing else.
 
-    Case and punctuation around words do not count, except for ``includes``, ``repeats`` and ``json``; ``begins``, ``ends``,
+    Case and punctuation around words do not count, except for ``includes``, ``repeats`` and ``json``. ``ends``,
     ``contains``, ``quoted`` and ``question`` need at least two words. Thinking blocks are skipped. A completion of over
     20,000 characters is wrong.
 
@@ -167,7 +167,7 @@ def _is_bulleted(text: str, count: int) -> bool:
 def _begins(text: str, texts: list[str]) -> bool:
     words = _words(text)
     starts = [_words(each) for each in texts]
-    return any(words[: len(start)] == start and len(words) > len(start) for start in starts)
+    return any(words[: len(start)] == start for start in starts)
 
 
 def _ends(text: str, word: str) -> bool:

@@ -106,6 +106,7 @@ def test_wrong_endings_belong_to_situations_of_other_topics() -> None:
         right = found.pop(example.answer)
         assert example.columns["kind"] == right.kind
         assert not any(situation.topics & right.topics for situation in found.values())
+        assert all(situation.alike(right) for situation in found.values())
 
 
 def test_stories_have_two_sentences_and_endings_of_similar_length() -> None:
