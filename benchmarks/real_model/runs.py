@@ -206,7 +206,7 @@ class Comparison:
 
         prompts = made("FileSource", path=GENERAL_PROMPTS)
         return {
-            "facts": made("ChoicesByLikelihood", source=source("CommonFacts"), normalization="bytes"),
+            "facts": made("ChoicesByLikelihood", source=source("CommonFacts")),
             "stories": made("ChoicesByLikelihood", source=source("StoryContinuations"), normalization="bytes", chat=False),
             "formats": made(
                 "GradedCompletions", source=source("FormatInstructions"), grader=made("FormatGrader"), max_new_tokens=32
