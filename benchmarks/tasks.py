@@ -105,7 +105,7 @@ class Runs:
 
     def _write(self, path: Path, result: dict[str, Any]) -> None:
         from benchmarks.learning.run import write
-        from benchmarks.real_model.runs import made_with
+        from opsd_lightning.runs.provenance import made_with
 
         path.parent.mkdir(parents=True, exist_ok=True)
         write(
@@ -123,9 +123,9 @@ def verdicts(folder: Path, role: str) -> str:
 
 
 def digest_of(folder: Path) -> str:
-    from benchmarks.real_model.runs import digest
+    from opsd_lightning.runs.provenance import file_digest
 
-    return digest(folder / "test.jsonl")
+    return file_digest(folder / "test.jsonl")
 
 
 def table(results: Path) -> str:

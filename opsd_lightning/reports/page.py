@@ -13,13 +13,14 @@ from typing import Any
 from urllib.parse import quote
 
 from opsd_lightning import __version__
+from opsd_lightning.evaluation.held_out import held_out_scores
 from opsd_lightning.reports.charts import charts_of, curves_of
 from opsd_lightning.reports.html import count, render_template
 from opsd_lightning.runs.reader import RECORD_FOLDER, Point, Run, differing_settings, read_run
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
-from opsd_lightning.utils.statistics import mean_and_interval, wilson, wilson_interval
+from opsd_lightning.utils.statistics import wilson_interval
 from opsd_lightning.utils.terminal import SafeArgumentParser, say
 
 
@@ -143,7 +144,7 @@ def _run_values(run: Run, name: str, output: Path) -> dict[str, Any]:
         "config_command": _from_config(config) if command and config.is_file() else None,
         "groups": groups,
         "samples": _samples(run),
-        "held_out": _held_out(run),
+        "held_out": held_out_scores(run.held_out),
         "links": _links(run, output),
     }
 
@@ -263,38 +264,6 @@ def _samples(run: Run) -> dict[str, Any] | None:
     if kind == "val":
         pairs.sort(key=lambda p: changed.get((p[0]["correct"], p[1]["correct"]), 2) if p[1] else 3)
     return {"kind": kind, "first": first["step"], "last": last["step"], "pairs": pairs}
-
-
-def _held_out(run: Run) -> dict[str, Any] | None:
-    """Return the accuracy on held-out questions before and after training (quick start), and its change."""
-    if not run.held_out:
-        return None
-    rows = []
-    scores: dict[str, dict[Any, float]] = {}
-    for name, records in run.held_out.items():
-        by_question: dict[Any, list[float]] = {}
-        for record in records:
-            if record["correct"] is not None:  # not graded
-                score = float(record.get("score", record["correct"]))
-                by_question.setdefault(record.get("index", record["question"]), []).append(score)
-        if not by_question:
-            continue
-        scores[name] = {key: sum(values) / len(values) for key, values in by_question.items()}
-        shares = list(scores[name].values())
-        mean, half = mean_and_interval(shares)
-        single = all(len(values) == 1 and values[0] in (0, 1) for values in by_question.values())
-        interval = wilson([share > 0 for share in shares]) if single else (max(mean - half, 0.0), min(mean + half, 1.0))
-        tokens = sum(record["completion_tokens"] for record in records) / len(records)
-        truncated = sum(bool(record["truncated"]) for record in records) / len(records)
-        silent = sum(record["answer"] is None for record in records) / len(records)
-        row = {"name": name, "questions": len(shares), "value": mean, "interval": interval}
-        rows.append(row | {"silent": silent, "tokens": tokens, "truncated": truncated})
-    if not rows:
-        return None
-    before, after = scores.get("before: student", {}), scores.get("after: student", {})
-    same = [key for key in before if key in after]
-    change = mean_and_interval([after[key] - before[key] for key in same]) if same else None
-    return {"rows": rows, "change": change}
 
 
 def _links(run: Run, output: Path) -> list[tuple[str, str]]:

@@ -123,7 +123,7 @@ def read_run(path: str | Path) -> Run:
         run = _from_log(log, folder)
     if not run.train and not run.validations and not run.info:
         raise ConfigError(f"{given} contains no training step or validation yet", "runs", "Wait for the first step")
-    run.held_out = _held_out(run.root)
+    run.held_out = read_held_out(run.root)
     return run
 
 
@@ -240,7 +240,12 @@ def _metrics(row: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in ("step", "epoch")}
 
 
-def _held_out(root: Path) -> dict[str, list[dict[str, Any]]]:
+def read_held_out(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read the graded completions of held-out questions in a run's folder, by time and role, such as ``before: student``.
+
+    Raises:
+        UserError: A file is damaged.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for when in ("before", "after"):
         path = root / when / "test.jsonl"

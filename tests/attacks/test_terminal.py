@@ -24,7 +24,9 @@ from opsd_lightning import quickstart
 from opsd_lightning.callbacks.progress import ProgressLines, print_metrics
 from opsd_lightning.doctor import display as doctor
 from opsd_lightning.doctor.findings import Diagnosis, Finding
+from opsd_lightning.evaluation.held_out import held_out_scores
 from opsd_lightning.reports import page as report
+from opsd_lightning.runs.reader import read_held_out
 from opsd_lightning.utils.terminal import SafeArgumentParser, escape_controls, safe_messages, safe_text, safe_tracebacks, say
 
 pytestmark = pytest.mark.integration
@@ -74,7 +76,7 @@ def diagnosis(text: str) -> Diagnosis:
 
 def of_quickstart(folder: Path, text: str) -> Callable[[], None]:
     record = {"role": "student", "question": text, "reference": text, "completion": text, "correct": True, "answer": text}
-    record |= {"completion_tokens": 3}
+    record |= {"completion_tokens": 3, "truncated": False}
     for when in ("before", "after"):
         (folder / when).mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(record | {"role": role}) for role in ("student", "teacher") for _ in range(2)]
@@ -84,9 +86,12 @@ def of_quickstart(folder: Path, text: str) -> Callable[[], None]:
 
     def report() -> None:
         console = Console(width=110, emoji=False)
-        quickstart.report_grades(console, folder)
+        records = read_held_out(folder.resolve())
+        scores = held_out_scores(records)
+        assert scores is not None
+        quickstart.report_grades(console, scores)
         quickstart.report_training(console, trainer)
-        quickstart.report_completions(console, folder)
+        quickstart.report_completions(console, records)
 
     return report
 

@@ -105,7 +105,28 @@ def test_unknown_metrics_are_refused_and_short_runs_get_a_notice(
     with caplog.at_level("INFO"):
         steps, said = run(make_policy(), tmp_path, guard, lr=0.0, steps=3)
     assert steps == 3 and not said
-    assert "it needs 20 values" in caplog.text and "trainer.callbacks.window" in caplog.text
+    assert "they need 6 steps, and the run has 3" in caplog.text and "trainer.callbacks.window" in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "window", "used"), [(12, None, 3), (28, None, 7), (40, None, 10), (12, 2, 2)])
+def test_the_window_fits_the_run(
+    steps: int, window: int | None, used: int, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """A rule that is broken from the start speaks as soon as it has two windows of values."""
+    guard = CollapseGuard(rules=[Ceiling("train/completion_tokens", 0.1, from_start=True)], window=window)
+    module, data = parts(make_policy())
+    with pytest.warns(UserWarning, match=rf"CollapseGuard at step {2 * used}\b"):
+        trainer(tmp_path, guard, max_steps=steps, max_epochs=-1).fit(module, data)
+    assert guard.state_dict()["window"] == used
+
+
+def test_a_resumed_run_keeps_its_window(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    first = CollapseGuard(rules=[Ceiling("train/completion_tokens", 1e9)])
+    run(make_policy(), tmp_path, first, lr=0.0, steps=12)
+    second = CollapseGuard(rules=[Ceiling("train/completion_tokens", 1e9)])
+    run(make_policy(), tmp_path, second, lr=0.0, steps=40, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert first.state_dict()["window"] == second.state_dict()["window"] == 3
+    assert second.state_dict()["start"] == first.state_dict()["start"]
 
 
 def test_guard_starts_over_in_another_run(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

@@ -438,18 +438,23 @@ def test_quickstart_page_shows_held_out_questions(tmp_path: Path) -> None:
         (folder / when).mkdir()
         records = [
             {"role": "student", "index": i, "sample": 0, "question": "q", "correct": i in right, "answer": None if i > 7 else "1",
-             "completion_tokens": 10 * i, "truncated": i == 0, "completion": "", "reference": "1", "vote": 0}
+             "completion_tokens": 10 * i, "truncated": i == 0, "reference": "1", "vote": 0,
+             "completion": "It is 1." if i in right or i in (3, 8) else "It is 2."}
             for i in range(10)
         ]  # fmt: skip
         (folder / when / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     page = Page(write_report([folder], tmp_path / "page.html"))
     (before,) = [row for row in page.rows if row[0] == "before: student"]
     (after,) = [row for row in page.rows if row[0] == "after: student"]
-    assert before[1:] == ["30.0 %", "10.8 % to 60.3 %", "20.0 %", "10.0 %", "45.0", "10"]
+    low, high = wilson_interval(0.5, 10)
+    by_number = ["50.0 %", f"{100 * low:.1f} % to {100 * high:.1f} %"]
+    assert before[1:] == ["30.0 %", "10.8 % to 60.3 %", *by_number, "20.0 %", "10.0 %", "45.0", "10"]
     assert after[1] == "70.0 %"
     # five more right, one fewer: +0.4 on average, with a spread of sqrt((5 * 0.36 + 1.96 + 4 * 0.16) / 9)
     half = 1.96 * math.sqrt((5 * 0.36 + 1.96 + 4 * 0.16) / 9 / 10)
     assert f"+40.0 ± {100 * half:.1f} percentage points" in page.text
+    form = 1.96 * math.sqrt((0.81 + 9 * 0.01) / 9 / 10)  # question 3, whose number was right before its form
+    assert f"10.0 ± {100 * form:.1f} are form" in page.text and "50.0% to 80.0%" in page.text
 
 
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 \u2029 & <b>bold</b> {{ 7 * 7 }} ]]>"
