@@ -6,20 +6,14 @@ not repeated. An interrupted part starts again.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.run import read
+from benchmarks.learning.run import read, write
 from benchmarks.real_model.settings import ARMS, CONFIG, GENERAL_PROMPTS, RATES, SECOND_CONFIG, Arm, Scale
 
 Result = dict[str, Any]
@@ -179,7 +173,9 @@ class Comparison:
 
     def _test(self, name: str, part: str, arguments: list[str], checkpoint: Path | None, role: str = "student") -> Result:
         """Return the verdicts of one held-out set: strict, and by the last number of the completion."""
+        from opsd_lightning.grading.last_number import ends_in
         from opsd_lightning.quickstart import run, say
+        from opsd_lightning.runs.provenance import file_digest
         from opsd_lightning.runs.reader import read_records
 
         say(f"{name}: {part}")
@@ -189,10 +185,10 @@ class Comparison:
         records = [record for record in read_records(folder / "test.jsonl") if record["role"] == role]
         return {
             "strict": digits(bool(record["correct"]) for record in records),
-            "last_number": digits(last_number(record["completion"]) == record["reference"] for record in records),
+            "last_number": digits(bool(ends_in(record["completion"], record["reference"])) for record in records),
             "completion_tokens": sum(record["completion_tokens"] for record in records) / len(records),
             "truncated": sum(record["truncated"] for record in records) / len(records),
-            "completions_sha256": digest(folder / "test.jsonl"),
+            "completions_sha256": file_digest(folder / "test.jsonl"),
         }
 
     def _sets(self) -> dict[str, Any]:
@@ -204,7 +200,8 @@ class Comparison:
         def made(name: str, **arguments: Any) -> dict[str, Any]:
             return {"class_path": name, "init_args": arguments}
 
-        prompts = made("FileSource", path=GENERAL_PROMPTS)
+        columns = {"question": "question", "trace": None, "answer": None}
+        prompts = made("FileSource", path=GENERAL_PROMPTS, columns=columns)
         return {
             "facts": made("ChoicesByLikelihood", source=source("CommonFacts")),
             "stories": made("ChoicesByLikelihood", source=source("StoryContinuations"), normalization="bytes", chat=False),
@@ -232,7 +229,7 @@ class Comparison:
         return ["--config", config, *preset, f"--model.init_args.policy.model={model}", *group]
 
     def _write(self, name: str, result: Result, arguments: list[str]) -> Result:
-        from benchmarks.learning.run import write
+        from opsd_lightning.runs.provenance import made_with
 
         result |= {"scale": asdict(self.scale), "arguments": arguments, "made_with": made_with(self.model)}
         write(self.results / f"{name}.json", result)
@@ -260,31 +257,6 @@ def kept_skills(path: Path) -> Result:
     return found
 
 
-def last_number(text: str) -> str | None:
-    """Return the last whole number of a text, or None."""
-    found = re.findall(r"\d+", text)
-    return found[-1] if found else None
-
-
 def digits(verdicts: Iterable[bool]) -> str:
     """Return verdicts as text, 1 for a right one."""
     return "".join(str(int(verdict)) for verdict in verdicts)
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def model_hash(model: str) -> str:
-    """Return the hash of the weights in a folder, or the name itself for a hub id."""
-    weights = Path(model) / "model.safetensors"
-    return digest(weights) if weights.exists() else model
-
-
-def made_with(model: str) -> dict[str, str]:
-    """Return the versions, the revision of this repository and the hash of the model's weights."""
-    found = {name: version(name) for name in ("torch", "transformers", "peft", "lightning", "opsd_lightning")}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    found["revision"] = git.stdout.strip() or "unknown"
-    found["model_sha256"] = model_hash(model)
-    return found | {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}

@@ -53,6 +53,8 @@ class Drift(CollapseRule):
         lowest: Lower bound as a multiple of the mean at the start, 0 or more. 0 means no lower bound.
         highest: Upper bound as a multiple of the mean at the start, above 0. Defaults to no upper bound.
         window: Number of values to average, at least 1. Defaults to the window of `CollapseGuard`.
+        smallest_start: Smallest mean at the start, in the metric's unit. The rule does not apply to a run that starts below
+            it. For rates of rare events, whose mean at the start is a few events and so mostly chance.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Drift(CollapseRule):
         lowest: NonNegativeFloat = 0.0,
         highest: PositiveFloat | None = None,
         window: PositiveInt | None = None,
+        smallest_start: NonNegativeFloat = 0.0,
     ) -> None:
         super().__init__(metric, window)
-        self.lowest, self.highest = lowest, highest
+        self.lowest, self.highest, self.smallest_start = lowest, highest, smallest_start
         if highest is None and not lowest:
             raise ConfigError(f"Drift of {metric} has no bound", _RULES, "Set lowest, highest or both")
         if highest is not None and lowest >= highest:
@@ -71,7 +74,7 @@ class Drift(CollapseRule):
             raise ConfigError(problem, _RULES, "Set lowest below highest")
 
     def broken(self, start: float, now: float) -> str | None:
-        if start <= 0:  # multiples of it are no bounds
+        if start <= 0 or start < self.smallest_start:  # multiples of 0 are no bounds
             return None
         if now < self.lowest * start:
             return f"it should stay above {self.lowest:g} times its value at the start"
@@ -116,7 +119,8 @@ class CollapseGuard(Callback):
         rules: Rules on logged metrics. The defaults bound, relative to the start of the run, the completion length (0.5 to 2
             times), the student's entropy (0.25 to 3 times) and the forward KL (3 times), and allow at most half of the
             completions to be truncated. With `Health`, they also allow a leak in at most 5 % of the completions and a rate
-            of hedging words of at least 0.25 times that at the start, as means over 3 measurements.
+            of hedging words of at least 0.25 times that at the start, as means over 3 measurements. The last rule applies
+            to runs that start with at least 5 hedging words per 1,000 tokens.
         window: Number of values to average, at least 1. A rule applies once twice as many values were logged. Defaults to
             10, or to a quarter of the run's steps if that is less, but at least 3. A message before training names the rules
             that a run is too short for.
@@ -152,7 +156,7 @@ class CollapseGuard(Callback):
             Drift("train/forward_kl", highest=3.0),
             # Health measures every 10 steps by default.
             Ceiling("health/leak_fraction", 0.05, from_start=True, window=3),
-            Drift("health/hedges_per_1k_tokens", lowest=0.25, window=3),
+            Drift("health/hedges_per_1k_tokens", lowest=0.25, window=3, smallest_start=5.0),
         ]
         self._reset()
 

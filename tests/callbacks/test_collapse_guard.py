@@ -170,6 +170,8 @@ def test_start_values_survive_a_resume(make_policy: Callable[..., Policy], tmp_p
         (Drift("m", 0.5, 2.0), 10.0, 5.1, False),
         (Drift("m", 0.5, 2.0), 10.0, 20.1, True),
         (Drift("m", highest=2.0), 10.0, 0.0, False),
+        (Drift("m", 0.5, smallest_start=5.0), 4.9, 0.0, False),
+        (Drift("m", 0.5, smallest_start=5.0), 5.0, 0.0, True),
         (Drift("m", 0.5), 0.0, 9.0, False),
         (Ceiling("m", 0.5), 0.1, 0.6, True),
         (Ceiling("m", 0.5), 0.7, 0.9, False),

@@ -59,20 +59,6 @@ def test_the_rate_that_validates_best_is_chosen(tmp_path: Path) -> None:
     assert comparison.chosen_rate(arm) == settings.RATES[1]  # the lower one of two equal ones
 
 
-@pytest.mark.parametrize(
-    ("completion", "number"),
-    [
-        ("4 + 5 = 9.", "9"),
-        ("so the answer is 10", "10"),
-        ("She has 3 of 12 left, 3 in all.", "3"),
-        ("none", None),
-        ("", None),
-    ],
-)
-def test_last_number_of_a_completion(completion: str, number: str | None) -> None:
-    assert runs.last_number(completion) == number
-
-
 def measured(run: str, target: str, transfer: str, drift: float, facts: str = "1111") -> dict[str, Any]:
     found = {
         part: {"strict": digits, "last_number": digits} for part, digits in (("target", target), ("transfer", transfer))
