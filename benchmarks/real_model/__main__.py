@@ -6,8 +6,9 @@
 
 The target task is the quick start's word problems. The references have one of three styles: ``own`` (the model's own words),
 ``terse`` and ``formal`` (notation and prose that the model does not write). OPSD and SFT read equally many references. GRPO
-samples as many completions as OPSD. Every arm tries the same learning rates on seed 0, and validation questions choose one.
-All scores are those of the weights after the last step. Finished parts are not repeated.
+samples as many completions as OPSD. Each method tries the same learning rates on seed 0, with ``own`` and with
+``terse`` references, and validation questions choose one for each. All scores are those of the weights after the last step.
+Finished parts are not repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 from pathlib import Path
 
 from benchmarks.real_model.report import Report
-from benchmarks.real_model.settings import ARMS, RATES, SEQUENCE_ARMS, SMALL, Scale
+from benchmarks.real_model.settings import ARMS, SEQUENCE_ARMS, SMALL, Scale
 
 RESULTS = Path("docs/results/real_model")
 PARTS = ("train", "measure", "sequence")
@@ -45,10 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = Comparison(model, options.output, options.results, SMALL if options.small else Scale())
         arms = [ARMS[name] for name in options.arms]
         if "train" in options.parts:
-            for arm in arms:
-                for rate in RATES:
-                    runs.train(arm, rate, 0)
-            for seed in range(1, options.seeds):
+            for seed in range(options.seeds):
                 for arm in arms:
                     runs.train(arm, runs.chosen_rate(arm), seed)
         if "measure" in options.parts:
@@ -59,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         if "sequence" in options.parts:
             for seed in range(options.seeds):
                 for arm in (arm for arm in arms if arm.name in SEQUENCE_ARMS):
-                    for rate in RATES if seed == 0 else (runs.chosen_second_rate(arm),):
-                        runs.train_second(arm, rate, seed)
+                    runs.train_second(arm, runs.chosen_second_rate(arm), seed)
                     runs.measure_second(arm, seed)
     print(Report(options.results).text())
 

@@ -48,7 +48,7 @@ class Comparison:
 
     def chosen_rate(self, arm: Arm) -> float:
         """Return the learning rate whose run with seed 0 validates best after the last step; the lower one in a tie."""
-        return max(RATES, key=lambda rate: (self.train(arm, rate, 0)["validation"], -rate))
+        return max(RATES, key=lambda rate: (self.train(arm.tuned, rate, 0)["validation"], -rate))
 
     def run_name(self, arm: Arm, seed: int) -> str:
         """Return the name of an arm's run with its chosen learning rate."""
@@ -221,7 +221,12 @@ class Comparison:
         return [*self._common(CONFIG, arm, model or self.model), *limits, *style, size]
 
     def _second(self, arm: Arm, model: str) -> list[str]:
-        return [*self._common(SECOND_CONFIG, arm, model), f"--data.test.init_args.size={self.scale.second_questions}"]
+        # Every training question is verified in a sandbox, so there are no more of them than a run may read.
+        sizes = {"train": 2 * self.scale.second_steps * self.scale.second_completions, "test": self.scale.second_questions}
+        return [
+            *self._common(SECOND_CONFIG, arm, model),
+            *(f"--data.{split}.init_args.size={size}" for split, size in sizes.items()),
+        ]
 
     def _common(self, config: str, arm: Arm, model: str) -> list[str]:
         preset = [] if arm.method == "opsd" else ["--config", f"configs/presets/{arm.method}.yaml"]

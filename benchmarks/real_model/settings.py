@@ -12,7 +12,7 @@ SECOND_CONFIG = "configs/tasks/code.yaml"
 #: Prompts on which the divergence from the base model is measured.
 GENERAL_PROMPTS = "benchmarks/real_model/general_prompts.jsonl"
 
-#: Learning rates that every arm tries on seed 0.
+#: Learning rates that an arm tries on seed 0.
 RATES = (4e-4, 8e-4, 1.6e-3)
 
 
@@ -27,6 +27,11 @@ class Arm:
 
     method: Literal["opsd", "sft", "grpo"]
     style: str | None = None
+
+    @property
+    def tuned(self) -> Arm:
+        """Arm whose learning rate is used. References in a foreign style are tuned once, with the terse ones."""
+        return Arm(self.method, "terse") if self.style == "formal" else self
 
     @property
     def name(self) -> str:
@@ -67,13 +72,13 @@ class Scale:
         second_questions: Number of held-out questions of the second task.
     """
 
-    steps: int = 16
+    steps: int = 12
     completions: int = 24
     group: int = 8
-    max_new_tokens: int = 80
-    validation: int = 96
-    questions: int = 256
-    items: int = 320
+    max_new_tokens: int = 64
+    validation: int = 64
+    questions: int = 192
+    items: int = 300
     second_steps: int = 8
     second_completions: int = 16
     second_questions: int = 96

@@ -22,7 +22,7 @@ def test_every_part_runs_once(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(settings, "RATES", rates := (1e-3, 2e-3))
-    for module in ("runs", "report", "__main__"):
+    for module in ("runs", "report"):
         monkeypatch.setattr(f"benchmarks.real_model.{module}.RATES", rates)
     results = tmp_path / "results"
     asked = ["--model", folders["llama"], "--output", str(tmp_path / "runs"), "--results", str(results), "--small"]
@@ -57,6 +57,13 @@ def test_the_rate_that_validates_best_is_chosen(tmp_path: Path) -> None:
     for rate, validation in zip(settings.RATES, (0.5, 0.75, 0.75), strict=True):
         write(tmp_path / f"grpo-lr{rate:g}-seed0.json", {"validation": validation})
     assert comparison.chosen_rate(arm) == settings.RATES[1]  # the lower one of two equal ones
+
+
+def test_foreign_styles_share_a_rate(tmp_path: Path) -> None:
+    comparison = runs.Comparison("no-model", tmp_path, tmp_path, settings.SMALL)
+    for rate, validation in zip(settings.RATES, (0.25, 0.25, 0.5), strict=True):
+        write(tmp_path / f"sft-terse-lr{rate:g}-seed0.json", {"validation": validation})
+    assert comparison.chosen_rate(settings.ARMS["sft-formal"]) == settings.RATES[2]
 
 
 def measured(run: str, target: str, transfer: str, drift: float, facts: str = "1111") -> dict[str, Any]:
