@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -93,6 +94,8 @@ class KeptSkills(Callback):
         self.of_base: dict[str, SkillResult] = {}
         #: Results of the weights of the last measurement, by set.
         self.of_run: dict[str, SkillResult] = {}
+        #: Values of all measurements of a fit, for `RunReport`: one entry for each step and set.
+        self.history: list[dict[str, Any]] = []
         self._digests: dict[str, str] = {}
         self._measured: int | None = None  # step of the last measurement of the run
         self._multiples = 0  # multiples of every_n_steps so far
@@ -104,7 +107,8 @@ class KeptSkills(Callback):
         if stage not in _PREFIX or not isinstance(pl_module, PolicyModule):
             return
         self._measured, self._is_branch, self._is_new = None, True, False
-        self.of_base, self.of_run, digests = {}, {}, dict[str, str]()
+        self.of_base, self.of_run, self.history = {}, {}, []
+        digests: dict[str, str] = {}
         for name, skills in self.sets.items():
             try:
                 skills.setup(pl_module.policy)
@@ -144,19 +148,20 @@ class KeptSkills(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         scores = {name: [item.score for item in result.items] for name, result in self.of_base.items()}
-        return {"base": scores, "digests": dict(self._digests), "measured": self._measured}
+        values = {"base": scores, "digests": dict(self._digests), "measured": self._measured}
+        return values | {"history": [dict(entry) for entry in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, scores in state_dict["base"].items():
             if name in self.sets and state_dict["digests"].get(name) == self._digests.get(name):
                 self.of_base[name] = SkillResult([ItemScore(score) for score in scores])
-        self._measured = state_dict["measured"]
+        self._measured, self.history = state_dict["measured"], [dict(entry) for entry in state_dict["history"]]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, PolicyModule):
             return
         if trainer.global_step == 0:
-            self.of_base, self._measured = {}, None
+            self.of_base, self._measured, self.history = {}, None, []
         self._multiples = trainer.global_step // (self.every_n_steps or 1)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self._path(trainer, "fit")
@@ -259,12 +264,27 @@ class KeptSkills(Callback):
             for name, skills in self.sets.items()
         }
         self._measured = trainer.global_step
+        if stage == "fit":
+            self.history += [self._entry(trainer.global_step, name, result) for name, result in self.of_run.items()]
         self._write(trainer, stage, "run", trainer.global_step, self.of_run)
         values = self._metrics(stage)
         if logged_step is None:
             module.log_dict(values, batch_size=1)
         for logger in trainer.loggers if logged_step is not None else ():
             logger.log_metrics(values, step=logged_step)
+
+    def _entry(self, step: int, name: str, result: SkillResult) -> dict[str, Any]:
+        before = self.of_base.get(name)
+        return {
+            "step": step,
+            "set": name,
+            "graded": self.sets[name].graded,
+            "items": len(result.items),
+            "value": result.value,
+            "interval": list(result.interval),
+            "base": None if before is None else before.value,
+            "change": None if before is None else list(result.change(before)),
+        }
 
     def _metrics(self, stage: str) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -300,8 +320,21 @@ class KeptSkills(Callback):
     def _records(self, role: str, step: int, results: Mapping[str, SkillResult]) -> Iterator[dict[str, Any]]:
         for name, result in results.items():
             for number, (example, item) in enumerate(zip(self.sets[name].examples, result.items, strict=True)):
-                record = {"step": step, "set": name, "role": role, "item": number, "question": example.question}
-                yield record | {"score": item.score, "weight": item.weight} | dict(item.details)
+                record: dict[str, Any] = {
+                    "step": step,
+                    "set": name,
+                    "role": role,
+                    "item": number,
+                    "question": example.question,
+                }
+                yield _finite(record | {"score": item.score, "weight": item.weight} | dict(item.details))
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null in place of numbers that JSON does not have: infinity and NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_skills(sets: Mapping[str, SkillSet], base: Mapping[str, SkillResult], run: Mapping[str, SkillResult]) -> None:

@@ -33,14 +33,14 @@ class _Choice(NamedTuple):
 
     Args:
         prompt: Tokens of the prompt.
-        labels: Label of each option.
+        named: Text of each option by label.
         texts: Scored text of each option.
         options: Tokens of each option.
         right: Label of the right option.
     """
 
     prompt: list[int]
-    labels: list[str]
+    named: dict[str, str]
     texts: list[str]
     options: list[list[int]]
     right: str
@@ -141,7 +141,7 @@ class ChoicesByLikelihood(SkillSet):
             raise ConfigError(f"the option {empty!r} of {question} has no tokens", "options", "Give it another text")
         if len({tuple(option) for option in options}) < len(options):
             raise ConfigError(f"{question} has an option twice", "options", "Remove one of the two")
-        return _Choice(prompt, labels, texts, options, right)
+        return _Choice(prompt, named, texts, options, right)
 
     def _tokens(
         self, tokenizer: PreTrainedTokenizerBase, example: Example, texts: Sequence[str]
@@ -176,17 +176,18 @@ class ChoicesByLikelihood(SkillSet):
         sums = iter([float(part.sum()) for part in found.split([len(option) for _, option in rows])])
         results = []
         for choice in choices:
+            labels = list(choice.named)
             logprobs = [next(sums) for _ in choice.options]
             scores = [
                 logprob / self._length(text, option)
                 for logprob, text, option in zip(logprobs, choice.texts, choice.options, strict=True)
             ]
-            chosen = choice.labels[max(range(len(scores)), key=scores.__getitem__)]
+            chosen = labels[max(range(len(scores)), key=scores.__getitem__)]
             details: dict[str, Any] = {
                 "choice": chosen,
                 "right": choice.right,
-                "options": dict(zip(choice.labels, choice.texts, strict=True)),
-                "logprobs": dict(zip(choice.labels, logprobs, strict=True)),
+                "options": choice.named,
+                "logprobs": dict(zip(labels, logprobs, strict=True)),
             }
             results.append(ItemScore(float(chosen == choice.right), details=details))
         return results

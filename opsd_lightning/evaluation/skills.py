@@ -24,7 +24,7 @@ from opsd_lightning.rollouts.base import Demand
 from opsd_lightning.runs.signals import stop_if_signalled
 from opsd_lightning.teachers import FixedTeacher
 from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
-from opsd_lightning.utils.statistics import paired_change, ratio_and_error
+from opsd_lightning.utils.statistics import Z, paired_change, ratio_and_error, wilson
 
 # The other ranks wait while rank zero reads, and perhaps downloads, a source.
 _LONGEST_WAIT = timedelta(days=1)
@@ -70,6 +70,14 @@ class SkillResult(NamedTuple):
     def error(self) -> float:
         """Standard error of `value` over items."""
         return ratio_and_error([item.score for item in self.items], [item.weight for item in self.items])[1]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of `value` over items: Wilson's for right and wrong answers, otherwise a normal one."""
+        if all(item.score in (0, 1) and item.weight == 1 for item in self.items):
+            return wilson([item.score == 1 for item in self.items])
+        value, half = self.value, Z * self.error
+        return max(value - half, 0.0), value + half
 
     @property
     def units(self) -> float:

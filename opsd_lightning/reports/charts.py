@@ -129,7 +129,7 @@ def charts_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if kept:
             add("Training", title, unit, percent, kept)
     for name in logged:
-        if name in used or "@" in name:
+        if name in used or "@" in name or (name.startswith("skills/") and all(run.skills for run in runs)):
             continue
         section = "Health" if name.startswith("health/") else _OTHER
         percent = name.endswith(("_fraction", "_rate", "_share"))

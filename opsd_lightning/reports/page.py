@@ -16,6 +16,7 @@ from opsd_lightning import __version__
 from opsd_lightning.evaluation.held_out import held_out_scores
 from opsd_lightning.reports.charts import charts_of, curves_of
 from opsd_lightning.reports.html import count, render_template
+from opsd_lightning.reports.skills import skill_rows
 from opsd_lightning.runs.reader import RECORD_FOLDER, Point, Run, differing_settings, read_run
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.files import atomic_write, script_json
@@ -145,6 +146,7 @@ def _run_values(run: Run, name: str, output: Path) -> dict[str, Any]:
         "groups": groups,
         "samples": _samples(run),
         "held_out": held_out_scores(run.held_out),
+        "skills": skill_rows(run),
         "links": _links(run, output),
     }
 
@@ -275,6 +277,7 @@ def _links(run: Run, output: Path) -> list[tuple[str, str]]:
         ("Adapter", path("AdapterExport.folder", "adapter")),
         ("Merged model", path("AdapterExport.merged_folder", "merged")),
         ("Rollouts (CSV)", path("RolloutTable.path", "rollouts.csv")),
+        ("Kept skills, item by item", "skills.jsonl"),
         ("Record", RECORD_FOLDER),
         ("Held-out completions before training", "before/test.jsonl"),
         ("Held-out completions after training", "after/test.jsonl"),

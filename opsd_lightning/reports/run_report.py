@@ -18,6 +18,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from opsd_lightning.callbacks.collapse_guard import CollapseGuard
+from opsd_lightning.callbacks.kept_skills import KeptSkills
 from opsd_lightning.callbacks.schedule import newly_logged
 from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.evaluation.evaluator import Records
@@ -55,16 +56,17 @@ _MAX_CHARACTERS = 20_000  # of a completion in the record
 class RunReport(Callback):
     """Callback that keeps a record of the run and writes its report as one HTML page.
 
-    The report shows curves, accuracy against generated tokens, completions before and after training, settings, versions and
-    the command that repeats the run. It is written at validations, which takes at most 1 % of the run's time, and at the
-    end, also of a run that failed or was interrupted. ``opsd report`` writes a report of several runs.
+    The report shows curves, accuracy against generated tokens, the skills of `KeptSkills`, completions before and after
+    training, settings, versions and the command that repeats the run. It is written at validations, which takes at most 1 %
+    of the run's time, and at the end, also of a run that failed or was interrupted. ``opsd report`` writes a report of
+    several runs.
 
     The record is the folder ``record`` in the trainer's ``default_root_dir``. It holds ``run.json``, ``config.yaml``,
-    ``metrics.jsonl`` (all steps and validations, independent of loggers) and ``samples.jsonl``, without the secrets of
-    settings and messages (see `redaction`). A resumed run continues its record. A record of another run is renamed to
-    ``record-1``, ``record-2``, ... first. A run that resumes from an earlier checkpoint than the newest leaves a copy of the
-    record under such a name. If the disk is full, training continues, and ``run.json`` lists the files that could not be
-    written. With ``fast_dev_run`` nothing is written.
+    ``metrics.jsonl`` (all steps and validations, independent of loggers), ``samples.jsonl`` and, with `KeptSkills`,
+    ``skills.json``, without the secrets of settings and messages (see `redaction`). A resumed run continues its record. A
+    record of another run is renamed to ``record-1``, ``record-2``, ... first. A run that resumes from an earlier checkpoint
+    than the newest leaves a copy of the record under such a name. If the disk is full, training continues, and ``run.json``
+    lists the files that could not be written. With ``fast_dev_run`` nothing is written.
 
     Args:
         path: Path of the page, relative to the trainer's ``default_root_dir``. W&B and MLflow also get the page at the end.
@@ -272,6 +274,7 @@ class RunReport(Callback):
             self._record.metrics("val", trainer.global_step, self._record.seconds(), tokens, values)
         if self._samples:
             self._record.samples("val", trainer.global_step, self._samples)
+        self._keep_skills(trainer)
         if time.monotonic() >= self._next_page:
             self._page(trainer)
 
@@ -286,6 +289,7 @@ class RunReport(Callback):
                 self._record.drop_training_samples()
             guards = [callback for callback in _callbacks(trainer) if isinstance(callback, CollapseGuard)]
             self._ended = status, reason, [safe_text(text) for guard in guards for text in guard.messages]
+            self._keep_skills(trainer)
             unwritten_files = self._unwritten(trainer)
             self._record.end(*self._ended, unwritten_files)
         except Exception as error:  # must not hide the error that ended the run
@@ -300,6 +304,13 @@ class RunReport(Callback):
             except Exception as error:
                 warnings.warn(f"RunReport could not log {page} to a logger: {safe_text(repr(error))}", stacklevel=2)
         self._record = None
+
+    def _keep_skills(self, trainer: Trainer) -> None:
+        """Write the history of `KeptSkills` to the record."""
+        assert self._record is not None
+        history = [entry for c in _callbacks(trainer) if isinstance(c, KeptSkills) for entry in c.history]
+        if history:
+            self._record.skills(history)
 
     def _unwritten(self, trainer: Trainer) -> dict[str, str]:
         assert self._record is not None

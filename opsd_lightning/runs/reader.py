@@ -4,6 +4,7 @@
     ROOT/record/config.yaml     all settings
     ROOT/record/metrics.jsonl   one line for each training step and each validation
     ROOT/record/samples.jsonl   graded completions of the same few questions at every validation
+    ROOT/record/skills.json     values of skills that the run does not train (KeptSkills callback)
     ROOT/before, ROOT/after     held-out questions in test.jsonl, written by the quick start
 
 A run without a record is read from ``metrics.csv`` (CSVLogger) and the ``config.yaml`` next to it.
@@ -35,8 +36,18 @@ _GRADED: dict[str, type | UnionType] = {
     "truncated": int,
 }
 _SAMPLE: dict[str, type | UnionType] = _GRADED | {"completion": str, "samples": int, "right": int}
+_SKILL: dict[str, type | UnionType] = {
+    "step": int,
+    "set": str,
+    "graded": bool,
+    "items": int,
+    "value": float | int,
+    "interval": list,
+    "base": float | int | None,
+    "change": list | None,
+}
 _FIX = "Give the folder of a run (trainer.default_root_dir or a CSVLogger version)"
-_FILES = ("run.json", "metrics.jsonl", "metrics.csv", "config.yaml", "samples.jsonl")
+_FILES = ("run.json", "metrics.jsonl", "metrics.csv", "config.yaml", "samples.jsonl", "skills.json")
 
 
 class Point(NamedTuple):
@@ -67,6 +78,7 @@ class Run:
         info: Contents of ``run.json``. Empty without a record.
         config: Settings as nested mappings, without secrets. Empty if the run saved none.
         samples: Graded completions of a few questions, as ``{"kind": "val" or "train", "step": ..., "records": [...]}``.
+        skills: Values of skills that the run does not train, one entry for each step and set of `KeptSkills`.
         held_out: Records of held-out questions, by time and role, such as ``before: student``.
     """
 
@@ -77,6 +89,7 @@ class Run:
     info: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    skills: list[dict[str, Any]] = field(default_factory=list)
     held_out: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
@@ -153,7 +166,7 @@ def _find_record(folder: Path) -> Path | None:
 
 
 def _from_record(record: Path) -> Run:
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "skills.json"):
         _exists(record / name)
     info = _json(record / "run.json")
     run = Run(record.parent if record.name == RECORD_FOLDER else record, "", info=info)
@@ -172,7 +185,24 @@ def _from_record(record: Path) -> Run:
             _check(line, {"kind": str, "step": int, "records": list})
             for sample in line["records"]:
                 _check(sample, _SAMPLE | ({"index": int} if line["kind"] == "val" else {}))
+    run.skills = _skills(record / "skills.json")
     return run
+
+
+def _skills(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with _damage_as_error(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, list):
+            raise TypeError("it is not a list")
+        for entry in found:
+            _check(entry, _SKILL)
+            for name in ("interval", "change"):
+                pair = [0, 0] if entry[name] is None else entry[name]
+                if len(pair) != 2 or not all(isinstance(value, float | int) for value in pair):
+                    raise TypeError(f"{name} is {pair!r:.60}")
+    return found
 
 
 @contextmanager

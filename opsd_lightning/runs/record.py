@@ -32,6 +32,7 @@ from opsd_lightning.utils.folders import free_name
 #: Key of the checkpoint identifier in a checkpoint.
 CHECKPOINT_ID = "opsd_record"
 _RUN, _METRICS, _SAMPLES, _CONFIG = "run.json", "metrics.jsonl", "samples.jsonl", "config.yaml"
+_SKILLS = "skills.json"
 _RESERVE = ".reserve"  # placeholder file, deleted at the end to leave room for the final status on a full disk
 _RESERVED_BYTES = 1 << 16
 _TRIES, _PAUSE_SECONDS = 3, 0.2  # for writing the final status
@@ -209,6 +210,10 @@ class Record:
     def samples(self, kind: str, step: int, records: list[dict[str, Any]]) -> None:
         """Append graded completions of training (``train``) or of a validation (``val``)."""
         self._append(_SAMPLES, {"kind": kind, "step": step, "records": records})
+
+    def skills(self, history: list[dict[str, Any]]) -> None:
+        """Write the values of skills that the run does not train, in place of earlier ones."""
+        self._try(_SKILLS, lambda: atomic_write(self.folder / _SKILLS, json.dumps(history)))
 
     def drop_training_samples(self) -> None:
         """Remove the completions of training."""

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-_Z = 1.96
+#: Half-width of a 95 % normal interval in standard errors.
+Z = 1.96
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
     """Return the mean and the half-width of its 95 % normal interval."""
     deviation = stdev(values) if len(values) > 1 else 0.0
-    return fmean(values), _Z * deviation / math.sqrt(len(values))
+    return fmean(values), Z * deviation / math.sqrt(len(values))
 
 
 def wilson(outcomes: list[bool]) -> tuple[float, float]:
@@ -27,8 +28,8 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
         share: The observed proportion.
         n: Effective number of independent outcomes.
     """
-    center, half = share + _Z**2 / (2 * n), _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
-    return max(0.0, (center - half) / (1 + _Z**2 / n)), min(1.0, (center + half) / (1 + _Z**2 / n))
+    center, half = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n * n))
+    return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
 
 
 def ratio_and_error(totals: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
@@ -58,4 +59,4 @@ def paired_change(before: Sequence[float], after: Sequence[float]) -> tuple[floa
     changes = [late - early for early, late in zip(before, after, strict=True)]
     size, total = len(changes) + 2, sum(changes)
     variance = (sum(change * change for change in changes) + 1) / size - (total / size) ** 2
-    return fmean(changes), _Z * math.sqrt(variance / size)
+    return fmean(changes), Z * math.sqrt(variance / size)

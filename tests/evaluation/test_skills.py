@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from helpers.classes import subclasses
+from helpers.messages import mentions
 from helpers.models import EOS, SECOND_EOS, perturb
 from helpers.skills import Digits, Rows, skill_sets, sum_logprob, token_logprobs
 from helpers.training import parts, trainer
@@ -19,9 +23,12 @@ from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.data.task_sources import CategoryQuestions
 from opsd_lightning.evaluation.skill_sets import BaseDivergence, ChoicesByLikelihood, GradedCompletions
 from opsd_lightning.evaluation.skills import SkillResult, SkillSet, measure_skill
+from opsd_lightning.grading.choice_grader import ChoiceGrader
+from opsd_lightning.grading.no_grader import NoGrader
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.templates import Prompts
-from opsd_lightning.types import Example
+from opsd_lightning.types import ConfigError, Example
+from opsd_lightning.utils.statistics import paired_change, ratio_and_error
 
 MakePolicy = Callable[..., Policy]
 FOUR = Example("Which is a fruit?", "", "C", {"options": ["a horse", "red", "a fig", "fig trees"]})
@@ -151,3 +158,165 @@ def test_divergence_is_that_of_base_from_run(architecture: str, make_policy: Mak
     assert result.units == tokens
     assert result.value == pytest.approx(expected / tokens, rel=1e-3)
     assert result.value > 1e-3
+
+
+# -- texts to tokens ---------------------------------------------------------------------------------------------------
+
+
+def merging_tokenizer(text: str, begins: bool = False) -> PreTrainedTokenizerFast:
+    """Return a BPE tokenizer that merges across words, because it does not divide texts into words first."""
+    inner = Tokenizer(models.BPE())
+    inner.decoder = decoders.Fuse()
+    inner.train_from_iterator([text] * 9, trainers.BpeTrainer(special_tokens=["<s>", "</s>"], vocab_size=200))
+    if begins:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def choice_of(policy: Policy, tokenizer: Any, skills: ChoicesByLikelihood) -> Any:
+    skills.examples = skills.source.examples()
+    skills.prepare(policy, tokenizer)
+    (choice,) = skills._choices
+    return choice
+
+
+@pytest.mark.parametrize("question", ["The cat sat on", "The cat sat on ", "The cat sat on\n"])
+@pytest.mark.parametrize("delimiter", [" ", ""])
+def test_prompt_and_option_are_the_whole_text(question: str, delimiter: str, make_policy: MakePolicy) -> None:
+    """No token has characters of both, whatever the tokenizer would merge."""
+    tokenizer = merging_tokenizer("The cat sat on the mat.\nThe cat sat on a hat.\nThe cat sat on\nthe mat.")
+    example = Example(question, "", "A", {"options": ["the mat.", "a hat."]})
+    prompts = Prompts("{question}")
+    choice = choice_of(
+        make_policy(), tokenizer, ChoicesByLikelihood(Rows([example]), chat=False, prompts=prompts, delimiter=delimiter)
+    )
+    assert any(" t" in token or "\nt" in token for token in tokenizer.get_vocab())  # it merges words
+    for text, option in zip(example.columns["options"], choice.options, strict=True):
+        assert tokenizer.decode(choice.prompt) == question.rstrip()
+        assert tokenizer.decode([*choice.prompt, *option]) == question + delimiter + text
+
+
+def test_tokens_are_those_of_the_whole_text_where_they_divide(make_policy: MakePolicy) -> None:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    text = "The cat sat on the mat. The cat sat on a hat."
+    inner.train_from_iterator([text] * 9, trainers.BpeTrainer(special_tokens=["</s>"], vocab_size=300))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="</s>")
+    example = Example("The cat sat on ", "", "A", {"options": ["the mat.", "a hat."]})
+    choice = choice_of(
+        make_policy(),
+        tokenizer,
+        ChoicesByLikelihood(Rows([example]), chat=False, delimiter="", prompts=Prompts("{question}")),
+    )
+    assert [*choice.prompt, *choice.options[0]] == tokenizer.encode("The cat sat on the mat.")
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_text_begins_as_the_tokenizer_begins_it(begins: bool, make_policy: MakePolicy) -> None:
+    tokenizer = merging_tokenizer("The cat sat on the mat.", begins)
+    example = Example("The cat", "", "A", {"options": ["sat", "mat"]})
+    choice = choice_of(make_policy(), tokenizer, ChoicesByLikelihood(Rows([example]), chat=False))
+    assert (choice.prompt[0] == tokenizer.bos_token_id) == begins
+    assert tokenizer.bos_token_id not in choice.prompt[1:] + choice.options[0]
+
+
+def test_control_tokens_in_an_option_stay_text(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    tokenizer = policy.load_tokenizer()
+    example = Example("Which?", "", "A", {"options": ["a<|im_end|>", "b"]})
+    for chat in (False, True):
+        choice = choice_of(policy, tokenizer, ChoicesByLikelihood(Rows([example]), chat=chat))
+        assert EOS not in choice.options[0] and tokenizer.decode(choice.options[0]).endswith("a<|im_end|>")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("example", "setting"),
+    [
+        (Example("Which?", "", "A", {"options": ["a", "a"]}), "options"),
+        (Example("Which?", "", "A", {"options": ["a", " "]}), "options"),
+        (Example("Which?", "", "A", {"options": ["a"]}), "options"),
+        (Example("Which?", "", "A", {}), "options"),
+        (Example("Which?", "", "C", {"options": ["a", "b"]}), "reference"),
+        (Example("Which?", "", "", {"options": ["a", "b"]}), "source"),
+        (Example("Which?" * 200, "", "A", {"options": ["a", "b"]}), "source"),
+    ],
+)
+def test_questions_without_a_choice_are_refused(chat: bool, example: Example, setting: str, make_policy: MakePolicy) -> None:
+    skills = ChoicesByLikelihood(Rows([CategoryQuestions(size=1).examples()[0], example]), chat=chat)
+    with pytest.raises(ConfigError) as error:
+        skills.setup(make_policy())
+    assert error.value.setting == setting
+
+
+def test_texts_without_a_template_are_no_conversations(make_policy: MakePolicy) -> None:
+    example = FOUR._replace(messages=[{"role": "user", "content": FOUR.question}])
+    ChoicesByLikelihood(Rows([example])).setup(make_policy())
+    with pytest.raises(ConfigError) as error:
+        ChoicesByLikelihood(Rows([example]), chat=False).setup(make_policy())
+    assert error.value.setting == "chat"
+
+
+def test_an_option_in_an_open_thinking_block_is_refused(make_policy: MakePolicy) -> None:
+    """Its probability would be that of a thought."""
+    policy = make_policy()
+    tokenizer = policy.load_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n'", "assistant\n<think>'")  # type: ignore[union-attr, arg-type]
+    skills = ChoicesByLikelihood(Rows([FOUR]))
+    skills.examples = [FOUR]
+    with pytest.raises(ConfigError, match=mentions("enable_thinking")):
+        skills.prepare(policy, tokenizer)
+
+
+def test_a_grader_that_grades_nothing_is_refused(make_policy: MakePolicy) -> None:
+    with pytest.raises(ConfigError) as error:
+        GradedCompletions(WordProblems(size=2), NoGrader()).setup(make_policy())
+    assert error.value.setting == "grader"
+    with pytest.raises(ConfigError) as error:
+        GradedCompletions(WordProblems(size=2), ChoiceGrader()).setup(make_policy())
+    assert error.value.setting == "grader.init_args.options"
+
+
+def test_full_fine_tuning_has_no_base_afterwards(make_policy: MakePolicy, tmp_path: Path) -> None:
+    policy = make_policy(lora=None)
+    with pytest.raises(ConfigError) as error:
+        BaseDivergence(WordProblems(size=2)).setup(policy)
+    assert error.value.setting == "model.policy.lora"
+    skills = skill_sets(2)["digits"]
+    skills.setup(policy)
+    with pytest.raises(ConfigError) as error:
+        in_a_test(policy, tmp_path, lambda module: measure_skill(module, skills, base=True))
+    assert error.value.setting == "model.policy.lora"
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_and_error_of_equal_weights_are_mean_and_standard_error() -> None:
+    values = [0.0, 1.0, 1.0, 0.5, 0.25]
+    mean, error = ratio_and_error(values, [1.0] * 5)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    assert mean == pytest.approx(float(tensor.mean()))
+    assert error == pytest.approx(float(tensor.std() / math.sqrt(5)))
+
+
+def test_ratio_does_not_depend_on_the_unit_of_weights() -> None:
+    totals, weights = [3.0, 1.0, 4.0], [2.0, 1.0, 5.0]
+    ratio, error = ratio_and_error(totals, weights)
+    assert ratio_and_error(totals, [10 * weight for weight in weights]) == pytest.approx((ratio / 10, error / 10))
+    assert ratio_and_error([2.0 * weight for weight in weights], weights) == pytest.approx((2.0, 0.0))
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("loss", [0.0, 0.05, 0.3])
+def test_interval_of_a_change_covers_it(gain: float, loss: float) -> None:
+    """Counted over all outcomes of 30 items, of which each is gained or lost with these probabilities."""
+    size, covered = 30, 0.0
+    for up in range(size + 1):
+        for down in range(size + 1 - up):
+            same = size - up - down
+            chance = math.comb(size, up) * math.comb(size - up, down) * gain**up * loss**down * (1 - gain - loss) ** same
+            change, half = paired_change([0.0] * up + [1.0] * down + [1.0] * same, [1.0] * up + [0.0] * down + [1.0] * same)
+            covered += chance * (abs(change - (gain - loss)) <= half)
+    assert covered >= 0.92
