@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from helpers.paths import ROOT
 from opsd_lightning.cli.command import main
 
 PARSED: dict[tuple[str, ...], dict[str, Any]] = {}  # parsing takes seconds, and every recipe alone is asked for often
@@ -25,3 +28,15 @@ def parsed(args: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     config |= {"model": config["model"]["init_args"], "method": config["model"]["class_path"]}
     PARSED[tuple(args)] = copy.deepcopy(config)
     return config
+
+
+def shrunk_skills(folder: Path) -> Path:
+    """Write the preset of kept skills with a few short items of each set, and return its path."""
+    config = yaml.safe_load((ROOT / "configs" / "presets" / "kept_skills.yaml").read_text(encoding="utf-8"))
+    for skills in config["trainer"]["callbacks+"][0]["init_args"]["sets"].values():
+        skills["init_args"]["source"]["init_args"]["size"] = 3
+        if "max_new_tokens" in skills["init_args"]:
+            skills["init_args"]["max_new_tokens"] = 4
+    path = folder / "shrunk_skills.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path

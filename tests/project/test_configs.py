@@ -13,7 +13,7 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict
 
-from helpers.configs import parsed
+from helpers.configs import parsed, shrunk_skills
 from helpers.files import write_jsonl
 from helpers.grading import with_answers
 from helpers.paths import ROOT
@@ -135,7 +135,10 @@ OVERLAID = [path for path in RECIPES if path not in LARGER]
 OTHERS = {"grpo": "GRPOModule", "sft": "SFTModule"}
 METHODS = [path for path in PRESETS if path.stem in ("paper_v1", "released_v3")]
 THINKING = CONFIGS / "presets" / "validate_thinking.yaml"
-MACHINES = [path for path in PRESETS if path not in (*METHODS, THINKING) and path.stem not in (*OTHERS, "full_finetuning")]
+SKILLS = CONFIGS / "presets" / "kept_skills.yaml"
+MACHINES = [
+    path for path in PRESETS if path not in (*METHODS, THINKING, SKILLS) and path.stem not in (*OTHERS, "full_finetuning")
+]
 CHANGES = {  # what every other preset is for, by the setting's path
     "ddp": ("trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy"),
     "vllm": ("model.rollouts.class_path", "opsd_lightning.VLLMServerEngine"),
@@ -160,6 +163,33 @@ def test_presets_overlay_every_recipe(recipe: Path, preset: Path, monkeypatch: p
     assert config["model"]["sampling"]["temperature"] == 1.1
     divergence = config["model"]["objective"]["init_args"]["divergence"]["class_path"].rpartition(".")[2]
     assert divergence == {"paper_v1": "GeneralizedJSD", "released_v3": "ForwardKL"}[preset.stem]
+
+
+@pytest.mark.parametrize("recipe", [*OVERLAID, *TASKS], ids=lambda path: path.stem)
+def test_kept_skills_are_one_more_callback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_skills = parsed(["fit", f"--config={recipe}", f"--config={SKILLS}"], monkeypatch)
+    own = parsed(["fit", f"--config={recipe}"], monkeypatch)
+    *callbacks, last = with_skills["trainer"].pop("callbacks")
+    assert callbacks == own["trainer"].pop("callbacks")
+    assert last["class_path"].endswith("KeptSkills")
+    assert [with_skills[name] for name in ("model", "trainer")] == [own[name] for name in ("model", "trainer")]
+
+
+def test_kept_skills_are_measured_in_fit_and_test(roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    preset = shrunk_skills(tmp_path)
+    settings = [
+        f"--config={CONFIGS / 'quickstart.yaml'}", f"--config={preset}", f"--model.policy.model={roomy}",
+        *(f"--data.{split}.init_args.size=4" for split in ("train", "val", "test")), "--data.batch_size=2",
+        "--model.sampling.max_new_tokens=8", "--model.eval_sampling.max_new_tokens=8", "--trainer.max_steps=1",
+        "--trainer.val_check_interval=1", f"--trainer.default_root_dir={tmp_path}",
+    ]  # fmt: skip
+    checkpoint = main(["fit", *settings]).trainer.checkpoint_callback.best_model_path
+    values = main(["test", *settings, f"--ckpt_path={checkpoint}"]).trainer.callback_metrics
+    for name, skills in yaml.safe_load(preset.read_text())["trainer"]["callbacks+"][0]["init_args"]["sets"].items():
+        assert f"test/skills/{name}" in values
+        assert (f"test/skills/{name}_change" in values) == (skills["class_path"] != "BaseDivergence")
+    assert (tmp_path / "skills.jsonl").exists() and (tmp_path / "skills_test.jsonl").exists()
 
 
 def test_the_vllm_recipe_differs_in_base_weights_and_sampler_alone(monkeypatch: pytest.MonkeyPatch) -> None:
