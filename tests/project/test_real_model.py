@@ -38,7 +38,7 @@ def test_every_part_runs_once(
         measured = found[f"{chosen}-measured"]
         assert {len(measured[name]) for name in ("facts", "stories", "formats")} == {8}
         assert len(measured["target"]["strict"]) == len(measured["transfer"]["last_number"]) == 6
-        assert measured["base_divergence"] > 0
+        assert (measured["base_divergence"] > 0) == (arm != "grpo")  # no completion of the tiny model has a reward
         assert re.search(rf"^\| {arm} +\|", printed, re.MULTILINE)
         assert any(name.startswith(f"second-{arm}-") for name in found) == (arm in settings.SEQUENCE_ARMS)
     assert found["base-measured"]["base_divergence"] == pytest.approx(0, abs=1e-6)
