@@ -152,10 +152,13 @@ class KeptSkills(Callback):
         return values | {"history": [dict(entry) for entry in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A set with other items than before the checkpoint starts anew.
+        same = {name for name, digest in self._digests.items() if state_dict["digests"].get(name) == digest}
         for name, scores in state_dict["base"].items():
-            if name in self.sets and state_dict["digests"].get(name) == self._digests.get(name):
+            if name in same:
                 self.of_base[name] = SkillResult([ItemScore(score) for score in scores])
-        self._measured, self.history = state_dict["measured"], [dict(entry) for entry in state_dict["history"]]
+        self._measured = state_dict["measured"]
+        self.history = [dict(entry) for entry in state_dict["history"] if entry["set"] in same]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, PolicyModule):
@@ -175,6 +178,8 @@ class KeptSkills(Callback):
         """Return True for a record that a run which resumes at a step does not write again."""
         if record["role"] == "base":
             return record["set"] in self.of_base
+        if not any(entry["set"] == record["set"] for entry in self.history):
+            return False
         return bool(record["step"] < step or (record["step"] == step and self._measured == step))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

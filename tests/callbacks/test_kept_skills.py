@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from opsd_lightning.callbacks.kept_skills import KeptSkills
 from opsd_lightning.callbacks.rollouts import RolloutWriter
 from opsd_lightning.data.sources import FileSource, WordProblems
 from opsd_lightning.evaluation.skill_sets import BaseDivergence, ChoicesByLikelihood, GradedCompletions
+from opsd_lightning.evaluation.skills import ItemScore, SkillSet
 from opsd_lightning.models.policy import Policy
-from opsd_lightning.types import ConfigError, Example
+from opsd_lightning.types import ConfigError, Example, Sampling
 
 pytestmark = pytest.mark.integration
 
@@ -78,6 +79,39 @@ def test_a_resumed_fit_does_not_measure_the_base_again(make_policy: MakePolicy, 
     assert counts(folder / "skills.jsonl") == counts(whole / "skills.jsonl")
     assert records(folder / "skills.jsonl") == records(whole / "skills.jsonl")
     assert again.of_base.keys() == {"facts", "digits"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record")
+def test_a_set_with_other_items_starts_anew_when_a_run_resumes(make_policy: MakePolicy, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "saved", filename="run", every_n_train_steps=2)
+    fit(make_policy(), tmp_path, KeptSkills(skill_sets(5)), keep, max_steps=2)
+    changed = KeptSkills(skill_sets(5) | {"facts": skill_sets(3)["facts"]})
+    fit(make_policy(), tmp_path, changed, checkpoint=tmp_path / "saved" / "run.ckpt")
+    found = counts(tmp_path / "skills.jsonl")
+    assert {key: count for key, count in found.items() if key[0] == "facts"} == {
+        ("facts", "base", 0): 3, ("facts", "run", 2): 3, ("facts", "run", 4): 3,
+    }  # fmt: skip
+    assert [entry["step"] for entry in changed.history if entry["set"] == "digits"] == [0, 2, 4]
+    change = changed.of_run["facts"].change(changed.of_base["facts"])[0]
+    facts = {entry["step"]: entry["change"][0] for entry in changed.history if entry["set"] == "facts"}
+    assert facts.keys() == {2, 4} and facts[4] == change
+
+
+class Brevity(SkillSet):
+    """A set of a user's own: share of greedy completions that end within four tokens."""
+
+    def measure(self, module: Any, places: Sequence[int]) -> list[ItemScore]:
+        prompts = [module.tokenizer.encode(self.examples[place].question) for place in places]
+        rollouts = module.rollouts.generate(module.model, prompts, Sampling(4, temperature=0.0), seed=0)
+        return [ItemScore(float(terminated)) for terminated in rollouts.terminated]
+
+
+def test_a_set_of_ones_own_needs_one_method(make_policy: MakePolicy, tmp_path: Path) -> None:
+    skills = KeptSkills({"brevity": Brevity(WordProblems(size=5), batch_size=2)})
+    fit(make_policy(), tmp_path, skills, max_steps=1, limit_val_batches=0)
+    found = records(tmp_path / "skills.jsonl")
+    assert [record["item"] for record in found if record["role"] == "base"] == list(range(5))
+    assert {record["score"] for record in found} <= {0.0, 1.0}
 
 
 def test_a_new_fit_keeps_the_file_of_an_earlier_one(make_policy: MakePolicy, tmp_path: Path) -> None:
