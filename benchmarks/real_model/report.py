@@ -73,6 +73,10 @@ class Report:
                 drift = [run["base_divergence"] for run in measured]
                 spread = f"{fmean(drift):.3f} ({min(drift):.3f} to {max(drift):.3f})"
                 rows.append([arm.name, f"{runs[0]['learning_rate']:g}", references, tokens, *cells, spread])
+        for style in dict.fromkeys(arm.style for arm in ARMS.values() if arm.style is not None):
+            if teacher := self.found.get(f"teacher-{style}-measured"):
+                cells = [share([teacher["target"][score]]) for score in ("strict", "last_number")]
+                rows.append([f"teacher, {style} reference", "", "", "", *cells, *[""] * (len(SETS) - 1)])
         return markdown(headings, rows)
 
     def differences(self) -> str:

@@ -93,6 +93,7 @@ def test_tables_hold_means_over_seeds_and_paired_intervals(tmp_path: Path) -> No
     files[second] = {"run": second, "seed": 1, "learning_rate": settings.RATES[0], "validation": 0.25}
     files[f"{second}-measured"] = measured(second, "0111", "0000", 0.0)
     files[f"{second}-second"] = {"run": second, "second": {"strict": "1111"}}
+    files["teacher-terse-measured"] = {"run": "teacher-terse", "target": {"strict": "1110", "last_number": "1111"}}
     for name, content in files.items():
         write(tmp_path / f"{name}.json", content)
     report = Report(tmp_path)
@@ -102,6 +103,7 @@ def test_tables_hold_means_over_seeds_and_paired_intervals(tmp_path: Path) -> No
     # Questions score 1, 1, 1 and 0.5 over the seeds: the mean is 0.875, and the deviation of four values 0.25.
     assert rows["opsd-own"][:4] == [rate, "8", "101", "87.5 ± 24.5 % (75.0, 100.0)"]
     assert rows["opsd-own"][-1] == "0.125 (0.000 to 0.250)" and rows["before"][3] == "0.0 ± 0.0 %"
+    assert rows["teacher, terse reference"][3:5] == ["75.0 ± 49.0 %", "100.0 ± 0.0 %"]
     changes = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in table_rows(report.differences())}
     assert changes["opsd-own minus sft-own"] == "+62.5 ± 46.9"  # 0, 1, 1 and 0.5: the deviation is 0.479
     assert changes["sft-own minus before"] == "+25.0 ± 49.0"
