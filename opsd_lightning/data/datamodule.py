@@ -209,7 +209,7 @@ class OPSDDataModule(LightningDataModule):
         Long completions of an evaluation do not count for training questions, of which they would drop many.
         """
         sampled = self.requirements().max_new_tokens if split == "train" else 0
-        return sampled or self.max_new_tokens
+        return min(sampled, self.max_new_tokens) if sampled else self.max_new_tokens
 
     def _check_prompts(self, tokenizer: PreTrainedTokenizerBase, stage: str) -> None:
         prompts, reads = self.prompts, self.reads_teacher(stage)

@@ -328,7 +328,8 @@ def test_benchmark_arguments_parse(command: str, monkeypatch: pytest.MonkeyPatch
     if words[1] == "-m":
         monkeypatch.setattr(sys, "argv", words[2:])
         with pytest.raises(_Parsed):
-            importlib.import_module(words[2]).main()
+            module = importlib.import_module(words[2])
+            (module if hasattr(module, "main") else importlib.import_module(f"{words[2]}.__main__")).main()
     else:
         monkeypatch.setattr(sys, "argv", words[1:])
         with pytest.raises((_Parsed, SystemExit)) as end:
