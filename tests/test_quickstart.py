@@ -47,7 +47,7 @@ def test_quickstart_trains_and_writes_its_report(
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["llama"]), tmp_path / "adapter").eval()
     records = [json.loads(line) for line in (tmp_path / "after" / "test.jsonl").read_text().splitlines()]
     assert len(records) == 8
-    assert [r["question"] for r in records] == [e.question for e in WordProblems(8, 3, 10).examples()]
+    assert [r["question"] for r in records] == [e.question for e in WordProblems(8, 4, 10).examples()]
     template = "First give a short calculation, then end with 'so the answer is' and the number.\n{}"
     for record in records:
         turns = [

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="check the whole chain with tiny runs")
     parser.add_argument("--report", action="store_true", help="only print the tables of the existing results")
     options = parser.parse_args(argv)
+    if options.small and options.results == RESULTS:
+        parser.error("--small needs another --results")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not options.report:
         from benchmarks.real_model.runs import Comparison

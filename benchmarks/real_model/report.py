@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.learning.report import markdown
 from benchmarks.learning.run import read
 from benchmarks.real_model.settings import ARMS, RATES, SEQUENCE_ARMS, Arm
-from opsd_lightning.utils.statistics import mean_and_interval
+from opsd_lightning.utils.statistics import paired_change, wilson_interval
 
 Result = dict[str, Any]
 
@@ -24,10 +24,13 @@ SETS: dict[str, Callable[[Result], str]] = {
     "stories": lambda found: found["stories"],
     "formats": lambda found: found["formats"],
 }
+KEPT = ("facts", "stories", "formats")
 
 
 class Report:
     """Reads the results of a folder and writes its tables.
+
+    Intervals are 95 % intervals over questions, for the seeds at hand. The values of the seeds are beside them.
 
     Args:
         results: Folder of the result files.
@@ -41,6 +44,7 @@ class Report:
         tables = {
             "Learning rates": self.rates,
             "Methods by style of the references": self.scores,
+            "Change from the untrained model": self.changes,
             "OPSD minus the other method": self.differences,
             "Two tasks in sequence": self.sequence,
         }
@@ -58,95 +62,107 @@ class Report:
         return markdown(["validation accuracy, seed 0", *(f"rate {rate:g}" for rate in RATES)], rows) if rows else ""
 
     def scores(self) -> str:
-        """Return held-out scores: the mean over the seeds, with a 95 % interval over questions."""
+        """Return held-out scores: the mean over the seeds, and that of each seed."""
         base = self.found.get("base-measured")
         if base is None:
             return ""
-        headings = ["", "rate", "references read", "tokens generated", *SETS, "divergence from the base, nats a token"]
+        headings = ["", "rate", "questions read", "tokens generated", *SETS, "divergence from the base, nats a token"]
         rows = [["before", "", "", "", *(share([read_set(base)]) for read_set in SETS.values()), "0"]]
         for arm in ARMS.values():
             if measured := self._measured(arm):
                 runs = [self.found[run["run"]] for run in measured]
-                references = "0" if arm.method == "grpo" else f"{runs[0]['completions_or_references']:,}"
                 tokens = f"{fmean(run['tokens_generated'] for run in runs):,.0f}"
                 cells = [share([read_set(run) for run in measured]) for read_set in SETS.values()]
                 drift = [run["base_divergence"] for run in measured]
-                spread = f"{fmean(drift):.3f} ({min(drift):.3f} to {max(drift):.3f})"
-                rows.append([arm.name, f"{runs[0]['learning_rate']:g}", references, tokens, *cells, spread])
+                spread = f"{fmean(drift):.3f} ({', '.join(f'{value:.3f}' for value in drift)})"
+                settings = [f"{runs[0]['learning_rate']:g}", f"{runs[0]['questions_read']:,}", tokens]
+                rows.append([arm.name, *settings, *cells, spread])
         for style in dict.fromkeys(arm.style for arm in ARMS.values() if arm.style is not None):
             if teacher := self.found.get(f"teacher-{style}-measured"):
                 cells = [share([teacher["target"][score]]) for score in ("strict", "last_number")]
                 rows.append([f"teacher, {style} reference", "", "", "", *cells, *[""] * (len(SETS) - 1)])
         return markdown(headings, rows)
 
+    def changes(self) -> str:
+        """Return paired changes from the untrained model."""
+        base = self.found.get("base-measured")
+        if base is None:
+            return ""
+        rows = []
+        for arm in ARMS.values():
+            if measured := self._measured(arm):
+                cells = []
+                for read_set in SETS.values():
+                    before = [read_set(base)] * len(measured)
+                    cells.append(change(before, [read_set(run) for run in measured]))
+                rows.append([arm.name, *cells])
+        return markdown(["points", *SETS], rows) if rows else ""
+
     def differences(self) -> str:
-        """Return paired differences of OPSD to SFT with the same references, and to GRPO."""
+        """Return paired differences of OPSD to SFT with the same references, and to GRPO, seed by seed."""
         rows = []
         for arm in ARMS.values():
             opsd = ARMS["opsd-own" if arm.style is None else f"opsd-{arm.style}"]
-            if arm.method == "opsd" or not (ours := self._measured(opsd)) or not (theirs := self._measured(arm)):
+            ours, theirs = self._by_seed(opsd), self._by_seed(arm)
+            if arm.method == "opsd" or not (seeds := sorted(ours.keys() & theirs.keys())):
                 continue
-            cells = []
-            for read_set in SETS.values():
-                a, b = (means([read_set(run) for run in runs]) for runs in (ours, theirs))
-                cells.append(signed([x - y for x, y in zip(a, b, strict=True)]))
+            cells = [
+                change([read_set(theirs[seed]) for seed in seeds], [read_set(ours[seed]) for seed in seeds])
+                for read_set in SETS.values()
+            ]
             rows.append([f"{opsd.name} minus {arm.name}", *cells])
-        if base := self.found.get("base-measured"):
-            for arm in ARMS.values():
-                if measured := self._measured(arm):
-                    cells = []
-                    for read_set in SETS.values():
-                        a, b = means([read_set(run) for run in measured]), means([read_set(base)])
-                        cells.append(signed([x - y for x, y in zip(a, b, strict=True)]))
-                    rows.append([f"{arm.name} minus before", *cells])
         return markdown(["points", *SETS], rows) if rows else ""
 
     def sequence(self) -> str:
-        """Return the scores of both tasks before training, after the first task and after the second."""
-        rows = []
+        """Return the scores of both tasks and of the kept skills before training and after each task."""
         base, second_base = self.found.get("base-measured"), self.found.get("base-second")
+        if base is None or second_base is None:
+            return ""
+        columns = ["target", "target, last number", *KEPT]
+        rows = []
         for name in SEQUENCE_ARMS:
-            arm = ARMS[name]
-            runs = []
-            for first in self._measured(arm):
-                seed = self.found[first["run"]]["seed"]
+            stages: list[tuple[Result, Result, Result, Result]] = []
+            for seed, first in sorted(self._by_seed(ARMS[name]).items()):
                 ends = [
-                    run
-                    for run in self.found.values()
-                    if run.get("run", "").startswith(f"second-{name}-") and "target" in run and seed_of(run) == seed
+                    found
+                    for key, found in self.found.items()
+                    if key.startswith(f"second-{name}-") and key.endswith(f"-seed{seed}-measured")
                 ]
                 between = self.found.get(f"{first['run']}-second")
                 if ends and between:
-                    runs.append((first, between, ends[0], self.found[f"{ends[0]['run']}-second"]))
-            if runs and base and second_base:
-                rows.append(
-                    [
-                        name,
-                        share([base["target"]["strict"]]),
-                        share([first["target"]["strict"] for first, *_ in runs]),
-                        share([last["target"]["strict"] for *_, last, _ in runs]),
-                        change([last["target"]["strict"] for *_, last, _ in runs], [r[0]["target"]["strict"] for r in runs]),
-                        share([second_base["second"]["strict"]]),
-                        share([between["second"]["strict"] for _, between, *_ in runs]),
-                        share([end["second"]["strict"] for *_, end in runs]),
-                    ]
-                )
-        headings = ["", "task one before", "between", "after", "change by task two", "task two before", "between", "after"]
-        return markdown(headings, rows) if rows else ""
+                    stages.append((first, between, ends[0], self.found[f"{ends[0]['run']}-second"]))
+            if not stages:
+                continue
+            named = {
+                "before": ([base], [second_base]),
+                "after task one": ([stage[0] for stage in stages], [stage[1] for stage in stages]),
+                "after task two": ([stage[2] for stage in stages], [stage[3] for stage in stages]),
+            }
+            for title, (ones, twos) in named.items():
+                two = share([found["second"]["strict"] for found in twos])
+                cells = [share([SETS[column](found) for found in ones]) for column in columns]
+                rows.append([f"{name}, {title}", *cells[:2], two, *cells[2:]])
+            moved = [
+                change([SETS[column](stage[0]) for stage in stages], [SETS[column](stage[2]) for stage in stages])
+                for column in columns
+            ]
+            gained = change(
+                [stage[1]["second"]["strict"] for stage in stages], [stage[3]["second"]["strict"] for stage in stages]
+            )
+            rows.append([f"{name}, change by task two, points", *moved[:2], gained, *moved[2:]])
+        return markdown(["", "task one", "task one, last number", "task two", *KEPT], rows) if rows else ""
 
     def _measured(self, arm: Arm) -> list[Result]:
-        """Return the measurements of an arm's runs on the first task, one for each seed."""
+        """Return the measurements of an arm's runs on the first task, in the order of the seeds."""
+        return [found for _, found in sorted(self._by_seed(arm).items())]
+
+    def _by_seed(self, arm: Arm) -> dict[int, Result]:
         names = [f"{arm.name}-lr{rate:g}-seed" for rate in RATES]
-        return [
-            found
+        return {
+            int(found["run"].rpartition("seed")[2]): found
             for name, found in self.found.items()
             if name.endswith("-measured") and any(name.startswith(prefix) for prefix in names)
-        ]
-
-
-def seed_of(run: Result) -> int:
-    """Return the seed in the name of a run."""
-    return int(run["run"].rpartition("seed")[2])
+        }
 
 
 def means(verdicts: Sequence[str]) -> list[float]:
@@ -155,18 +171,23 @@ def means(verdicts: Sequence[str]) -> list[float]:
 
 
 def share(verdicts: Sequence[str]) -> str:
-    """Return the mean with its 95 % interval over questions, and the means of the runs if there are several."""
-    mean, half = mean_and_interval(means(verdicts))
-    each = ", ".join(f"{100 * fmean(map(int, run)):.1f}" for run in verdicts)
-    return f"{100 * mean:.1f} ± {100 * half:.1f} %" + (f" ({each})" if len(verdicts) > 1 else "")
+    """Return the mean with Wilson's interval, and the means of the runs if there are several.
+
+    The interval takes the questions as independent outcomes of one run. Means over several runs vary less.
+    """
+    scores = means(verdicts)
+    low, high = wilson_interval(fmean(scores), len(scores))
+    each = f" ({', '.join(percent(fmean(map(int, run))) for run in verdicts)})" if len(verdicts) > 1 else ""
+    return f"{percent(fmean(scores))} [{percent(low)}, {percent(high)}]{each}"
 
 
-def signed(values: Sequence[float]) -> str:
-    """Return the mean of differences with its 95 % interval over questions, in points."""
-    mean, half = mean_and_interval(list(values))
-    return f"{100 * mean:+.1f} ± {100 * half:.1f}"
+def change(before: Sequence[str], after: Sequence[str]) -> str:
+    """Return the paired change of the same questions in points, and that of each run if there are several."""
+    mean, half = paired_change(means(before), means(after))
+    runs = [fmean(means([b])) - fmean(means([a])) for a, b in zip(before, after, strict=True)]
+    each = f" ({', '.join(f'{100 * run:+.1f}' for run in runs)})" if len(runs) > 1 else ""
+    return f"{100 * mean:+.1f} ± {100 * half:.1f}{each}"
 
 
-def change(after: Sequence[str], before: Sequence[str]) -> str:
-    """Return the change of the same questions in points."""
-    return signed([a - b for a, b in zip(means(after), means(before), strict=True)])
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"

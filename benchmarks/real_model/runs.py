@@ -10,19 +10,27 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.run import read, write
-from benchmarks.real_model.settings import ARMS, CONFIG, GENERAL_PROMPTS, RATES, SECOND_CONFIG, Arm, Scale
+from benchmarks.real_model.settings import (
+    ARMS,
+    CONFIG,
+    DATA_SEEDS,
+    GENERAL_PROMPTS,
+    RATES,
+    SECOND_CONFIG,
+    TRANSFER_SEED,
+    Arm,
+    Scale,
+)
 
 Result = dict[str, Any]
 
 #: Seconds that a training spends on its own work, as logged: without loading and validation.
 SECONDS = ("time/rollout_seconds", "time/scoring_seconds")
-
-#: Sampling settings of the module: in training and in evaluation.
-SAMPLINGS = ("sampling", "eval_sampling")
 
 
 class Comparison:
@@ -37,6 +45,13 @@ class Comparison:
 
     def __init__(self, model: str, folder: Path, results: Path, scale: Scale) -> None:
         self.model, self.folder, self.results, self.scale = model, folder, results, scale
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Hash of the model's weights, or its hub id."""
+        from opsd_lightning.runs.provenance import model_digest
+
+        return model_digest(self.model)
 
     # Training
 
@@ -63,8 +78,8 @@ class Comparison:
         scale = self.scale
         questions = scale.second_completions // (scale.group if arm.method == "grpo" else 1)
         name = f"second-{arm.name}-lr{rate:g}-seed{seed}"
-        if (done := self.results / f"{name}.json").exists():
-            return read(done)
+        if (done := self._finished(name)) is not None:
+            return done
         arguments = self._second(arm, self.merged(arm, seed))
         return self._fit(name, arguments, rate, seed, scale.second_steps, questions)
 
@@ -80,7 +95,8 @@ class Comparison:
         from opsd_lightning.utils.folders import replace_folder
 
         run = self.folder / self.run_name(arm, seed)
-        if not (run / "merged" / "config.json").exists():
+        made, adapter = run / "merged" / "config.json", run / "adapter" / "adapter_model.safetensors"
+        if not made.exists() or made.stat().st_mtime < adapter.stat().st_mtime:
             base = AutoModelForCausalLM.from_pretrained(self.model, dtype="float32")
             model = PeftModel.from_pretrained(base, str(run / "adapter")).merge_and_unload()
             with replace_folder(run / "merged", "--output", "merged model") as temporary:
@@ -91,9 +107,8 @@ class Comparison:
     def _fit(self, name: str, arguments: list[str], rate: float, seed: int, steps: int, questions: int) -> Result:
         from opsd_lightning.quickstart import run, say
 
-        done = self.results / f"{name}.json"
-        if done.exists():
-            return read(done)
+        if (done := self._finished(name)) is not None:
+            return done
         say(name)
         started = time.perf_counter()
         folder = self.folder / name
@@ -118,7 +133,7 @@ class Comparison:
             "seed": seed,
             "learning_rate": rate,
             "optimizer_steps": len(rows),
-            "completions_or_references": len(rows) * questions,
+            "questions_read": len(rows) * questions,
             "tokens_generated": rows[-1]["train/tokens_generated"],
             "validation": validations[-1][1],
             "training_seconds": round(sum(value for row in rows for key, value in row.items() if key in SECONDS)),
@@ -133,7 +148,7 @@ class Comparison:
         self._measure("base", ARMS["opsd-own"], self.model, None)
         for style in dict.fromkeys(arm.style for arm in ARMS.values() if arm.style is not None):
             name = f"teacher-{style}"
-            if not (self.results / f"{name}-measured.json").exists():
+            if self._finished(f"{name}-measured") is None:
                 arguments = [*self._first(Arm("opsd", style)), "--model.init_args.evaluate_teacher=true"]
                 found = self._test(name, "target", arguments, None, role="teacher")
                 self._write(f"{name}-measured", {"run": name, "target": found}, arguments)
@@ -154,18 +169,18 @@ class Comparison:
 
     def _measure(self, name: str, arm: Arm, model: str, checkpoint: Path | None) -> None:
         """Measure the first task, its transfer and the kept skills."""
-        if (self.results / f"{name}-measured.json").exists():
+        if self._finished(f"{name}-measured") is not None:
             return
         first = self._first(arm, model)
         skills = [{"class_path": "KeptSkills", "init_args": {"base": False, "sets": self._sets()}}]
         found = {"target": self._test(name, "target", [*first, f"--trainer.callbacks={json.dumps(skills)}"], checkpoint)}
         found |= kept_skills(self.folder / name / "target" / "skills_test.jsonl")
-        transfer = {"class_path": "RewordedProblems", "init_args": {"size": self.scale.questions, "seed": 3}}
+        transfer = {"class_path": "RewordedProblems", "init_args": {"size": self.scale.questions, "seed": TRANSFER_SEED}}
         found["transfer"] = self._test(name, "transfer", [*first, f"--data.test={json.dumps(transfer)}"], checkpoint)
         self._write(f"{name}-measured", {"run": name, **found}, first)
 
     def _measure_second(self, name: str, arm: Arm, model: str, checkpoint: Path | None) -> None:
-        if (self.results / f"{name}-second.json").exists():
+        if self._finished(f"{name}-second") is not None:
             return
         second = self._second(arm, model)
         found = self._test(name, "second", second, checkpoint)
@@ -216,9 +231,15 @@ class Comparison:
     def _first(self, arm: Arm, model: str | None = None) -> list[str]:
         styled = ("train", "test") if arm.style not in (None, "own") else ()
         style = [f"--data.{split}.init_args.style={arm.style}" for split in styled]
-        limits = [f"--model.init_args.{part}.max_new_tokens={self.scale.max_new_tokens}" for part in SAMPLINGS]
-        size = f"--data.test.init_args.size={self.scale.questions}"
-        return [*self._common(CONFIG, arm, model or self.model), *limits, *style, size]
+        seeds = [f"--data.{split}.init_args.seed={seed}" for split, seed in DATA_SEEDS.items()]
+        limits = {"sampling": self.scale.max_new_tokens, "eval_sampling": self.scale.eval_max_new_tokens}
+        return [
+            *self._common(CONFIG, arm, model or self.model),
+            *(f"--model.init_args.{part}.max_new_tokens={limit}" for part, limit in limits.items()),
+            *seeds,
+            *style,
+            f"--data.test.init_args.size={self.scale.questions}",
+        ]
 
     def _second(self, arm: Arm, model: str) -> list[str]:
         # Every training question is verified in a sandbox, so there are no more of them than a run may read.
@@ -232,6 +253,22 @@ class Comparison:
         preset = [] if arm.method == "opsd" else ["--config", f"configs/presets/{arm.method}.yaml"]
         group = [f"--model.init_args.sampling.n={self.scale.group}"] if arm.method == "grpo" else []
         return ["--config", config, *preset, f"--model.init_args.policy.model={model}", *group]
+
+    def _finished(self, name: str) -> Result | None:
+        """Return the result of a part, or None if it has none yet.
+
+        Raises:
+            SystemExit: The result is of another model or of other sizes.
+        """
+        path = self.results / f"{name}.json"
+        if not path.exists():
+            return None
+        found: Result = read(path)
+        asked = {"scale": asdict(self.scale), "model": self.model_sha256}
+        held = {"scale": found["scale"], "model": found["made_with"]["model_sha256"]}
+        if other := [key for key, value in asked.items() if held[key] != value]:
+            raise SystemExit(f"error: {path} has another {' and '.join(other)}: give another --results and --output")
+        return found
 
     def _write(self, name: str, result: Result, arguments: list[str]) -> Result:
         from opsd_lightning.runs.provenance import made_with

@@ -327,9 +327,10 @@ def test_benchmark_arguments_parse(command: str, monkeypatch: pytest.MonkeyPatch
     words = shlex.split(command)
     if words[1] == "-m":
         monkeypatch.setattr(sys, "argv", words[2:])
+        module = importlib.import_module(words[2])
+        program = module if hasattr(module, "main") else importlib.import_module(f"{words[2]}.__main__")
         with pytest.raises(_Parsed):
-            module = importlib.import_module(words[2])
-            (module if hasattr(module, "main") else importlib.import_module(f"{words[2]}.__main__")).main()
+            program.main()
     else:
         monkeypatch.setattr(sys, "argv", words[1:])
         with pytest.raises((_Parsed, SystemExit)) as end:

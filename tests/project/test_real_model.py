@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.real_model import runs, settings
 from benchmarks.real_model.__main__ import main
 from benchmarks.real_model.report import Report
 from helpers.paths import ROOT
+from opsd_lightning.utils.statistics import paired_change
 
 
 @pytest.mark.slow
@@ -51,18 +53,22 @@ def test_every_part_runs_once(
     main(["--results", str(results), "--report"])
 
 
+def finished(validation: float) -> dict[str, Any]:
+    return {"validation": validation, "scale": asdict(settings.SMALL), "made_with": {"model_sha256": "no-model"}}
+
+
 def test_the_rate_that_validates_best_is_chosen(tmp_path: Path) -> None:
     comparison = runs.Comparison("no-model", tmp_path, tmp_path, settings.SMALL)
     arm = settings.ARMS["grpo"]
     for rate, validation in zip(settings.RATES, (0.5, 0.75, 0.75), strict=True):
-        write(tmp_path / f"grpo-lr{rate:g}-seed0.json", {"validation": validation})
+        write(tmp_path / f"grpo-lr{rate:g}-seed0.json", finished(validation))
     assert comparison.chosen_rate(arm) == settings.RATES[1]  # the lower one of two equal ones
 
 
 def test_foreign_styles_share_a_rate(tmp_path: Path) -> None:
     comparison = runs.Comparison("no-model", tmp_path, tmp_path, settings.SMALL)
     for rate, validation in zip(settings.RATES, (0.25, 0.25, 0.5), strict=True):
-        write(tmp_path / f"sft-terse-lr{rate:g}-seed0.json", {"validation": validation})
+        write(tmp_path / f"sft-terse-lr{rate:g}-seed0.json", finished(validation))
     assert comparison.chosen_rate(settings.ARMS["sft-formal"]) == settings.RATES[2]
 
 
@@ -73,20 +79,23 @@ def measured(run: str, target: str, transfer: str, drift: float, facts: str = "1
     return {"run": run, **found, "facts": facts, "stories": "1010", "formats": "1100", "base_divergence": drift}
 
 
+def cells(table: str) -> dict[str, list[str]]:
+    """Return the cells of each row by its first one."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    return {first: rest for first, *rest in rows}
+
+
 def test_tables_hold_means_over_seeds_and_paired_intervals(tmp_path: Path) -> None:
     rate = f"{settings.RATES[0]:g}"
-    files = {"base-measured": measured("base", "0000", "0000", 0.0), "base-second": {"second": {"strict": "0011"}}}
-    for method, targets in {"opsd": ("1110", "1111"), "sft": ("1000", "1000")}.items():
+    files: dict[str, Any] = {
+        "base-measured": measured("base", "0000", "0000", 0.0),
+        "base-second": {"second": {"strict": "0011"}},
+    }
+    for method, targets in {"opsd": ("1110", "1111"), "sft": ("1000", "1000", "1111")}.items():
         for seed, target in enumerate(targets):
             run = f"{method}-own-lr{rate}-seed{seed}"
-            files[run] = {
-                "run": run,
-                "seed": seed,
-                "learning_rate": settings.RATES[0],
-                "completions_or_references": 8,
-                "tokens_generated": 100 + 2 * seed,
-                "validation": 0.5,
-            }
+            sizes = {"questions_read": 8, "tokens_generated": 100 + 2 * seed, "validation": 0.5}
+            files[run] = {"run": run, "seed": seed, "learning_rate": settings.RATES[0], **sizes}
             files[f"{run}-measured"] = measured(run, target, "0000", 0.25 * seed, "1011")
             files[f"{run}-second"] = {"run": run, "second": {"strict": "0001"}}
     second = f"second-opsd-own-lr{rate}-seed1"
@@ -97,22 +106,30 @@ def test_tables_hold_means_over_seeds_and_paired_intervals(tmp_path: Path) -> No
     for name, content in files.items():
         write(tmp_path / f"{name}.json", content)
     report = Report(tmp_path)
-    rows = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table_rows(report.scores())
-    }
-    # Questions score 1, 1, 1 and 0.5 over the seeds: the mean is 0.875, and the deviation of four values 0.25.
-    assert rows["opsd-own"][:4] == [rate, "8", "101", "87.5 ± 24.5 % (75.0, 100.0)"]
-    assert rows["opsd-own"][-1] == "0.125 (0.000 to 0.250)" and rows["before"][3] == "0.0 ± 0.0 %"
-    assert rows["teacher, terse reference"][3:5] == ["75.0 ± 49.0 %", "100.0 ± 0.0 %"]
-    changes = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in table_rows(report.differences())}
-    assert changes["opsd-own minus sft-own"] == "+62.5 ± 46.9"  # 0, 1, 1 and 0.5: the deviation is 0.479
-    assert changes["sft-own minus before"] == "+25.0 ± 49.0"
-    (sequence,) = table_rows(report.sequence())  # only seed 1 went on
-    cells = [cell.strip() for cell in sequence.split("|")[1:-1]]
-    assert cells[0] == "opsd-own" and [cell.split(" ")[0] for cell in cells[1:]] == [
-        *("0.0", "100.0", "75.0", "-25.0", "50.0", "25.0", "100.0"),
-    ]
+    scores = cells(report.scores())
+    assert scores["opsd-own"][:3] == [rate, "8", "101"]
+    assert scores["opsd-own"][3].startswith("87.5 [") and scores["opsd-own"][3].endswith("(75.0, 100.0)")
+    assert scores["opsd-own"][-1] == "0.125 (0.000, 0.250)"
+    assert scores["before"][3] == "0.0 [0.0, 49.0]"  # Wilson's interval of 0 of 4
+    assert scores["teacher, terse reference"][3].startswith("75.0 [")
+    # Differences of the seeds that both have: 0, 1, 1, 0 and 0, 1, 1, 1.
+    differences = cells(report.differences())["opsd-own minus sft-own"]
+    mean, half = paired_change([1, 0, 0, 0], [1, 1, 1, 0.5])
+    assert differences[0] == f"{100 * mean:+.1f} ± {100 * half:.1f} (+50.0, +75.0)"
+    assert cells(report.changes())["sft-own"][0].endswith("(+25.0, +25.0, +100.0)")
+    sequence = cells(report.sequence())  # only seed 1 went on
+    starts = {name.partition(", ")[2]: [cell.split(" ")[0] for cell in row] for name, row in sequence.items()}
+    assert starts["before"] == ["0.0", "0.0", "50.0", "100.0", "50.0", "50.0"]
+    assert starts["after task one"] == ["100.0", "100.0", "25.0", "75.0", "50.0", "50.0"]
+    assert starts["change by task two, points"] == ["-25.0", "-25.0", "+75.0", "+25.0", "+0.0", "+0.0"]
 
 
-def table_rows(table: str) -> list[str]:
-    return table.splitlines()[2:]
+def test_results_of_other_sizes_or_models_are_refused(tmp_path: Path) -> None:
+    comparison = runs.Comparison("no-model", tmp_path, tmp_path, settings.SMALL)
+    path, arm = tmp_path / "grpo-lr0.5-seed0.json", settings.ARMS["grpo"]
+    write(path, held := finished(0.5))
+    assert comparison.train(arm, 0.5, 0)["validation"] == 0.5
+    for key, other in (("scale", asdict(settings.Scale())), ("made_with", {"model_sha256": "another"})):
+        write(path, held | {key: other})
+        with pytest.raises(SystemExit, match="--results"):
+            comparison.train(arm, 0.5, 0)
