@@ -11,16 +11,42 @@ from fractions import Fraction
 
 from opsd_lightning.grading.final_answer import strip_thinking
 
-_NUMBER = re.compile(r"(?<![0-9.])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
-_PLAIN = re.compile(rf"\s*(?P<sign>[-+−]?)\s*(?P<number>{_NUMBER.pattern})\s*")
+_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.)\]}])\.[0-9]+)"
+_MINUS = "-−–"
+_VALUE = re.compile(
+    rf"""\\[dt]?frac\s*(?:\{{\s*(?P<top>[{_MINUS}]?\s*{_DECIMAL})\s*\}}|(?P<top_digit>[0-9]))
+        \s*(?:\{{\s*(?P<bottom>{_DECIMAL})\s*\}}|(?P<bottom_digit>[0-9]))
+      | (?<![0-9])(?<![0-9]\.)
+        (?:(?<![0-9]/)(?P<over>{_DECIMAL})/(?P<under>{_DECIMAL})(?![0-9])(?!/[0-9])
+          | (?P<number>{_DECIMAL}(?:[eE][-+]?[0-9]+(?!\w))?))""",
+    re.VERBOSE,
+)
+_DOLLAR = r"(?:\\?\$)?"
+_SIGNED = re.compile(rf"\s*{_DOLLAR}(?P<sign>[{_MINUS}+]?)\s*{_DOLLAR}\s*(?=[0-9.\\])")
+_SIGN = re.compile(rf"[{_MINUS}](?P<blank>[^\S\n]*){_DOLLAR}[^\S\n]*$")
+_LISTED = re.compile(r"\s*[0-9]{1,3}\)\s*")
+_TERM = re.compile(r"(?:[0-9)\]}]\\?[$%]?[^\S\n]*|\w)$")
+_AWAITS_VALUE = re.compile(r"(?:[=≈<>≤≥:(,\[{]|(?<![0-9)\]}])\$|\b(?:is|are|was|equals))[^\S\n]*$")
 _MOST_CHARACTERS = 1000  # of a number: longer ones are no answers, and slow to parse
+_LARGEST_EXPONENT = 1000
 
 
 def last_number(text: str) -> Fraction | None:
     """Return the last number of a text, or None.
 
-    Only the text after the last thinking block is read. A text with an open thinking block has no number. A minus is a sign
-    unless it follows a number, a word or a bracket.
+    Only the text after the last thinking block is read. A text with an open thinking block has no number. ``1,200``,
+    ``.5``, ``1e3``, ``1/2`` and ``\\frac{1}{2}`` are one number each. Powers such as ``10^3`` and mixed numbers such as
+    ``2 1/2`` are not: their last part is the number.
+
+    A hyphen, a minus or an en dash, also before a dollar sign, is read as follows:
+
+    - Directly before the number it is a sign, unless it follows a number, a word without a space or a closing bracket, as
+      in ``7 -3``, ``x-3`` and ``f(x) -3``.
+    - With a space after it, it is a sign after ``=``, a comparison, ``:``, ``,``, an opening bracket, or the words "is",
+      "are", "was" and "equals". Otherwise it is a subtraction, a dash or the mark of a list, as in ``x - 3``.
+    - After the mark of a numbered list, as in ``1) -3``, it is a sign.
+
+    A text that is one number has the value of `number_of`.
 
     Example::
 
@@ -32,21 +58,29 @@ def last_number(text: str) -> Fraction | None:
         True
     """
     rest = strip_thinking(text)
-    found = None if rest is None else next(reversed(list(_NUMBER.finditer(rest))), None)
-    if rest is None or found is None or len(found[0]) > _MOST_CHARACTERS:
+    if rest is None:
         return None
-    value = Fraction(found[0].replace(",", ""))
-    before = rest[: found.start()]
-    return -value if before.endswith(("-", "−")) and _can_be_sign(before[:-1]) else value
+    whole = number_of(rest.strip().removesuffix("."))
+    if whole is not None:
+        return whole
+    found = next(reversed(list(_VALUE.finditer(rest))), None)
+    value = None if found is None else _value(found)
+    if found is None or value is None:
+        return None
+    return -value if _is_negative(rest[: found.start()]) else value
 
 
 def number_of(text: str) -> Fraction | None:
-    """Return the value of a text that is one number, such as ``1,200`` or ``-0.5``, or None for any other text."""
-    found = _PLAIN.fullmatch(text)
-    if found is None or len(text) > _MOST_CHARACTERS:
+    """Return the value of a text that is one number, or None for any other text.
+
+    A number is written as for `last_number`, such as ``1,200``, ``-0.5``, ``-$3`` or ``1/2``.
+    """
+    sign = _SIGNED.match(text) if len(text) <= _MOST_CHARACTERS else None
+    found = None if sign is None else _VALUE.fullmatch(text.rstrip(), sign.end())
+    value = None if found is None else _value(found)
+    if sign is None or value is None:
         return None
-    value = Fraction(found["number"].replace(",", ""))
-    return -value if found["sign"] in ("-", "−") else value
+    return -value if sign["sign"] and sign["sign"] in _MINUS else value
 
 
 def ends_in(completion: str, reference: str) -> bool | None:
@@ -55,6 +89,32 @@ def ends_in(completion: str, reference: str) -> bool | None:
     return None if value is None else last_number(completion) == value
 
 
-def _can_be_sign(before: str) -> bool:
-    """Return True if a minus after this text is a sign, as in ``= -3``, and not a subtraction or a hyphen."""
-    return not re.search(r"(?:[0-9)\]}]\s*|\w)$", before[-50:])
+def _value(found: re.Match[str]) -> Fraction | None:
+    """Return the value of a number without the sign before it. None if it is too long or divides by zero."""
+    if len(found[0]) > _MOST_CHARACTERS:
+        return None
+    if found["number"]:
+        digits, _, exponent = found["number"].replace(",", "").lower().partition("e")
+        if abs(int(exponent or 0)) > _LARGEST_EXPONENT:
+            return None
+        return Fraction(digits) * Fraction(10) ** int(exponent or 0)
+    top, bottom = (
+        found["over"] or found["top"] or found["top_digit"],
+        found["under"] or found["bottom"] or found["bottom_digit"],
+    )
+    size, divisor = (Fraction(part.lstrip(_MINUS).strip().replace(",", "")) for part in (top, bottom))
+    if not divisor:
+        return None
+    return (-size if top[0] in _MINUS else size) / divisor
+
+
+def _is_negative(before: str) -> bool:
+    """Return True if the text before a number ends in a sign, as in ``= -3``, and not in a subtraction or a dash."""
+    line = before[-50:].rpartition("\n")[2]
+    sign = _SIGN.search(line)
+    if sign is None:
+        return False
+    rest = line[: sign.start()]
+    if _LISTED.fullmatch(rest):
+        return True
+    return bool(_AWAITS_VALUE.search(rest)) if sign["blank"] else not _TERM.search(rest)
