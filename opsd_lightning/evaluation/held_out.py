@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from opsd_lightning.grading.last_number import ends_in, number_of
-from opsd_lightning.utils.statistics import mean_and_interval, wilson
+from opsd_lightning.utils.statistics import mean_and_interval, paired_change, wilson
 
 Record = Mapping[str, Any]
 Scores = dict[Hashable, list[float]]
+
+_STUDENT = ("before: student", "after: student")
 
 
 class Accuracy(NamedTuple):
@@ -36,7 +38,7 @@ class Change(NamedTuple):
 
     Args:
         value: Mean over the questions.
-        half: Half of the width of its 95 % interval.
+        half: Half of the width of its 95 % interval, as of `utils.statistics.paired_change`.
     """
 
     value: float
@@ -70,7 +72,8 @@ class HeldOut:
     """Scores of held-out questions.
 
     Args:
-        rows: One row for each time and role.
+        rows: One row for each time and role. Those of the student are over the questions graded before and after, if both
+            times have some in common.
         strict: Change of the student by the grader. None without completions before and after.
         last_number: Change of the student by the last number of a completion.
         form: The first change minus the second one, question by question.
@@ -87,7 +90,7 @@ class HeldOut:
     @property
     def sentence(self) -> str:
         """The form's share of the student's gain in words, or an empty text if it is unknown."""
-        before, after = (self.row(f"{when}: student") for when in ("before", "after"))
+        before, after = map(self.row, _STUDENT)
         if self.strict is None or self.last_number is None or self.form is None or before is None or after is None:
             return ""
         assert before.last_number is not None and after.last_number is not None
@@ -97,6 +100,12 @@ class HeldOut:
         )
         if self.strict.value <= 0:
             return f"{by_number[0].upper()}{by_number[1:]}."
+        if self.last_number.value <= 0:
+            verb = "falls" if self.last_number.value < 0 else "does not change"
+            return (
+                f"Of the gain of {100 * self.strict.value:.1f} points, none is arithmetic, and the score by the last number "
+                f"{verb} (95 % interval, same questions): {by_number}."
+            )
         share = (
             f"{100 * self.form.value:.1f} ± {100 * self.form.half:.1f} are form" if self.form.value > 0 else "none is form"
         )
@@ -122,7 +131,7 @@ def held_out_scores(records: Mapping[str, Sequence[Record]]) -> HeldOut | None:
         records: Graded completions by time and role, such as ``before: student``, as `runs.reader.read_held_out` reads them.
     """
     graded = {name: [each for each in rows if each["correct"] is not None] for name, rows in records.items()}
-    graded = {name: rows for name, rows in graded.items() if rows}
+    graded = _on_common_questions({name: rows for name, rows in graded.items() if rows})
     if not graded:
         return None
     numeric = all(number_of(str(each.get("reference"))) is not None for rows in graded.values() for each in rows)
@@ -140,13 +149,31 @@ def held_out_scores(records: Mapping[str, Sequence[Record]]) -> HeldOut | None:
         )
         for name, found in graded.items()
     ]
-    first, second = _changes(strict), _changes(loose)
-    if not first:
+    if not set(_STUDENT) <= set(strict):
         return HeldOut(rows)
-    if not second:
-        return HeldOut(rows, _change(list(first.values())))
-    form = [first[question] - second[question] for question in first]
-    return HeldOut(rows, *(_change(values) for values in (list(first.values()), list(second.values()), form)))
+    first = _paired(strict)
+    if not first[0]:
+        return HeldOut(rows)
+    if not numeric:
+        return HeldOut(rows, Change(*paired_change(*first)))
+    second = _paired(loose)
+    gains = [[late - early for early, late in zip(*values, strict=True)] for values in (second, first)]
+    return HeldOut(rows, *(Change(*paired_change(*values)) for values in (first, second, gains)))
+
+
+def _on_common_questions(graded: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
+    """Keep the student's records of questions that were graded before and after, if there are any."""
+    questions = [{_question(each) for each in graded.get(name, ())} for name in _STUDENT]
+    common = set.intersection(*questions)
+    if not common:
+        return dict(graded)
+    return {
+        name: [each for each in rows if name not in _STUDENT or _question(each) in common] for name, rows in graded.items()
+    }
+
+
+def _question(record: Record) -> Hashable:
+    return record.get("index", record["question"])
 
 
 def _strict(record: Record) -> float:
@@ -160,7 +187,7 @@ def _by_last_number(record: Record) -> float:
 def _by_question(records: Sequence[Record], score: Callable[[Record], float]) -> Scores:
     found: Scores = {}
     for record in records:
-        found.setdefault(record.get("index", record["question"]), []).append(score(record))
+        found.setdefault(_question(record), []).append(score(record))
     return found
 
 
@@ -172,12 +199,9 @@ def _accuracy(scores: Scores) -> Accuracy:
     return Accuracy(mean, max(mean - half, 0.0), min(mean + half, 1.0))
 
 
-def _changes(scores: Mapping[str, Scores]) -> dict[Hashable, float]:
-    """Return the student's change of each question that was graded before and after."""
-    before, after = (scores.get(f"{when}: student", {}) for when in ("before", "after"))
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    return {question: mean(after[question]) - mean(before[question]) for question in before if question in after}
-
-
-def _change(values: list[float]) -> Change:
-    return Change(*mean_and_interval(values))
+def _paired(scores: Mapping[str, Scores]) -> tuple[list[float], list[float]]:
+    """Return the student's mean scores before and after, of each question that both times have."""
+    before, after = (scores[name] for name in _STUDENT)
+    common = [question for question in before if question in after]
+    early, late = ([sum(found[each]) / len(found[each]) for each in common] for found in (before, after))
+    return early, late

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opsd_lightning.evaluation.held_out import HeldOut, held_out_scores
-from opsd_lightning.utils.statistics import mean_and_interval, wilson
+from opsd_lightning.utils.statistics import paired_change, wilson
 
 
 def record(index: int, completion: str, correct: bool | None, reference: str = "9", **more: Any) -> dict[str, Any]:
@@ -44,9 +44,9 @@ def test_scores_are_those_counted_by_hand() -> None:
         [True] * 4 + [False] * 2
     )
     assert (before.silent, before.tokens, before.questions, before.name) == (4 / 6, 10.0, 6, "before: student")
-    assert scores.strict == mean_and_interval([0, 1, 1, 1, 1, -1])
-    assert scores.last_number == mean_and_interval([0, 0, 0, 1, 1, -1])
-    assert scores.form == mean_and_interval([0, 1, 1, 0, 0, 0])
+    assert scores.strict == paired_change([1, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 0])
+    assert scores.last_number == paired_change([1, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 0])
+    assert scores.form == paired_change([0] * 6, [0, 1, 1, 0, 0, 0])
     assert scores.strict[0] == pytest.approx(scores.last_number[0] + scores.form[0])
 
 
@@ -72,9 +72,45 @@ def test_several_and_partial_scores_of_a_question_are_averaged() -> None:
     scores = held_out_scores({"before: student": first, "after: student": [record(1, RIGHT, True), record(7, RIGHT, True)]})
     assert scores is not None
     row = scores.rows[0]
-    assert row.strict.value == 0.5 and row.questions == 2 and row.last_number is not None and row.last_number.value == 0.5
-    assert scores.strict == (0.5, 0.0) and scores.last_number == (1.0, 0.0)  # of the one question in both
-    assert row.strict.low == pytest.approx(0.5) and row.strict.high == pytest.approx(0.5)
+    assert row.strict.value == 0.5 and row.questions == 1 and row.last_number is not None and row.last_number.value == 0
+    assert scores.strict is not None and scores.strict.value == 0.5  # of the one question in both
+    assert scores.last_number is not None and scores.last_number.value == 1
+    alone = held_out_scores({"before: student": first})
+    assert alone is not None and alone.rows[0].questions == 2 and alone.rows[0].strict.value == 0.5
+
+
+def test_levels_and_change_are_over_the_same_questions() -> None:
+    scores = held_out_scores({"before: student": records(BEFORE), "after: student": records(AFTER)[:3]})
+    assert scores is not None and scores.strict is not None and scores.last_number is not None
+    before, after = scores.rows
+    assert before.questions == after.questions == 3 and before.last_number is not None and after.last_number is not None
+    assert scores.strict.value == pytest.approx(after.strict.value - before.strict.value)
+    assert scores.last_number.value == pytest.approx(after.last_number.value - before.last_number.value)
+    apart = held_out_scores({"before: student": records(BEFORE)[:2], "after: student": records(AFTER)[4:]})
+    assert apart is not None and apart.strict is None and [row.questions for row in apart.rows] == [2, 2]
+    assert not apart.sentence
+
+
+def test_an_interval_does_not_vanish_where_all_questions_change_alike() -> None:
+    scores = held_out_scores({"before: student": records([LOOSE] * 8), "after: student": records([RIGHT] * 8)})
+    assert scores is not None and scores.strict is not None and scores.last_number is not None and scores.form is not None
+    assert scores.strict.value == 1 and all(each.half > 0.1 for each in (scores.strict, scores.last_number, scores.form))
+
+
+def test_a_gain_without_arithmetic_has_no_share_above_all_of_it() -> None:
+    # Three completions learn the form of a wrong number that the grader takes, and every last number gets worse.
+    before = [record(i, LOOSE, False) for i in range(10)]
+    after = [record(i, WRONG, i < 3) for i in range(10)]
+    scores = held_out_scores({"before: student": before, "after: student": after})
+    assert scores is not None and scores.form is not None and scores.form.value > 1
+    assert mentions_none(scores.sentence) and "130.0" not in scores.sentence and "100.0% to 0.0%" in scores.sentence
+    still = held_out_scores({"before: student": before, "after: student": [record(i, LOOSE, i < 3) for i in range(10)]})
+    assert still is not None and mentions_none(still.sentence) and "30.0 points" in still.sentence
+    assert not mentions_none(found().sentence)
+
+
+def mentions_none(sentence: str) -> bool:
+    return "none is arithmetic" in sentence
 
 
 def test_ungraded_completions_have_no_score() -> None:
