@@ -19,7 +19,7 @@ from helpers.grading import with_answers
 from helpers.paths import ROOT
 from helpers.vllm_stand_in import VERSIONS, make_vllm
 from opsd_lightning.cli.command import main
-from opsd_lightning.prompts.templates import STUDENT_TEMPLATE
+from opsd_lightning.prompts.templates import STUDENT_TEMPLATE, Prompts
 
 pytestmark = pytest.mark.integration
 
@@ -279,6 +279,18 @@ def test_evaluations_overlay_recipes(recipe: Path, evaluation: Path, monkeypatch
     where = (test["path"], test["name"], test["split"], *(test["columns"][c] for c in ("question", "trace", "answer")))
     assert where == SETS[evaluation.stem][0]
     assert (grader["init_args"]["answer_pattern"] is None) == (evaluation.stem != "gsm8k")
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS, ids=lambda path: path.stem)
+def test_evaluations_think_whatever_a_recipe_validates_with(
+    evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {prompts: {evaluation_chat_template_kwargs: {enable_thinking: false}}}\n")
+    base = f"--config={CONFIGS / 'qwen3_1.7b_qlora.yaml'}"
+    config = parsed(["test", base, f"--config={recipe}", f"--config={evaluation}"], monkeypatch)
+    prompts = Prompts(**{name: value for name, value in config["data"]["prompts"].items() if name.endswith("_kwargs")})
+    assert prompts.of_split("test").student_chat_template_kwargs == {"enable_thinking": True}
 
 
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if "qwen3" in path.stem], ids=lambda path: path.stem)
