@@ -232,16 +232,30 @@ def context_findings(
 def thinking_facts(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, roles: Sequence[Role], traces: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the thinking mode of the template and of each role's prompts, and the number of traces with thinking."""
+    """Return the thinking mode of the template and of each role's prompts, and the number of traces with thinking.
+
+    A role thinks if its prompt ends in an open thinking block, or is the one with ``enable_thinking: true``, wherever the
+    template writes that: Gemma 4 has it in the system turn, and off by default. Templates without that variable, such as
+    those of gpt-oss and LFM2.5, do not tell if the model thinks. Their roles count as roles without thinking.
+    """
     messages = prompts.messages(_SHORT)
-    on, off = (prompts.rendered(tokenizer, messages, {"enable_thinking": value}) for value in (True, False))
-    modes = {role.name: _mode(prompts.rendered(tokenizer, messages, role.kwargs) + role.prefix) for role in roles}
+
+    def rendered(kwargs: dict[str, Any]) -> str:
+        return prompts.rendered(tokenizer, messages, kwargs)
+
+    on, off = (rendered({"enable_thinking": value}) for value in (True, False))
+    modes = {role.name: _mode(rendered(role.kwargs) + role.prefix) for role in roles}
+    asks = {
+        role.name: on != off and rendered(role.kwargs) == rendered(role.kwargs | {"enable_thinking": True}) for role in roles
+    }
+    can_tell = on != off or any(mode != "none" for mode in modes.values())
     return {
         "template_can_switch": on != off,
         "template_thinks": on != off or _OPEN in str(tokenizer.chat_template),
         "prompts": modes,
         # Qwen 3's prompt ends before a thinking block that the model opens itself, other templates open it.
-        "thinks": {name: mode == "open" or (on != off and mode == _mode(on) != "closed") for name, mode in modes.items()},
+        "thinks": {name: mode == "open" or (asks[name] and mode != "closed") for name, mode in modes.items()},
+        "unknown": not can_tell and bool(re.search("think|reasoning", str(tokenizer.chat_template))),
         "traces_with_thinking": sum(_OPEN in trace for trace in traces),
         "traces_with_empty_thinking": sum(bool(re.search(rf"{_OPEN}\s*{_CLOSE}", trace)) for trace in traces),
         "traces": len(traces),
@@ -274,6 +288,9 @@ def thinking_findings(
             fix = "leave it out: the chat template writes one already"
             yield Finding("error", "thinking", text, "data.prompts.teacher_response_prefix", fix)
     modes = facts["prompts"]
+    if facts["unknown"]:
+        text = "the chat template has no enable_thinking: its prompts do not tell if the model thinks"
+        yield Finding("note", "thinking", text, _TEMPLATE, "look for thinking in some completions")
     student = modes["student"]
     teacher = modes.get("teacher", student)
     if facts["template_thinks"] and student != teacher:
@@ -312,7 +329,7 @@ def thinking_findings(
     if empty:
         text = f"{empty} of {total} traces ({percent(empty, total)}) hold an empty thinking block"
         yield Finding("warning", "thinking", text, "data.train", "remove the blocks from the traces")
-    if in_place and facts["template_can_switch"] and student == "none" and having < total:
+    if in_place and facts["thinks"]["student"] and student == "none" and having < total:
         text = f"{total - having} of {total} traces do not think, and the student's prompt asks for it"
         fix = "set {enable_thinking: false}"
         yield Finding("warning", "thinking", text, "data.prompts.student_chat_template_kwargs", fix)
