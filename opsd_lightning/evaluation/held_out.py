@@ -161,7 +161,7 @@ def held_out_scores(records: Mapping[str, Sequence[Record]]) -> HeldOut | None:
     return HeldOut(rows, *(Change(*paired_change(*values)) for values in (first, second, gains)))
 
 
-def _on_common_questions(graded: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
+def _on_common_questions(graded: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
     """Keep the student's records of questions that were graded before and after, if there are any."""
     questions = [{_question(each) for each in graded.get(name, ())} for name in _STUDENT]
     common = set.intersection(*questions)
