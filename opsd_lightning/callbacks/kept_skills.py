@@ -7,14 +7,16 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.tensor import DTensor
 
+from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.fingerprint import fingerprint
 from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.evaluation.skills import ItemScore, SkillResult, SkillSet, has_base, measure_skill
@@ -97,6 +99,7 @@ class KeptSkills(Callback):
         #: Values of all measurements of a fit, for `RunReport`: one entry for each step and set.
         self.history: list[dict[str, Any]] = []
         self._digests: dict[str, str] = {}
+        self._told: set[str] = set()  # sets with a warning
         self._measured: int | None = None  # step of the last measurement of the run
         self._multiples = 0  # multiples of every_n_steps so far
         self._is_branch, self._is_new = True, False  # as in RolloutTable
@@ -108,10 +111,13 @@ class KeptSkills(Callback):
             return
         self._measured, self._is_branch, self._is_new = None, True, False
         self.of_base, self.of_run, self.history = {}, {}, []
+        self._told = set()
+        data = getattr(trainer, "datamodule", None)
+        kwargs = data.prompts.of_split("test").student_chat_template_kwargs if isinstance(data, OPSDDataModule) else {}
         digests: dict[str, str] = {}
         for name, skills in self.sets.items():
             try:
-                skills.setup(pl_module.policy)
+                skills.setup(pl_module.policy, kwargs)
             except ConfigError as error:
                 own = not error.setting.startswith("model.")
                 setting = f"trainer.callbacks.sets.{name}.init_args.{error.setting}" if own else error.setting
@@ -277,6 +283,21 @@ class KeptSkills(Callback):
             module.log_dict(values, batch_size=1)
         for logger in trainer.loggers if logged_step is not None else ():
             logger.log_metrics(values, step=logged_step)
+        for name in self.of_run:
+            self._warn_if_truncated(name)
+
+    def _warn_if_truncated(self, name: str) -> None:
+        """Warn, once for each graded set, if most completions were truncated."""
+        results = [each[name] for each in (self.of_base, self.of_run) if name in each and self.sets[name].graded]
+        share = max((fmean(bool(item.details.get("truncated")) for item in each.items) for each in results), default=0.0)
+        if share > 0.5 and name not in self._told:
+            self._told.add(name)
+            rank_zero_warn(
+                f"KeptSkills: {share:.0%} of the completions of {name} were truncated, so its scores say little. Raise "
+                f"trainer.callbacks.sets.{name}.init_args.max_new_tokens. If the completions are thoughts, switch thinking "
+                f"off instead: prompts: {{student_template: '{{question}}', student_chat_template_kwargs: {{enable_thinking: "
+                "false}} beside it"
+            )
 
     def _entry(self, step: int, name: str, result: SkillResult) -> dict[str, Any]:
         before = self.of_base.get(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -21,11 +23,21 @@ from opsd_lightning.prompts.templates import Prompts, filled
 from opsd_lightning.rollouts.base import Demand, seed_for
 from opsd_lightning.types import ConfigError, Example, PositiveInt, Sampling, checked
 
+# Two answers that have nothing in common.
+_PROBES = ("0", "a")
+
 #: Divisor of the log-probability of an option.
 Normalization = Literal["none", "tokens", "characters", "bytes"]
 
 _QUESTION = Prompts(student_template="{question}")
 _TOO_LONG = "Leave it out of the source, or choose a model with a longer context"
+
+
+def _as_evaluated(prompts: Prompts, kwargs: Mapping[str, Any]) -> Prompts:
+    """Return a set's prompts, with the run's arguments of the chat template if the set gives none of its own."""
+    given = prompts.student_chat_template_kwargs or prompts.evaluation_chat_template_kwargs is not None
+    own = prompts.of_split("test")
+    return own if given else replace(own, student_chat_template_kwargs=dict(kwargs))
 
 
 class _Choice(NamedTuple):
@@ -57,7 +69,8 @@ class ChoicesByLikelihood(SkillSet):
     With ``chat``, an option is the assistant's answer to the chat prompt. Without, prompt and option are one text, which is
     encoded as a whole and divided behind the last token of the prompt, as in lm-evaluation-harness: white space at the end
     of the prompt belongs to the option. Where the tokenizer would merge characters of both into one token, the option is
-    encoded alone instead. The end of an answer is not scored.
+    encoded alone instead. The end of an answer is not scored, and neither is a text that the chat template writes before each
+    answer, such as an empty thinking block: it belongs to the prompt.
 
     Args:
         source: Source of the questions, each with options and a reference answer.
@@ -68,7 +81,8 @@ class ChoicesByLikelihood(SkillSet):
         normalization: Divisor of an option's log-probability: ``none``, or its number of ``tokens``, ``characters`` or
             ``bytes`` (UTF-8).
         chat: If True, make the prompt with the chat template. If False, the prompt is the student's template alone.
-        prompts: Templates of the prompt. Only the student's are used. Defaults to the question alone.
+        prompts: Templates of the prompt. Only the student's are used. Defaults to the question alone. Without arguments of
+            the chat template, those of the run's evaluations apply (``data.prompts``).
         delimiter: Text between prompt and option without ``chat``.
         batch_size: Number of questions that each device measures at a time, at least 1.
 
@@ -128,10 +142,13 @@ class ChoicesByLikelihood(SkillSet):
         if not all(texts):
             raise ConfigError(f"{question} has an empty option", "options", "Give every option a text")
         if self.chat:
-            prompt = list(self.prompts.student(tokenizer, example))
-            answers = (example._replace(trace=text, demonstration=None) for text in texts)
-            # Without the end of an answer, which `trace` writes as one token.
-            options = [self.prompts.trace(tokenizer, answer, stops[:1], stops)[:-1] for answer in answers]
+            prompts = _as_evaluated(self.prompts, self.chat_template_kwargs)
+            answers = _answers(prompts, tokenizer, example, [*texts, *_PROBES], stops)
+            bare = [encode_text(tokenizer, probe, "completion") for probe in _PROBES]
+            # The chat template may write a text before each answer.
+            opening = [] if answers[len(texts) :] == bare else _common_start(answers)
+            prompt = [*prompts.student(tokenizer, example), *opening]
+            options = [answer[len(opening) :] for answer in answers[: len(texts)]]
         else:
             prompt, options = self._tokens(tokenizer, example, texts)
         if not prompt:
@@ -200,6 +217,19 @@ class ChoicesByLikelihood(SkillSet):
         return len(text.encode()) if self.normalization == "bytes" else 1
 
 
+def _answers(
+    prompts: Prompts, tokenizer: PreTrainedTokenizerBase, example: Example, texts: Sequence[str], stops: Sequence[int]
+) -> list[list[int]]:
+    """Return the tokens of some answers to a chat prompt, without the token that ends an answer."""
+    answers = (example._replace(trace=text, demonstration=None) for text in texts)
+    return [prompts.trace(tokenizer, answer, stops[:1], stops)[:-1] for answer in answers]
+
+
+def _common_start(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Return the tokens with which all rows begin."""
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
+
+
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the BOS token if the tokenizer begins a text with it, otherwise nothing."""
     ids = list(tokenizer("a")["input_ids"])
@@ -224,9 +254,10 @@ class _Generated(SkillSet):
 
     def prepare(self, policy: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         limit, most = policy.context_length(), self.sampling.max_new_tokens
+        prompts = _as_evaluated(self.prompts, self.chat_template_kwargs)
         self._prompts = []
         for example in self.examples:
-            prompt = list(self.prompts.student(tokenizer, example))
+            prompt = list(prompts.student(tokenizer, example))
             if limit is not None and len(prompt) + most > limit:
                 problem = f"{shown(example.question)} has {len(prompt)} tokens, and with {most} new ones exceeds {limit}"
                 raise ConfigError(problem, "max_new_tokens", f"Lower it. {_TOO_LONG}")
@@ -250,7 +281,8 @@ class GradedCompletions(_Generated):
         source: Source of the questions, with what the grader needs.
         grader: The grader of the completions.
         max_new_tokens: Longest completion in tokens, at least 1.
-        prompts: Templates of the prompt. Only the student's are used. Defaults to the question alone.
+        prompts: Templates of the prompt. Only the student's are used. Defaults to the question alone. Without arguments of
+            the chat template, those of the run's evaluations apply (``data.prompts``).
         batch_size: Number of questions that each device measures at a time, at least 1.
 
     Example::
@@ -317,7 +349,8 @@ class BaseDivergence(_Generated):
     Args:
         source: Source of the prompts. Answers are not read.
         max_new_tokens: Longest answer in tokens, at least 1.
-        prompts: Templates of the prompt. Only the student's are used. Defaults to the question alone.
+        prompts: Templates of the prompt. Only the student's are used. Defaults to the question alone. Without arguments of
+            the chat template, those of the run's evaluations apply (``data.prompts``).
         batch_size: Number of prompts that each device measures at a time, at least 1.
 
     Example::

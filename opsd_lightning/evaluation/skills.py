@@ -99,6 +99,7 @@ class SkillSet(ABC):
         graded: True if scores are from 0 to 1, more is better, and the base model is measured too. False for a divergence
             from the base model, which is a mean over tokens; less is better.
         examples: The examples of the source, once `setup` has read them.
+        chat_template_kwargs: Further arguments of the chat template in the run's evaluations, given to `setup`.
 
     Args:
         source: Source of the questions. Traces are not read.
@@ -121,9 +122,14 @@ class SkillSet(ABC):
         self.source = source
         self.batch_size = batch_size
         self.examples: list[Example] = []
+        self.chat_template_kwargs: dict[str, Any] = {}
 
-    def setup(self, policy: ModelSettings) -> None:
+    def setup(self, policy: ModelSettings, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
         """Read and prepare the examples. Every rank must call.
+
+        Args:
+            policy: Settings of the model.
+            chat_template_kwargs: Further arguments of the chat template in the run's evaluations. Defaults to none.
 
         Raises:
             ConfigError: The source has no examples, or one of them cannot be measured. Its ``setting`` is an argument of
@@ -136,6 +142,7 @@ class SkillSet(ABC):
             except ConfigError as error:
                 raise ConfigError(error.problem, f"source.init_args.{error.setting}", error.fix) from None
 
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.examples = run_on_rank_zero(read, _LONGEST_WAIT)
 
         def prepare() -> None:

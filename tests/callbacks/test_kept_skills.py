@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from helpers.chat_templates import template
+from helpers.messages import mentions
 from helpers.skills import Digits, Rows, records, skill_sets
 from helpers.training import Recorder, adapters, metrics, parts, trainer
 from opsd_lightning.callbacks.kept_skills import KeptSkills
@@ -230,6 +235,42 @@ def test_errors_name_the_setting_of_the_set(skills: Any, setting: str, make_poli
         fit(make_policy(), tmp_path, KeptSkills({"mine": skills}))
     assert error.value.setting == f"trainer.callbacks.sets.mine.init_args.{setting}"
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(("evaluation", "thinks"), [(None, True), ({"enable_thinking": False}, False)])
+def test_sets_have_the_prompts_of_an_evaluation(
+    evaluation: Any, thinks: bool, make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    path = tmp_path / "qwen3.jinja"
+    path.write_text(template("qwen3"))
+    policy = make_policy(chat_template=str(path))
+    module, data = parts(policy)
+    data.prompts = replace(
+        data.prompts, student_chat_template_kwargs={"enable_thinking": True}, evaluation_chat_template_kwargs=evaluation
+    )
+    sets: dict[str, Any] = {name: skills for name, skills in skill_sets(2).items() if name != "facts"}
+    trainer(tmp_path, KeptSkills(sets), logger=False).test(module, data, verbose=False)
+    for skills in sets.values():
+        for prompt in skills._prompts:
+            assert ("</think>" in module.tokenizer.decode(prompt)) != thinks
+
+
+def test_truncated_completions_are_told_once(make_policy: MakePolicy, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning) as found:
+        fit(make_policy(), tmp_path, KeptSkills(skill_sets(4)))
+    truncated = [r["truncated"] for r in records(tmp_path / "skills.jsonl") if (r["set"], r["role"]) == ("digits", "run")]
+    assert truncated[:4].count(True) > 2
+    told = [str(warning.message) for warning in found if "KeptSkills" in str(warning.message)]
+    assert len(told) == 1
+    assert re.match(mentions("digits", "trainer.callbacks.sets.digits.init_args.max_new_tokens"), told[0])
+
+
+def test_whole_completions_are_not_told(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """Of a divergence, truncated answers are measured like others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        skills = KeptSkills({name: skills for name, skills in skill_sets(3).items() if name != "digits"})
+        trainer(tmp_path, skills, logger=False).test(*parts(make_policy()), verbose=False)
 
 
 def test_a_dry_run_writes_nothing(make_policy: MakePolicy, tmp_path: Path) -> None:

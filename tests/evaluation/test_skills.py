@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.chat_templates import tokenizer_for
 from helpers.classes import subclasses
 from helpers.messages import mentions
 from helpers.models import EOS, SECOND_EOS, perturb
@@ -267,6 +268,41 @@ def test_an_option_in_an_open_thinking_block_is_refused(make_policy: MakePolicy)
     skills.examples = [FOUR]
     with pytest.raises(ConfigError, match=mentions("enable_thinking")):
         skills.prepare(policy, tokenizer)
+
+
+@pytest.mark.parametrize("scored", ["text", "label"])
+@pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}])
+def test_a_block_before_every_answer_belongs_to_the_prompt(kwargs: Any, scored: Any, make_policy: MakePolicy) -> None:
+    """Qwen3's template writes an empty thinking block before an answer, and with thinking off before the completion."""
+    example = FOUR._replace(question="Which is a fruit?\nA) a horse\nB) red\nC) a fig\nD) fig trees")
+    skills = ChoicesByLikelihood(
+        Rows([example]), scored=scored, prompts=Prompts("{question}", student_chat_template_kwargs=kwargs)
+    )
+    tokenizer = tokenizer_for("qwen3")
+    choice = choice_of(make_policy(), tokenizer, skills)
+    assert tokenizer.decode(choice.prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert [tokenizer.decode(option) for option in choice.options] == choice.texts
+
+
+@pytest.mark.parametrize(
+    ("own", "thinks"),
+    [
+        (Prompts("{question}"), False),
+        (Prompts("{question}", student_chat_template_kwargs={"enable_thinking": True}), True),
+        (Prompts("{question}", evaluation_chat_template_kwargs={}), True),
+    ],
+)
+def test_a_set_takes_the_chat_template_arguments_of_the_run(own: Prompts, thinks: bool, make_policy: MakePolicy) -> None:
+    tokenizer = tokenizer_for("qwen3")
+    sets: list[Any] = [
+        GradedCompletions(Rows([FOUR]), ChoiceGrader(), max_new_tokens=4, prompts=own),
+        BaseDivergence(Rows([FOUR]), max_new_tokens=4, prompts=own),
+    ]
+    for skills in sets:
+        skills.setup(make_policy(), {"enable_thinking": False})
+        skills.prepare(make_policy(), tokenizer)
+        (prompt,) = skills._prompts
+        assert ("</think>" in tokenizer.decode(prompt)) != thinks
 
 
 def test_a_grader_that_grades_nothing_is_refused(make_policy: MakePolicy) -> None:
