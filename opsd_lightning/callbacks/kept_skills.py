@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,10 +18,11 @@ from rich.table import Table
 from torch.distributed.tensor import DTensor
 
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.data.fingerprint import fingerprint
 from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.evaluation.skills import ItemScore, SkillResult, SkillSet, has_base, measure_skill
+from opsd_lightning.evaluation.store import described
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.models.fingerprint import digest
 from opsd_lightning.rollouts.base import Demand
 from opsd_lightning.runs.reader import RECORD_FOLDER
 from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run, is_newest_checkpoint
@@ -99,7 +101,7 @@ class KeptSkills(Callback):
         #: Values of all measurements of a fit, for `RunReport`: one entry for each step and set.
         self.history: list[dict[str, Any]] = []
         self._digests: dict[str, str] = {}
-        self._told: set[str] = set()  # sets with a warning
+        self._told: set[tuple[str, str]] = set()  # sets with a warning, and its kind
         self._measured: int | None = None  # step of the last measurement of the run
         self._multiples = 0  # multiples of every_n_steps so far
         self._is_branch, self._is_new = True, False  # as in RolloutTable
@@ -111,6 +113,10 @@ class KeptSkills(Callback):
             return
         self._measured, self._is_branch, self._is_new = None, True, False
         self.of_base, self.of_run, self.history = {}, {}, []
+        batches = {"test": "limit_test_batches", "validate": "limit_val_batches"}
+        if stage in batches and not getattr(trainer, batches[stage]):
+            problem = "it is 0, so that Lightning skips the evaluation and KeptSkills would measure nothing"
+            raise ConfigError(problem, f"trainer.{batches[stage]}", "Set it to 1 to measure little but the skills")
         self._told = set()
         data = getattr(trainer, "datamodule", None)
         kwargs = data.prompts.of_split("test").student_chat_template_kwargs if isinstance(data, OPSDDataModule) else {}
@@ -122,7 +128,7 @@ class KeptSkills(Callback):
                 own = not error.setting.startswith("model.")
                 setting = f"trainer.callbacks.sets.{name}.init_args.{error.setting}" if own else error.setting
                 raise ConfigError(error.problem, setting, error.fix) from None
-            digests[name] = fingerprint([list(map(str, example.contents)) for example in skills.examples])
+            digests[name] = _digest(skills)
         self._digests = digests
         run_on_all_ranks(lambda: self._check_file(self._path(trainer, stage)) if trainer.is_global_zero else None)
 
@@ -158,7 +164,7 @@ class KeptSkills(Callback):
         return values | {"history": [dict(entry) for entry in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A set with other items than before the checkpoint starts anew.
+        # A set with other items or settings than before the checkpoint starts anew.
         same = {name for name, digest in self._digests.items() if state_dict["digests"].get(name) == digest}
         for name, scores in state_dict["base"].items():
             if name in same:
@@ -283,21 +289,29 @@ class KeptSkills(Callback):
             module.log_dict(values, batch_size=1)
         for logger in trainer.loggers if logged_step is not None else ():
             logger.log_metrics(values, step=logged_step)
-        for name in self.of_run:
-            self._warn_if_truncated(name)
+        self._warn()
 
-    def _warn_if_truncated(self, name: str) -> None:
-        """Warn, once for each graded set, if most completions were truncated."""
-        results = [each[name] for each in (self.of_base, self.of_run) if name in each and self.sets[name].graded]
-        share = max((fmean(bool(item.details.get("truncated")) for item in each.items) for each in results), default=0.0)
-        if share > 0.5 and name not in self._told:
-            self._told.add(name)
-            rank_zero_warn(
-                f"KeptSkills: {share:.0%} of the completions of {name} were truncated, so its scores say little. Raise "
-                f"trainer.callbacks.sets.{name}.init_args.max_new_tokens. If the completions are thoughts, switch thinking "
-                f"off instead: prompts: {{student_template: '{{question}}', student_chat_template_kwargs: {{enable_thinking: "
-                "false}} beside it"
-            )
+    def _warn(self) -> None:
+        """Warn of truncated completions and of values that are not finite, once for each set."""
+        for name, skills in self.sets.items():
+            results = [found[name].items for found in (self.of_base, self.of_run) if name in found]
+            broken = max(sum(map(_is_broken, items)) for items in results)
+            truncated = max(fmean(bool(item.details.get("truncated")) for item in items) for items in results)
+            if broken and (name, "broken") not in self._told:
+                self._told.add((name, "broken"))
+                rank_zero_warn(
+                    f"KeptSkills: {broken} of {len(results[0])} items of {name} have values that are not finite: the "
+                    "weights have diverged, or the precision is too low. Lower model.optimizer.init_args.lr, or set "
+                    "trainer.precision to 32-true"
+                )
+            if skills.graded and truncated > 0.5 and (name, "truncated") not in self._told:
+                self._told.add((name, "truncated"))
+                rank_zero_warn(
+                    f"KeptSkills: {truncated:.0%} of the completions of {name} were truncated, so its scores say little. "
+                    f"Raise trainer.callbacks.sets.{name}.init_args.max_new_tokens. If they are thoughts, switch thinking "
+                    "off instead: set prompts beside it to {student_template: '{question}', student_chat_template_kwargs: "
+                    "{enable_thinking: false}}"
+                )
 
     def _entry(self, step: int, name: str, result: SkillResult) -> dict[str, Any]:
         before = self.of_base.get(name)
@@ -354,6 +368,20 @@ class KeptSkills(Callback):
                     "question": example.question,
                 }
                 yield _finite(record | {"score": item.score, "weight": item.weight} | dict(item.details))
+
+
+def _digest(skills: SkillSet) -> str:
+    """Return a digest of all that determines the scores of a set's items: the items, and the set's class and settings."""
+    items = [(example.contents, example.columns) for example in skills.examples]
+    settings = copy(skills)
+    for name in ("source", "examples", "batch_size"):  # the items count, wherever they come from
+        vars(settings).pop(name, None)
+    return digest([json.dumps(described(part), sort_keys=True, default=repr) for part in (items, settings)])
+
+
+def _is_broken(item: ItemScore) -> bool:
+    """Return True for an item with values that are not finite."""
+    return not math.isfinite(item.score) or "problem" in item.details
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -18,7 +20,7 @@ from opsd_lightning.grading.choice_grader import ChoiceGrader
 from opsd_lightning.grading.example_columns import SETTING as GRADER, shown
 from opsd_lightning.losses.objectives import NegativeLogLikelihood, token_logprobs
 from opsd_lightning.models.policy import ModelSettings
-from opsd_lightning.prompts.control_tokens import Marks, behind_a_break, encode, encode_text
+from opsd_lightning.prompts.control_tokens import Marks, behind_a_break, encode, encode_text, texts_in
 from opsd_lightning.prompts.templates import Prompts, filled
 from opsd_lightning.rollouts.base import Demand, seed_for
 from opsd_lightning.types import ConfigError, Example, PositiveInt, Sampling, checked
@@ -64,20 +66,22 @@ class ChoicesByLikelihood(SkillSet):
 
     The score of an option is sum_n log p(y_n | prompt, y_<n), divided by its length as ``normalization`` says. The option
     with the highest score is the choice; the first one of equal scores. ``none``, ``characters`` and ``bytes`` are the
-    metrics ``acc``, ``acc_norm`` and ``acc_bytes`` of lm-evaluation-harness 0.4.13.
+    metrics ``acc``, ``acc_norm`` and ``acc_bytes`` of lm-evaluation-harness 0.4.13. An item with a log-probability that is
+    not finite has no choice and scores 0.
 
     With ``chat``, an option is the assistant's answer to the chat prompt. Without, prompt and option are one text, which is
     encoded as a whole and divided behind the last token of the prompt, as in lm-evaluation-harness: white space at the end
     of the prompt belongs to the option. Where the tokenizer would merge characters of both into one token, the option is
-    encoded alone instead. The end of an answer is not scored, and neither is a text that the chat template writes before each
-    answer, such as an empty thinking block: it belongs to the prompt.
+    encoded alone instead. The end of an answer is not scored. A text that the chat template writes before each answer, such
+    as an empty thinking block, is part of the prompt and is not scored.
 
     Args:
         source: Source of the questions, each with options and a reference answer.
         options: Column with the options, as in `ChoiceGrader`. Null reads them from the question.
         reference: Form of the reference answer, as in `ChoiceGrader`.
         first_index: Index of the first option, 0 or 1.
-        scored: ``text`` scores the text of each option, ``label`` its label, such as "B", which the question must show.
+        scored: ``text`` scores the text of each option, ``label`` its label, such as "B". The question must then show the
+            options with their labels.
         normalization: Divisor of an option's log-probability: ``none``, or its number of ``tokens``, ``characters`` or
             ``bytes`` (UTF-8).
         chat: If True, make the prompt with the chat template. If False, the prompt is the student's template alone.
@@ -141,6 +145,12 @@ class ChoicesByLikelihood(SkillSet):
         texts = [named[label].strip() for label in labels] if self.scored == "text" else labels
         if not all(texts):
             raise ConfigError(f"{question} has an empty option", "options", "Give every option a text")
+        if len({text.strip() for text in named.values()}) < len(named):
+            raise ConfigError(f"{question} has an option twice", "options", "Remove one of the two")
+        if self.scored == "label" and (missing := self._not_shown(example, named)):
+            problem = f"the prompt of {question} does not show {missing}, so its label means nothing to the model"
+            fix = "Score the options' text, or write the options into the questions (CommonFacts: show_options: true)"
+            raise ConfigError(problem, "scored", fix)
         if self.chat:
             prompts = _as_evaluated(self.prompts, self.chat_template_kwargs)
             answers = _answers(prompts, tokenizer, example, [*texts, *_PROBES], stops)
@@ -157,8 +167,18 @@ class ChoicesByLikelihood(SkillSet):
             empty = texts[options.index([])]
             raise ConfigError(f"the option {empty!r} of {question} has no tokens", "options", "Give it another text")
         if len({tuple(option) for option in options}) < len(options):
-            raise ConfigError(f"{question} has an option twice", "options", "Remove one of the two")
+            raise ConfigError(f"{question} has two options with the same tokens", "options", "Remove one of the two")
         return _Choice(prompt, named, texts, options, right)
+
+    def _not_shown(self, example: Example, named: Mapping[str, str]) -> str | None:
+        """Return the first option whose label or text the prompt lacks."""
+        shown_text = " ".join("\n".join(texts_in([turn["content"] for turn in self.prompts.messages(example)])).split())
+        for label, text in named.items():
+            if " ".join(text.split()) not in shown_text or not re.search(
+                rf"(?<!\w){label}(?!\w)", shown_text, re.IGNORECASE
+            ):
+                return f"the option {label}) {text}"
+        return None
 
     def _tokens(
         self, tokenizer: PreTrainedTokenizerBase, example: Example, texts: Sequence[str]
@@ -199,13 +219,16 @@ class ChoicesByLikelihood(SkillSet):
                 logprob / self._length(text, option)
                 for logprob, text, option in zip(logprobs, choice.texts, choice.options, strict=True)
             ]
-            chosen = labels[max(range(len(scores)), key=scores.__getitem__)]
+            finite = all(map(math.isfinite, logprobs))
+            chosen = labels[max(range(len(scores)), key=scores.__getitem__)] if finite else None
             details: dict[str, Any] = {
                 "choice": chosen,
                 "right": choice.right,
                 "options": choice.named,
                 "logprobs": dict(zip(labels, logprobs, strict=True)),
             }
+            if not finite:
+                details["problem"] = "a log-probability is not finite"
             results.append(ItemScore(float(chosen == choice.right), details=details))
         return results
 

@@ -66,7 +66,7 @@ def identity(module: Any, batches: Sequence[PromptBatch], precision: str) -> dic
         "sampling": asdict(evaluator.sampling),
         "seed": module.seed,
         "engine": {"class": type(engine).__name__} | settings,
-        "grader": _described(evaluator.grader),
+        "grader": described(evaluator.grader),
         "teacher": None if evaluator.teacher is None else type(evaluator.teacher).__name__,
         "eos_ids": sorted(eos_ids(module.model)),
         "device": device_of(module.model).type,
@@ -79,8 +79,8 @@ def _public(part: object) -> dict[str, Any]:
     return {name: value for name, value in vars(part).items() if not name.startswith("_")}
 
 
-def _described(value: Any, depth: int = 0) -> Any:
-    """Return a grader, or a part of one, as its class and its settings, with a digest of code outside this package.
+def described(value: Any, depth: int = 0) -> Any:
+    """Return an object, such as a grader, as its class and its settings, with a digest of code outside this package.
 
     Settings are public attributes. A class outside this package may also keep the arguments ``name`` of its ``__init__`` as
     ``_name``.
@@ -88,15 +88,15 @@ def _described(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _described(each, depth + 1) for key, each in value.items()}
+        return {str(key): described(each, depth + 1) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_described(each, depth + 1) for each in value]
+        return [described(each, depth + 1) for each in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((_described(each, depth + 1) for each in value), key=repr)
+        return sorted((described(each, depth + 1) for each in value), key=repr)
     if isinstance(value, (re.Pattern, range, Path, bytes)):
         return repr(value)
     if isinstance(value, partial):
-        return _described({"partial": value.func, "args": value.args} | value.keywords, depth + 1)
+        return described({"partial": value.func, "args": value.args} | value.keywords, depth + 1)
     kind = value if isinstance(value, (type, FunctionType)) else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
     code = {} if name.startswith("opsd_lightning.") else {"code": _code(kind)}
@@ -107,7 +107,7 @@ def _described(value: Any, depth: int = 0) -> Any:
         parameters = inspect.signature(kind).parameters
         found |= {key[1:]: each for key, each in vars(value).items() if key.startswith("_") and key[1:] in parameters}
     short = {"class": name if code else kind.__name__}
-    return short | code | {key: _described(each, depth + 1) for key, each in found.items()}
+    return short | code | {key: described(each, depth + 1) for key, each in found.items()}
 
 
 def _code(kind: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.chat_templates import template
@@ -21,9 +22,11 @@ from helpers.training import Recorder, adapters, metrics, parts, trainer
 from opsd_lightning.callbacks.kept_skills import KeptSkills
 from opsd_lightning.callbacks.rollouts import RolloutWriter
 from opsd_lightning.data.sources import FileSource, WordProblems
+from opsd_lightning.data.task_sources import CategoryQuestions
 from opsd_lightning.evaluation.skill_sets import BaseDivergence, ChoicesByLikelihood, GradedCompletions
 from opsd_lightning.evaluation.skills import ItemScore, SkillSet
 from opsd_lightning.models.policy import Policy
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.types import ConfigError, Example, Sampling
 
 pytestmark = pytest.mark.integration
@@ -100,6 +103,60 @@ def test_a_set_with_other_items_starts_anew_when_a_run_resumes(make_policy: Make
     change = changed.of_run["facts"].change(changed.of_base["facts"])[0]
     facts = {entry["step"]: entry["change"][0] for entry in changed.history if entry["set"] == "facts"}
     assert facts.keys() == {2, 4} and facts[4] == change
+
+
+def longer(skills: dict[str, Any]) -> dict[str, Any]:
+    return skills | {"digits": GradedCompletions(WordProblems(size=4, seed=8), Digits(), max_new_tokens=7)}
+
+
+def by_bytes(skills: dict[str, Any]) -> dict[str, Any]:
+    return skills | {"facts": ChoicesByLikelihood(CategoryQuestions(size=4, seed=7), normalization="bytes")}
+
+
+def by_label(skills: dict[str, Any]) -> dict[str, Any]:
+    return skills | {"facts": ChoicesByLikelihood(CategoryQuestions(size=4, seed=7), scored="label")}
+
+
+def in_other_words(skills: dict[str, Any]) -> dict[str, Any]:
+    prompts = Prompts("{question} Be brief.")
+    return skills | {"digits": GradedCompletions(WordProblems(size=4, seed=8), Digits(), max_new_tokens=6, prompts=prompts)}
+
+
+def other_options(skills: dict[str, Any]) -> dict[str, Any]:
+    rows = CategoryQuestions(size=4, seed=7).examples()
+    rows[0] = rows[0]._replace(columns={"options": ["one", "two", "three", "four"]})
+    return skills | {"facts": ChoicesByLikelihood(Rows(rows))}
+
+
+def other_batches(skills: dict[str, Any]) -> dict[str, Any]:
+    return skills | {"facts": ChoicesByLikelihood(Rows(CategoryQuestions(size=4, seed=7).examples()), batch_size=3)}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:opsd_lightning.methods.checkpoint_record")
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        (longer, {"digits"}),
+        (by_bytes, {"facts"}),
+        (by_label, {"facts"}),
+        (in_other_words, {"digits"}),
+        (other_options, {"facts"}),
+        (other_batches, set()),
+    ],
+)
+def test_the_base_of_other_settings_is_not_kept(
+    change: Callable[[dict[str, Any]], dict[str, Any]], anew: set[str], make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    sets = {name: skills for name, skills in skill_sets(4).items() if name != "drift"}
+    before, after = KeptSkills({**sets}), KeptSkills(change(sets))
+    for skills in (before, after):
+        module, data = parts(make_policy())
+        run = trainer(tmp_path, skills, logger=False)
+        run.validate(module, data, verbose=False)
+    state = before.state_dict()
+    after.of_base = {}
+    after.load_state_dict(state)
+    assert after.of_base.keys() == {"facts", "digits"} - anew
 
 
 class Brevity(SkillSet):
@@ -256,7 +313,7 @@ def test_sets_have_the_prompts_of_an_evaluation(
 
 
 def test_truncated_completions_are_told_once(make_policy: MakePolicy, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning) as found:
+    with pytest.warns(UserWarning, match=mentions("digits")) as found:
         fit(make_policy(), tmp_path, KeptSkills(skill_sets(4)))
     truncated = [r["truncated"] for r in records(tmp_path / "skills.jsonl") if (r["set"], r["role"]) == ("digits", "run")]
     assert truncated[:4].count(True) > 2
@@ -271,6 +328,37 @@ def test_whole_completions_are_not_told(make_policy: MakePolicy, tmp_path: Path)
         warnings.simplefilter("error", UserWarning)
         skills = KeptSkills({name: skills for name, skills in skill_sets(3).items() if name != "digits"})
         trainer(tmp_path, skills, logger=False).test(*parts(make_policy()), verbose=False)
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_an_evaluation_without_batches_is_refused(stage: str, make_policy: MakePolicy, tmp_path: Path) -> None:
+    """Lightning would run no hook in which skills are measured."""
+    module, data = parts(make_policy())
+    setting = f"limit_{'val' if stage == 'validate' else stage}_batches"
+    run = trainer(tmp_path, KeptSkills(skill_sets(2)), logger=False, **{setting: 0})
+    with pytest.raises(ConfigError) as error:
+        getattr(run, stage)(module, data, verbose=False)
+    assert error.value.setting == f"trainer.{setting}"
+
+
+class Diverges(Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        for parameter in pl_module.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(float("nan"))
+
+
+def test_values_that_are_not_finite_are_told(make_policy: MakePolicy, tmp_path: Path) -> None:
+    rows = [ONE._replace(answer=answer) for answer in "AAB"]  # also where the first option is right
+    sets: dict[str, Any] = {"facts": ChoicesByLikelihood(Rows(rows)), "drift": skill_sets(3)["drift"]}
+    run = trainer(tmp_path, KeptSkills(sets), Diverges(), logger=False, max_steps=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=mentions("finite")) as found:
+        run.fit(*parts(make_policy()))
+    told = [str(warning.message) for warning in found if "KeptSkills" in str(warning.message)]
+    assert len(told) == 2 and all(re.match(mentions("3"), text) for text in told)
+    assert [name for name in sets for text in told if re.match(mentions(name), text)] == list(sets)
+    diverged = [r for r in records(tmp_path / "skills.jsonl") if (r["set"], r["step"]) == ("facts", 1)]
+    assert [(r["score"], r["choice"], "problem" in r) for r in diverged] == [(0.0, None, True)] * 3
 
 
 def test_a_dry_run_writes_nothing(make_policy: MakePolicy, tmp_path: Path) -> None:

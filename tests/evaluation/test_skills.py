@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from helpers.messages import mentions
 from helpers.models import EOS, SECOND_EOS, perturb
 from helpers.skills import Digits, Rows, skill_sets, sum_logprob, token_logprobs
 from helpers.training import parts, trainer
+from opsd_lightning.data.skill_sources import CommonFacts
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.data.task_sources import CategoryQuestions
 from opsd_lightning.evaluation.skill_sets import BaseDivergence, ChoicesByLikelihood, GradedCompletions
@@ -249,6 +250,46 @@ def test_questions_without_a_choice_are_refused(chat: bool, example: Example, se
     with pytest.raises(ConfigError) as error:
         skills.setup(make_policy())
     assert error.value.setting == setting
+
+
+@pytest.mark.parametrize("scored", ["text", "label"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_equal_options_are_refused(chat: bool, scored: Any, make_policy: MakePolicy) -> None:
+    example = Example("Which?\nA) x\nB) x\nC) y", "", "C", {"options": ["x", "x ", "y"]})
+    with pytest.raises(ConfigError) as error:
+        ChoicesByLikelihood(Rows([example]), scored=scored, chat=chat).setup(make_policy())
+    assert error.value.setting == "options"
+
+
+@pytest.mark.parametrize(
+    ("question", "fits"),
+    [
+        ("Which?\nA) a horse\nB) red\nC) a fig\nD) fig trees", True),
+        ("Which? (a) a horse (b) red (c)  a fig (d) fig trees", True),
+        ("Which? A: a horse, B: red, C: a\nfig, D: fig trees", True),
+        ("Which is a fruit?", False),
+        ("Which is a fruit: a horse, red, a fig or fig trees?", False),
+        ("Which?\nA) a horse\nB) red\nC) a fig", False),
+    ],
+)
+def test_labels_mean_something_in_the_prompt(question: str, fits: bool, make_policy: MakePolicy) -> None:
+    turns = [{"role": "user", "content": question}]
+    for example in (FOUR._replace(question=question), FOUR._replace(question=question, messages=turns)):
+        skills = ChoicesByLikelihood(Rows([example]), scored="label")
+        if fits:
+            skills.setup(make_policy())
+        else:
+            with pytest.raises(ConfigError) as error:
+                skills.setup(make_policy())
+            assert error.value.setting == "scored"
+        ChoicesByLikelihood(Rows([example])).setup(make_policy())
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_labels_of_facts_need_their_options(shown: bool, make_policy: MakePolicy) -> None:
+    skills = ChoicesByLikelihood(CommonFacts(size=40, show_options=shown), scored="label")
+    with nullcontext() if shown else pytest.raises(ConfigError, match=mentions("show_options")):
+        skills.setup(make_policy())
 
 
 def test_texts_without_a_template_are_no_conversations(make_policy: MakePolicy) -> None:

@@ -107,6 +107,22 @@ def test_curves_stay_inside_their_drawing(values: list[float], graded: bool) -> 
     assert [y for _, y in finite] == sorted((y for _, y in finite), reverse=True)
 
 
+@pytest.mark.parametrize("graded", [True, False])
+@pytest.mark.parametrize("values", [[0.4, float("nan")], [float("nan")], [float("inf"), float("nan")]])
+def test_a_value_that_is_not_finite_is_the_last_one(
+    values: list[float], graded: bool, make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    history = [entry(step, value, 0.0 if graded else None, graded=graded) for step, value in enumerate(values, 3)]
+    (row,) = skill_rows(Run(Path(), "", skills=history))
+    assert (row["step"], row["value"], row["change"]) == (2 + len(values), None, None)
+    settings = {"max_steps": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer(tmp_path, RunReport(), **settings).fit(*parts(make_policy()))
+    (tmp_path / "record" / "skills.json").write_text(json.dumps(history))
+    page = write_report([tmp_path], tmp_path / "other.html").read_text()
+    (shown,) = [part for part in page.split("<tr>") if 'class="name">facts' in part]
+    assert "finite" in shown and "nan" not in shown and "40.0" not in shown.partition("<svg")[0].partition("trained")[2]
+
+
 @pytest.mark.parametrize(
     "content",
     [
