@@ -162,7 +162,8 @@ def _instructions() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         yield "first word", question, sentence, {"kind": "begins", "texts": [word]}
     for question, answer in format_items.YES_OR_NO.items():
         form = {"kind": "begins", "texts": ["Yes", "No"]}
-        yield "yes or no", f'{question}? Begin your answer with "Yes" or "No".', f"{answer}, of course.", form
+        trace = {"Yes": "Yes, of course.", "No": "No, of course not."}[answer]
+        yield "yes or no", f'{question}? Begin your answer with "Yes" or "No".', trace, form
     for person, sentence in format_items.LETTERS.items():
         question = f'Write the first sentence of a letter. Begin with "Dear {person}".'
         yield "letter", question, sentence, {"kind": "begins", "texts": [f"Dear {person}"]}
@@ -183,4 +184,4 @@ def _instructions() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for heading in format_items.HEADINGS:
         trace = f"<h1>{heading}</h1>"
         question = f'Write an HTML heading (h1) with the text "{heading}".'
-        yield "heading", question, trace, {"kind": "includes", "text": trace}
+        yield "heading", question, trace, {"kind": "element", "tag": "h1", "text": heading}

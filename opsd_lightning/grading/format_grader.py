@@ -16,7 +16,9 @@ from opsd_lightning.types import ConfigError, Example, checked
 _LONGEST = 20_000  # characters of a completion; a longer one has no form that an instruction asks for
 _QUOTES = "\"'“”‘’`"
 _PAIRS = ('""', "''", "“”", "‘’")
-_ENDS = " .,;:!?*-–—" + _QUOTES
+_ENDS = " .,;:!?*-–—…" + _QUOTES
+_BREAKS = re.compile(r"\s+|(?<=[^\W\d_])[,;:!?…—](?=[^\W\d_])")  # between words, also "yes,no"
+_EMPHASIS = re.compile(r"\A([*_]{1,3})(.*)\1\Z", re.DOTALL)
 _FENCE = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
 
 
@@ -29,6 +31,7 @@ class FormatGrader(Grader):
 
     - ``begins`` (``texts``): the completion begins with one of these texts. ``ends`` (``word``): its last word.
     - ``contains`` (``words``): all of these words. ``includes`` (``text``): this text, with its case and spaces.
+    - ``element`` (``tag``, ``text``): an HTML element with this text, with or without attributes.
     - ``numbered`` (``count``): the numbered lines are 1 to the count, in order. ``bulleted`` (``count``): this many lines
       begin with ``-``, ``*`` or a bullet. Both lists begin in the first or the second line. Other lines do not count.
     - ``list`` (``count``): this many different items of up to three words, separated by commas on one line.
@@ -37,9 +40,10 @@ class FormatGrader(Grader):
     - ``repeats`` (``text``): this text, and nothing else. ``one_of`` (``choices``): one of these texts, and nothing else.
     - ``json`` (``keys``): an object with these keys and no others, bare or in a fenced block, and nothing else.
 
-    Case and punctuation around words do not count, except for ``includes``, ``repeats`` and ``json``. ``ends``,
-    ``contains``, ``quoted`` and ``question`` need at least two words. Thinking blocks are skipped. A completion of over
-    20,000 characters is wrong.
+    Case and punctuation around words do not count, except for ``includes``, ``element``, ``repeats`` and ``json``.
+    ``ends``, ``contains``, ``quoted`` and ``question`` need at least two words. Thinking blocks are skipped. A completion of
+    over 20,000 characters is wrong. So is one that contains the whole instruction, if the instruction has the form itself:
+    a sentence with the word that it asks for, for example.
 
     Args:
         form: Column with the form.
@@ -70,7 +74,10 @@ class FormatGrader(Grader):
             return Grade(0.0, feedback="The completion is empty.")
         if len(text) > _LONGEST:
             return Grade(0.0, feedback="The completion is too long.")
-        right = _KINDS[kind].has_form(text, **arguments)
+        has_form = _KINDS[kind].has_form
+        right = has_form(text, **arguments)
+        if right and _repeats_words(text, example.question) and has_form(example.question.strip(), **arguments):
+            return Grade(0.0, text, "The completion repeats the instruction.")
         return Grade(float(right), text, "" if right else f"The completion does not have the form {shown(kind)}.")
 
     def _form(self, example: Example) -> tuple[str, dict[str, Any]]:
@@ -110,6 +117,7 @@ def _is_texts(value: Any) -> bool:
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "count": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0, "a whole number above 0"),
     "word": (_is_word, "one word"),
+    "tag": (lambda value: isinstance(value, str) and value.isascii() and value.isalnum(), "the name of an HTML element"),
     "words": (lambda value: _is_texts(value) and all(map(_is_word, value)), "a list of words"),
     "text": (lambda value: isinstance(value, str) and bool(value.strip()), "a text"),
     "texts": (_is_texts, "a list of texts"),
@@ -124,7 +132,13 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _words(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation around them."""
-    return [word for part in text.split() if (word := part.strip(_ENDS + "()").casefold())]
+    return [word for part in _BREAKS.split(text) if (word := part.strip(_ENDS + "()").casefold())]
+
+
+def _repeats_words(text: str, words: str) -> bool:
+    """Return True if a text contains all words of another text, one after the other."""
+    inside, whole = (f" {' '.join(_words(each))} " for each in (words, text))
+    return bool(inside.strip()) and inside in whole
 
 
 def _unquoted(text: str) -> str:
@@ -144,8 +158,9 @@ def _is_list(text: str, count: int) -> bool:
     return "\n" not in text and all(0 < len(item) < 4 for item in items) and len(set(items)) == len(items) == count
 
 
-_NUMBERED = re.compile(r"\*{0,2}(\d{1,3})[.)]\*{0,2} *\*{0,2}[^\W\d]")
-_BULLETED = re.compile(r"[-*•] *\*{0,2}[^\W\d]")
+_ITEM = r" *[*_\[(" + _QUOTES + r"]{0,4}[^\W\d_]"
+_NUMBERED = re.compile(r"\*{0,2}(\d{1,3})[.)]\*{0,2}" + _ITEM)
+_BULLETED = re.compile(r"(?:[-•]|\*(?!\*))" + _ITEM)
 
 
 def _marks(text: str, mark: re.Pattern[str]) -> list[re.Match[str]]:
@@ -184,13 +199,18 @@ def _includes(completion: str, text: str) -> bool:
     return text.strip() in completion
 
 
+def _has_element(completion: str, tag: str, text: str) -> bool:
+    inside = r"\s+".join(map(re.escape, text.split()))
+    return bool(re.search(rf"<(?i:{tag})(?:\s[^<>]*)?>\s*{inside}\s*</(?i:{tag})\s*>", completion))
+
+
 def _is_quoted(text: str) -> bool:
     inside = _unquoted(text)
     return inside != text and len(_words(inside)) > 1 and not re.search(r'["“”]', inside)
 
 
 def _is_question(text: str) -> bool:
-    return len(_words(text)) > 1 and _unquoted(text).endswith("?")
+    return len(_words(text)) > 1 and _unquoted(_EMPHASIS.sub(r"\2", _unquoted(text))).endswith("?")
 
 
 def _repeats(completion: str, text: str) -> bool:
@@ -223,6 +243,7 @@ _KINDS = {
     "ends": _Kind(_ends, ("word",)),
     "contains": _Kind(_contains, ("words",)),
     "includes": _Kind(_includes, ("text",)),
+    "element": _Kind(_has_element, ("tag", "text")),
     "numbered": _Kind(_is_numbered, ("count",)),
     "bulleted": _Kind(_is_bulleted, ("count",)),
     "list": _Kind(_is_list, ("count",)),

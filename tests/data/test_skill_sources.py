@@ -123,7 +123,7 @@ def test_every_instruction_has_an_answer_of_its_form_and_others_without() -> Non
     grader = FormatGrader()
     for example in FormatInstructions(size_of(FormatInstructions)).examples():
         assert grader.can_grade(example) and grader.verify(example).score == 1, example
-        for wrong in ("so the answer is 9.", "I do not know.", "9", "[[calc]] let x:=4; x -> 4 [[end]]"):
+        for wrong in ("so the answer is 9.", "I do not know.", "9", "[[calc]] let x:=4; x -> 4 [[end]]", example.question):
             assert grader.grade(wrong, example).score == 0, (wrong, example)
 
 
