@@ -13,20 +13,21 @@ from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
 class RewordedProblems(TaskSource):
     """One-step additions and subtractions in other words than those of `WordProblems`, to measure transfer.
 
-    Scenes, verbs, things, names and forms of the question are others, and the numbers are larger. The trace is of one line.
+    Scenes, verbs, things, names and forms of the question are others. The largest number of a question or its answer is
+    above 10, the largest one of the quick start. The trace is of one line.
 
     Args:
         size: Number of distinct questions, at least 1.
         seed: Seed for generating the questions.
-        largest: Largest number in a question or an answer, at least 5.
+        largest: Largest number in a question or an answer, at least 12.
 
     Example::
 
         >>> from opsd_lightning import RewordedProblems
         >>> (example,) = RewordedProblems(size=1).examples()
         >>> print(example.question, example.trace, sep="\\n")
-        A bus carries 24 people. At the next stop 6 get off. How many people are on the bus?
-        The bus carries 24 - 6 = 18 people, so the answer is 18.
+        A bus carries 30 people. At the next stop 28 get off. How many people are on the bus?
+        The bus carries 30 - 28 = 2 people, so the answer is 2.
     """
 
     #: Each problem, with its solution.
@@ -56,7 +57,7 @@ class RewordedProblems(TaskSource):
             "The lake has {a} + {b} = {answer} {birds}",
         ),
         (
-            "On Monday {name} read {a} pages. On Tuesday {name} read {b} pages. How many pages is that in both days?",
+            "On Monday {name} read {a} pages. On Tuesday {name} read {b} pages. How many pages is that in total?",
             "{name} read {a} + {b} = {answer} pages",
         ),
         (
@@ -96,19 +97,21 @@ class RewordedProblems(TaskSource):
             "{name} walks {a} + {b} = {answer} miles",
         ),
     )
+    _SMALLEST = 11  # of the largest numbers
     _NAMES = ("Hugo", "Olga", "Felix", "Rosa", "Ivan", "Greta", "Pablo", "Wanda", "Simon", "Elena", "Boris", "Tessa")
     _FOODS = ("rolls", "muffins", "pies", "buns", "donuts", "pancakes")
     _BIRDS = ("ducks", "gulls", "swans", "geese", "pelicans")
 
     def __init__(self, size: PositiveInt = 1000, seed: int = 0, largest: PositiveInt = 30) -> None:
         super().__init__(size, seed)
-        if largest < 5:
-            raise ConfigError(f"it is {largest}", "RewordedProblems.largest", "Set it to 5 or more")
+        if largest <= self._SMALLEST:
+            fix = f"Set it to {self._SMALLEST + 1} or more"
+            raise ConfigError(f"it is {largest}", "RewordedProblems.largest", fix)
         self.largest = largest
 
     def draw(self, numbers: random.Random) -> Example:
         problem, solution = numbers.choice(self._KINDS)
-        big = numbers.randint(5, self.largest)
+        big = numbers.randint(self._SMALLEST, self.largest)
         b = numbers.randint(2, big - 2)
         a, answer = (big - b, big) if " + " in solution else (big, big - b)
         words = {

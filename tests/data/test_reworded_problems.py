@@ -40,6 +40,8 @@ def test_no_sentence_and_no_name_is_trained() -> None:
 
 def test_numbers_are_larger() -> None:
     largest = [max(map(int, re.findall(r"\d+", f"{e.question} {e.answer}"))) for e in RewordedProblems(500).examples()]
-    assert max(largest) == 30 and sum(number > 10 for number in largest) > 250
-    with pytest.raises(ConfigError, match=mentions("largest", 4)):
-        RewordedProblems(largest=4)
+    assert max(largest) == 30 and min(largest) == 11
+    narrow = RewordedProblems(200, largest=12).examples()
+    assert {max(map(int, re.findall(r"\d+", f"{e.question} {e.answer}"))) for e in narrow} == {11, 12}
+    with pytest.raises(ConfigError, match=mentions("largest", 11, 12)):
+        RewordedProblems(largest=11)
