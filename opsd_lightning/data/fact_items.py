@@ -130,7 +130,7 @@ KINDS: dict[str, FactKind] = {
         at a zoo, at a farm, at a circus; at a cinema, at a museum, at a circus; at an airport, at a harbor, at a post
         office; at a hotel, at a hospital, at an airport, at a beach; at a restaurant, at a hotel, at a market, at a
         bakery; at a beach, at a harbor; at a gym, at a school, at a hotel; at a church, at a cemetery, at a hospital, at
-        a school; at a farm, at a market; at a zoo, at a museum""",
+        a school; at a farm, at a market; at a zoo, at a museum; at a bank, at a post office""",
     ),
     "color": FactKind(
         "What color is {}?",
@@ -185,7 +185,7 @@ KINDS: dict[str, FactKind] = {
         is between the head and the shoulders: the neck; do you wear a ring on: the finger; do you wear a watch on: the
         wrist; is between the leg and the foot: the ankle; do you stand on: the feet""",
         """the tongue, the teeth, the nose; the nose, the lungs; the finger, the wrist; the ankle, the feet, the knee; the
-        eyes, the brain; the elbow, the wrist""",
+        eyes, the brain; the elbow, the wrist; the finger, the nose; the finger, the ears""",
     ),
     "animal": FactKind(
         "Which animal {}?",

@@ -82,8 +82,21 @@ def test_answers_that_clash_are_answers_of_their_kind() -> None:
 
 
 def test_options_that_clash_do_not_meet() -> None:
+    assert not {"the nose", "the ears"} & {*KINDS["body"].wrong_answers("the finger")}
+    assert "at a post office" not in KINDS["place"].wrong_answers("at a bank")
     assert "a duckling" not in KINDS["young animal"].wrong_answers("a chick")
     assert "a camera" in KINDS["tool"].wrong_answers("a kettle") and "a match" not in KINDS["tool"].wrong_answers("a kettle")
+
+
+def test_the_most_frequent_answer_of_a_kind_is_right_little_more_often_than_by_chance() -> None:
+    shares = []
+    for seed in range(20):
+        for example in CommonFacts(size_of(CommonFacts), seed=seed).examples():
+            answers = [answer for _, answer in KINDS[example.columns["kind"]].pairs()]
+            counts = [answers.count(option) for option in example.columns["options"]]
+            usual = [o for o, count in zip(example.columns["options"], counts, strict=True) if count == max(counts)]
+            shares.append((example.answer in usual) / len(usual))
+    assert 0.27 < sum(shares) / len(shares) < 0.29  # quoted in the documentation
 
 
 def test_no_fact_needs_arithmetic() -> None:
