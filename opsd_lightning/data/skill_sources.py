@@ -84,10 +84,10 @@ class CommonFacts(SkillSource):
 class StoryContinuations(SkillSource):
     """Beginnings of everyday stories with four endings, of which one fits, in the manner of HellaSwag.
 
-    The question is the beginning, two sentences. The columns are ``options`` (four endings of one sentence) and ``kind``
-    (the first topic of the situation). The answer is the right ending. Wrong endings come from situations of other topics,
-    with the same person, the same kind of subject and about the same length. There are 139 situations with three words to
-    fill in each, so that up to three examples have the same right ending.
+    The question is the beginning, two sentences. The columns are ``options`` (four endings of one sentence), ``kind`` (the
+    first topic of the situation) and ``situation`` (its number). The answer is the right ending. Wrong endings come from
+    situations of other topics, with the same person, the same kind of subject and about the same length. There are 139
+    situations with three words to fill in each, so that up to three examples share a situation and its ending.
 
     Args:
         size: Number of distinct beginnings, from 1 to 417.
@@ -115,7 +115,8 @@ class StoryContinuations(SkillSource):
                 numbers.shuffle(options)
                 beginning = situation.beginning.format(x=word, **person)
                 kind = situation.kind
-                return Example(beginning, right, right, {"options": options, "kind": kind})
+                columns = {"options": options, "kind": kind, "situation": place}
+                return Example(beginning, right, right, columns)
 
             return make
 

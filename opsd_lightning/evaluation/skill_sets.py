@@ -89,6 +89,7 @@ class ChoicesByLikelihood(SkillSet):
             the chat template, those of the run's evaluations apply (``data.prompts``).
         delimiter: Text between prompt and option without ``chat``.
         batch_size: Number of questions that each device measures at a time, at least 1.
+        group: Column that names the group of a question, as in `SkillSet`.
 
     Example::
 
@@ -110,8 +111,9 @@ class ChoicesByLikelihood(SkillSet):
         prompts: Prompts = _QUESTION,
         delimiter: str = " ",
         batch_size: PositiveInt = 32,
+        group: str | None = None,
     ) -> None:
-        super().__init__(source, batch_size)
+        super().__init__(source, batch_size, group)
         if normalization not in get_args(Normalization):
             choices = ", ".join(get_args(Normalization))
             raise ConfigError(f"it is {normalization!r}", "ChoicesByLikelihood.normalization", f"Choose one of {choices}")
@@ -267,10 +269,13 @@ class _Generated(SkillSet):
         max_new_tokens: Longest completion in tokens, at least 1.
         prompts: Templates of the prompt. Only the student's are used.
         batch_size: Number of questions that each device measures at a time, at least 1.
+        group: Column that names the group of a question.
     """
 
-    def __init__(self, source: ExampleSource, max_new_tokens: int, prompts: Prompts, batch_size: int) -> None:
-        super().__init__(source, batch_size)
+    def __init__(
+        self, source: ExampleSource, max_new_tokens: int, prompts: Prompts, batch_size: int, group: str | None
+    ) -> None:
+        super().__init__(source, batch_size, group)
         self.sampling = Sampling(max_new_tokens, temperature=0.0)
         self.prompts = prompts
         self._prompts: list[list[int]] = []
@@ -307,6 +312,7 @@ class GradedCompletions(_Generated):
         prompts: Templates of the prompt. Only the student's are used. Defaults to the question alone. Without arguments of
             the chat template, those of the run's evaluations apply (``data.prompts``).
         batch_size: Number of questions that each device measures at a time, at least 1.
+        group: Column that names the group of a question, as in `SkillSet`.
 
     Example::
 
@@ -323,8 +329,9 @@ class GradedCompletions(_Generated):
         max_new_tokens: PositiveInt = 256,
         prompts: Prompts = _QUESTION,
         batch_size: PositiveInt = 32,
+        group: str | None = None,
     ) -> None:
-        super().__init__(source, max_new_tokens, prompts, batch_size)
+        super().__init__(source, max_new_tokens, prompts, batch_size, group)
         self.grader = grader
 
     def prepare(self, policy: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -375,6 +382,7 @@ class BaseDivergence(_Generated):
         prompts: Templates of the prompt. Only the student's are used. Defaults to the question alone. Without arguments of
             the chat template, those of the run's evaluations apply (``data.prompts``).
         batch_size: Number of prompts that each device measures at a time, at least 1.
+        group: Column that names the group of a prompt, as in `SkillSet`.
 
     Example::
 
@@ -392,8 +400,9 @@ class BaseDivergence(_Generated):
         max_new_tokens: PositiveInt = 64,
         prompts: Prompts = _QUESTION,
         batch_size: PositiveInt = 32,
+        group: str | None = None,
     ) -> None:
-        super().__init__(source, max_new_tokens, prompts, batch_size)
+        super().__init__(source, max_new_tokens, prompts, batch_size, group)
         self._answers: dict[int, tuple[list[int], bool]] = {}
 
     def prepare(self, policy: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> None:

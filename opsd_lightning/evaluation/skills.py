@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, ClassVar, NamedTuple
@@ -20,11 +20,12 @@ from opsd_lightning.distributed.collectives import (
 )
 from opsd_lightning.evaluation.evaluator import EvaluatedModule
 from opsd_lightning.models.policy import ModelSettings
+from opsd_lightning.prompts.contexts import text_of_column
 from opsd_lightning.rollouts.base import Demand
 from opsd_lightning.runs.signals import stop_if_signalled
 from opsd_lightning.teachers import FixedTeacher
 from opsd_lightning.types import ConfigError, Example, PositiveInt, checked
-from opsd_lightning.utils.statistics import Z, paired_change, ratio_and_error, wilson
+from opsd_lightning.utils.statistics import Z, paired_change, ratio_and_error, sums_by_group, wilson_interval
 
 # The other ranks wait while rank zero reads, and perhaps downloads, a source.
 _LONGEST_WAIT = timedelta(days=1)
@@ -37,11 +38,13 @@ class ItemScore(NamedTuple):
         score: Score from 0 to 1. In a set that is not ``graded``, the sum over the units of the item, such as nats.
         weight: Number of units of the item, such as tokens, above 0. 1 in a graded set.
         details: What a record of the item shows, such as the completion. Values that JSON can hold.
+        group: Name of the item's group. Items of different groups are independent. None if all items are.
     """
 
     score: float
     weight: float = 1.0
     details: Mapping[str, Any] = {}
+    group: str | None = None
 
 
 class SkillResult(NamedTuple):
@@ -64,19 +67,35 @@ class SkillResult(NamedTuple):
     @property
     def value(self) -> float:
         """Mean score of the items, or the mean over all their units."""
-        return ratio_and_error([item.score for item in self.items], [item.weight for item in self.items])[0]
+        return self._value_and_error()[0]
 
     @property
     def error(self) -> float:
-        """Standard error of `value` over items."""
-        return ratio_and_error([item.score for item in self.items], [item.weight for item in self.items])[1]
+        """Standard error of `value` over items, or over groups of items."""
+        return self._value_and_error()[1]
+
+    def _value_and_error(self) -> tuple[float, float]:
+        columns = ([item.score for item in self.items], [item.weight for item in self.items])
+        return ratio_and_error(*(sums_by_group(column, self._groups) for column in columns))
+
+    @property
+    def _groups(self) -> list[Hashable]:
+        """Group of each item. An item without one is a group of its own."""
+        return [place if item.group is None else item.group for place, item in enumerate(self.items)]
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of `value` over items: Wilson's for right and wrong answers, otherwise a normal one."""
+        """95 % interval of `value` over items: Wilson's for right and wrong answers, otherwise a normal one.
+
+        With groups, Wilson's interval has the number of independent items that would give the same `error`, and the number
+        of groups where all items are right or all are wrong.
+        """
+        value, error, groups = self.value, self.error, len(set(self._groups))
         if all(item.score in (0, 1) and item.weight == 1 for item in self.items):
-            return wilson([item.score == 1 for item in self.items])
-        value, half = self.value, Z * self.error
+            grouped = groups < len(self.items)
+            n = len(self.items) if not grouped else min(value * (1 - value) / error**2, len(self.items)) if error else groups
+            return wilson_interval(value, n)
+        half = Z * error
         return max(value - half, 0.0), value + half
 
     @property
@@ -86,7 +105,7 @@ class SkillResult(NamedTuple):
 
     def change(self, before: SkillResult) -> tuple[float, float]:
         """Return the mean change since an earlier result of the same items, and the half-width of its 95 % interval."""
-        return paired_change([item.score for item in before.items], [item.score for item in self.items])
+        return paired_change([item.score for item in before.items], [item.score for item in self.items], self._groups)
 
 
 @checked
@@ -104,6 +123,8 @@ class SkillSet(ABC):
     Args:
         source: Source of the questions. Traces are not read.
         batch_size: Number of questions that each device measures at a time, at least 1.
+        group: Column that names the group of a question, such as its passage. Intervals then are those of a sample of
+            groups, since questions of one group may be answered alike. Defaults to independent questions.
 
     Example::
 
@@ -118,9 +139,13 @@ class SkillSet(ABC):
 
     graded: ClassVar[bool] = True
 
-    def __init__(self, source: ExampleSource, batch_size: PositiveInt = 32) -> None:
+    #: Column that names the group of a question. None if all questions are independent.
+    group: str | None = None
+
+    def __init__(self, source: ExampleSource, batch_size: PositiveInt = 32, group: str | None = None) -> None:
         self.source = source
         self.batch_size = batch_size
+        self.group = group
         self.examples: list[Example] = []
         self.chat_template_kwargs: dict[str, Any] = {}
 
@@ -148,12 +173,24 @@ class SkillSet(ABC):
         def prepare() -> None:
             if not self.examples:
                 raise ConfigError("it has no examples", "source", "Give a source with examples")
+            if self.group is not None:
+                names = [self.group_of(example) for example in self.examples]
+                if len(set(names)) < 2 <= len(names) and names[0] is not None:
+                    raise ConfigError("all questions are of one group", "group", "Name a column with several groups")
             try:
                 self.prepare(policy, policy.load_tokenizer())
             except ConfigError as error:
                 raise ConfigError(error.problem, error.setting.removeprefix("data."), error.fix) from None
 
         run_on_all_ranks(prepare)
+
+    def group_of(self, example: Example) -> str | None:
+        """Return the name of an example's group, or None if it is independent of all others.
+
+        Raises:
+            ConfigError: The example has no such column, or one without a text.
+        """
+        return None if self.group is None else text_of_column(example, self.group, "group") or None
 
     def prepare(self, policy: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         """Prepare ``examples`` before the model is built, for example by encoding their prompts. Does nothing by default.
@@ -221,4 +258,5 @@ def measure_skill(module: EvaluatedModule, skills: SkillSet, base: bool = False)
             scores = skills.measure(module, [place % count for place in places])
             found |= {place: score for place, score in zip(places, scores, strict=True) if place < count}
     gathered = {place: score for part in all_gather_object(found) for place, score in part.items()}
-    return SkillResult([gathered[place] for place in range(count)])
+    groups = map(skills.group_of, skills.examples)
+    return SkillResult([gathered[place]._replace(group=group) for place, group in enumerate(groups)])

@@ -24,7 +24,7 @@ from opsd_lightning.data.skill_sources import CommonFacts
 from opsd_lightning.data.sources import WordProblems
 from opsd_lightning.data.task_sources import CategoryQuestions
 from opsd_lightning.evaluation.skill_sets import BaseDivergence, ChoicesByLikelihood, GradedCompletions
-from opsd_lightning.evaluation.skills import SkillResult, SkillSet, measure_skill
+from opsd_lightning.evaluation.skills import ItemScore, SkillResult, SkillSet, measure_skill
 from opsd_lightning.grading.choice_grader import ChoiceGrader
 from opsd_lightning.grading.no_grader import NoGrader
 from opsd_lightning.models.policy import Policy
@@ -365,6 +365,46 @@ def test_full_fine_tuning_has_no_base_afterwards(make_policy: MakePolicy, tmp_pa
     with pytest.raises(ConfigError) as error:
         in_a_test(policy, tmp_path, lambda module: measure_skill(module, skills, base=True))
     assert error.value.setting == "model.policy.lora"
+
+
+def in_groups(scores: list[float], groups: list[str] | None, weight: float = 1.0) -> SkillResult:
+    names: list[Any] = [None] * len(scores) if groups is None else groups
+    return SkillResult([ItemScore(score, weight, group=name) for score, name in zip(scores, names, strict=True)])
+
+
+@pytest.mark.parametrize("scores", [[0.0, 1.0, 1.0, 1.0, 0.0], [1.0] * 5, [0.25, 0.5, 0.5, 0.0, 1.0]])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_copies_of_an_item_in_one_group_tell_nothing_more(scores: list[float], copies: int) -> None:
+    once, before = in_groups(scores, None), in_groups([1.0, 0.0, 1.0, 1.0, 0.0], None)
+    names = [letter for letter in "abcde" for _ in range(copies)]
+    many = in_groups([score for score in scores for _ in range(copies)], names)
+    earlier = in_groups([item.score for item in before.items for _ in range(copies)], names)
+    assert many.value == pytest.approx(once.value)
+    assert many.error == pytest.approx(once.error)
+    assert many.change(earlier) == pytest.approx(once.change(before))
+    if copies > 1 and once.error:
+        assert many.error > 1.5 * in_groups([item.score for item in many.items], None).error
+    low, high = in_groups([item.score for item in many.items], None).interval
+    assert copies == 1 or many.interval[1] - many.interval[0] > high - low
+
+
+def test_unequal_groups_have_the_error_of_a_ratio() -> None:
+    result = in_groups([1.0, 0.0, 1.0, 1.0, 0.0], ["a", "b", "a", "c", "b"])
+    assert (result.value, result.error) == pytest.approx(ratio_and_error([2.0, 0.0, 1.0], [2.0, 2.0, 1.0]))
+
+
+def test_a_set_groups_its_items(make_policy: MakePolicy, tmp_path: Path) -> None:
+    rows = [FOUR._replace(columns=FOUR.columns | {"passage": passage}) for passage in (1, 1, 2, None, None)]
+    result, _ = measured(make_policy(), tmp_path, ChoicesByLikelihood(Rows(rows), group="passage"))
+    assert [item.group for item in result.items] == ["1", "1", "2", None, None]
+
+
+@pytest.mark.parametrize("columns", [{}, {"passage": "one"}])
+def test_a_column_without_groups_is_refused(columns: dict[str, Any], make_policy: MakePolicy) -> None:
+    rows = [FOUR._replace(columns=FOUR.columns | columns)] * 3
+    with pytest.raises(ConfigError) as error:
+        ChoicesByLikelihood(Rows(rows), group="passage").setup(make_policy())
+    assert error.value.setting == "group"
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
