@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     result |= {
         "checkpoint": best,
         "completions_sha256": {path.parent.name: file_digest(path) for path in completions},
-        "made_with": made_with(folder),
+        "made_with": made_with(folder, fit.model.policy.revision),
         "minutes": round(minutes, 2),
     }
     atomic_write(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")

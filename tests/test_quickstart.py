@@ -76,6 +76,7 @@ def check_results(folder: Path, printed: str, model: str) -> None:
     assert result["tokens_generated"] > 0 and result["optimizer_steps"] == 2 and result["minutes"] > 0
     assert [step for step, _ in result["validation"]] == [0, 1, 2] and Path(result["checkpoint"]).is_file()
     assert result["made_with"]["model_sha256"] == file_digest(Path(model) / "model.safetensors")
+    assert "model_commit" not in result["made_with"]  # of a folder
     assert result["completions_sha256"]["after"] == file_digest(folder / "after" / "test.jsonl")
     assert "--short" in result["arguments"] and result["seed"] == 0
     last = printed.strip().splitlines()[-2:]

@@ -6,7 +6,10 @@ import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
-from opsd_lightning.runs.provenance import made_with, model_digest
+import pytest
+from huggingface_hub import constants
+
+from opsd_lightning.runs.provenance import hub_commit, made_with, model_digest
 
 
 def test_weights_decide_the_digest(tmp_path: Path) -> None:
@@ -25,4 +28,21 @@ def test_weights_decide_the_digest(tmp_path: Path) -> None:
 def test_libraries_are_named_with_their_versions(tmp_path: Path) -> None:
     found = made_with(tmp_path)
     assert all(found[name] == version(name) for name in ("torch", "transformers", "peft", "lightning"))
+    assert "model_commit" not in found
     assert found["revision"] and found["machine"] and all(isinstance(value, str) for value in found.values())
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    files = tmp_path / "models--owner--model"
+    (files / "refs").mkdir(parents=True)
+    commits = {"main": "0" * 40, "v2": "1" * 40}
+    for revision, commit in commits.items():
+        (files / "snapshots" / commit).mkdir(parents=True)
+        (files / "refs" / revision).write_text(commit)
+        (files / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
+    for revision, commit in {None: "0" * 40, "v2": "1" * 40, "1" * 40: "1" * 40}.items():
+        found = made_with("owner/model", revision)
+        assert found["model_commit"] == commit and found["model_sha256"] == "owner/model"
+    assert hub_commit(tmp_path / "gone" / "model") is None
+    assert hub_commit("owner/model", "v3") is hub_commit("owner/other") is hub_commit(tmp_path) is None
