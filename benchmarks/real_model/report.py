@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from benchmarks.learning.report import markdown
 from benchmarks.learning.run import read
 from benchmarks.real_model.settings import ARMS, RATES, SEQUENCE_ARMS, Arm
+from opsd_lightning import StoryContinuations
 from opsd_lightning.utils.statistics import paired_change, wilson_interval
 
 Result = dict[str, Any]
@@ -30,7 +32,8 @@ KEPT = ("facts", "stories", "formats")
 class Report:
     """Reads the results of a folder and writes its tables.
 
-    Intervals are 95 % intervals over questions, for the seeds at hand. The values of the seeds are beside them.
+    Intervals are 95 % intervals over questions (over situations for stories), for the seeds at hand. The values of the seeds
+    are beside them.
 
     Args:
         results: Folder of the result files.
@@ -67,12 +70,12 @@ class Report:
         if base is None:
             return ""
         headings = ["", "rate", "questions read", "tokens generated", *SETS, "divergence from the base, nats a token"]
-        rows = [["before", "", "", "", *(share([read_set(base)]) for read_set in SETS.values()), "0"]]
+        rows = [["before", "", "", "", *(shares([base])), "0"]]
         for arm in ARMS.values():
             if measured := self._measured(arm):
                 runs = [self.found[run["run"]] for run in measured]
                 tokens = f"{fmean(run['tokens_generated'] for run in runs):,.0f}"
-                cells = [share([read_set(run) for run in measured]) for read_set in SETS.values()]
+                cells = shares(measured)
                 drift = [run["base_divergence"] for run in measured]
                 spread = f"{fmean(drift):.3f} ({', '.join(f'{value:.3f}' for value in drift)})"
                 settings = [f"{runs[0]['learning_rate']:g}", f"{runs[0]['questions_read']:,}", tokens]
@@ -91,11 +94,7 @@ class Report:
         rows = []
         for arm in ARMS.values():
             if measured := self._measured(arm):
-                cells = []
-                for read_set in SETS.values():
-                    before = [read_set(base)] * len(measured)
-                    cells.append(change(before, [read_set(run) for run in measured]))
-                rows.append([arm.name, *cells])
+                rows.append([arm.name, *changes_of([base] * len(measured), measured)])
         return markdown(["points", *SETS], rows) if rows else ""
 
     def differences(self) -> str:
@@ -106,10 +105,7 @@ class Report:
             ours, theirs = self._by_seed(opsd), self._by_seed(arm)
             if arm.method == "opsd" or not (seeds := sorted(ours.keys() & theirs.keys())):
                 continue
-            cells = [
-                change([read_set(theirs[seed]) for seed in seeds], [read_set(ours[seed]) for seed in seeds])
-                for read_set in SETS.values()
-            ]
+            cells = changes_of([theirs[seed] for seed in seeds], [ours[seed] for seed in seeds])
             rows.append([f"{opsd.name} minus {arm.name}", *cells])
         return markdown(["points", *SETS], rows) if rows else ""
 
@@ -140,12 +136,9 @@ class Report:
             }
             for title, (ones, twos) in named.items():
                 two = share([found["second"]["strict"] for found in twos])
-                cells = [share([SETS[column](found) for found in ones]) for column in columns]
+                cells = shares(ones, columns)
                 rows.append([f"{name}, {title}", *cells[:2], two, *cells[2:]])
-            moved = [
-                change([SETS[column](stage[0]) for stage in stages], [SETS[column](stage[2]) for stage in stages])
-                for column in columns
-            ]
+            moved = changes_of([stage[0] for stage in stages], [stage[2] for stage in stages], columns)
             gained = change(
                 [stage[1]["second"]["strict"] for stage in stages], [stage[3]["second"]["strict"] for stage in stages]
             )
@@ -170,23 +163,47 @@ def means(verdicts: Sequence[str]) -> list[float]:
     return [fmean(int(digit) for digit in column) for column in zip(*verdicts, strict=True)]
 
 
-def share(verdicts: Sequence[str]) -> str:
+@cache
+def situations(items: int) -> tuple[str, ...]:
+    """Return the situation of each story. Stories of one situation are not independent."""
+    return tuple(example.columns["situation"] for example in StoryContinuations(size=items).examples())
+
+
+def share(verdicts: Sequence[str], groups: Sequence[str] | None = None) -> str:
     """Return the mean with Wilson's interval, and the means of the runs if there are several.
 
-    The interval takes the questions as independent outcomes of one run. Means over several runs vary less.
+    The interval takes each question, or each group of questions, as one outcome of one run. That is more than the variance
+    of means over several runs, or of groups with different answers.
     """
     scores = means(verdicts)
-    low, high = wilson_interval(fmean(scores), len(scores))
+    low, high = wilson_interval(fmean(scores), len(scores) if groups is None else len(set(groups)))
     each = f" ({', '.join(percent(fmean(map(int, run))) for run in verdicts)})" if len(verdicts) > 1 else ""
     return f"{percent(fmean(scores))} [{percent(low)}, {percent(high)}]{each}"
 
 
-def change(before: Sequence[str], after: Sequence[str]) -> str:
+def change(before: Sequence[str], after: Sequence[str], groups: Sequence[str] | None = None) -> str:
     """Return the paired change of the same questions in points, and that of each run if there are several."""
-    mean, half = paired_change(means(before), means(after))
+    mean, half = paired_change(means(before), means(after), groups)
     runs = [fmean(means([b])) - fmean(means([a])) for a, b in zip(before, after, strict=True)]
     each = f" ({', '.join(f'{100 * run:+.1f}' for run in runs)})" if len(runs) > 1 else ""
     return f"{100 * mean:+.1f} ± {100 * half:.1f}{each}"
+
+
+def shares(runs: Sequence[Result], columns: Sequence[str] = tuple(SETS)) -> list[str]:
+    """Return the `share` of each set."""
+    verdicts = {column: [SETS[column](run) for run in runs] for column in columns}
+    return [share(found, groups_of(column, found)) for column, found in verdicts.items()]
+
+
+def changes_of(before: Sequence[Result], after: Sequence[Result], columns: Sequence[str] = tuple(SETS)) -> list[str]:
+    """Return the `change` of each set."""
+    found = {column: ([SETS[column](run) for run in before], [SETS[column](run) for run in after]) for column in columns}
+    return [change(early, late, groups_of(column, early)) for column, (early, late) in found.items()]
+
+
+def groups_of(column: str, verdicts: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the group of each item of a set, or None if its items are independent."""
+    return situations(len(verdicts[0])) if column == "stories" else None
 
 
 def percent(value: float) -> str:

@@ -219,7 +219,13 @@ class Comparison:
         prompts = made("FileSource", path=GENERAL_PROMPTS, columns=columns)
         return {
             "facts": made("ChoicesByLikelihood", source=source("CommonFacts")),
-            "stories": made("ChoicesByLikelihood", source=source("StoryContinuations"), normalization="bytes", chat=False),
+            "stories": made(
+                "ChoicesByLikelihood",
+                source=source("StoryContinuations"),
+                group="situation",
+                normalization="bytes",
+                chat=False,
+            ),
             "formats": made(
                 "GradedCompletions", source=source("FormatInstructions"), grader=made("FormatGrader"), max_new_tokens=32
             ),
