@@ -22,6 +22,7 @@ from benchmarks.real_model.settings import (
     GENERAL_PROMPTS,
     RATES,
     SECOND_CONFIG,
+    TRANSFER_LARGEST,
     TRANSFER_SEED,
     Arm,
     Scale,
@@ -175,7 +176,8 @@ class Comparison:
         skills = [{"class_path": "KeptSkills", "init_args": {"base": False, "sets": self._sets()}}]
         found = {"target": self._test(name, "target", [*first, f"--trainer.callbacks={json.dumps(skills)}"], checkpoint)}
         found |= kept_skills(self.folder / name / "target" / "skills_test.jsonl")
-        transfer = {"class_path": "RewordedProblems", "init_args": {"size": self.scale.questions, "seed": TRANSFER_SEED}}
+        settings = {"size": self.scale.questions, "seed": TRANSFER_SEED, "largest": TRANSFER_LARGEST}
+        transfer = {"class_path": "RewordedProblems", "init_args": settings}
         found["transfer"] = self._test(name, "transfer", [*first, f"--data.test={json.dumps(transfer)}"], checkpoint)
         self._write(f"{name}-measured", {"run": name, **found}, first)
 

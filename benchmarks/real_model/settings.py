@@ -14,7 +14,9 @@ GENERAL_PROMPTS = "benchmarks/real_model/general_prompts.jsonl"
 
 #: Seeds of the generated questions. The quick start, whose settings are used here, was developed on others.
 DATA_SEEDS = {"train": 11, "val": 12, "test": 13}
-TRANSFER_SEED = 14
+
+#: Seed of the questions in other words, and the largest number in them. Those of the target task have numbers up to 10.
+TRANSFER_SEED, TRANSFER_LARGEST = 14, 30
 
 #: Learning rates that an arm tries on seed 0.
 RATES = (4e-4, 8e-4, 1.6e-3)
