@@ -450,10 +450,10 @@ def test_quickstart_page_shows_held_out_questions(tmp_path: Path) -> None:
     by_number = ["50.0 %", f"{100 * low:.1f} % to {100 * high:.1f} %"]
     assert before[1:] == ["30.0 %", "10.8 % to 60.3 %", *by_number, "20.0 %", "10.0 %", "45.0", "10"]
     assert after[1] == "70.0 %"
-    # five more right, one fewer: +0.4 on average, with a spread of sqrt((5 * 0.36 + 1.96 + 4 * 0.16) / 9)
-    half = 1.96 * math.sqrt((5 * 0.36 + 1.96 + 4 * 0.16) / 9 / 10)
+    # Five more right, one fewer. Agresti and Min (2005) add one half to each discordant count and two questions.
+    half = 1.96 * math.sqrt((5.5 + 1.5 - (5.5 - 1.5) ** 2 / 12) / 12**2)
     assert f"+40.0 ± {100 * half:.1f} percentage points" in page.text
-    form = 1.96 * math.sqrt((0.81 + 9 * 0.01) / 9 / 10)  # question 3, whose number was right before its form
+    form = 1.96 * math.sqrt((1.5 + 0.5 - (1.5 - 0.5) ** 2 / 12) / 12**2)  # question 3: its number was right before its form
     assert f"10.0 ± {100 * form:.1f} are form" in page.text and "50.0% to 80.0%" in page.text
 
 
