@@ -37,7 +37,7 @@ class ItemScore(NamedTuple):
     Args:
         score: Score from 0 to 1. In a set that is not ``graded``, the sum over the units of the item, such as nats.
         weight: Number of units of the item, such as tokens, above 0. 1 in a graded set.
-        details: What a record of the item shows, such as the completion. Values that JSON can hold.
+        details: Further fields of the record, such as the completion. Values that JSON can hold.
         group: Name of the item's group. Items of different groups are independent. None if all items are.
     """
 

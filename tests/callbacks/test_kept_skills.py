@@ -323,7 +323,7 @@ def test_truncated_completions_are_told_once(make_policy: MakePolicy, tmp_path: 
 
 
 def test_whole_completions_are_not_told(make_policy: MakePolicy, tmp_path: Path) -> None:
-    """Of a divergence, truncated answers are measured like others."""
+    """A divergence is measured on truncated answers too."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         skills = KeptSkills({name: skills for name, skills in skill_sets(3).items() if name != "digits"})
