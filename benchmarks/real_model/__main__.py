@@ -31,9 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="result files (default: %(default)s)")
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: %(default)s)")
-    parser.add_argument(
-        "--parts", nargs="*", choices=["train", "measure", "sequence"], default=["train", "measure", "sequence"]
-    )
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--small", action="store_true", help="check the whole chain with tiny runs")
     parser.add_argument("--report", action="store_true", help="only print the tables of the existing results")
     options = parser.parse_args(argv)
