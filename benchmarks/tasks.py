@@ -130,7 +130,7 @@ def digest_of(folder: Path) -> str:
 
 def table(results: Path) -> str:
     """Return a Markdown table of all results: the student before, the teacher, and each seed after training."""
-    from opsd_lightning.utils.statistics import mean_and_interval, wilson
+    from opsd_lightning.utils.statistics import paired_change, wilson
 
     lines = ["| task | run | right | 95 % interval | change on the same questions |", "| --- | --- | ---: | ---: | ---: |"]
     for path in sorted(results.glob("*-before.json")):
@@ -142,7 +142,7 @@ def table(results: Path) -> str:
         for name, digits in named:
             right = [digit == "1" for digit in digits]
             low, high = wilson(right)
-            gain, half = mean_and_interval([float(b) - float(a) for a, b in zip(start, right, strict=True)])
+            gain, half = paired_change(start, right)
             change = f"{100 * gain:+.1f} ± {100 * half:.1f}" if name.startswith("after") else ""
             share = f"{100 * sum(right) / len(right):.1f} %"
             interval = f"{100 * low:.1f} to {100 * high:.1f} %"

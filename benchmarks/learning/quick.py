@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from benchmarks.learning.task import runs_folder
 from opsd_lightning.quickstart import run, say
 from opsd_lightning.runs.reader import read_metrics, read_records
-from opsd_lightning.utils.statistics import mean_and_interval, wilson
+from opsd_lightning.utils.statistics import paired_change, wilson
 
 NOTE = (
     "This is a toy: a model of 144,576 parameters, made weak on purpose on the very task, and a teacher whose reference "
@@ -90,7 +90,7 @@ def report(out: Path, trainer: Any, seconds: float) -> None:
     console.print()
     console.print(table)
     pairs = list(zip(roles["student before"], roles["student after"], strict=True))
-    gain, spread = mean_and_interval([float(b["correct"]) - float(a["correct"]) for a, b in pairs])
+    gain, spread = paired_change([bool(a["correct"]) for a, _ in pairs], [bool(b["correct"]) for _, b in pairs])
     console.print(f"Change on the same questions: {gain:+.1%} ± {spread:.1%} (95 % interval)")
     old, new = next(((a, b) for a, b in pairs if b["correct"] and not a["correct"]), pairs[0])
     console.print(

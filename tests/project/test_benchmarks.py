@@ -79,7 +79,7 @@ def test_the_table_of_tasks_compares_question_by_question(tmp_path: Path) -> Non
     write_json("choice-seed0.json", {"task": "choice", "seed": 0, "student": "0111" * 20})
     before, teacher, after = (line.split(" | ") for line in table(tmp_path).splitlines()[2:])
     assert before[2:4] == ["25.0 %", "16.8 to 35.5 %"] and teacher[2] == "100.0 %"
-    half = 100 * 1.96 * (0.25 / 79 * 80) ** 0.5 / 80**0.5
+    half = 100 * 1.96 * (41 - 40**2 / 82) ** 0.5 / 82  # Agresti and Min: half a gain and half a loss are added
     assert after[2] == "75.0 %" and after[4] == f"+50.0 ± {half:.1f} |"
 
 
