@@ -5,10 +5,11 @@ VENV ?= .venv
 NOTHING :=
 VLLM_VENV ?= $(if $(findstring $(NOTHING) ,$(CURDIR)),$(HOME)/.cache/opsd-lightning/venv-vllm,.venv-vllm)
 WORKERS ?= 2
+OLDEST_VENV ?= .venv-oldest
 BIN := $(VENV)/bin
 TASKS := $(patsubst configs/tasks/%.yaml,%,$(wildcard configs/tasks/*.yaml))
 
-.PHONY: quickstart task learn docs test test-fast attack test-gpu test-vllm check wheel clean
+.PHONY: quickstart task learn docs test test-fast test-oldest attack test-gpu test-vllm check package clean
 
 quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
 	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
@@ -27,6 +28,9 @@ test: $(VENV)/.dev ## The whole test suite, on two cores at once (WORKERS=0: on 
 test-fast: $(VENV)/.dev ## The unit tests: no commands, no several processes, no servers, no notebooks
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not slow and not vllm and not integration" $(ARGS)
 
+test-oldest: $(OLDEST_VENV)/.oldest ## The unit tests with the oldest supported versions of the dependencies, in an environment of its own
+	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not slow and not vllm and not integration" $(ARGS)
+
 attack: $(VENV)/.dev ## Repeat every attack for an hour (ARGS="--minutes 10": for ten minutes), and count
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.attacks.hour $(ARGS)
 
@@ -44,8 +48,14 @@ check: $(VENV)/.dev ## Lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: $(VENV)/.dev ## Build the wheel and the sdist
+package: $(VENV)/.dev ## Build the sdist and the wheel, check them, and install the wheel in an empty environment
+	rm -rf dist build
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --no-compile --constraint constraints.txt dist/*.whl
+	cd build/empty && bin/opsd --version && bin/opsd --help >help.txt && bin/opsd fit --print_config >config.yaml
+	build/empty/bin/python -m pip check
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
@@ -68,10 +78,15 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(OLDEST_VENV)/.oldest: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST_VENV)/bin/python || "$(PYTHON)" -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[gguf,test]"
+	touch $@
+
 $(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt tests/install_vllm.py
 	test -x $(VLLM_VENV)/bin/python || "$(PYTHON)" -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python tests/install_vllm.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

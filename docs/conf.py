@@ -14,7 +14,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import opsd_lightning  # noqa: E402
 
-project, author = "opsd-lightning", "the opsd-lightning authors"
+project, author = "opsd-lightning", "opsd-lightning contributors"
 version = release = opsd_lightning.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors, myst_enable_extensions = 3, ["dollarmath"]

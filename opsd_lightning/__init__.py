@@ -6,7 +6,7 @@ Names are imported on first use, so that ``import opsd_lightning`` alone is fast
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:  # the names of _NAMES, for type checkers, which do not follow __getattr__
     from opsd_lightning.callbacks.baseline import BaselineEvaluation as BaselineEvaluation

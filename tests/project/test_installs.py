@@ -12,6 +12,7 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from helpers.paths import ROOT
 
@@ -35,7 +36,7 @@ def pip(*arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
 
 
-@pytest.mark.parametrize("file", ["constraints.txt", "constraints-vllm.txt"])
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt", "constraints-vllm.txt"])
 def test_constraints_meet_the_declared_requirements(file: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found, declared = pins(file), list(project["dependencies"])
@@ -43,6 +44,16 @@ def test_constraints_meet_the_declared_requirements(file: str) -> None:
         declared += project["optional-dependencies"]["vllm"] + project["optional-dependencies"]["flash"]
     for requirement in map(Requirement, declared):
         assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
+
+
+def test_oldest_versions_are_the_declared_ends() -> None:
+    """All of them but torch's, whose old versions have no build for CPUs on the package index."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {canonicalize_name(found.name): found for found in map(Requirement, project["dependencies"])}
+    lowest = {name: Version(next(iter(found.specifier)).version) for name, found in declared.items()}
+    tested = {name: Version(pins("constraints-oldest.txt")[name]) for name in lowest}
+    newer = {name for name, end in lowest.items() if tested[name].release[: len(end.release)] != end.release}
+    assert newer == {"torch"}
 
 
 def test_vllm_is_tested_in_the_version_of_the_constraints() -> None:
