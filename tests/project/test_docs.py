@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import runpy
 import shlex
 import textwrap
 from pathlib import Path
@@ -29,6 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.expe
 SUBCOMMANDS = set(COMMANDS)
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def site() -> dict[str, Any]:
+    """Return the names of the site's configuration."""
+    return runpy.run_path(str(ROOT / "docs" / "conf.py"))
 
 
 def mistake(command: str) -> str | None:
@@ -104,7 +110,27 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 def test_every_page_is_in_the_site() -> None:
     trees = re.findall(r"```{toctree}\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
     listed = [page for tree in trees for page in re.findall(r"^([\w/]+)$", tree, re.MULTILINE)]
-    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} == set(listed) - {"api/index"}
+    own = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    made = {f"project/{Path(name).stem}" for name in site()["PROJECT_PAGES"].values()} | {"project/config_files"}
+    assert set(listed) == own | made | {"api/index"} and len(listed) == len(set(listed))
+
+
+def test_links_between_files_become_links_between_pages() -> None:
+    linked, docs = site()["linked"], ROOT / "docs"
+    assert linked("[Run it](gpu.md#check)", Path("docs"), docs) == "[Run it](gpu.md#check)"
+    assert linked("[All](../configs/README.md)", Path("docs"), docs) == "[All](project/configs.md)"
+    assert linked("[Scale](docs/scaling.md)", Path("."), docs / "project") == "[Scale](../scaling.md)"
+    assert linked("[Scale](../docs/scaling.md#a)", Path("configs"), docs / "project") == "[Scale](../scaling.md#a)"
+    assert (
+        linked("[first](notebooks/01_opsd_from_scratch.ipynb)", Path("."), docs)
+        == "[first](project/01_opsd_from_scratch.ipynb)"
+    )
+    assert linked("![x](images/tokens.png)", Path("docs"), docs) == "![x](images/tokens.png)"
+    assert linked("[the test](../tests/conftest.py)", Path("docs"), docs) == "the test (`tests/conftest.py`)"
+    assert (
+        linked("[paper](https://arxiv.org/abs/2601.18734)", Path("docs"), docs)
+        == "[paper](https://arxiv.org/abs/2601.18734)"
+    )
 
 
 def classes_of(hint: Any) -> list[type]:
