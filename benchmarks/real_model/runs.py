@@ -1,7 +1,7 @@
 """Runs of the comparison: training, measurements of the trained weights, and the second task.
 
 Every run is the command line's ``fit`` and ``test``. Each finished part writes one JSON file to the results folder and is
-not repeated. An interrupted part starts again.
+not repeated. An interrupted part starts again, and so does a training whose checkpoint is gone before it was measured.
 """
 
 from __future__ import annotations
@@ -56,11 +56,21 @@ class Comparison:
 
     # Training
 
-    def train(self, arm: Arm, rate: float, seed: int) -> Result:
-        """Train an arm on the first task, unless it is done, and return the result."""
+    def train(self, arm: Arm, rate: float, seed: int, again: bool = False) -> Result:
+        """Train an arm on the first task, unless it is done or if ``again`` is set, and return the result."""
         scale = self.scale
+        name = f"{arm.name}-lr{rate:g}-seed{seed}"
+        if not again and (done := self._finished(name)) is not None:
+            return done
         questions = scale.completions // (scale.group if arm.method == "grpo" else 1)
-        return self._fit(f"{arm.name}-lr{rate:g}-seed{seed}", self._first(arm), rate, seed, scale.steps, questions)
+        return self._fit(name, self._first(arm), rate, seed, scale.steps, questions)
+
+    def trained(self, arm: Arm, seed: int) -> Path:
+        """Return the checkpoint after the first task. Train again if only the result is here, and not the checkpoint."""
+        rate, path = self.chosen_rate(arm), self.folder / self.run_name(arm, seed) / "last.ckpt"
+        if not path.exists():
+            self.train(arm, rate, seed, again=True)
+        return path
 
     def chosen_rate(self, arm: Arm) -> float:
         """Return the learning rate whose run with seed 0 validates best after the last step; the lower one in a tie."""
@@ -70,8 +80,8 @@ class Comparison:
         """Return the name of an arm's run with its chosen learning rate."""
         return f"{arm.name}-lr{self.chosen_rate(arm):g}-seed{seed}"
 
-    def train_second(self, arm: Arm, rate: float, seed: int) -> Result:
-        """Train on the second task from the weights after the first, unless it is done, and return the result.
+    def train_second(self, arm: Arm, rate: float, seed: int, again: bool = False) -> Result:
+        """Train on the second task from the weights after the first, as `train`, and return the result.
 
         The adapter of the first task is merged into the base model, and a new adapter trains. OPSD's fixed teacher is
         therefore the model after the first task.
@@ -79,10 +89,18 @@ class Comparison:
         scale = self.scale
         questions = scale.second_completions // (scale.group if arm.method == "grpo" else 1)
         name = f"second-{arm.name}-lr{rate:g}-seed{seed}"
-        if (done := self._finished(name)) is not None:
+        if not again and (done := self._finished(name)) is not None:
             return done
         arguments = self._second(arm, self.merged(arm, seed))
         return self._fit(name, arguments, rate, seed, scale.second_steps, questions)
+
+    def trained_second(self, arm: Arm, seed: int) -> Path:
+        """Return the checkpoint after the second task, as `trained`."""
+        rate = self.chosen_second_rate(arm)
+        path = self.folder / f"second-{arm.name}-lr{rate:g}-seed{seed}" / "last.ckpt"
+        if not path.exists():
+            self.train_second(arm, rate, seed, again=True)
+        return path
 
     def chosen_second_rate(self, arm: Arm) -> float:
         """Return the learning rate for the second task, chosen as `chosen_rate`."""
@@ -95,7 +113,7 @@ class Comparison:
 
         from opsd_lightning.utils.folders import replace_folder
 
-        run = self.folder / self.run_name(arm, seed)
+        run = self.trained(arm, seed).parent
         made, adapter = run / "merged" / "config.json", run / "adapter" / "adapter_model.safetensors"
         if not made.exists() or made.stat().st_mtime < adapter.stat().st_mtime:
             base = AutoModelForCausalLM.from_pretrained(self.model, dtype="float32")
@@ -108,8 +126,6 @@ class Comparison:
     def _fit(self, name: str, arguments: list[str], rate: float, seed: int, steps: int, questions: int) -> Result:
         from opsd_lightning.quickstart import run, say
 
-        if (done := self._finished(name)) is not None:
-            return done
         say(name)
         started = time.perf_counter()
         folder = self.folder / name
@@ -158,13 +174,17 @@ class Comparison:
     def measure(self, arm: Arm, seed: int) -> None:
         """Measure the weights after the first task, with the chosen learning rate."""
         name = self.run_name(arm, seed)
-        self._measure(name, arm, self.model, self.folder / name / "last.ckpt")
+        if self._finished(f"{name}-measured") is None:
+            self._measure(name, arm, self.model, self.trained(arm, seed))
 
     def measure_second(self, arm: Arm, seed: int) -> None:
         """Measure the second task before training on it, and both tasks and the kept skills after it."""
-        self._measure_second(self.run_name(arm, seed), arm, self.model, self.folder / self.run_name(arm, seed) / "last.ckpt")
         name = f"second-{arm.name}-lr{self.chosen_second_rate(arm):g}-seed{seed}"
-        checkpoint, merged = self.folder / name / "last.ckpt", self.merged(arm, seed)
+        parts = (f"{self.run_name(arm, seed)}-second", f"{name}-second", f"{name}-measured")
+        if all(self._finished(part) is not None for part in parts):
+            return
+        self._measure_second(self.run_name(arm, seed), arm, self.model, self.trained(arm, seed))
+        checkpoint, merged = self.trained_second(arm, seed), self.merged(arm, seed)
         self._measure_second(name, arm, merged, checkpoint)
         self._measure(name, arm, merged, checkpoint)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ def test_every_part_runs_once(
     assert (
         style in found["sft-terse-lr0.001-seed0"]["arguments"] and style not in found["sft-own-lr0.001-seed0"]["arguments"]
     )
+    # A measurement that is missing is made again, also where the trained weights are gone.
+    lost = next(name for name in found if name.startswith("sft-terse-") and name.endswith("-measured"))
+    (results / f"{lost}.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / lost.removesuffix("-measured"))
+    main(asked)
+    again = json.loads((results / f"{lost}.json").read_text())
+    assert {key: again[key] for key in ("target", "facts")} == {key: found[lost][key] for key in ("target", "facts")}
     monkeypatch.setattr("opsd_lightning.quickstart.run", lambda args: pytest.fail(f"ran {args}"))
     main(asked)
     main(["--results", str(results), "--report"])
