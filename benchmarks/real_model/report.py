@@ -27,13 +27,14 @@ SETS: dict[str, Callable[[Result], str]] = {
     "formats": lambda found: found["formats"],
 }
 KEPT = ("facts", "stories", "formats")
+TRAINED = tuple(name for name in SETS if name not in KEPT)
 
 
 class Report:
     """Reads the results of a folder and writes its tables.
 
-    Intervals are 95 % intervals over questions (over situations for stories), for the seeds at hand. The values of the seeds
-    are beside them.
+    Intervals are 95 % intervals over questions (over situations for stories), for the seeds at hand. The scores of each seed
+    are in the table of all runs.
 
     Args:
         results: Folder of the result files.
@@ -42,16 +43,21 @@ class Report:
     def __init__(self, results: Path) -> None:
         self.found = {path.stem: read(path) for path in sorted(results.glob("*.json"))}
 
-    def text(self) -> str:
-        """Return all tables that the results allow, as Markdown."""
-        tables = {
+    def tables(self) -> dict[str, str]:
+        """Return all tables that the results allow, as Markdown, by their titles."""
+        made = {
             "Learning rates": self.rates,
-            "Methods by style of the references": self.scores,
+            "The trained task": lambda: self.scores(TRAINED),
+            "Skills that were not trained": lambda: self.scores(KEPT, drift=True),
             "Change from the untrained model": self.changes,
             "OPSD minus the other method": self.differences,
+            "Each run": self.runs,
             "Two tasks in sequence": self.sequence,
         }
-        return "\n\n".join(f"### {title}\n\n{table}" for title, make in tables.items() if (table := make()))
+        return {title: table for title, make in made.items() if (table := make())}
+
+    def text(self) -> str:
+        return "\n\n".join(f"### {title}\n\n{table}" for title, table in self.tables().items())
 
     def rates(self) -> str:
         """Return the validation accuracy of each learning rate after the last step (seed 0), for both tasks."""
@@ -64,27 +70,35 @@ class Report:
                     rows.append([f"{arm.name}{', second task' if prefix else ''}", *cells])
         return markdown(["validation accuracy, seed 0", *(f"rate {rate:g}" for rate in RATES)], rows) if rows else ""
 
-    def scores(self) -> str:
-        """Return held-out scores: the mean over the seeds, and that of each seed."""
+    def scores(self, columns: Sequence[str], drift: bool = False) -> str:
+        """Return mean held-out scores over the seeds, and with ``drift`` the divergence from the base model."""
         base = self.found.get("base-measured")
         if base is None:
             return ""
-        headings = ["", "rate", "questions read", "tokens generated", *SETS, "divergence from the base, nats a token"]
-        rows = [["before", "", "", "", *(shares([base])), "0"]]
+        headings = ["%, with 95 % interval", "runs", "rate", *columns, *["divergence, nats a token"] * drift]
+        rows = [["before", "", "", *shares([base], columns), *["0"] * drift]]
         for arm in ARMS.values():
             if measured := self._measured(arm):
-                runs = [self.found[run["run"]] for run in measured]
-                tokens = f"{fmean(run['tokens_generated'] for run in runs):,.0f}"
-                cells = shares(measured)
-                drift = [run["base_divergence"] for run in measured]
-                spread = f"{fmean(drift):.3f} ({', '.join(f'{value:.3f}' for value in drift)})"
-                settings = [f"{runs[0]['learning_rate']:g}", f"{runs[0]['questions_read']:,}", tokens]
-                rows.append([arm.name, *settings, *cells, spread])
-        for style in dict.fromkeys(arm.style for arm in ARMS.values() if arm.style is not None):
+                rate = f"{self.found[measured[0]['run']]['learning_rate']:g}"
+                far = [f"{fmean(run['base_divergence'] for run in measured):.3f}"] * drift
+                rows.append([arm.name, str(len(measured)), rate, *shares(measured, columns), *far])
+        for style in dict.fromkeys(arm.style for arm in ARMS.values() if arm.style is not None and not drift):
             if teacher := self.found.get(f"teacher-{style}-measured"):
                 cells = [share([teacher["target"][score]]) for score in ("strict", "last_number")]
-                rows.append([f"teacher, {style} reference", "", "", "", *cells, *[""] * (len(SETS) - 1)])
+                rows.append([f"teacher, {style} reference", "", "", *cells, *[""] * (len(columns) - 2)])
         return markdown(headings, rows)
+
+    def runs(self) -> str:
+        """Return the scores of every measured run, with what it read and generated."""
+        rows = []
+        for arm in ARMS.values():
+            for seed, found in sorted(self._by_seed(arm).items()):
+                run = self.found[found["run"]]
+                made = [f"{run['questions_read']:,}", f"{run['tokens_generated']:,.0f}", f"{run['training_seconds']:,}"]
+                scores = [percent(fmean(map(int, read_set(found)))) for read_set in SETS.values()]
+                rows.append([f"{arm.name}, seed {seed}", *made, *scores, f"{found['base_divergence']:.3f}"])
+        headings = ["%", "questions read", "tokens generated", "training, s", *SETS, "divergence, nats a token"]
+        return markdown(headings, rows) if rows else ""
 
     def changes(self) -> str:
         """Return paired changes from the untrained model."""
@@ -170,23 +184,20 @@ def situations(items: int) -> tuple[str, ...]:
 
 
 def share(verdicts: Sequence[str], groups: Sequence[str] | None = None) -> str:
-    """Return the mean with Wilson's interval, and the means of the runs if there are several.
+    """Return the mean over all runs with Wilson's interval.
 
     The interval takes each question, or each group of questions, as one outcome of one run. That is more than the variance
     of means over several runs, or of groups with different answers.
     """
     scores = means(verdicts)
     low, high = wilson_interval(fmean(scores), len(scores) if groups is None else len(set(groups)))
-    each = f" ({', '.join(percent(fmean(map(int, run))) for run in verdicts)})" if len(verdicts) > 1 else ""
-    return f"{percent(fmean(scores))} [{percent(low)}, {percent(high)}]{each}"
+    return f"{percent(fmean(scores))} ({percent(low)} to {percent(high)})"
 
 
 def change(before: Sequence[str], after: Sequence[str], groups: Sequence[str] | None = None) -> str:
-    """Return the paired change of the same questions in points, and that of each run if there are several."""
+    """Return the paired change of the same questions in points, with half of its 95 % interval."""
     mean, half = paired_change(means(before), means(after), groups)
-    runs = [fmean(means([b])) - fmean(means([a])) for a, b in zip(before, after, strict=True)]
-    each = f" ({', '.join(f'{100 * run:+.1f}' for run in runs)})" if len(runs) > 1 else ""
-    return f"{100 * mean:+.1f} ± {100 * half:.1f}{each}"
+    return f"{100 * mean:+.1f} ± {100 * half:.1f}"
 
 
 def shares(runs: Sequence[Result], columns: Sequence[str] = tuple(SETS)) -> list[str]:
