@@ -9,7 +9,7 @@ OLDEST_VENV ?= .venv-oldest
 BIN := $(VENV)/bin
 TASKS := $(patsubst configs/tasks/%.yaml,%,$(wildcard configs/tasks/*.yaml))
 
-.PHONY: quickstart task learn docs test test-fast test-oldest attack test-gpu test-vllm check package clean
+.PHONY: quickstart task learn docs test test-fast test-oldest attack notebooks test-gpu test-vllm check package clean
 
 quickstart: $(VENV)/.quickstart ## Train SmolLM2-135M on its own rollouts, on a CPU, before and after
 	$(BIN)/python -m opsd_lightning.quickstart $(ARGS)
@@ -39,6 +39,9 @@ test-gpu: ## Check all that only a GPU can tell, in eight minutes, with PYTHON a
 
 docs: $(VENV)/.dev ## The documentation site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
+
+notebooks: $(VENV)/.dev $(VENV)/.quickstart ## Run all notebooks on a CPU, and store their outputs for the site (after make quickstart)
+	$(BIN)/python docs/execute_notebooks.py
 
 test-vllm: $(VENV)/.dev $(VLLM_VENV)/.vllm ## The tests against vLLM itself, on a CPU, with an environment of its own
 	OPSD_VLLM_PYTHON="$$(cd $(VLLM_VENV) && pwd)/bin/python" HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm $(ARGS)
