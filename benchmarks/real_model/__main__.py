@@ -6,8 +6,9 @@
 
 The target task is the quick start's word problems. The references have one of three styles: ``own`` (the model's own words),
 ``terse`` and ``formal`` (notation and prose that the model does not write). OPSD and SFT read equally many references. GRPO
-samples as many completions as OPSD. Each method tries the same learning rates on seed 0, with ``own`` and with
-``terse`` references, and validation questions choose one for each. All scores are those of the weights after the last step.
+samples as many completions as OPSD. Each method tries the same learning rates on seed 0, with ``own`` and with ``terse``
+references, and one more if the best is at an end. Validation questions choose one for each. All scores are those of the
+weights after the last step.
 Finished parts are not repeated.
 """
 

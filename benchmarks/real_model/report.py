@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.learning.report import markdown
 from benchmarks.learning.run import read
-from benchmarks.real_model.settings import ARMS, RATES, SEQUENCE_ARMS, Arm
+from benchmarks.real_model.settings import ARMS, SEQUENCE_ARMS, Arm, all_rates
 from opsd_lightning import StoryContinuations
 from opsd_lightning.utils.statistics import paired_change, wilson_interval
 
@@ -64,11 +64,11 @@ class Report:
         rows = []
         for prefix in ("", "second-"):
             for arm in ARMS.values():
-                runs = [self.found.get(f"{prefix}{arm.name}-lr{rate:g}-seed0") for rate in RATES]
-                if any(runs):
+                runs = [self.found.get(f"{prefix}{arm.name}-lr{rate:g}-seed0") for rate in all_rates()]
+                if any(runs) and arm.tuned == arm:
                     cells = [f"{100 * run['validation']:.1f} %" if run else "-" for run in runs]
                     rows.append([f"{arm.name}{', second task' if prefix else ''}", *cells])
-        return markdown(["validation accuracy, seed 0", *(f"rate {rate:g}" for rate in RATES)], rows) if rows else ""
+        return markdown(["validation accuracy, seed 0", *(f"rate {rate:g}" for rate in all_rates())], rows) if rows else ""
 
     def scores(self, columns: Sequence[str], drift: bool = False) -> str:
         """Return mean held-out scores over the seeds, and with ``drift`` the divergence from the base model."""
@@ -164,7 +164,7 @@ class Report:
         return [found for _, found in sorted(self._by_seed(arm).items())]
 
     def _by_seed(self, arm: Arm) -> dict[int, Result]:
-        names = [f"{arm.name}-lr{rate:g}-seed" for rate in RATES]
+        names = [f"{arm.name}-lr{rate:g}-seed" for rate in all_rates()]
         return {
             int(found["run"].rpartition("seed")[2]): found
             for name, found in self.found.items()

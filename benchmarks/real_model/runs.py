@@ -20,12 +20,12 @@ from benchmarks.real_model.settings import (
     CONFIG,
     DATA_SEEDS,
     GENERAL_PROMPTS,
-    RATES,
     SECOND_CONFIG,
     TRANSFER_LARGEST,
     TRANSFER_SEED,
     Arm,
     Scale,
+    choose_rate,
 )
 
 Result = dict[str, Any]
@@ -73,8 +73,8 @@ class Comparison:
         return path
 
     def chosen_rate(self, arm: Arm) -> float:
-        """Return the learning rate whose run with seed 0 validates best after the last step; the lower one in a tie."""
-        return max(RATES, key=lambda rate: (self.train(arm.tuned, rate, 0)["validation"], -rate))
+        """Return the learning rate whose run with seed 0 validates best after the last step."""
+        return choose_rate(lambda rate: self.train(arm.tuned, rate, 0)["validation"])
 
     def run_name(self, arm: Arm, seed: int) -> str:
         """Return the name of an arm's run with its chosen learning rate."""
@@ -104,7 +104,7 @@ class Comparison:
 
     def chosen_second_rate(self, arm: Arm) -> float:
         """Return the learning rate for the second task, chosen as `chosen_rate`."""
-        return max(RATES, key=lambda rate: (self.train_second(arm, rate, 0)["validation"], -rate))
+        return choose_rate(lambda rate: self.train_second(arm, rate, 0)["validation"])
 
     def merged(self, arm: Arm, seed: int) -> str:
         """Return the folder of the model after the first task, with its adapter merged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +19,30 @@ DATA_SEEDS = {"train": 11, "val": 12, "test": 13}
 #: Seed of the questions in other words, and the largest number in them. Those of the target task have numbers up to 10.
 TRANSFER_SEED, TRANSFER_LARGEST = 14, 30
 
-#: Learning rates that an arm tries on seed 0.
+#: Learning rates that an arm tries on seed 0. If the best one is at an end, `choose_rate` tries one beyond it.
 RATES = (4e-4, 8e-4, 1.6e-3)
+
+
+def all_rates() -> tuple[float, ...]:
+    """Return all learning rates that an arm may try, with those beyond both ends."""
+    return (RATES[0] / 2, *RATES, RATES[-1] * 2)
+
+
+def choose_rate(validate: Callable[[float], float]) -> float:
+    """Return the learning rate with the best validation, the lower one in a tie.
+
+    Args:
+        validate: Trains with a learning rate and returns its validation accuracy.
+    """
+    found: dict[float, float] = {}
+
+    def best(rates: Iterable[float]) -> float:
+        found.update({rate: validate(rate) for rate in rates})
+        return max(found, key=lambda rate: (found[rate], -rate))
+
+    first = best(RATES)
+    lowest, *_, highest = all_rates()
+    return best([lowest] * (first == RATES[0]) + [highest] * (first == RATES[-1]))
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,7 @@ def test_every_part_runs_once(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(settings, "RATES", rates := (1e-3, 2e-3))
-    for module in ("runs", "report"):
-        monkeypatch.setattr(f"benchmarks.real_model.{module}.RATES", rates)
+    monkeypatch.setattr(settings, "RATES", (1e-3, 2e-3))
     results = tmp_path / "results"
     asked = ["--model", folders["llama"], "--output", str(tmp_path / "runs"), "--results", str(results), "--small"]
     asked += ["--arms", "opsd-own", "sft-own", "sft-terse", "grpo", "--seeds", "1"]
@@ -34,7 +32,8 @@ def test_every_part_runs_once(
     printed = capsys.readouterr().out
     found = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
     for arm in ("opsd-own", "sft-own", "sft-terse", "grpo"):
-        trained = [found[f"{arm}-lr{rate:g}-seed0"] for rate in rates]
+        trained = [run for name, run in found.items() if re.fullmatch(rf"{arm}-lr[\d.e-]+-seed0", name)]
+        assert len(trained) == 3  # the best of two rates is at an end
         assert all(run["optimizer_steps"] == 2 for run in trained)
         assert all((run["tokens_generated"] > 0) == (not arm.startswith("sft")) for run in trained)
         chosen = max(trained, key=lambda run: (run["validation"], -run["learning_rate"]))["run"]
@@ -73,11 +72,28 @@ def test_the_rate_that_validates_best_is_chosen(tmp_path: Path) -> None:
     assert comparison.chosen_rate(arm) == settings.RATES[1]  # the lower one of two equal ones
 
 
+@pytest.mark.parametrize(
+    ("validation", "tried", "chosen"),
+    [((1, 3, 2), 0, 1), ((3, 3, 2), -1, 0), ((1, 2, 3), +1, 2), ((1, 2, 2), 0, 1)],
+    ids=["middle", "tie at the lower end", "upper end", "tie in the middle"],
+)
+def test_a_rate_beyond_the_end_is_tried_where_the_best_is_at_it(
+    validation: tuple[int, ...], tried: int, chosen: int
+) -> None:
+    beyond = {-1: settings.RATES[0] / 2, +1: settings.RATES[-1] * 2}.get(tried)
+    known = dict(zip(settings.RATES, validation, strict=True))
+    for value, expected in ((0, settings.RATES[chosen]), (4, beyond or settings.RATES[chosen])):
+        values = known | ({beyond: value} if beyond else {})
+        asked = []
+        assert settings.choose_rate(lambda rate, all=values: asked.append(rate) or all[rate]) == expected  # noqa: B023
+        assert sorted(asked) == sorted(values)
+
+
 def test_foreign_styles_share_a_rate(tmp_path: Path) -> None:
     comparison = runs.Comparison("no-model", tmp_path, tmp_path, settings.SMALL)
-    for rate, validation in zip(settings.RATES, (0.25, 0.25, 0.5), strict=True):
+    for rate, validation in zip(settings.RATES, (0.25, 0.5, 0.25), strict=True):
         write(tmp_path / f"sft-terse-lr{rate:g}-seed0.json", finished(validation))
-    assert comparison.chosen_rate(settings.ARMS["sft-formal"]) == settings.RATES[2]
+    assert comparison.chosen_rate(settings.ARMS["sft-formal"]) == settings.RATES[1]
 
 
 def measured(run: str, target: str, transfer: str, drift: float, facts: str = "1111") -> dict[str, Any]:
@@ -143,9 +159,3 @@ def test_results_of_other_sizes_or_models_are_refused(tmp_path: Path) -> None:
         write(path, held | {key: other})
         with pytest.raises(SystemExit, match="--results"):
             comparison.train(arm, 0.5, 0)
-
-
-def test_findings_have_the_tables_of_the_results() -> None:
-    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
-    tables = Report(ROOT / "docs" / "results" / "real_model").tables()
-    assert tables and [title for title, table in tables.items() if table not in page] == []
