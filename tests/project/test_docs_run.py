@@ -181,9 +181,9 @@ def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch
     shutil.copytree(trained(QWEN), tmp_path / "runs" / "mine")  # as docs/start.md makes it
     (tmp_path / "runs" / "models").mkdir()
     (tmp_path / "runs" / "models" / "SmolLM2-135M-Instruct").symlink_to(roomy)
-    rows = [{"problem": f"{n}+1?", "solution": rf"\boxed{{{n + 1}}}", "gold": str(n + 1)} for n in range(132)]
+    rows = [{"problem": f"{n}+1?", "solution": rf"\boxed{{{n + 1}}}", "gold": str(n + 1)} for n in range(40)]
     write_jsonl(tmp_path / "questions.jsonl", rows)
-    write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat(n), "tools": None} for n in range(132)])
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat(n), "tools": None} for n in range(40)])
     (tmp_path / "my_parts.py").write_text("\n\n".join(PARTS.values()), encoding="utf-8")
     for notebook in NOTEBOOKS:
         for source in ("".join(cell["source"]) for cell in json.loads(_text(notebook))["cells"]):
