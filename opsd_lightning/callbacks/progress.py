@@ -7,30 +7,43 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
 from opsd_lightning.utils.terminal import safe_markup, say
 
 
-def print_metrics(values: Mapping[str, float]) -> None:
+def print_metrics(values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]] | None = None) -> None:
     """Print the metrics of an evaluation as a table.
+
+    Accuracies have their 95 % interval, or else their standard errors. Of one right or wrong completion a question, avg@1,
+    pass@1 and maj@1 are the same, and the first is printed alone.
 
     Args:
         values: Metrics by name, without the prefix of the stage.
+        intervals: 95 % intervals of some of them.
     """
-    columns = ("metric", "value", "± over questions", "± over samples")
-    table = Table(*columns, title="Metrics ± one standard error", title_justify="left")
-    for name, value in values.items():
-        if "_se" in name:
-            continue
-        label = safe_markup(name.replace("_", " "))
-        if "@" in name:
-            errors = [values.get(f"{name}{error}") for error in ("_se", "_se_samples")]
-            table.add_row(label, f"{value:.1%}", *("" if error is None else f"{error:.1%}" for error in errors))
-        else:
-            shown = f"{value:.4f}" if name in ("nll", "divergence") else f"{value:.1f}"
-            table.add_row(label, f"{value:.1%}" if name.endswith("fraction") else shown, "", "")
+    intervals = intervals or {}
+    same = {name.replace("avg@1", other) for name in intervals if name.endswith("avg@1") for other in ("pass@1", "maj@1")}
+    same |= {name.replace("pass@1", "maj@1") for name in intervals if name.endswith("pass@1")}
+    shown = [name for name in values if "_se" not in name and name not in same]
+    errors = {
+        "± over questions": {name: values.get(f"{name}_se") for name in shown if name not in intervals},
+        "± over samples": {name: values.get(f"{name}_se_samples") for name in shown if name not in intervals},
+    }
+    errors = {column: found for column, found in errors.items() if any(value is not None for value in found.values())}
+    ranges = ["95 % interval"] if intervals else []
+    title = " ± one standard error" if errors else ""
+    table = Table("metric", "value", *ranges, *errors, title=f"Metrics{title}", title_justify="left")
+    for name in shown:
+        value, cells = values[name], ["" for _ in ranges]
+        if name in intervals:
+            cells = [" to ".join(f"{end:.1%}" for end in intervals[name])]
+        cells += ["" if (error := found.get(name)) is None else f"{error:.1%}" for found in errors.values()]
+        number = f"{value:.4f}" if name in ("nll", "divergence") else f"{value:.1f}"
+        share = "@" in name or name.endswith("fraction")
+        table.add_row(safe_markup(name.replace("_", " ")), f"{value:.1%}" if share else number, *cells)
     Console(width=100, emoji=False).print(table)
 
 
@@ -67,10 +80,8 @@ class ProgressLines(ProgressBar):
         self._batch(trainer, "test", args[2], trainer.num_test_batches)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._scores(trainer, "val")
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._scores(trainer, "test")
+        if trainer.state.fn == TrainerFn.FITTING:  # other commands print a table
+            self._scores(trainer, "val")
 
     def _batch(self, trainer: Trainer, stage: str, index: int, batches: Sequence[float]) -> None:
         self._print(trainer, f"  {stage}: batch {index + 1}/{int(sum(batches))}")

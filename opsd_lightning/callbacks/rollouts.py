@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from opsd_lightning.callbacks.progress import print_metrics
@@ -128,8 +129,8 @@ class RolloutWriter(Callback):
     Each batch is written as soon as it is finished. An interrupted evaluation resumes and does not sample finished batches
     again. This requires the same weights, questions, prompts, sampling, seed, engine, grader and number of ranks. Otherwise
     the evaluation starts in a new folder beside the old one. The code of a grader outside this package counts as well: the
-    modules that define its class, its base classes and the objects that it holds. At the end of ``test``, the metrics are
-    printed. With ``fast_dev_run`` nothing is written.
+    modules that define its class, its base classes and the objects that it holds. At the end of ``validate`` and
+    ``test``, the metrics are printed. With ``fast_dev_run`` nothing is written.
 
     Args:
         folder: Folder for ``predict.jsonl`` or ``test.jsonl`` of the last finished evaluation and for ``results/``, which
@@ -158,12 +159,12 @@ class RolloutWriter(Callback):
     ) -> None:
         self._append(trainer, pl_module, {"student": outputs}, batch_idx)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._print(trainer, pl_module, "val/")
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        if trainer.is_global_zero:
-            shown = {name.removeprefix("test/"): value for name, value in values.items()}
-            print_metrics({name: value for name, value in shown.items() if not name.startswith("skills/")})
-        self._end(trainer, pl_module, values)
+        self._end(trainer, pl_module, self._print(trainer, pl_module, "test/"))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end(trainer, pl_module, None)
@@ -172,6 +173,15 @@ class RolloutWriter(Callback):
         if self.results is not None:
             self.results, pl_module.evaluator.finished = None, {}
             self._release(trainer)
+
+    def _print(self, trainer: Trainer, module: Any, prefix: str) -> dict[str, float]:
+        """Print the metrics of a stage on the first rank, and return them. `KeptSkills` prints its own."""
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+        if trainer.is_global_zero:
+            shown = {name.removeprefix(prefix): value for name, value in values.items()}
+            intervals = {name.removeprefix(prefix): ends for name, ends in module.evaluator.intervals.items()}
+            print_metrics({name: value for name, value in shown.items() if not name.startswith("skills/")}, intervals)
+        return values
 
     def _begin(self, trainer: Trainer, module: Any, stage: str, loader: Any) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -58,9 +58,12 @@ from opsd_lightning.callbacks.rollouts import RolloutWriter
 from opsd_lightning.checkpoints.file import check_file, local_path, wrap_restore_errors
 from opsd_lightning.checkpoints.io import check_weights_only, recover
 from opsd_lightning.cli.allocator import use_expandable_segments
+from opsd_lightning.cli.commands import COMMANDS, TITLE
+from opsd_lightning.cli.help import HelpFormatter, arrange
+from opsd_lightning.cli.mistakes import shortened
 from opsd_lightning.cli.parser import Parser, check_nulls, remembering
 from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.distributed.checks import check_strategy_name, strategy_problem
+from opsd_lightning.distributed.checks import check_accelerator_name, check_strategy_name, strategy_problem
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.trainer_checks import check_trainer
 from opsd_lightning.models.precision import precision_problem
@@ -140,6 +143,14 @@ class OPSDCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, command in self._subcommand_parsers.items():
+            command.prog = f"opsd {name}"
+            arrange(command, name, COMMANDS[name].summary)
+            if name in ("validate", "test"):
+                command.set_defaults({"verbose": False})  # `RolloutWriter` prints the metrics, with their intervals
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing, unlike Lightning, which replaces settings of the command line by the checkpoint's hyperparameters.
 
@@ -165,6 +176,8 @@ class OPSDCLI(LightningCLI):
                 "ckpt_path",
                 "Set trainer.strategy to fsdp2, or save with save_distributed_checkpoint: false, which every strategy reads",
             )
+        if isinstance(trainer.accelerator, str):
+            check_accelerator_name(trainer.accelerator)
         if isinstance(trainer.strategy, str) and not trainer.strategy.endswith("Strategy"):  # not the name of a class
             check_strategy_name(trainer.strategy)
         if isinstance(strategy, str) and (problem := strategy_problem(strategy)) is not None:
@@ -195,6 +208,8 @@ class OPSDCLI(LightningCLI):
                     callback.arguments = self.arguments
         except (ValueError, TypeError, ImportError) as error:  # raised by a part that checks its settings
             reason = _root_cause(error)
+            if isinstance(reason, ConfigError):
+                raise _with_full_name(reason, self.config[self.subcommand]) from None
             if isinstance(reason, UserError):
                 raise reason from None
             raise UserError(str(reason)) from error
@@ -263,6 +278,19 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def _with_full_name(error: ConfigError, config: Any) -> ConfigError:
+    """Return an error of an argument, ``Class.argument``, with the setting's name on the command line."""
+    owner, _, argument = error.setting.partition(".")
+    names = {"OPSDDataModule": "data."}
+    for name, path in config.items():
+        if name.endswith(".class_path") and isinstance(path, str):
+            names.setdefault(path.rpartition(".")[2], name.removesuffix("class_path") + "init_args.")
+    if owner not in names or not argument:
+        return error
+    prefix = names[owner].replace("model.init_args.", "model.")
+    return ConfigError(error.problem, f"{prefix}{argument}", error.fix)
+
+
 def _without_checkpoint(arguments: list[str]) -> list[str]:
     """Return the arguments without ``--ckpt_path`` and its value."""
     kept, skipped = [], False
@@ -288,7 +316,12 @@ def cli_settings() -> dict[str, Any]:
         "save_config_callback": SavedConfig,
         "save_config_kwargs": {"overwrite": True},
         "parser_class": Parser,
-        "parser_kwargs": {"version": opsd_lightning.__version__},
+        "parser_kwargs": {
+            "prog": "opsd",
+            "description": TITLE,
+            "version": opsd_lightning.__version__,
+            "formatter_class": HelpFormatter,
+        },
     }
 
 
@@ -309,7 +342,7 @@ def main(args: ArgsType = None) -> OPSDCLI:
         try:
             return OPSDCLI(PolicyModule, OPSDDataModule, args=args, **cli_settings())
         except (UserError, MisconfigurationException) as error:
-            say(f"error: {error}", error=True)
+            say(f"error: {shortened(str(error))}", error=True)
             raise SystemExit(2) from error
         except OSError as error:
             if error.errno not in DISK_FULL:

@@ -6,11 +6,14 @@ Imports the standard library only, so that these answer at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NamedTuple
 
 from opsd_lightning import __version__
+from opsd_lightning.utils.near_names import near_names, question
 from opsd_lightning.utils.terminal import SafeArgumentParser
+
+#: The program in one line.
+TITLE = "opsd: On-Policy Self-Distillation of language models with PyTorch Lightning."
 
 
 class Command(NamedTuple):
@@ -30,12 +33,18 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "fit": Command("Train a model."),
-    "validate": Command("Measure accuracy on data.val."),
-    "test": Command("Measure accuracy on data.test."),
-    "predict": Command("Sample completions for data.test and store them."),
+    "fit": Command("Train a model, and validate it as it trains."),
+    "validate": Command("Measure the accuracy of a model on data.val."),
+    "test": Command("Measure the accuracy of a model on data.test, and store the graded completions."),
+    "predict": Command("Sample completions for data.test, and store them with their grades."),
     "doctor": Command(
-        "Check data, prompts and settings before training.", "opsd_lightning.doctor.command", own_arguments=True
+        "Check data, prompts, settings and memory before training.", "opsd_lightning.doctor.command", own_arguments=True
+    ),
+    "chat": Command(
+        "Talk to the student, or to the teacher with a context.",
+        "opsd_lightning.chat.command",
+        own_arguments=True,
+        builds_parts=False,
     ),
     "report": Command(
         "Write one HTML page about one run, or several side by side.",
@@ -67,16 +76,15 @@ def find_command(arguments: Sequence[str]) -> Command:
     names = ", ".join(COMMANDS)
     if not first:
         parser.error(f"a command is missing. Commands: {names}")
-    near = get_close_matches(first, COMMANDS)
-    question = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    parser.error(f"unknown command {first!r}.{question} Commands: {names}")
+    asked = question(near_names(first, COMMANDS))
+    parser.error(f"there is no command {first!r}. {asked + ' ' if asked else ''}Commands: {names}")
 
 
 def _parser() -> SafeArgumentParser:
     parser = SafeArgumentParser(
         prog="opsd",
         usage="opsd [-h] [--version] [-c CONFIG] COMMAND ...",
-        description="On-Policy Self-Distillation with PyTorch Lightning.",
+        description=TITLE,
         epilog="`opsd COMMAND --help` lists a command's options. `opsd doctor` takes those of `opsd fit`: run it first.",
     )
     parser.add_argument("--version", action="version", version=f"opsd {__version__}")

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -25,8 +25,9 @@ from jsonargparse import Namespace, _typehints, get_loader, set_loader
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
+from opsd_lightning.cli.mistakes import ConfigFile, ParserError, describe
 from opsd_lightning.types import ConfigError
-from opsd_lightning.utils.terminal import safe_text
+from opsd_lightning.utils.terminal import say
 from opsd_lightning.utils.yaml_limits import check_yaml
 
 # jsonargparse writes hundreds of debug records for each command to a logger without handlers. Creating them takes time.
@@ -34,10 +35,18 @@ logging.getLogger("jsonargparse_null_logger").setLevel(logging.CRITICAL)
 
 # Options and their values, as on the command line.
 _typed: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("typed", default=())
+# The configuration file that is being read.
+_file: ContextVar[ConfigFile | None] = ContextVar("file", default=None)
 
 
 class Parser(LightningArgumentParser):
-    """`LightningArgumentParser` that passes the text of the command line to the parsers of classes."""
+    """`LightningArgumentParser` that passes the text of the command line to the parsers of classes.
+
+    A mistake gets a message of a few lines. Names of settings cannot be abbreviated: an abbreviation is a misspelt name.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | options)
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         if _typed.get() and args is not None and len(args) == 1 and args[0].startswith("--") and "=" in args[0]:
@@ -46,10 +55,24 @@ class Parser(LightningArgumentParser):
             args = [f"--{name}={_as_typed(name, value)}"]
         else:
             args = qualified([str(argument) for argument in (sys.argv[1:] if args is None else args)])
+            for name in (argument.partition("=")[0] for argument in args):
+                if len(name) > 2 and name[:2] != "--" and f"-{name}" in self._option_string_actions:
+                    self.error(f"unrecognized arguments: {name}")  # argparse would read -ckpt_path as -c kpt_path
         return super().parse_args(args, *more, **options)
 
+    def parse_path(self, path: Any, *more: Any, **options: Any) -> Namespace:
+        token = _file.set(ConfigFile(str(path), Path(str(path)).absolute()))  # jsonargparse changes the current folder
+        try:
+            return super().parse_path(path, *more, **options)
+        finally:
+            _file.reset(token)
+
     def error(self, text: str, ex: Exception | None = None) -> NoReturn:
-        super().error(safe_text(_missing_settings(text) or text), ex)
+        """Refuse the arguments: exit with status 2 after a message of a few lines. The parser of a class raises instead."""
+        if not self.exit_on_error:
+            raise ParserError(self, text) from ex
+        say(f"error: {describe(self, text, ex, _file.get(), _typed.get())}", error=True)
+        self.exit(2)
 
 
 @contextmanager
@@ -65,19 +88,6 @@ def remembering(arguments: Sequence[Any] | None) -> Iterator[None]:
         yield
     finally:
         _typed.reset(token)
-
-
-def _missing_settings(text: str) -> str | None:
-    """Return a message that names missing settings of a class. jsonargparse puts them between lists of all settings."""
-    found = re.search(r"Problem with given class_path '([^']+)':\s+the following arguments are required: ([\w, ]+)", text)
-    keys = [] if found is None else re.findall(r'Parser key "([^"]+)"', text[: found.start()])
-    if found is None or not keys or keys[0].partition(".")[0] not in ("model", "data", "trainer"):
-        return None  # or the parser of a class, inside that of the command
-    # `model.grader` is linked to `data.grader`, and parsed first.
-    part = "data.grader" if keys[-2:] == ["model", "grader"] else ".init_args.".join(keys)
-    names = [f"{part}.init_args.{name.strip()}" for name in found[2].split(",")]
-    them = "it" if len(names) == 1 else "them"
-    return f"{' and '.join(names)}: missing, and {found[1].rpartition('.')[2]} needs {them}. Set {them}"
 
 
 def check_nulls(arguments: Sequence[str], config: Any) -> None:
@@ -99,6 +109,7 @@ def check_nulls(arguments: Sequence[str], config: Any) -> None:
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
+        name = "--config" if name == "-c" else name
         if name.startswith("--"):
             following = arguments[place + 1] if place + 1 < len(arguments) else ""
             yield name[2:].rstrip("+"), value if equals else following

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
-
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, Strategy, StrategyRegistry
 
 from opsd_lightning.distributed.fsdp2 import FSDP2Strategy
 from opsd_lightning.models.precision import precision_problem
 from opsd_lightning.types import ConfigError
+from opsd_lightning.utils.near_names import near_names, question
 
 _SETTING = "trainer.strategy"
+
+
+def check_accelerator_name(name: str) -> None:
+    """Refuse an accelerator name that is not registered.
+
+    Raises:
+        ConfigError: The name is not registered. The error names the most similar ones.
+    """
+    known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    if name not in known:
+        fix = question(near_names(name, known)) or "Choose auto, gpu or cpu"
+        raise ConfigError(f"there is no accelerator {name}", "trainer.accelerator", fix)
 
 
 def check_strategy_name(name: str) -> None:
@@ -23,8 +35,8 @@ def check_strategy_name(name: str) -> None:
     registered = StrategyRegistry.available_strategies()
     if name not in ("auto", *registered):
         supported = ["auto", *(other for other in registered if strategy_problem(other) is None)]
-        similar = difflib.get_close_matches(name, supported, n=3) or ["ddp", "fsdp2"]
-        raise ConfigError(f"there is no strategy {name}", _SETTING, f"Use {' or '.join(similar)}")
+        fix = question(near_names(name, supported)) or "Use ddp or fsdp2"
+        raise ConfigError(f"there is no strategy {name}", _SETTING, fix)
 
 
 def strategy_problem(strategy: str) -> ConfigError | None:

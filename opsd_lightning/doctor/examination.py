@@ -89,6 +89,9 @@ def build_parts(arguments: list[str], with_model: bool) -> tuple[Any, list[Findi
 
     Returns:
         The command line with the parts, or None if they cannot be built, and the problems.
+
+    Raises:
+        SystemExit: With status 2, after one message, if the arguments cannot be parsed.
     """
     problems: list[Finding] = []
     printed = io.StringIO()
@@ -97,11 +100,9 @@ def build_parts(arguments: list[str], with_model: bool) -> tuple[Any, list[Findi
             return _Unstarted(problems, with_model, args=["fit", *arguments], **cli_settings()), problems
     except (UserError, MisconfigurationException) as error:
         problems.append(refusal_finding("settings", error))
-    except SystemExit as stop:
-        if stop.code in (0, None):  # --help, --print_config
-            raise
-        message = printed.getvalue().rpartition("error:")[2]
-        problems.append(refusal_finding("settings", " ".join(message.split())))
+    except SystemExit:  # --help, --print_config, or arguments that cannot be parsed
+        say(printed.getvalue().rstrip("\n"), error=True)
+        raise
     return None, problems
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from opsd_lightning.types import PositiveInt, checked
+from opsd_lightning.utils.statistics import wilson_interval
 
 _RESAMPLES = 1000
 
@@ -45,6 +46,10 @@ class AccuracyAtK(Metric):
     Args:
         k: Completions of each question, at least 1.
 
+    Attributes:
+        intervals: Wilson's 95 % intervals of the values that `compute` returned last, by name: those of single right or
+            wrong outcomes (k = 1), for which the standard error over questions is too small near 0 and 1.
+
     Example::
 
         >>> from opsd_lightning import AccuracyAtK
@@ -62,6 +67,7 @@ class AccuracyAtK(Metric):
     def __init__(self, k: PositiveInt = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.k = k
+        self.intervals: dict[str, tuple[float, float]] = {}
         self.add_state("votes", default=[], dist_reduce_fx="cat")
 
     def update(self, votes: Sequence[int | None], correct: Sequence[bool], scores: Sequence[float] | None = None) -> None:
@@ -99,10 +105,13 @@ class AccuracyAtK(Metric):
         spread[f"avg@{k}"] = graded.var(1, correction=0) / max(k - 1, 1)
         scores[f"maj@{k}"], spread[f"maj@{k}"] = _majority(data)
         found: dict[str, Tensor] = {}
+        self.intervals = {}
         for name, score in scores.items():
             score = score.double()
             found[name] = score.mean()
             found[f"{name}_se"] = score.std() / len(score) ** 0.5 if len(score) > 1 else torch.zeros((), dtype=torch.float32)
+            if k == 1 and len(score) and bool(((score == 0) | (score == 1)).all()):
+                self.intervals[name] = wilson_interval(float(score.mean()), len(score))
             if k > 1:
                 found[f"{name}_se_samples"] = spread[name].clamp(min=0).sum().sqrt() / len(score)
         return {name: value.float().to(self.device) for name, value in found.items()}

@@ -53,6 +53,7 @@ class Evaluator(nn.Module):
     Attributes:
         finished: Records that an earlier run sampled, by number of the batch. They are not sampled again. All ranks have the
             same numbers, since sampling may need all ranks.
+        intervals: 95 % intervals of metrics that `compute` returned last, by logged name (see `AccuracyAtK`).
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Evaluator(nn.Module):
         self.problems = nn.ModuleDict({role: MetricCollection({name: SumMetric() for name in PROBLEMS}) for role in roles})
         self.demonstrations = None if grader.grades_completions else DemonstrationScores(divergence)
         self.finished: Mapping[int, Records] = {}
+        self.intervals: dict[str, tuple[float, float]] = {}
 
     @property
     def roles(self) -> list[str]:
@@ -176,6 +178,7 @@ class Evaluator(nn.Module):
     def compute(self, stage: str) -> dict[str, Tensor]:
         """Return the metrics of the epoch over all ranks, by logged name, and reset them."""
         values: dict[str, Tensor] = {}
+        self.intervals = {}
         if self.demonstrations is not None:
             values = {f"{stage}/{name}": value for name, value in self.demonstrations.compute().items()}
             self.demonstrations.reset()
@@ -184,6 +187,8 @@ class Evaluator(nn.Module):
             prefix = f"{stage}/{'teacher_' if role == 'teacher' else ''}"
             for metric in (accuracy, self.lengths[role], self.problems[role]):
                 values |= {f"{prefix}{name}": value for name, value in metric.compute().items()}  # type: ignore[operator]
+                if metric is accuracy:
+                    self.intervals |= {f"{prefix}{name}": ends for name, ends in accuracy.intervals.items()}  # type: ignore[operator, union-attr]
                 metric.reset()  # type: ignore[operator]
         return values
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn
 
+from opsd_lightning.utils.near_names import near_names, question
 from opsd_lightning.utils.redaction import redact_text
 
 # C0 and C1 controls except newline and tab, zero-width characters, bidirectional controls, line and paragraph separators,
@@ -92,10 +93,15 @@ def say(text: object, error: bool = False) -> None:
 
 
 class SafeArgumentParser(argparse.ArgumentParser):
-    """An argument parser that prints its errors as `safe_text`."""
+    """An argument parser that prints its errors as `safe_text`, with the nearest options and without its usage."""
 
     def error(self, text: str) -> NoReturn:
-        super().error(safe_text(text))
+        """Print a message of a few lines and exit with status 2."""
+        rest = text.removeprefix("unrecognized arguments: ")
+        option = next((word.partition("=")[0] for word in rest.split() if word.startswith("-")), None)
+        asked = question(near_names(option, self._option_string_actions)) if option and rest != text else ""
+        say(f"error: {text}{f'. {asked}' if asked else ''}\n`{self.prog} --help` lists the options.", error=True)
+        self.exit(2)
 
 
 @contextmanager

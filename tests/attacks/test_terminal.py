@@ -100,7 +100,7 @@ def progress(text: str) -> None:
     lines = ProgressLines()
     metrics = {f"val/avg@1{text}": torch.tensor(0.5), f"val/avg@1{text}_se": torch.tensor(0.1)}
     trainer: Any = SimpleNamespace(is_global_zero=True, callback_metrics=metrics)
-    lines.on_validation_end(trainer, None)  # type: ignore[arg-type]
+    lines._scores(trainer, "val")
     lines._print(trainer, text)
 
 

@@ -48,10 +48,11 @@ def opsd(*words: str) -> tuple[int, str, set[str]]:
         (["-h"], 0, "doctor"),
         (["--version"], 0, __version__),
         ([], 2, "report"),
-        (["fitt", "--config", "configs/quickstart.yaml"], 2, "'fit'"),
-        (["doctro"], 2, "'doctor'"),
+        (["fitt", "--config", "configs/quickstart.yaml"], 2, "fit?"),
+        (["doctro"], 2, "doctor?"),
         (["nothing-like-it"], 2, "predict"),
         (["report", "--help"], 0, "RUN"),
+        (["chat", "--help"], 0, "--adapter"),
         (["doctor", "--help"], 0, "--no-model"),
         (["doctor", "--examples=0"], 2, "--examples"),
     ],
@@ -73,6 +74,8 @@ def test_a_command_without_quantization_does_not_import_bitsandbytes(command: st
 def test_help_lists_every_command() -> None:
     _, output, _ = opsd("--help")
     assert all(f"\n    {name} " in output for name in COMMANDS)
+    assert all(" ".join(command.summary.split()) in " ".join(output.split()) for command in COMMANDS.values())
+    assert all(command.summary.endswith(".") for command in COMMANDS.values())
 
 
 def test_options_before_the_command_are_left_to_lightning() -> None:

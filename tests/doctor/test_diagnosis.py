@@ -213,6 +213,8 @@ def test_command_exits_with_the_number_of_errors(
     assert run("doctor", *base, "--no-model", "--data.train=null") == 1
     assert "1 thing to fix" in capsys.readouterr().out
     assert run("doctor", *base, "--examples=0") == 2
+    assert run("doctor", *base, "--model.nonsense=1") == 2
+    assert "nonsense" in capsys.readouterr().err
     assert run("doctor", *base, "--no-model", f"--json={tmp_path / 'base.yaml' / 'x.json'}") == 2
     assert "error: --json" in capsys.readouterr().err
     assert run("doctor", "--help") == 0
@@ -223,12 +225,11 @@ def test_command_exits_with_the_number_of_errors(
 
 # -- what `fit` refuses ----------------------------------------------------------------------------------------------------
 
-# One of every place that refuses: the parser, a part, the data, the tokenizer, the model's configuration, its optimizer.
+# One of every place that refuses: a part, the data, the tokenizer, the model's configuration, its optimizer.
 _REFUSED = [
     "missing column",
     "context without its column",
     "fsdp of the first kind",
-    "unknown setting",
     "no chat template",
     "LoRA targets",
     "EMA without an adapter",

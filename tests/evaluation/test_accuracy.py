@@ -21,6 +21,23 @@ def computed(questions: list[Question]) -> dict[str, float]:
     return {name: float(value) for name, value in metric.compute().items()}
 
 
+def test_single_right_or_wrong_outcomes_have_wilsons_interval() -> None:
+    metric = AccuracyAtK(1)
+    for right in (True, True, True, False):
+        metric.update([0], [right])
+    metric.compute()
+    assert set(metric.intervals) == {"avg@1", "pass@1", "maj@1"}
+    assert metric.intervals["avg@1"] == pytest.approx((0.3006, 0.9544), abs=1e-4)  # Wilson (1927), z = 1.96
+    metric.update([0], [True], [0.4])  # a partial score is no outcome
+    metric.compute()
+    assert set(metric.intervals) == {"pass@1", "maj@1"}
+    assert metric.intervals["pass@1"] == pytest.approx((0.3755, 0.9638), abs=1e-4)
+    several = AccuracyAtK(2)
+    several.update([0, 0], [True, True])
+    several.compute()
+    assert several.intervals == {}
+
+
 def test_metrics_equal_hand_counts() -> None:
     values = computed(
         [

@@ -34,6 +34,7 @@ UNITS = [
     "reports",
     "cli",
     "doctor",
+    "chat",
     "quickstart",
     "__main__",
 ]

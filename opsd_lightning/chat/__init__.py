@@ -1,0 +1,1 @@
+"""``opsd chat``: talk to the student, or to the teacher with a context."""

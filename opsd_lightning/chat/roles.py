@@ -1,0 +1,154 @@
+"""The two roles of a conversation: one model, with and without an adapter, that answers and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel
+
+from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.models.policy import LoRA, Policy, device_of
+from opsd_lightning.models.scoring import Scorer
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.teachers import FixedTeacher, GenerativeTeacher, LiveTeacher
+from opsd_lightning.types import ConfigError, Example, Sampling
+from opsd_lightning.utils.token_text import Pieces
+
+
+class Answer(NamedTuple):
+    """An answer to a question.
+
+    Args:
+        text: Its text.
+        tokens: Its token ids.
+        pieces: The text of each token.
+        truncated: True if it ends at the length limit.
+        prompts: Token ids of the student's prompt and of the teacher's.
+    """
+
+    text: str
+    tokens: list[int]
+    pieces: list[str]
+    truncated: bool
+    prompts: tuple[list[int], list[int]]
+
+
+class Roles:
+    """Student and teacher of a conversation.
+
+    Args:
+        policy: Settings of the model.
+        context: Text that the teacher reads. None if it reads the student's prompt.
+        sampling: Settings of the sampler.
+        prompts: Templates of the prompts.
+
+    Attributes:
+        history: Messages of the conversation so far. A first question takes the template for questions, and later ones
+            that for conversations.
+    """
+
+    def __init__(self, policy: Policy, context: str | None, sampling: Sampling, prompts: Prompts) -> None:
+        self.policy, self.context, self.sampling, self.prompts = policy, context, sampling, prompts
+        self.tokenizer = policy.load_tokenizer()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: PeftModel = policy.build(device).to(device).eval()
+        self.limit = policy.context_length()
+        self.pieces = Pieces(self.tokenizer)
+        self.history: list[dict[str, Any]] = []
+        teacher = FixedTeacher()
+        teacher.use_base_weights()
+        self.teachers: dict[str, GenerativeTeacher] = {"student": LiveTeacher(), "teacher": teacher}
+
+    @classmethod
+    def load(
+        cls,
+        model: str | None,
+        adapter: str | None,
+        context: str | None,
+        sampling: Sampling,
+        dtype: Any = "auto",
+        system: str | None = None,
+    ) -> Roles:
+        """Load a model, with an adapter if there is one.
+
+        Args:
+            model: Hugging Face id, folder or ``.gguf`` file. Defaults to the base model that the adapter names.
+            adapter: Peft folder or Hugging Face id.
+            context: See `Roles`.
+            sampling: See `Roles`.
+            dtype: Type of the weights.
+            system: System message.
+
+        Raises:
+            ConfigError: The model or the adapter cannot be loaded, or they do not fit each other.
+        """
+        lora = LoRA(r=1, dropout=0.0) if adapter is None else None  # a new adapter changes nothing
+        policy = Policy(model or base_name(adapter or ""), lora=lora, adapter=adapter, dtype=dtype)
+        return cls(policy, context, sampling, Prompts(system=system))
+
+    def answer(self, question: str, role: str, seed: int) -> Answer:
+        """Let a role answer a question, and add both to the history.
+
+        Args:
+            question: The question.
+            role: ``student`` or ``teacher``.
+            seed: Seed for sampling.
+
+        Raises:
+            ConfigError: The prompt does not fit the model's context.
+        """
+        asked = {"role": "user", "content": question}
+        example = Example(question, "", "", messages=[*self.history, asked] if self.history else ())
+        prompts = (
+            list(self.prompts.student(self.tokenizer, example)),
+            list(self.prompts.teacher(self.tokenizer, example, self.context)),
+        )
+        room = self.sampling.max_new_tokens if self.limit is None else self.limit - max(map(len, prompts))
+        if room < 1:
+            problem = f"a prompt of {max(map(len, prompts))} tokens leaves no room in a context of {self.limit}"
+            raise ConfigError(problem, "--context", "Shorten the question or the context, or begin a new conversation")
+        sampling = Sampling(min(room, self.sampling.max_new_tokens), self.sampling.temperature)
+        with self.teachers[role].weights(self.model):
+            prompt = prompts[role == "teacher"]
+            rollouts = TransformersEngine().generate(self.model, [prompt], sampling, seed)
+        tokens = rollouts.completions[0]
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        self.history += [asked, {"role": "assistant", "content": text}]
+        return Answer(text, tokens, self._pieces_of(tokens), not rollouts.terminated[0], prompts)
+
+    @torch.no_grad()
+    def divergence(self, answer: Answer) -> list[float]:
+        """Return the forward KL divergence of teacher and student at each token of an answer, in nats."""
+        if not answer.tokens:
+            return []
+        scorer = Scorer(self.model)
+        states = [
+            teacher.score(scorer, [prompt], [answer.tokens])
+            for teacher, prompt in zip(self.teachers.values(), answer.prompts, strict=True)
+        ]
+        targets = torch.tensor(answer.tokens, device=device_of(self.model))
+        _, measured = DivergenceObjective()(states[0], states[1], targets, torch.ones_like(targets, dtype=torch.float32))
+        return [float(value) for value in measured["forward_kl"]]
+
+    def _pieces_of(self, tokens: Sequence[int]) -> list[str]:
+        joined = self.pieces.joined(tokens)
+        return [joined.get(place, self.pieces[token].text) for place, token in enumerate(tokens)]
+
+
+def base_name(adapter: str) -> str:
+    """Return the base model that an adapter names.
+
+    Raises:
+        ConfigError: The adapter cannot be read, or names none.
+    """
+    try:
+        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except Exception as error:  # the hub and JSON raise different errors
+        problem = f"cannot read {adapter} as an adapter ({str(error).strip().splitlines()[0]})"
+        raise ConfigError(problem, "--adapter", "Give the folder of an exported adapter") from None
+    if not name:
+        raise ConfigError(f"{adapter} names no base model", "--model", "Give its Hugging Face id or folder")
+    return str(name)
