@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
 
-_WIDTH = 34  # of the first column of the most used settings
+_WIDTH = 36  # of the first column of the most used settings
 
 _FIRST = (
     ("-c, --config FILE", "YAML file of settings; later files and options have the last word"),

@@ -184,6 +184,7 @@ def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch
     rows = [{"problem": f"{n}+1?", "solution": rf"\boxed{{{n + 1}}}", "gold": str(n + 1)} for n in range(40)]
     write_jsonl(tmp_path / "questions.jsonl", rows)
     write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat(n), "tools": None} for n in range(40)])
+    (tmp_path / "solution.txt").write_text("1 + 1 = 2.", encoding="utf-8")
     (tmp_path / "my_parts.py").write_text("\n\n".join(PARTS.values()), encoding="utf-8")
     for notebook in NOTEBOOKS:
         for source in ("".join(cell["source"]) for cell in json.loads(_text(notebook))["cells"]):
@@ -225,7 +226,10 @@ def test_opsd_commands_run(
     line, _, target = line.partition(" > ")
     words = shlex.split(line)[1 if line.startswith("opsd") else 2 :]
     trains = not any("help" in word or word == "--print_config" for word in words)
-    if trains and words[0] != "report":
+    if words[0] == "chat":
+        words += ["--max_new_tokens=8"]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("1+1?\n"))
+    elif trains and words[0] != "report":
         words += small(line)
         if "ckpt_path" in line and words[0] == "fit":
             # The run made here stands for the reader's own, with these settings.
@@ -238,7 +242,7 @@ def test_opsd_commands_run(
     if trains and words[0] in left:
         assert any(name.endswith(left[words[0]]) for name in made), made
     else:
-        assert len(printed.getvalue()) > 100
+        assert len(printed.getvalue()) > (0 if words[0] == "chat" else 100)
     if target:
         (desk / target).write_text(printed.getvalue(), encoding="utf-8")
         opsd("fit", "--config", target, *small(target), "--trainer.default_root_dir=printed")
