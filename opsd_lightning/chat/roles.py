@@ -54,7 +54,7 @@ class Roles:
         self.policy, self.context, self.sampling, self.prompts = policy, context, sampling, prompts
         self.tokenizer = policy.load_tokenizer()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: PeftModel = policy.build(device).to(device).eval()
+        self.model: PeftModel = policy.build(device).to(device)
         self.limit = policy.context_length()
         self.pieces = Pieces(self.tokenizer)
         self.history: list[dict[str, Any]] = []

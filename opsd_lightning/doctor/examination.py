@@ -101,7 +101,8 @@ def build_parts(arguments: list[str], with_model: bool) -> tuple[Any, list[Findi
     except (UserError, MisconfigurationException) as error:
         problems.append(refusal_finding("settings", error))
     except SystemExit:  # --help, --print_config, or arguments that cannot be parsed
-        say(printed.getvalue().rstrip("\n"), error=True)
+        if text := printed.getvalue().rstrip("\n"):
+            say(text, error=True)
         raise
     return None, problems
 

@@ -49,7 +49,7 @@ def test_several_completions_have_both_errors(capsys: pytest.CaptureFixture[str]
 def test_a_command_prints_its_numbers_once(
     command: str, base: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    cli = main([command, *base, "--trainer.callbacks+=ProgressLines"])
+    cli = main([command, *base, "--trainer.enable_progress_bar=true", "--trainer.callbacks+=ProgressLines"])
     printed = "".join(capfd.readouterr())
     stage = {"test": "test", "validate": "val"}[command]
     metrics = cli.trainer.callback_metrics
