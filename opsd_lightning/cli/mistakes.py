@@ -166,7 +166,9 @@ def _find(parser: Any, text: str, error: BaseException | None, file: ConfigFile 
     top = parser
     while True:
         key = found[1] if (found := re.match(r'Parser key "([^"]+)"', text)) else None
-        owner, inner, chain = None, None, []
+        owner: str | None = None
+        inner: ParserError | None = None
+        chain: list[BaseException] = []
         for each in _chain(error):
             if isinstance(each, ParserError) and each.parser is not parser:
                 inner = each
@@ -193,7 +195,7 @@ def _leaf(
     if key == "config" or text.startswith(("Problems parsing config", "Unexpected config")):
         return _file_mistake(text, chain, file)
     if found := re.search(r"(?s)the following arguments are required: ([\w., ]+)", text):
-        return _missing(levels, key, found[1].split(", "), chain)
+        return _missing(levels, key, found[1].split(", "))
     if key is not None:
         return _value_mistake(_name(levels, key), _typehint(parser, key), text)
     if found := re.match(r'Linked "([^"]+)" must be given via "([^"]+)"', text):
@@ -303,7 +305,7 @@ def _is_typed(setting: str, typed: Typed) -> bool:
 # -- settings ------------------------------------------------------------------------------------------------------------
 
 
-def _missing(levels: list[_Level], key: str | None, names: Sequence[str], chain: Sequence[BaseException]) -> _Mistake:
+def _missing(levels: list[_Level], key: str | None, names: Sequence[str]) -> _Mistake:
     levels = [*levels, _Level(key, None)] if key else levels
     if [level.key for level in levels][-2:] == ["model", "grader"]:  # linked to `data.grader`, and parsed first
         levels = [_Level("data.grader", levels[-1].owner)]
