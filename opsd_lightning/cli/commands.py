@@ -52,6 +52,12 @@ COMMANDS: dict[str, Command] = {
         own_arguments=True,
         builds_parts=False,
     ),
+    "show": Command(
+        "Show the tokens of student and teacher for questions that you type, on a page in your browser.",
+        "opsd_lightning.reports.show",
+        own_arguments=True,
+        builds_parts=False,
+    ),
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd_lightning.types import ConfigError
@@ -54,6 +56,14 @@ def check_extension(path: str, callback: str) -> None:
     if not path.endswith((".html", ".htm")):
         problem = f"{callback} writes an HTML page, and {path} has another extension"
         raise ConfigError(problem, "trainer.callbacks.path", "Choose a path that ends in .html")
+
+
+def relative_path(path: Path, start: Path) -> str:
+    """Return a path relative to a folder, with forward slashes. On another drive, return the path itself."""
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError:
+        return path.as_posix()
 
 
 def percent(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,10 @@ from typing import Any
 from urllib.parse import quote
 
 from opsd_lightning import __version__
-from opsd_lightning.evaluation.held_out import held_out_scores
+from opsd_lightning.evaluation.held_out import HeldOut, held_out_scores
 from opsd_lightning.reports.charts import charts_of, curves_of
-from opsd_lightning.reports.html import count, render_template
+from opsd_lightning.reports.completions import completion_rows
+from opsd_lightning.reports.html import count, relative_path, render_template
 from opsd_lightning.reports.skills import skill_rows
 from opsd_lightning.runs.reader import RECORD_FOLDER, Point, Run, differing_settings, read_run
 from opsd_lightning.types import ConfigError, UserError
@@ -87,15 +87,25 @@ def render(runs: Sequence[Run], output: Path) -> str:
     """
     names = _names(runs)
     pages = [_run_values(run, name, output) for run, name in zip(runs, names, strict=True)]
-    data = {"runs": [curves_of(run, name) for run, name in zip(runs, names, strict=True)], "charts": charts_of(runs)}
+    charts, constant = charts_of(runs)
+    data = {
+        "runs": [curves_of(run, name) for run, name in zip(runs, names, strict=True)],
+        "charts": charts,
+        "completions": [
+            {"run": number} | row for number, page in enumerate(pages) for row in page["completions"].pop("rows")
+        ],
+        "token_pages": [page["token_page"] for page in pages],
+    }
     versions = [page["start"].get("versions", {}) for page in pages]
     return render_template(
         "report.html",
         script_json(data),
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
         runs=pages,
-        sections=list(dict.fromkeys(chart["section"] for chart in data["charts"])),
-        charts=data["charts"],
+        sections=list(dict.fromkeys(chart["section"] for chart in charts)),
+        charts=charts,
+        constant=constant,
+        completions=bool(data["completions"]),
         differing=list(differing_settings(runs).items()) if len(runs) > 1 else [],
         versions={name: [found.get(name) for found in versions] for name in dict.fromkeys(n for v in versions for n in v)},
         made=datetime.now().astimezone().isoformat(timespec="minutes"),
@@ -125,12 +135,15 @@ def _run_values(run: Run, name: str, output: Path) -> dict[str, Any]:
     step_seconds = [
         value for point in run.train for key, value in point.values.items() if re.fullmatch(r"time/\w+_seconds", key)
     ]
+    accuracy, held_out, completions = _accuracy(run), held_out_scores(run.held_out), completion_rows(run)
+    links = _links(run, output)
     seconds = max((p.seconds for p in (*run.train, *run.validations) if p.seconds is not None), default=None)
     return {
         "name": name,
         "status": _status(run, last.step),
         "warnings": run.info.get("warnings", []),
-        "accuracy": _accuracy(run),
+        "accuracy": accuracy,
+        "result": _result(accuracy, held_out),
         "first_last": _first_last(run),
         "steps": last.step,
         "max_steps": settings.get("trainer.max_steps"),
@@ -145,14 +158,16 @@ def _run_values(run: Run, name: str, output: Path) -> dict[str, Any]:
         "config_command": _from_config(config) if command and config.is_file() else None,
         "groups": groups,
         "samples": _samples(run),
-        "held_out": held_out_scores(run.held_out),
+        "held_out": held_out,
+        "completions": completions | {"shown": len(completions["rows"])},
         "skills": skill_rows(run),
-        "links": _links(run, output),
+        "links": links,
+        "token_page": dict(links).get("Token report"),
     }
 
 
 def _from_config(path: Path) -> str:
-    return f"opsd fit --config {shlex.quote(_relative(path, Path.cwd()))}"
+    return f"opsd fit --config {shlex.quote(relative_path(path, Path.cwd()))}"
 
 
 def _status(run: Run, step: int) -> dict[str, str]:
@@ -198,6 +213,16 @@ def _accuracy(run: Run) -> dict[str, Any] | None:
     }
 
 
+def _result(accuracy: Mapping[str, Any] | None, held_out: HeldOut | None) -> dict[str, Any] | None:
+    """Return the accuracy after training: that of held-out questions, or else that of the last validation."""
+    after = held_out and held_out.row("after: student")
+    if after:
+        return {"value": after.strict.value, "interval": (after.strict.low, after.strict.high), "note": "held out"}
+    if accuracy is None:
+        return None
+    return accuracy["last"] | {"note": f"validation, step {count(accuracy['last']['step'])}"}
+
+
 def _interval(share: float, error: float | None, questions: float | None) -> tuple[float, float] | None:
     """Return Wilson's 95 % interval of an accuracy.
 
@@ -212,8 +237,12 @@ def _interval(share: float, error: float | None, questions: float | None) -> tup
 
 
 def _first_last(run: Run) -> list[dict[str, Any]]:
-    """Return the first and last values of up to two training metrics, shown for a run without validation."""
+    """Return the first and last values of up to two metrics, shown for a run without graded validation."""
     found = []
+    for name, label in (("val/nll", "negative log-likelihood"), ("val/divergence", "divergence of student and teacher")):
+        values = [point.values[name] for point in run.validations if name in point.values]
+        if values:
+            found.append({"label": f"Validation {label}", "first": values[0], "last": values[-1]})
     for name in ("reward", "reverse_kl", "forward_kl", "loss"):
         label, name = name.replace("_kl", " KL"), f"train/{name}"
         values = [point.values[name] for point in run.train if name in point.values]
@@ -283,17 +312,10 @@ def _links(run: Run, output: Path) -> list[tuple[str, str]]:
         ("Held-out completions after training", "after/test.jsonl"),
     ]
     return [
-        (label, quote(_relative(run.root / name, output.resolve().parent)))
+        (label, quote(relative_path(run.root / name, output.resolve().parent)))
         for label, name in beside
         if (run.root / name).exists()
     ]
-
-
-def _relative(path: Path, start: Path) -> str:
-    try:
-        return Path(os.path.relpath(path, start)).as_posix()
-    except ValueError:  # another drive
-        return path.as_posix()
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -7,14 +7,13 @@ run also reads the earlier steps.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -23,8 +22,10 @@ from opsd_lightning.callbacks.schedule import is_due
 from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
-from opsd_lightning.reports.html import check_extension, render_template
-from opsd_lightning.reports.token_scores import Predictions, score_tokens
+from opsd_lightning.reports.html import check_extension, relative_path, render_template
+from opsd_lightning.reports.run_report import RunReport
+from opsd_lightning.reports.token_data import TOP, completion_data, pieces_of
+from opsd_lightning.reports.token_scores import score_tokens
 from opsd_lightning.runs.reader import RECORD_FOLDER
 from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run
 from opsd_lightning.types import Example, PositiveInt, PromptBatch, UserError, checked
@@ -35,9 +36,6 @@ from opsd_lightning.utils.loggers import accepts_figures, log_figure, log_page
 from opsd_lightning.utils.redaction import redact_text
 from opsd_lightning.utils.token_text import Pieces
 
-TOP = 5  # most probable tokens of each role to keep
-#: Measurements of the objective that the page shows.
-MEASURED = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "clipped", "clipped_mass")
 _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
@@ -136,7 +134,7 @@ class TokenReport(StepCallback):
         step = {
             "step": trainer.global_step,
             "temperature": pl_module.objective.temperature,
-            "pieces": self._pieces_of(rollouts),
+            "pieces": pieces_of(self._pieces, rollouts),
             "rollouts": rollouts,
         }
         self._steps = [*self._steps, (trainer.global_step, script_json(step))][-self.keep :]
@@ -164,12 +162,13 @@ class TokenReport(StepCallback):
         scores = score_tokens(module, record, rows, self.max_tokens, TOP)
         if not trainer.is_global_zero:
             return []
+        assert self._pieces is not None
         found = []
-        for row, (student, teacher) in zip(rows, scores, strict=True):
+        for row, shown in zip(rows, scores, strict=True):
             completion, example = rollouts.completions[row], record.batch.examples[row // rollouts.n]
-            shown, term = completion[: self.max_tokens], record.terms[0]
+            term = record.terms[0]
             read = None if term.teacher_prompts is None else module.tokenizer.decode(term.teacher_prompts[row])
-            measured = {name: record.measured[name][row][: len(shown)] for name in MEASURED if name in record.measured}
+            measured = {name: values[row] for name, values in record.measured.items()}
             found.append(
                 {
                     "row": row,
@@ -181,13 +180,7 @@ class TokenReport(StepCallback):
                     **self._grade(module, completion, example),
                     "truncated": not rollouts.terminated[row],
                     "sampled": rollouts.sampled,
-                    "length": len(completion),
-                    "tokens": list(shown),
-                    "joined": {} if self._pieces is None else self._pieces.joined(shown),
-                    "unweighted": (term.weights[row][: len(shown)] == 0).nonzero()[:, 0].tolist(),
-                    **{name: _numbers(values) for name, values in measured.items()},
-                    "student": _predictions(student),
-                    "teacher": None if teacher is None else _predictions(teacher),
+                    **completion_data(self._pieces, completion, self.max_tokens, term.weights[row], measured, shown),
                 }
             )
         return found
@@ -202,20 +195,16 @@ class TokenReport(StepCallback):
         grade = "correct" if right else "none" if found.answer is None else "wrong"
         return {"answer": found.answer, "grade": grade}
 
-    def _pieces_of(self, rollouts: list[dict[str, Any]]) -> dict[int, Any]:
-        """Return the text of each token that occurs, or text and kind for tokens of other kinds than text."""
-        assert self._pieces is not None
-        seen = {token for rollout in rollouts for token in rollout["tokens"]}
-        for rollout in rollouts:
-            for role in (rollout["student"], rollout["teacher"]):
-                seen |= {token for top in (role["top"] if role else ()) for token in top}
-        pieces = {token: self._pieces[token] for token in sorted(seen)}
-        return {token: p.text if p.kind == "text" else [p.text, p.kind] for token, p in pieces.items()}
-
     # -- the page ----------------------------------------------------------------------------------------------------
 
     def _page(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.path
+
+    def _report(self, trainer: Trainer) -> str | None:
+        """Return the address of the run's report, relative to the page, or None if the run writes none."""
+        root = Path(trainer.default_root_dir)
+        reports = [callback for callback in trainer.callbacks if isinstance(callback, RunReport)]  # type: ignore[attr-defined]
+        return quote(relative_path(root / reports[0].path, self._page(trainer).parent)) if reports else None
 
     def _write(self, trainer: Trainer, module: PolicyModule) -> None:
         run = {
@@ -225,6 +214,7 @@ class TokenReport(StepCallback):
             "objective": type(module.objective).__name__,
             "teacher": type(module.teacher).__name__ if hasattr(module, "teacher") else None,
             "every_n_steps": self.every_n_steps,
+            "report": self._report(trainer),
         }
         for part in ("divergence", "clip"):
             run[part] = type(getattr(module.objective, part)).__name__ if hasattr(module.objective, part) else None
@@ -258,17 +248,3 @@ def read_tokens(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a page of TokenReport: {error}") from None
     raise UserError(f"{path} is not a page of TokenReport")
-
-
-def _predictions(found: Predictions) -> dict[str, Any]:
-    return {
-        "logprob": _numbers(found.logprob),
-        "rank": found.rank.tolist(),
-        "top": found.top.tolist(),
-        "top_millinats": (found.top_logprobs * 1000).nan_to_num(0, 0, -999999).round().long().tolist(),
-    }
-
-
-def _numbers(values: torch.Tensor) -> list[float | None]:
-    """Round values to four significant digits. Values that are not finite become None."""
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -6,6 +6,7 @@
     ROOT/record/samples.jsonl   graded completions of the same few questions at every validation
     ROOT/record/skills.json     values of skills that the run does not train (KeptSkills callback)
     ROOT/before, ROOT/after     held-out questions in test.jsonl, written by the quick start
+    ROOT/rollouts.csv           some completions of training (RolloutTable callback)
 
 A run without a record is read from ``metrics.csv`` (CSVLogger) and the ``config.yaml`` next to it.
 """
@@ -23,6 +24,7 @@ from types import UnionType
 from typing import Any, NamedTuple
 
 from opsd_lightning.types import ConfigError, UserError
+from opsd_lightning.utils.csv_tables import read_table
 from opsd_lightning.utils.redaction import redact
 from opsd_lightning.utils.yaml_limits import check_yaml
 
@@ -80,6 +82,8 @@ class Run:
         samples: Graded completions of a few questions, as ``{"kind": "val" or "train", "step": ..., "records": [...]}``.
         skills: Values of skills that the run does not train, one entry for each step and set of `KeptSkills`.
         held_out: Records of held-out questions, by time and role, such as ``before: student``.
+        rollouts: Completions of training from the file of `RolloutTable`, with ``step``, ``question``, ``completion``,
+            ``completion_tokens`` and ``truncated``.
     """
 
     root: Path
@@ -91,6 +95,7 @@ class Run:
     samples: list[dict[str, Any]] = field(default_factory=list)
     skills: list[dict[str, Any]] = field(default_factory=list)
     held_out: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def accuracy(self) -> str | None:
@@ -137,6 +142,7 @@ def read_run(path: str | Path) -> Run:
     if not run.train and not run.validations and not run.info:
         raise ConfigError(f"{given} contains no training step or validation yet", "runs", "Wait for the first step")
     run.held_out = read_held_out(run.root)
+    run.rollouts = _rollouts(run.root, run.settings.get("trainer.callbacks.RolloutTable.path", "rollouts.csv"))
     return run
 
 
@@ -284,6 +290,26 @@ def read_held_out(root: Path) -> dict[str, list[dict[str, Any]]]:
                 _check(record, _GRADED)
                 found.setdefault(f"{when}: {record.get('role', 'student')}", []).append(record)
     return found
+
+
+def _rollouts(root: Path, name: Any) -> list[dict[str, Any]]:
+    """Read the table of `RolloutTable`. Another file, also one outside the run, is not read."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or not _exists(root / name):
+        return []
+    with _damage_as_error(root / name):
+        columns, rows = read_table(root / name)
+        if not {"step", "question", "completion", "tokens", "truncated"} <= set(columns):
+            return []
+        return [
+            {
+                "step": int(row["step"]),
+                "question": row["question"],
+                "completion": row["completion"],
+                "completion_tokens": int(row["tokens"]),
+                "truncated": row["truncated"] == "True",
+            }
+            for row in (dict(zip(columns, cells, strict=True)) for cells in rows)
+        ]
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -98,6 +98,18 @@ def prepare_table(path: Path, columns: Sequence[str], step: int, keep: bool) -> 
             atomic_write(path, now)
 
 
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Read the columns of a table and its complete rows, with `escape_formula` undone.
+
+    Raises:
+        ValueError: A row has another number of cells than there are columns.
+    """
+    columns, *rows = _rows(path.read_bytes().decode("utf-8", "surrogateescape")) or [[]]
+    if wrong := next((row for row in rows if len(row) != len(columns)), None):
+        raise ValueError(f"a row has {len(wrong)} cells, and there are {len(columns)} columns")
+    return columns, [[unescape_formula(cell) for cell in row] for row in rows]
+
+
 def _lines(rows: Iterable[Sequence[Any]]) -> bytes:
     buffer = io.StringIO(newline="")
     csv.writer(buffer).writerows(rows)

@@ -51,16 +51,16 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
-    def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a page. Widths below 600 pixels emulate a phone."""
+    def open(self, page: Path | str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Load a page, by its file or its address. Widths below 600 pixels emulate a phone."""
         phone = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, mobile=phone, deviceScaleFactor=1)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         # Transitions would leave colours half-way when they are read.
         self.call("Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}])
-        self._loaded, self._address = False, path.resolve().as_uri()
-        assert "errorText" not in self.call("Page.navigate", url=self._address), f"cannot open {path}"
+        self._loaded, self._address = False, page if isinstance(page, str) else page.resolve().as_uri()
+        assert "errorText" not in self.call("Page.navigate", url=self._address), f"cannot open {page}"
         deadline = time.monotonic() + SECONDS
         while not self._loaded:
             self._take(deadline)

@@ -61,12 +61,14 @@ class Page(HTMLParser):
         self._script = self._row = self._cell = False
         self.feed(self.source)
         self.text = re.sub(r"\s+", " ", self.text)
-        self.data = json.loads(self.scripts[0])
+        self.data = json.loads(self.scripts[self.data_script])
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._script = tag in ("script", "style")
         if tag == "script":
             self.scripts.append("")
+            if ("type", "application/json") in attrs:
+                self.data_script = len(self.scripts) - 1
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -478,8 +480,8 @@ def test_hostile_text_is_escaped(tmp_path: Path) -> None:
         samples=[{"kind": "val", "step": step, "records": [record]} for step in (0, 2)],
     )
     page = Page(write_report([folder], tmp_path / "page.html"))
-    assert len(page.scripts) == 2 and "<b>" not in page.source.replace("<b>' ~", "").replace("<b>{", "")
-    assert "\u2028" not in page.scripts[0] and HOSTILE in page.data["runs"][0]["train"]["values"]
+    assert len(page.scripts) == 3 and "<b>" not in page.source.replace("<b>' ~", "").replace("<b>{", "")
+    assert "\u2028" not in page.scripts[page.data_script] and HOSTILE in page.data["runs"][0]["train"]["values"]
     assert page.data["runs"][0]["train"]["values"]["train/loss"] == [None, None]
     assert page.text.count("alert(1)") >= 6 and "49" not in page.text
 
@@ -581,6 +583,7 @@ DAMAGED = {
     "record/config.yaml": [b"model: \xe9", b"a: [", b"\0"],
     "record/run.json": [b'{"starts": 3}', b'{"starts": [4]}', b"\xfe"],
     "after/test.jsonl": [b"x\n", b"[]\n", b'{"role": "student"}\n'],
+    "rollouts.csv": [b"step,question,completion,tokens,truncated\r\n" + row for row in (b"x,q,c,1,True\r\n", b"1,q\r\n")],
     "metrics.csv": [
         *(b"step,train/loss\n0,low\n", b"epoch,train/loss\n0,1.5\n", b"step,train/loss\n,1\n"),
         *(b"step,train/loss\n0,\xff\n", b"\xff,train/loss\n", b"step,train/loss\nnan,1\n", b"step,train/loss\n0,1,2\n"),
@@ -637,6 +640,147 @@ MEASURE = """(() => {
 })()"""
 
 
+def graded(index: int, correct: bool, **more: Any) -> dict[str, Any]:
+    found = {"index": index, "question": f"{index} + 1?", "reference": str(index + 1), "completion": f"It is {index}.",
+             "answer": str(index), "correct": correct, "completion_tokens": 4 + index, "truncated": not correct}  # fmt: skip
+    return found | {"samples": 1, "right": int(correct)} | more
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Path:
+    """A run with curves, held-out questions, completions of three kinds, and a page of tokens."""
+    metrics = [
+        line(
+            "train",
+            s,
+            **{"train/loss": (-1) ** s / s, "train/completion_tokens": 20 + s / 10, "train/truncated_fraction": 0.0},
+        )
+        for s in range(1, 101)
+    ]
+    metrics += [line("val", s, **{"val/avg@1": 0.4 + s / 200, "val/avg@1_se": 0.05}) for s in (0, 50, 100)]
+    samples = [{"kind": "val", "step": s, "records": [graded(i, s > i) for i in range(8)]} for s in (0, 50, 100)]
+    folder = written(tmp_path / "a run", metrics=metrics, samples=samples)
+    for when in ("before", "after"):
+        (folder / when).mkdir()
+        records = [graded(i, i % 2 == 0 or when == "after", sample=0, role="student") for i in range(20)]
+        (folder / when / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "rollouts.csv").write_bytes(
+        b"step,question,completion,tokens,truncated,forward_kl\r\n"
+        b'10,1?,\'=SUM(A1),3,False,0.1\r\n10,2?,"a ""quote"",\nand a line",4,True,\r\n20,cut o'
+    )
+    (folder / "tokens.html").write_text("<p>tokens")
+    write_report([folder], folder / "report.html")
+    return folder
+
+
+TABLE = """(() => ({
+  rows: [...document.querySelectorAll("#rows .row")].map(row => [...row.cells].map(cell => cell.innerText.trim().replace(/\\s+/g, " "))),
+  count: document.getElementById("count").textContent, pager: !document.getElementById("pager").hidden,
+}))()"""
+SAVED = """(async button => {
+  let kept; const made = URL.createObjectURL;
+  URL.createObjectURL = blob => (kept = blob, "#kept");
+  try { document.getElementById(button).click(); } finally { URL.createObjectURL = made; }
+  return await kept.text();
+})"""
+
+
+@pytest.mark.browser
+@needs_browser
+def test_table_and_curves_are_browsed_and_saved(full_run: Path) -> None:
+    with browser() as tab:
+        tab.open(full_run / "report.html", width=1280, height=900)
+
+        def table() -> dict[str, Any]:
+            return tab.js(TABLE)
+
+        def choose(name: str, value: str, event: str) -> dict[str, Any]:
+            tab.js(
+                f"(e => {{ e.value = {json.dumps(value)}; e.dispatchEvent(new Event('{event}')); }})(document.getElementById('{name}'))"
+            )
+            return table()
+
+        first = table()
+        assert (
+            first["count"] == "66 of 66" and first["pager"] and len(first["rows"]) == 25
+        )  # 40 held out, 24 validated, 2 trained
+        assert first["rows"][0][0] == "held out, before" and first["rows"][0][3].startswith("✓ correct")
+        tab.point("#next", click=True)
+        tab.point("#next", click=True)
+        assert len(table()["rows"]) == 16 and table()["rows"][-1][0] == "training, step 10"
+        assert choose("when", "validation", "change")["count"] == "24 of 66"
+        assert {row[3].split(" ")[1].rstrip(",") for row in choose("graded", "false", "change")["rows"]} == {"wrong"}
+        assert choose("find", "IT IS 7", "input")["rows"] == [
+            ["validation, step 0", "7 + 1?", "It is 7.", "✗ wrong, truncated answer 7", "11"]
+        ]
+        tab.point("#rows .row .c", click=True)
+        assert tab.js("document.querySelector('.whole-text').innerText").split("\n")[-1] == "8"  # the reference
+        link = tab.js("document.querySelector('#rows a').getAttribute('href')")
+        assert link == "tokens.html#step=0"
+        choose("find", "", "input"), choose("graded", "", "change"), choose("when", "", "change")
+        tab.point("[data-sort=tokens]", click=True)
+        tab.point("[data-sort=tokens]", click=True)
+        assert [int(row[4]) for row in table()["rows"]][:3] == [23, 23, 22]
+        choose("when", "training", "change")
+        rows = list(csv.reader(tab.js(f"{SAVED}('completions-csv')").splitlines(keepends=True)))
+        assert rows[0][:3] == ["run", "when", "step"] and [row[2] for row in rows[1:]] == ["10", "10"]
+        assert sorted(row[5] for row in rows[1:]) == ["'=SUM(A1)", 'a "quote",\nand a line']
+        curves = list(csv.DictReader(tab.js(f"{SAVED}('curves-csv')").splitlines()))
+        kinds = [row["kind"] for row in curves]
+        assert kinds == ["train"] * 100 + ["val"] * 3
+        assert [float(row["train/loss"]) for row in curves[:2]] == [-1, 0.5] and float(curves[-1]["val/avg@1"]) == 0.9
+        # Smoothing changes the curve, and none leaves the values themselves.
+        tab.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+        lines = "[...document.querySelectorAll('figure:not(.main) > svg path:not(.healthy)')].map(p => p.getAttribute('d')).join()"
+        paths = []
+        for amount in ("2", "10", "0"):
+            choose("smoothing", amount, "input")
+            paths.append(tab.js(lines))
+        assert len(set(paths)) == 3 and len(paths[2]) < len(paths[0])
+        assert tab.js("[...document.querySelectorAll('.healthy')].length") == 1  # the completion length
+        assert "healthy" in tab.js("document.querySelector('.range').textContent")
+        assert tab.errors == [] and tab.requests == []
+
+
+@pytest.mark.browser
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_report_fits_the_screen_and_contents_lead_to_headings(width: int, full_run: Path) -> None:
+    with browser() as tab:
+        for dark in (False, True):
+            tab.open(full_run / "report.html", width, 844, dark)
+            assert tab.js("document.documentElement.scrollWidth") <= width
+            tab.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+            assert tab.js("document.documentElement.scrollWidth") <= width
+        empty = "[...document.querySelectorAll('figure > svg')].filter(svg => !svg.querySelector('path')).length"
+        assert tab.js(empty) == 0
+        links = tab.js("[...document.querySelectorAll('.contents a')].map(a => a.getAttribute('href'))")
+        assert {"#result", "#training", "#completions", "#settings"} <= set(links) and len(links) == len(set(links))
+        for link in links:
+            place = tab.js(
+                f"(location.hash = {link!r}, new Promise(done => setTimeout(() => {{ const e = document.querySelector({link!r}),"
+                "bar = document.getElementById('tools').getBoundingClientRect(), top = e.getBoundingClientRect().top;"
+                "done([top, bar.top <= 1 && bar.bottom > 0 ? bar.bottom : 0, innerHeight]); }, 60)))"
+            )
+            assert place[1] <= place[0] < place[2], link  # below the bar, and on the screen
+        # Both pages share the colours.
+        tab.point("[data-colours=light]", click=True)
+        tab.open(full_run / "report.html", width, 844, dark=True)
+        assert tab.js("document.documentElement.dataset.theme") == "light"
+        assert tab.errors == [] and tab.requests == []
+
+
+def test_held_out_result_is_the_head_figure(full_run: Path) -> None:
+    page = Page(full_run / "report.html")
+    low, high = wilson_interval(0.5, 20)
+    head = page.text[: page.text.index("Tokens generated")]
+    assert f"Student before 50.0 % {100 * low:.1f} to {100 * high:.1f} %" in head and "Student after 100.0 %" in head
+    assert "+50.0 points" in head
+    assert page.links.count("tokens.html") == 2  # at the top, and among the run's files
+    titles = [chart["title"] for chart in page.data["charts"]]
+    assert "Truncated completions" not in titles and ["Truncated completions", "0.0 %"] in page.rows
+
+
 @pytest.mark.browser
 @needs_browser
 def test_page_works_in_a_browser(tmp_path: Path) -> None:
@@ -644,7 +788,8 @@ def test_page_works_in_a_browser(tmp_path: Path) -> None:
     folders = []
     for name, gain in (("low", 0.1), ("high", 0.3)):
         metrics = [
-            line("train", s, **{"train/loss": 1 / s, "train/forward_kl": 0.5, "train/reverse_kl": 0.6}) for s in range(1, 21)
+            line("train", s, **{"train/loss": 1 / s, "train/forward_kl": 0.5 + s, "train/reverse_kl": 0.6})
+            for s in range(1, 21)
         ]
         metrics += [line("val", s, **{"val/avg@1": 0.4 + gain * s / 20, "val/avg@1_se": 0.05}) for s in (0, 10, 20)]
         folders.append(written(tmp_path / name, metrics=metrics))

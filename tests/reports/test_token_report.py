@@ -34,8 +34,9 @@ from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.reports.html import render_template
+from opsd_lightning.reports.token_data import MEASURED
 from opsd_lightning.reports.token_figure import draw
-from opsd_lightning.reports.token_report import MEASURED, TokenReport, read_tokens
+from opsd_lightning.reports.token_report import TokenReport, read_tokens
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.teachers import EMATeacher, LiveTeacher, TrustRegionTeacher
 from opsd_lightning.types import ConfigError, Rollouts, Sampling, UserError
@@ -442,10 +443,10 @@ CARDS = "[...document.querySelectorAll('.card')].map(card => card.querySelector(
 def test_the_page_shows_every_token_and_runs_nothing_else(nasty_page: Path, tab: Browser) -> None:
     tab.open(nasty_page)
     source, data = nasty_page.read_text(encoding="utf-8"), read_tokens(nasty_page)
-    assert source.count("</script>") == 2 and tab.js("document.scripts.length") == 2  # its data, and its own
+    assert source.count("</script>") == 3 and tab.js("document.scripts.length") == 3  # colours, its data, and its own
     step = data["steps"][-1]
     assert [shown["grade"] for shown in step["rollouts"]] == ["correct", "wrong", "none", "correct"]
-    questions = tab.js("[...document.querySelectorAll('.side > p:last-of-type')].map(p => p.textContent)")
+    questions = tab.js("[...document.querySelectorAll('.question')].map(p => p.textContent)")
     visible = NASTY.replace("\u2028", "⟨2028⟩").replace("\u2029", "⟨2029⟩").replace("\u202e", "⟨202E⟩")
     assert all(question.endswith(visible) for question in questions)
     texts = tab.js("[...document.querySelectorAll('.tokens')].map(e => [...e.children].map(t => t.textContent))")
@@ -577,7 +578,7 @@ CONTRAST = """(() => {
     found.push((pair[0] + .05) / (pair[1] + .05));
   }
   probe.remove();
-  for (const e of document.querySelectorAll('.meta, .chip, .step, .badge, .facts, summary, .keys, .ticks, .hint, .how p')) {
+  for (const e of document.querySelectorAll('.meta, .chip, .step, .badge, .facts, summary, .keys, .ticks, .hint, .how p, .finds label, .themes button, .corner a')) {
     const pair = [light([getComputedStyle(document.body).backgroundColor]), light([getComputedStyle(e).color])].sort((a, b) => b - a);
     if (e.getAttribute('aria-pressed') !== 'true') found.push((pair[0] + .05) / (pair[1] + .05));
   }
@@ -599,7 +600,7 @@ def test_page_fits_narrow_screens(width: int, nasty_page: Path, tab: Browser) ->
         tab.point(".step:last-child", click=True)
         tab.point(".card:nth-of-type(2) .t:nth-child(40)", click=True)
         assert tab.js("document.documentElement.scrollWidth") <= width
-        over = "[...document.querySelectorAll('body *')].filter(e => !e.closest('svg, .steps, .unseen, .skip') && e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+        over = "[...document.querySelectorAll('body *')].filter(e => !e.closest('svg, .steps, .same, .unseen, .skip') && e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
         assert tab.js(over) == []
         token, panel = (
             tab.js(f"document.querySelector('{s}').getBoundingClientRect().toJSON()") for s in (".t.on", "#detail")
@@ -610,11 +611,93 @@ def test_page_fits_narrow_screens(width: int, nasty_page: Path, tab: Browser) ->
             assert not tab.js("document.querySelector('#detail').getClientRects().length")
     day, night = papers
     assert day != night
-    tab.point("#theme", click=True)
-    assert tab.js("getComputedStyle(document.body).backgroundColor") == day
-    tab.point("#theme", click=True)
-    assert tab.js("getComputedStyle(document.body).backgroundColor") == night
-    tab.js("localStorage.clear()")
+    # Chosen colours hold for the next page too; "auto" follows the system again, which is dark here.
+    for chosen, paper in (("light", day), ("dark", night), ("light", day), ("auto", night)):
+        tab.point(f"[data-colours={chosen}]", click=True)
+        assert tab.js("getComputedStyle(document.body).backgroundColor") == paper
+        tab.open(nasty_page, width, 844, dark=True)
+        assert tab.js("getComputedStyle(document.body).backgroundColor") == paper
+        pressed = "[...document.querySelectorAll('[data-colours][aria-pressed=true]')].map(b => b.dataset.colours)"
+        assert tab.js(pressed) == [chosen]
+    assert not tab.errors and not tab.requests
+
+
+@pytest.mark.browser
+@needs_browser
+def test_cards_are_as_tall_as_their_contents(nasty_page: Path, tab: Browser) -> None:
+    """The question and the tokens stand below each other, in the whole width of the card, with no empty half."""
+    for width in (390, 1280):
+        tab.open(nasty_page, width, 844)
+        boxes = "card => [card, card.querySelector('.tokens')].map(e => e.getBoundingClientRect().toJSON())"
+        for card, tokens in tab.js(f"[...document.querySelectorAll('.card')].map({boxes})"):
+            assert tokens["width"] >= card["width"] - 50 and 0 < card["bottom"] - tokens["bottom"] < 60
+
+
+@pytest.mark.browser
+@needs_browser
+def test_page_searches_and_sorts_rollouts(nasty_page: Path, tab: Browser) -> None:
+    tab.open(nasty_page)
+    steps = read_tokens(nasty_page)["steps"]
+
+    def rows() -> list[int]:
+        return [int(name.split("rollout ")[1]) - 1 for name in tab.js(CARDS)]
+
+    def find(text: str) -> list[int]:
+        typed = f"box.value = {text!r}; box.dispatchEvent(new Event('input'));"
+        wait = "return new Promise(done => setTimeout(() => done(0), 400));"
+        tab.js(f"(() => {{ const box = document.getElementById('find'); {typed} {wait} }})()")
+        return rows()
+
+    hits = "[...document.querySelectorAll('.hit')].map(t => t.textContent).join('')"
+    assert find("ANSWER IS 4") == [0, 1, 2, 3]  # the trace of every question has it
+    assert find("6 * 7") == [0] and tab.js(hits) == "6 * 7"
+    assert find("答え 😀 The") == [1] and tab.js(hits).replace("◦", "") == "答え 😀 The"
+    assert find("no such text") == [] and tab.js("document.querySelector('main .none').innerText").strip()
+    assert find("6 * 7") == [0] and tab.js("location.hash.includes('find=')")
+    tab.point("#found .link", click=True)  # those of the other step too
+    assert rows() == [0, 0]
+    assert find("") == [0, 1, 2, 3] * 2
+    tab.point(".step:nth-child(2)", click=True)
+    for measure in ("forward_kl", "gap"):
+        tab.js(f"measure.value = '{measure}', measure.dispatchEvent(new Event('change'))")
+        values = []
+        for shown in steps[1]["rollouts"]:
+            gap = [t - s for t, s in zip(shown["teacher"]["logprob"], shown["student"]["logprob"], strict=True)]
+            values.append(gap if measure == "gap" else shown[measure])
+        means = [abs(sum(row) / len(row)) for row in values]
+        most = [max(map(abs, row)) for row in values]
+        for order, keys in (("mean", means), ("most", most), ("least", [-mean for mean in means])):
+            tab.js(f"order.value = '{order}', order.dispatchEvent(new Event('change'))")
+            assert rows() == sorted(range(4), key=lambda row: -keys[row]), (measure, order)
+    assert not tab.errors and not tab.requests
+
+
+@pytest.mark.browser
+@needs_browser
+def test_page_shows_a_question_across_steps_and_links_lead_to_steps(nasty_page: Path, tab: Browser, tmp_path: Path) -> None:
+    data = read_tokens(nasty_page)
+    first, second = data["steps"]
+    for step in (first, second):  # one question in both steps, and one in each
+        step["rollouts"] = step["rollouts"][::2]
+        step["rollouts"][0]["question"] = NASTY
+        step["rollouts"][1]["question"] = f"only in step {step['step']}"
+    data["run"]["report"] = "a%20b/report.html"
+    path = tmp_path / "tokens.html"
+    path.write_text(render_template("token_report.html", script_json(data)), encoding="utf-8")
+    tab.open(path)
+    assert tab.js("document.querySelector('#report').getAttribute('href')") == "a%20b/report.html"
+    assert tab.js("[...document.querySelectorAll('.same')].map(e => e.hidden)") == [False, True]
+    tab.point(".same button[title]:not([aria-current])", click=True)
+    assert tab.js(CARDS)[0] == f"Step {first['step']}, rollout 1"
+    tab.point(".same .together", click=True)
+    assert tab.js(CARDS) == [f"Step {step['step']}, rollout 1" for step in (first, second)]
+    tab.point(".one .link", click=True)
+    assert len(tab.js(CARDS)) == 4
+    for hash, names in (("#step=1&by=loss", [1, 1]), ("#step=all", [1, 1, 2, 2]), ("#step=99", [2, 2]), ("#step=x", [2, 2])):
+        tab.open(path)
+        tab.js(f"(location.hash = {hash!r}, new Promise(done => setTimeout(() => done(0), 200)))")
+        assert [int(name.split(",")[0].split()[1]) for name in tab.js(CARDS)] == names
+        assert tab.js("measure.value") == ("loss" if "loss" in hash else "forward_kl")
     assert not tab.errors and not tab.requests
 
 
@@ -644,6 +727,8 @@ def test_a_full_page_stays_quick(nasty_page: Path, tab: Browser, tmp_path: Path)
     assert tab.js("document.querySelectorAll('.t').length") == 20 * 4 * 512
     assert seconds < 8  # half a second on two cores
     assert "⟨D800⟩ lone" in tab.js("document.querySelector('.facts').textContent")
+    tab.point(".same .together", click=True)
+    assert tab.js("document.querySelectorAll('.card').length") == 80
     assert not tab.errors and not tab.requests
 
 

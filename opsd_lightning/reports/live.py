@@ -1,0 +1,317 @@
+"""Student and teacher of a checkpoint, who answer and score questions that are typed in.
+
+The student samples with the trained weights. The teacher scores the student's tokens with the weights that the run's teacher
+has, and reads the context that was typed in.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+
+import opsd_lightning
+from opsd_lightning.checkpoints.file import load_file, local_path
+from opsd_lightning.checkpoints.shards import is_shards
+from opsd_lightning.data.datamodule import OPSDDataModule
+from opsd_lightning.grading.math_grader import MathGrader
+from opsd_lightning.losses.objectives import DivergenceObjective, Objective, Term
+from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.models.policy import LoRA, Policy, evaluating
+from opsd_lightning.models.scoring import Scorer
+from opsd_lightning.prompts.templates import Prompts
+from opsd_lightning.reports.token_data import TOP, completion_data, pieces_of
+from opsd_lightning.reports.token_scores import TokenScores, predictions
+from opsd_lightning.rollouts.base import RolloutEngine
+from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.runs.reader import RECORD_FOLDER, read_run, short_class
+from opsd_lightning.teachers import FixedTeacher, LiveTeacher, Teacher
+from opsd_lightning.types import ConfigError, Example, Sampling, UserError
+from opsd_lightning.utils.redaction import redact_text
+from opsd_lightning.utils.token_text import Pieces
+
+_Part = TypeVar("_Part")
+_SETTING = "CHECKPOINT"
+_FIX = "Give a checkpoint file (.ckpt) of a run, a folder that AdapterExport wrote, or a model"
+_MOST_SAMPLES, _MAX_TOKENS = 16, 4096  # of one question
+#: Settings of a run's policy that its exported adapter is loaded with.
+_POLICY_SETTINGS = ("dtype", "chat_template", "pad_token", "revision", "max_length")
+
+
+@dataclass
+class Live:
+    """Student and teacher, and the settings that they answer with.
+
+    Args:
+        policy: Settings of the model.
+        model: The network of both.
+        tokenizer: Its tokenizer.
+        teacher: Weights of the teacher. It is attached to the model.
+        prompts: Templates of both prompts.
+        objective: Objective that measures the tokens.
+        sampling: Sampling of the run, which the form shows at the start.
+        method: Name of the run's method, or None.
+        token_budget: Limit on the tokens of one scoring pass.
+    """
+
+    policy: Policy
+    model: Any
+    tokenizer: Any
+    teacher: Teacher
+    prompts: Prompts
+    objective: Objective
+    sampling: Sampling
+    method: str | None = None
+    token_budget: int = 8192
+    engine: RolloutEngine = field(default_factory=TransformersEngine)
+
+    def __post_init__(self) -> None:
+        self._pieces = Pieces(self.tokenizer)
+        self._lock = threading.Lock()
+        self._asked = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Return the values that the head of the page shows, and those that the form starts with."""
+        found = {
+            "version": opsd_lightning.__version__,
+            "model": redact_text(self.policy.model),
+            "method": self.method,
+            "objective": type(self.objective).__name__,
+            "teacher": type(self.teacher).__name__,
+            "live": {
+                "samples": 1,
+                "temperature": self.sampling.temperature,
+                "max_new_tokens": min(self.sampling.max_new_tokens, _MAX_TOKENS),
+                "reads_context": self.teacher.privileged,
+            },
+        }
+        for part in ("divergence", "clip"):
+            found[part] = type(getattr(self.objective, part)).__name__ if hasattr(self.objective, part) else None
+        return found
+
+    def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Sample completions of a question, score them with both roles, and return them as a step of the token page.
+
+        Args:
+            asked: ``question``, and optionally ``context`` for the teacher, ``samples``, ``temperature``,
+                ``max_new_tokens`` and ``seed``.
+
+        Raises:
+            UserError: The question is empty or does not fit the model, or a value is out of range.
+        """
+        question, context = (str(asked.get(name) or "").strip() for name in ("question", "context"))
+        if not question:
+            raise UserError("the question is empty: type one")
+        sampling = Sampling(
+            max_new_tokens=int(_number(asked, "max_new_tokens", self.sampling.max_new_tokens, 1, _MAX_TOKENS)),
+            temperature=_number(asked, "temperature", self.sampling.temperature, 0, 10),
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
+            min_p=self.sampling.min_p,
+            n=int(_number(asked, "samples", 1, 1, _MOST_SAMPLES)),
+        )
+        example = Example(question, "", "")
+        student = self.prompts.student(self.tokenizer, example)
+        teacher = student
+        if context and self.teacher.privileged:
+            teacher = self.prompts.teacher(self.tokenizer, example, context)
+        limits = [limit for limit in (self.policy.context_length(), self.teacher.context_length()) if limit is not None]
+        needed = max(len(student), len(teacher)) + sampling.max_new_tokens
+        if limits and needed > min(limits):
+            raise UserError(
+                f"prompt and completion need {needed} tokens, and the model reads {min(limits)}: shorten the question or "
+                "the context, or lower the length of the completion"
+            )
+        with self._lock:  # one model
+            self._asked += 1
+            seed = int(_number(asked, "seed", self._asked, 0, 2**32 - 1))
+            rollouts = self._score(student, teacher, sampling, seed)
+            step = self._asked
+        common = {
+            "question": question,
+            "trace": None,
+            "context": context or None,
+            "reference": None,
+            "student_prompt": redact_text(str(self.tokenizer.decode(student))),
+            "teacher_prompt": redact_text(str(self.tokenizer.decode(teacher))),
+            "answer": None,
+            "grade": "ungraded",
+            "sampled": True,
+        }
+        rollouts = [common | {"row": row} | rollout for row, rollout in enumerate(rollouts)]
+        return {
+            "step": step,
+            "temperature": self.objective.temperature,
+            "pieces": pieces_of(self._pieces, rollouts),
+            "rollouts": rollouts,
+        }
+
+    @torch.no_grad()
+    def _score(self, student: list[int], teacher: list[int], sampling: Sampling, seed: int) -> list[dict[str, Any]]:
+        """Sample completions of the student's prompt, and score them with both prompts."""
+        objective, scorer = self.objective, Scorer(self.model, self.token_budget)
+        with evaluating(self.model):
+            rollouts = self.engine.generate(self.model, [student], sampling, seed)
+            completions, sizes = rollouts.completions, [len(completion) for completion in rollouts.completions]
+            ours = scorer.score([student] * len(sizes), completions)
+            theirs = self.teacher.score(scorer, [teacher] * len(sizes), completions)
+            targets = torch.tensor([t for c in completions for t in c], dtype=torch.long, device=ours.hidden.device)
+            weights = objective.token_weights(rollouts)
+            _, measured = Term(objective, weights, theirs).loss(ours, targets, range(len(sizes)), sizes)
+            settings = (objective.temperature, TOP, objective.logits_memory_mib)
+            roles = [predictions(states, targets, *settings).split(sizes) for states in (ours, theirs)]
+        columns = {name: values.float().cpu().split(sizes) for name, values in measured.items()}
+        return [
+            completion_data(
+                self._pieces,
+                completion,
+                len(completion),
+                weights[row],
+                {name: values[row] for name, values in columns.items()},
+                TokenScores(roles[0][row], roles[1][row]),
+            )
+            | {"truncated": not rollouts.terminated[row]}
+            for row, completion in enumerate(completions)
+        ]
+
+
+def _number(asked: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = asked.get(name)
+    if value is None or value == "":
+        return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not low <= number <= high:
+        raise UserError(f"{name.replace('_', ' ')} is {str(value)[:40]!r}: give a number from {low:g} to {high:g}")
+    return number
+
+
+def load_live(checkpoint: str, base: str | None = None, device: str | None = None) -> Live:
+    """Load the student and the teacher of a checkpoint.
+
+    Args:
+        checkpoint: A checkpoint file of a command-line run, a folder of an exported adapter, or a model: a folder, a Hugging
+            Face id or a ``.gguf`` file. A model without an adapter is student and teacher at once.
+        base: Base model, in place of the one that the checkpoint names.
+        device: Device of the model. Defaults to a GPU if there is one.
+
+    Raises:
+        ConfigError: The checkpoint cannot be loaded.
+    """
+    found = _of_file(checkpoint, base) if checkpoint.endswith(".ckpt") else _of_folder(checkpoint, base)
+    found.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found.model.requires_grad_(False)
+    return found
+
+
+def _of_file(checkpoint: str, base: str | None) -> Live:
+    path = local_path(checkpoint, _SETTING)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder of shards", _SETTING, "Give the adapter that AdapterExport wrote")
+    saved = load_file(path)
+    prompts = _built(Prompts, _part(saved, OPSDDataModule.CHECKPOINT_HYPER_PARAMS_KEY, "prompts"))
+    # The engine and the grader of the run may be servers. Here completions are sampled by the model itself, and not graded.
+    parts: dict[str, Any] = {"rollouts": TransformersEngine(), "grader": MathGrader()}
+    if "prompts" in _part(saved, PolicyModule.CHECKPOINT_HYPER_PARAMS_KEY):
+        parts["prompts"] = prompts
+    if base is not None:
+        parts["policy"] = Policy(base)
+    module = PolicyModule.load_from_checkpoint(path, weights_only=True, **parts)
+    teacher = getattr(module, "teacher", None)
+    objective = module.objective
+    if teacher is None or not objective.uses_teacher:  # SFT and GRPO: compared with their start
+        teacher = _base_teacher(module.model)
+        objective = DivergenceObjective(temperature=objective.temperature)
+    return Live(
+        module.policy,
+        module.model,
+        module.tokenizer,
+        teacher,
+        prompts.of_split("train"),
+        objective,
+        module.sampling,
+        type(module).__name__,
+        module.token_budget,
+    )
+
+
+def _of_folder(checkpoint: str, base: str | None) -> Live:
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir() and is_shards(folder):
+        raise ConfigError(f"{folder} is a folder of shards", _SETTING, "Give the adapter that AdapterExport wrote")
+    config: dict[str, Any] = {}
+    if (folder / "adapter_config.json").is_file():
+        config = _settings_beside(folder)
+        known = _part(config, "model", "policy")
+        model = base or _base_model(folder)
+        policy = Policy(model, adapter=str(folder), **{name: known[name] for name in _POLICY_SETTINGS if known.get(name)})
+    elif base is not None:
+        raise ConfigError(f"{checkpoint} is no adapter, and --model names a base model", "--model", "Leave it out")
+    else:
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} holds neither an adapter nor a model", _SETTING, _FIX)
+        policy = Policy(checkpoint, lora=LoRA(r=1))  # an adapter that changes nothing
+    tokenizer, network = policy.load_tokenizer(), policy.build()
+    objective = _part(config, "model", "objective")
+    return Live(
+        policy,
+        network,
+        tokenizer,
+        _base_teacher(network),
+        _built(Prompts, _part(config, "data", "prompts")).of_split("train"),
+        _built(DivergenceObjective, {name: objective[name] for name in ("temperature",) if name in objective}),
+        _built(Sampling, _part(config, "model", "sampling") or {"max_new_tokens": 256}),
+        short_class(str(config.get("model", {}).get("class_path", ""))) or None,
+    )
+
+
+def _base_teacher(model: Any) -> Teacher:
+    """Return the base model as the teacher. After full fine-tuning it is not in memory: then the model itself."""
+    if not isinstance(model, PeftModel):
+        return LiveTeacher()
+    teacher = FixedTeacher()
+    teacher.use_base_weights()
+    return teacher
+
+
+def _base_model(folder: Path) -> str:
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{folder} does not name its base model ({error})", "--model", "Name it") from None
+    if not isinstance(found, str) or not found:
+        raise ConfigError(f"{folder} does not name its base model", "--model", "Name it")
+    return found
+
+
+def _settings_beside(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run that an adapter was exported from, if its record lies beside the folder."""
+    root = folder.resolve().parent
+    return read_run(root).config if (root / RECORD_FOLDER / "run.json").is_file() else {}
+
+
+def _part(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return the settings of a part, or an empty mapping. Settings of a class stand below its ``init_args``."""
+    found: Any = config
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping) and isinstance(found.get("init_args"), Mapping):
+            found = found["init_args"]
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _built(kind: type[_Part], settings: Mapping[str, Any]) -> _Part:
+    """Build a part from recorded settings. Those that are not set are left out."""
+    try:
+        return kind(**{name: value for name, value in settings.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        problem = f"the run has unusable settings of {kind.__name__} ({error})"
+        raise ConfigError(problem, _SETTING, "Copy the adapter's folder to another place to use the defaults") from None

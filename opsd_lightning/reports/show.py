@@ -1,0 +1,56 @@
+"""``opsd show``: the token page for questions that are typed in, served on the loopback interface."""
+
+from __future__ import annotations
+
+from opsd_lightning.utils.terminal import SafeArgumentParser, say
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``opsd show``.
+
+    Raises:
+        SystemExit: With status 2 for a mistake of the user.
+    """
+    parser = SafeArgumentParser(
+        prog="opsd show",
+        description="Show the tokens of student and teacher for questions that you type, on a page in your browser.",
+        epilog="The page is served on 127.0.0.1 alone, at an address with a random token. Nothing is written to disk.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="checkpoint file (.ckpt) of a run, folder of an exported adapter, or a model: a folder or a Hugging Face id",
+    )
+    parser.add_argument("--model", help="base model, in place of the one that the checkpoint names")
+    parser.add_argument("--device", help="device of the model, such as cpu or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--port", type=int, default=0, help="port of the page (default: a free one)")
+    options = parser.parse_args(argv)
+    if not 0 <= options.port < 2**16:
+        parser.error("--port must be from 0 to 65535")
+
+    # Here, so that `opsd show --help` answers at once.
+    from opsd_lightning.reports.html import render_template
+    from opsd_lightning.reports.live import load_live
+    from opsd_lightning.reports.loopback import LoopbackServer
+    from opsd_lightning.types import UserError
+    from opsd_lightning.utils.files import script_json
+    from opsd_lightning.utils.library_messages import hide_library_messages
+
+    try:
+        with hide_library_messages():
+            live = load_live(options.checkpoint, options.model, options.device)
+    except UserError as error:
+        say(f"error: {error}", error=True)
+        raise SystemExit(2) from error
+    page = render_template("show.html", script_json({"run": live.describe(), "steps": []}))
+    try:
+        server = LoopbackServer(page, live.answer, options.port)
+    except OSError as error:
+        say(f"error: --port: cannot listen on port {options.port} ({error.strerror}). Choose another port", error=True)
+        raise SystemExit(2) from error
+    with server:
+        say(f"Open in a browser on this machine (Ctrl-C ends it):\n{server.address}")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say("Stopped.")
