@@ -90,6 +90,8 @@ _CHARTS: tuple[Spec, ...] = (
             ("train/grading_failures", "failures, training"),
             ("val/grading_timeouts", "timeouts, validation"),
             ("val/grading_failures", "failures, validation"),
+            ("val/teacher_grading_timeouts", "timeouts, teacher"),
+            ("val/teacher_grading_failures", "failures, teacher"),
         ),
     ),
     Spec(
@@ -223,7 +225,7 @@ def charts_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str,
         name: _values(runs, name)
         for name in dict.fromkeys(n for run in runs for p in (*run.train, *run.validations) for n in p.values)
     }
-    several = len(runs) > 1
+    logged, several = list(values), len(runs) > 1
     ranges = healthy_ranges(runs[0]) if not several else {}
     charts: list[dict[str, Any]] = []
     constant: list[dict[str, Any]] = []
@@ -244,11 +246,11 @@ def charts_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str,
                 }
             charts.append(found | more)
             return
-        for name, label in spec.series:
-            if any(values.get(name, ())):
-                title = spec.title if label == spec.title or len(names) == 1 else f"{spec.title}: {label}"
-                row = {"title": title, "unit": spec.unit, "percent": spec.percent, "name": name}
-                constant.append(row | {"values": [each[0] if each else None for each in values[name]]})
+        shown = [(name, label) for name, label in spec.series if any(values.get(name, ()))]
+        for name, label in shown:
+            row = {"title": spec.title if len(shown) == 1 else f"{spec.title}: {label}", "unit": spec.unit}
+            row |= {"percent": spec.percent, "name": name, "values": [each[0] if each else None for each in values[name]]}
+            constant.append(row)
 
     if any(run.accuracy for run in runs):
         ks = {run.accuracy.rpartition("@")[2] for run in runs if run.accuracy}
@@ -277,7 +279,7 @@ def charts_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str,
         used |= {name.removeprefix("+") for name, _ in spec.series}
         kept = [(name.removeprefix("+"), label) for name, label in spec.series if not (several and name.startswith("+"))]
         add(spec.section, spec._replace(series=tuple(kept)))
-    for name in list(values):
+    for name in logged:
         if name in used or "@" in name or (name.startswith("skills/") and all(run.skills for run in runs)):
             continue
         percent = name.endswith(("_fraction", "_rate", "_share"))

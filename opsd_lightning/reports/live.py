@@ -7,9 +7,11 @@ has, and reads the context that was typed in.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +21,6 @@ from peft import PeftModel
 import opsd_lightning
 from opsd_lightning.checkpoints.file import load_file, local_path
 from opsd_lightning.checkpoints.shards import is_shards
-from opsd_lightning.data.datamodule import OPSDDataModule
-from opsd_lightning.grading.math_grader import MathGrader
 from opsd_lightning.losses.objectives import DivergenceObjective, Objective, Term
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.models.policy import LoRA, Policy, evaluating
@@ -39,6 +39,7 @@ from opsd_lightning.utils.token_text import Pieces
 _Part = TypeVar("_Part")
 _SETTING = "CHECKPOINT"
 _FIX = "Give a checkpoint file (.ckpt) of a run, a folder that AdapterExport wrote, or a model"
+_HEIGHT = 4  # RUN/lightning_logs/version_0/checkpoints/NAME.ckpt
 _MOST_SAMPLES, _MAX_TOKENS = 16, 4096  # of one question
 #: Settings of a run's policy that its exported adapter is loaded with.
 _POLICY_SETTINGS = ("dtype", "chat_template", "pad_token", "revision", "max_length")
@@ -216,15 +217,13 @@ def _of_file(checkpoint: str, base: str | None) -> Live:
     path = local_path(checkpoint, _SETTING)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder of shards", _SETTING, "Give the adapter that AdapterExport wrote")
-    saved = load_file(path)
-    prompts = _built(Prompts, _part(saved, OPSDDataModule.CHECKPOINT_HYPER_PARAMS_KEY, "prompts"))
-    # The engine and the grader of the run may be servers. Here completions are sampled by the model itself, and not graded.
-    parts: dict[str, Any] = {"rollouts": TransformersEngine(), "grader": MathGrader()}
-    if "prompts" in _part(saved, PolicyModule.CHECKPOINT_HYPER_PARAMS_KEY):
-        parts["prompts"] = prompts
     if base is not None:
-        parts["policy"] = Policy(base)
-    module = PolicyModule.load_from_checkpoint(path, weights_only=True, **parts)
+        raise ConfigError("a checkpoint names its model itself", "--model", "Leave it out, or give the exported adapter")
+    method = _method(load_file(path).get(PolicyModule.CHECKPOINT_HYPER_PARAMS_KEY, {}), path)
+    module = method.load_from_checkpoint(path, weights_only=True)
+    prompts = getattr(module, "prompts", None)
+    if prompts is None:  # SFT and GRPO have none of their own
+        prompts = _built(Prompts, _part(_settings_beside(path), "data", "prompts"))
     teacher = getattr(module, "teacher", None)
     objective = module.objective
     if teacher is None or not objective.uses_teacher:  # SFT and GRPO: compared with their start
@@ -241,6 +240,18 @@ def _of_file(checkpoint: str, base: str | None) -> Live:
         type(module).__name__,
         module.token_budget,
     )
+
+
+def _method(settings: Mapping[str, Any], path: Path) -> type[PolicyModule]:
+    """Return the method of a checkpoint's settings. Only modules of this package and imported ones are looked at."""
+    name = settings.get("_class_path")
+    place, _, kind = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+    module = import_module(place) if f"{place}.".startswith("opsd_lightning.") else sys.modules.get(place)
+    found = getattr(module, kind, None)
+    if not (isinstance(found, type) and issubclass(found, PolicyModule)):
+        problem = f"{path} does not name a method of this package (it names {name!r})"
+        raise ConfigError(problem, _SETTING, "Give a checkpoint of a command-line run, or the exported adapter")
+    return found
 
 
 def _of_folder(checkpoint: str, base: str | None) -> Live:
@@ -292,10 +303,12 @@ def _base_model(folder: Path) -> str:
     return found
 
 
-def _settings_beside(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run that an adapter was exported from, if its record lies beside the folder."""
-    root = folder.resolve().parent
-    return read_run(root).config if (root / RECORD_FOLDER / "run.json").is_file() else {}
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """Return the settings of the run that wrote a file or a folder, if the run's record lies in a folder above it."""
+    for root in list(path.resolve().parents)[:_HEIGHT]:
+        if (root / RECORD_FOLDER / "run.json").is_file():
+            return read_run(root).config
+    return {}
 
 
 def _part(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
