@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -125,7 +126,8 @@ def test_other_requests_are_refused_and_the_server_goes_on(server: LoopbackServe
     for raw in (b"\0\1\2\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"x" * 70_000 + b"\r\n\r\n"):
         with socket.create_connection((ADDRESS, server.server_port), timeout=20) as connection:
             connection.sendall(raw)
-            assert PAGE.encode() not in connection.recv(1000)
+            with suppress(ConnectionResetError):  # closed before all of it was read
+                assert PAGE.encode() not in connection.recv(1000)
     # A connection that says nothing does not hold up the others.
     with socket.create_connection((ADDRESS, server.server_port), timeout=20):
         assert ask(server, path)[0] == 200
