@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import TrainableTokensWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import EMBEDDING_LAYER_NAMES, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -34,6 +36,9 @@ def write_adapter(
     tokenizer: Any = None,
     setting: str = "folder",
     kept: Sequence[Protected] = (),
+    card: str | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
 ) -> Path:
     """Write the student's adapter as a peft folder, or the whole model in full fine-tuning. The write is atomic.
 
@@ -45,17 +50,23 @@ def write_adapter(
         tokenizer: Tokenizer to write into the folder as well. Defaults to none.
         setting: Name of the setting that the folder comes from, for errors.
         kept: Files and folders that must not be overwritten, with a description of each (see `folders.check_replaceable`).
+        card: Contents of the folder's ``README.md``. Defaults to peft's own.
+        base_model: Hub id of the base model in the adapter's settings. Defaults to the name that the model was loaded by.
+        revision: Branch, tag or commit of the base model in the adapter's settings. Defaults to none.
 
     Raises:
         ConfigError: The folder must not be replaced, or its contents, when read back, differ from the policy. An earlier
             export then stays.
     """
     folder = Path(folder)
-    adapter: Any = {"selected_adapters": [STUDENT]} if isinstance(model, PeftModel) else {}
+    adapter: Any = {}
+    if isinstance(model, PeftModel):
+        adapter = {"selected_adapters": [STUDENT], "save_embedding_layers": _saves_embeddings(model)}
     with replace_folder(folder, setting, ADAPTER, [*kept, *_sources(model)]) as temporary:
         model.save_pretrained(str(temporary), state_dict=state_dict, safe_serialization=True, **adapter)
         if isinstance(model, PeftModel):
             check_adapter(model, temporary, state_dict)
+            _name_base_model(temporary, base_model, revision)
         else:
             tokens = probe_tokens(model)
             fix = "Use the checkpoint, which is not affected"
@@ -63,7 +74,33 @@ def write_adapter(
             check_model(temporary, expected, tokens, model, f"export to {folder}", fix, written)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
+        _write_card(temporary, card)
     return folder
+
+
+def _saves_embeddings(model: PeftModel) -> bool | Literal["auto"]:
+    """Return peft's ``save_embedding_layers``: ``auto`` for adapted embeddings.
+
+    For others, peft would ask the hub at every export whether the vocabulary was resized, which a policy never does.
+    """
+    config: Any = model.peft_config[STUDENT]
+    layers = {name.rpartition(".")[2] for name, part in base_of(model).named_modules() if isinstance(part, BaseTunerLayer)}
+    return "auto" if layers & set(EMBEDDING_LAYER_NAMES) and config.trainable_token_indices is None else False
+
+
+def _name_base_model(folder: Path, base_model: str | None, revision: str | None) -> None:
+    """Write the base model's hub id and revision into the settings of an adapter's folder, where they are given."""
+    path = folder / "adapter_config.json"
+    given = {"base_model_name_or_path": base_model, "revision": revision}
+    settings = json.loads(path.read_text(encoding="utf-8")) | {
+        name: value for name, value in given.items() if value is not None
+    }
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _write_card(folder: Path, card: str | None) -> None:
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _sources(model: Any) -> list[Protected]:
@@ -108,6 +145,7 @@ def merge_adapter(
     dequantize: bool = False,
     setting: str = "folder",
     kept: Sequence[Protected] = (),
+    card: str | None = None,
 ) -> Path:
     """Write the base model with an adapter merged into its weights, as a model folder with a tokenizer.
 
@@ -121,6 +159,7 @@ def merge_adapter(
             instead of the original ones. The merged model then gives the same results as in training.
         setting: Name of the setting that the folder comes from, for errors.
         kept: Files and folders that must not be overwritten, with a description of each (see `folders.check_replaceable`).
+        card: Contents of the folder's ``README.md``. Defaults to none.
 
     Raises:
         ConfigError: ``dequantize`` is set for a policy that is not quantized to 4 bits, the folder must not be replaced, the
@@ -156,6 +195,7 @@ def merge_adapter(
     with replace_folder(folder, setting, MERGED, kept) as temporary:
         merged.save_pretrained(temporary, safe_serialization=True)
         policy.load_tokenizer().save_pretrained(temporary)
+        _write_card(temporary, card)
         like = merged.to("meta")  # free the weights before they are read back
         check_model(temporary, expected, tokens, like, f"merge into {folder}", "Load the adapter on its base model instead")
     return Path(folder)

@@ -363,6 +363,8 @@ class ModelSettings(ABC):
                 "Remove it",
             )
         config.inference_mode = False
+        if Path(self.model).expanduser().exists():
+            config.base_model_name_or_path = None  # peft warns if the name in the adapter's settings is not this path
         try:
             check_adapter_config(config, weights, base)
             model = _as_peft(get_peft_model(base, config))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from contextlib import suppress
 from pathlib import Path
 
+import yaml
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from transformers.utils.hub import cached_file
 
 from opsd_lightning.runs.record import git_commit, library_versions
+from opsd_lightning.utils.yaml_limits import check_yaml
 
 
 def file_digest(path: Path) -> str:
@@ -29,6 +34,44 @@ def model_digest(model: str | Path) -> str:
         return str(model)
     digests = [file_digest(path) for path in weights]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def weights_digest(path: Path) -> str | None:
+    """Return the SHA-256 of a model file, or `model_digest` of a folder. None for a folder without safetensors."""
+    if path.is_file():
+        return file_digest(path)
+    found = model_digest(path)
+    return None if found == str(path) else found
+
+
+def hub_license(name: str, revision: str | None = None, kind: str = "model") -> str | None:
+    """Return the license of a hub repository as its README.md in the local cache gives it. None if it is not there.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit. Defaults to any, if all that are cached give the same license.
+        kind: ``model`` or ``dataset``.
+    """
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+    commit = revision
+    with suppress(OSError, ValueError):  # not a branch or tag
+        commit = (cache / "refs" / (revision or "main")).read_text().strip()
+    exact = cache / "snapshots" / (commit or "main")
+    folders = [exact] if exact.is_dir() else [] if revision else sorted(cache.glob("snapshots/*"))
+    found = {license_in(folder) for folder in folders} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def license_in(folder: Path) -> str | None:
+    """Return the license that the metadata of a folder's README.md give, or None."""
+    found = None
+    with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        metadata = re.match(r"---[ \t]*\n(.*?)\n---", text, re.DOTALL)
+        check_yaml(metadata[1] if metadata else "")
+        values = yaml.safe_load(metadata[1]) if metadata else {}
+        found = values.get("license_name") if values.get("license") == "other" else values.get("license")
+    return ", ".join(map(str, found)) if isinstance(found, list) else None if found is None else str(found)
 
 
 def hub_commit(model: str | Path, revision: str | None = None) -> str | None:

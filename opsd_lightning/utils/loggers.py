@@ -5,18 +5,29 @@
     TensorBoard  Markdown in the Text tab           Images tab, by step              not supported
     W&B          ``wandb.Table``                    ``wandb.Image``                  ``wandb.Html``
     MLflow       artifact NAME.json, appended       image of the run, by step        artifact pages/FILE
+    Comet        asset NAME/step-N.csv              image, by step                   asset pages/FILE, replaced
+    LitLogger    text tables/NAME, by step          image figures/NAME, by step      file pages/FILE, replaced
 
 Call these functions on global rank 0 only. Other loggers are skipped. A logger that cannot write causes a warning.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import (
+    CometLogger,
+    CSVLogger,
+    LitLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 
 from opsd_lightning.utils.csv_tables import append_rows
 from opsd_lightning.utils.disk_errors import warn_on_write_error
@@ -24,6 +35,8 @@ from opsd_lightning.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_WITH_FIGURES = (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger, CometLogger, LitLogger)
 
 
 def log_table(
@@ -49,6 +62,14 @@ def log_table(
             elif isinstance(logger, MLFlowLogger):
                 data = {column: [row[index] for row in rows] for index, column in enumerate(columns)}
                 logger.experiment.log_table(logger.run_id, data, f"{name}.json")
+            elif isinstance(logger, CometLogger):
+                # Not Comet's `log_table`: it uploads a local file of the table's name, if there is one.
+                logger.experiment.log_asset(_csv(columns, rows), file_name=f"{name}/step-{step:06d}.csv", step=step)
+            elif isinstance(logger, LitLogger):
+                from litlogger.media import Text
+
+                # Settings and metrics of the run have keys of the same kind, such as "rollouts".
+                _lit_series(logger, f"tables/{name}").append(Text(_markdown(columns, rows)), step)
 
 
 def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) -> None:
@@ -66,7 +87,7 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure(name, figure, step, close=False)
                 continue
-            if not isinstance(logger, (CSVLogger, WandbLogger, MLFlowLogger)):
+            if not isinstance(logger, _WITH_FIGURES):
                 continue
             if png is None:  # rendered once for all loggers
                 buffer = io.BytesIO()
@@ -82,6 +103,12 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
             image = Image.open(io.BytesIO(png)).convert("RGB")
             if isinstance(logger, WandbLogger):
                 logger.log_image(name, [image], step=step)
+            elif isinstance(logger, CometLogger):
+                logger.experiment.log_image(image, name=name, step=step)
+            elif isinstance(logger, LitLogger):
+                from litlogger.media import Image as LitImage
+
+                _lit_series(logger, f"figures/{name}").append(LitImage(image), step)
             else:
                 logger.experiment.log_image(logger.run_id, image, key=name, step=step)
 
@@ -103,11 +130,30 @@ def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> Non
                 logger.log_metrics({name: Html(path)}, step)  # type: ignore[dict-item]
             elif isinstance(logger, MLFlowLogger):
                 logger.experiment.log_artifact(logger.run_id, str(path), "pages")
+            elif isinstance(logger, CometLogger):
+                logger.experiment.log_asset(str(path), file_name=f"pages/{path.name}", overwrite=True, step=step)
+            elif isinstance(logger, LitLogger):
+                from litlogger.media import File
+
+                experiment: Any = logger.experiment
+                experiment[f"pages/{path.name}"] = File(str(path))
 
 
 def accepts_figures(loggers: Iterable[Logger]) -> bool:
     """Return True if `log_figure` supports one of the loggers."""
-    return any(isinstance(logger, (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger)) for logger in loggers)
+    return any(isinstance(logger, _WITH_FIGURES) for logger in loggers)
+
+
+def _lit_series(logger: LitLogger, key: str) -> Any:
+    """Return the series of a key, to which values are appended by step."""
+    experiment: Any = logger.experiment
+    return experiment[key]
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> io.BytesIO:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return io.BytesIO(text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -27,11 +27,18 @@ from opsd_lightning.rollouts.base import Demand, RolloutEngine, seed_for
 from opsd_lightning.rollouts.vllm import process
 from opsd_lightning.rollouts.vllm.adapters import AdapterVersions
 from opsd_lightning.rollouts.vllm.memory import memory_of, memory_share
-from opsd_lightning.rollouts.vllm.protocol import Expected, Row, as_rollouts, check_length, check_policy, sampling_fields
+from opsd_lightning.rollouts.vllm.protocol import (
+    Expected,
+    Row,
+    as_rollouts,
+    check_length,
+    check_policy,
+    max_lora_rank,
+    sampling_fields,
+)
 from opsd_lightning.types import ConfigError, OpenUnitInterval, PositiveFloat, PositiveInt, Rollouts, Sampling, checked
 from opsd_lightning.utils.folders import remove_tree
 
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
 _MAX_ROWS = 256  # completions that vLLM decodes at once, its default on most GPUs
 _MAX_MODEL_LEN = "model.rollouts.init_args.max_model_len"
 _DTYPES = {"float32": torch.float32, "float": torch.float32, "float16": torch.float16, "half": torch.float16}
@@ -237,7 +244,7 @@ class VLLMEngine(RolloutEngine):
             "max_model_len": self._length(model, demand),
             "max_num_seqs": min(demand.rows, _MAX_ROWS),
             "enable_lora": True,
-            "max_lora_rank": next((r for r in _LORA_RANKS if r >= rank), rank),
+            "max_lora_rank": max_lora_rank(rank),
             "enable_sleep_mode": self.sleep,
             "generation_config": "vllm",  # do not apply the checkpoint's sampling defaults
             "seed": 0,

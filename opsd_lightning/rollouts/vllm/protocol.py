@@ -11,6 +11,7 @@ from opsd_lightning.types import ConfigError, Rollouts, Sampling
 from opsd_lightning.utils.http import sanitize
 
 # Rounding may raise a log-probability above 0. The lowest value that vLLM sends is -9999.
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
 _MAX_LOGPROB, _MIN_LOGPROB = 1e-3, -1e4
 
 
@@ -53,6 +54,11 @@ def check_policy(policy: ModelSettings) -> None:
             "model.rollouts",
             "Use TransformersEngine, or set model.policy.lora",
         )
+
+
+def max_lora_rank(rank: int) -> int:
+    """Return the smallest value of vLLM's ``max_lora_rank`` that serves adapters of a rank."""
+    return next((each for each in _LORA_RANKS if each >= rank), rank)
 
 
 def check_length(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_len: int, setting: str) -> None:
