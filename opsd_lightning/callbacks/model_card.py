@@ -154,6 +154,7 @@ def model_card(
         or (_UNKNOWN_LICENSE.format("dataset's") if hub else None),
         context=_call(described(data.context, _LEFT_OUT)) if isinstance(data, OPSDDataModule) else None,
         prompt=_prompt(data),
+        own_template=module.policy.chat_template is None,
         curve=_curve(history, monitor),
         choice=_choice(trainer, best, history),
         chosen=best is not None,
@@ -304,7 +305,8 @@ def _choice(trainer: Trainer, best: Any, history: Mapping[int, Validation]) -> s
     if best is None or getattr(best, "best_model_score", None) is None:
         return f"The weights are those of the last optimizer step, {trainer.global_step}. No metric chose a checkpoint."
     score, monitor = float(best.best_model_score), str(best.monitor)
-    same = [step for step in sorted(history) if abs(history[step].values.get(monitor, float("nan")) - score) < 1e-6]
+    # The first of equal validations was kept. Before the first step there is no checkpoint.
+    same = [step for step in sorted(history) if step and abs(history[step].values.get(monitor, float("nan")) - score) < 1e-6]
     where = f"after optimizer step {same[0]}" if same else f"`{Path(best.best_model_path).name}`"
     extreme = "highest" if best.mode == "max" else "lowest"
     shown = f"{score:.1%}" if "@" in monitor else f"{score:.4g}"
@@ -324,7 +326,7 @@ _TEMPLATE = """\
 
 {{ summary }}
 
-Trained with [On-Policy Self-Distillation](https://arxiv.org/abs/2601.18734) software, the Python package `opsd-lightning`.
+Trained with the Python package `opsd-lightning` ([On-Policy Self-Distillation](https://arxiv.org/abs/2601.18734)).
 {% if kind == "adapter" %}
 This folder is a LoRA adapter in PEFT's format. It needs its base model.
 {% elif kind == "merged" %}
@@ -374,7 +376,8 @@ Made with {{ versions }}.
 
 ### Prompt
 
-The chat template of the base model's tokenizer renders these messages. `{question}` is the question of the data.
+{{ "The chat template of the base model's tokenizer" if own_template else "A chat template of the run, not the base model's," }} \
+renders these messages. `{question}` is a question of the data.
 
 {% for role, text in prompt %}
 ~~~~text

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import (
+    CometLogger,
+    CSVLogger,
+    LitLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from helpers.training import parts, trainer
@@ -47,7 +58,7 @@ def table_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def size_of(path: str | Path) -> tuple[int, int]:
+def size_of(path: str | Path | io.BytesIO) -> tuple[int, int]:
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -135,6 +146,90 @@ def test_mlflow_gets_scalars_tables_and_pages(make_policy: Callable[..., Policy]
     assert sorted(path.split("step")[1].lstrip("+%")[0] for path in pictures) == ["1", "2"]
     assert size_of(client.download_artifacts(run, pictures[0])) == (100, 50)
     assert Path(client.download_artifacts(run, "pages/page.html")).read_text(encoding="utf-8") == "<p>step 2</p>"
+
+
+def comet_logger(comet_ml: Any, folder: Path) -> CometLogger:
+    """A logger whose experiment goes to a file. Lightning switches an experiment that is not online off as a whole."""
+    logger = CometLogger(online=False, offline_directory=str(folder))
+    config = comet_ml.ExperimentConfig(
+        offline_directory=str(folder), auto_output_logging=False, log_code=False, log_git_metadata=False
+    )
+    logger._experiment = comet_ml.start(online=False, mode="create", project="opsd", experiment_config=config)
+    return logger
+
+
+def test_comet_gets_scalars_tables_and_pages(
+    make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")
+    comet_ml = pytest.importorskip("comet_ml", reason="pip install 'opsd-lightning[comet]'")
+    logger = comet_logger(comet_ml, tmp_path / "comet")
+    logged = fit(logger, make_policy(), tmp_path)
+    logger.experiment.end()
+    (archive,) = (tmp_path / "comet").glob("*.zip")
+    with zipfile.ZipFile(archive) as file:
+        messages = [json.loads(line) for line in file.read("messages.json").decode().splitlines()]
+        uploads = [each["payload"] for each in messages if each["type"] == "file_upload"]
+        stored = [(each["additional_params"], file.read(Path(each["file_path"]).name)) for each in uploads]
+    metrics = [each["payload"]["metric"] for each in messages if each["type"] == "metric_msg"]
+    losses = [each["metricValue"] for each in metrics if each["metricName"] == "train/loss"]
+    assert losses[-1] == pytest.approx(logged["train/loss"])
+    named = {(params.get("fileName") or params.get("figName"), params.get("step")): content for params, content in stored}
+    for step in (1, 2):
+        table = list(csv.reader(io.StringIO(named[f"answers/step-{step:06d}.csv", step].decode(), newline="")))
+        assert table == [["step", "text"], [str(step), NASTY], [str(step), ""]]
+        assert f"rollouts/step-{step:06d}.csv" in {name for name, _ in named}
+    pictures = [content for (name, _), content in named.items() if name.startswith("tokens")]
+    assert [size_of(io.BytesIO(content)) for content in pictures] == [(100, 50)] * 2
+    pages = [content for (name, _), content in named.items() if name == "pages/page.html"]
+    assert pages[-1] == b"<p>step 2</p>"
+
+
+def stored_experiment(litlogger: Any, folder: Path) -> Any:
+    """An experiment of LitLogger's library, which has no offline mode, with files in a folder in place of uploads."""
+
+    class Stored(litlogger.Experiment):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.name, self.metrics, self.tags = "opsd", list[tuple[str, float, int | None]](), dict[str, str]()
+            self._key_types, self._series, self._metadata_values, self._static_files = {}, {}, {}, {}
+
+        def _resolve_remote_model(self, key: str) -> None:
+            return None
+
+        def _log_metric_value(self, key: str, value: float, step: int | None = None) -> None:
+            self.metrics.append((key, value, step))
+
+        def _set_metadata_value(self, key: str, value: str) -> None:
+            self.tags[key] = value
+
+        def _upload_media(self, name: str, file_path: str, media_type: Any, step: int | None = None, **more: Any) -> None:
+            place = folder / name / f"{step}-{media_type.value}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file_path, place)
+
+        def _set_static_file(self, key: str, value: Any) -> None:
+            (folder / key).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(value._get_upload_path(), folder / key)
+            value._cleanup()
+
+        def finalize(self, status: str | None = None) -> None:
+            pass
+
+    return Stored()
+
+
+def test_litlogger_gets_scalars_tables_and_pages(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    litlogger = pytest.importorskip("litlogger", reason="pip install 'opsd-lightning[litlogger]'")
+    logger = LitLogger(tmp_path, name="opsd", save_logs=False)
+    logger._experiment = experiment = stored_experiment(litlogger, tmp_path / "stored")
+    logged = fit(logger, make_policy(), tmp_path)
+    assert [value for key, value, _ in experiment.metrics if key == "train/loss"][-1] == pytest.approx(logged["train/loss"])
+    stored = tmp_path / "stored"
+    for step in (1, 2):
+        assert "| a \\| b<br>π = 3.14" in (stored / "tables" / "answers" / f"{step}-text").read_text(encoding="utf-8")
+        assert (stored / "tables" / "rollouts" / f"{step}-text").exists()
+        assert size_of(stored / "figures" / "tokens" / f"{step}-image") == (100, 50)
+    assert (stored / "pages" / "page.html").read_text() == "<p>step 2</p>"
 
 
 def test_a_logger_of_another_kind_is_passed_over(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
