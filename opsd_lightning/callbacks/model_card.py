@@ -49,6 +49,8 @@ _PARTS = {
 }
 _LEFT_OUT = ("logits_memory_mib", "columns", "headers", "url", "base_url", "api_key")
 _OPTIMIZER_SETTINGS = ("lr", "max_lr", "weight_decay", "betas", "momentum")
+_OWN_TEMPLATE = "The chat template is that of the base model."
+_OTHER_TEMPLATE = "The chat template is that of the run (`model.policy.chat_template`), not that of the base model."
 _UNKNOWN_LICENSE = "unknown: see the {} page"
 
 
@@ -154,7 +156,7 @@ def model_card(
         or (_UNKNOWN_LICENSE.format("dataset's") if hub else None),
         context=_call(described(data.context, _LEFT_OUT)) if isinstance(data, OPSDDataModule) else None,
         prompt=_prompt(data),
-        own_template=module.policy.chat_template is None,
+        template=_OWN_TEMPLATE if module.policy.chat_template is None else _OTHER_TEMPLATE,
         curve=_curve(history, monitor),
         choice=_choice(trainer, best, history),
         chosen=best is not None,
@@ -376,8 +378,7 @@ Made with {{ versions }}.
 
 ### Prompt
 
-{{ "The chat template of the base model's tokenizer" if own_template else "A chat template of the run, not the base model's," }} \
-renders these messages. `{question}` is a question of the data.
+These are the messages of the prompt. `{question}` is a question of the data. {{ template }}
 
 {% for role, text in prompt %}
 ~~~~text

@@ -69,7 +69,8 @@ class RunReport(Callback):
     lists the files that could not be written. With ``fast_dev_run`` nothing is written.
 
     Args:
-        path: Path of the page, relative to the trainer's ``default_root_dir``. W&B and MLflow also get the page at the end.
+        path: Path of the page, relative to the trainer's ``default_root_dir``. W&B, MLflow, Comet and LitLogger also get the
+            page at the end.
         questions: Number of validation questions whose completions are kept at each validation, at least 1. They are the
             first ones of the validation set. Without validation, completions of the first and the last training step are
             kept.

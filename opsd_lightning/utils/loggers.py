@@ -19,15 +19,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import (
-    CometLogger,
-    CSVLogger,
-    LitLogger,
-    Logger,
-    MLFlowLogger,
-    TensorBoardLogger,
-    WandbLogger,
-)
+from lightning.pytorch import loggers as lightning_loggers
+from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from opsd_lightning.utils.csv_tables import append_rows
 from opsd_lightning.utils.disk_errors import warn_on_write_error
@@ -36,7 +29,9 @@ from opsd_lightning.utils.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WITH_FIGURES = (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger, CometLogger, LitLogger)
+#: Lightning's `LitLogger`, or no class: Lightning 2.6.0 has none.
+_LIT_LOGGER: Any = getattr(lightning_loggers, "LitLogger", ())
+_WITH_FIGURES = (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger, CometLogger, _LIT_LOGGER)
 
 
 def log_table(
@@ -65,11 +60,11 @@ def log_table(
             elif isinstance(logger, CometLogger):
                 # Not Comet's `log_table`: it uploads a local file of the table's name, if there is one.
                 logger.experiment.log_asset(_csv(columns, rows), file_name=f"{name}/step-{step:06d}.csv", step=step)
-            elif isinstance(logger, LitLogger):
+            elif isinstance(logger, _LIT_LOGGER):
                 from litlogger.media import Text
 
                 # Settings and metrics of the run have keys of the same kind, such as "rollouts".
-                _lit_series(logger, f"tables/{name}").append(Text(_markdown(columns, rows)), step)
+                logger.experiment[f"tables/{name}"].append(Text(_markdown(columns, rows)), step)
 
 
 def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) -> None:
@@ -105,10 +100,10 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
                 logger.log_image(name, [image], step=step)
             elif isinstance(logger, CometLogger):
                 logger.experiment.log_image(image, name=name, step=step)
-            elif isinstance(logger, LitLogger):
+            elif isinstance(logger, _LIT_LOGGER):
                 from litlogger.media import Image as LitImage
 
-                _lit_series(logger, f"figures/{name}").append(LitImage(image), step)
+                logger.experiment[f"figures/{name}"].append(LitImage(image), step)
             else:
                 logger.experiment.log_image(logger.run_id, image, key=name, step=step)
 
@@ -132,22 +127,15 @@ def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> Non
                 logger.experiment.log_artifact(logger.run_id, str(path), "pages")
             elif isinstance(logger, CometLogger):
                 logger.experiment.log_asset(str(path), file_name=f"pages/{path.name}", overwrite=True, step=step)
-            elif isinstance(logger, LitLogger):
+            elif isinstance(logger, _LIT_LOGGER):
                 from litlogger.media import File
 
-                experiment: Any = logger.experiment
-                experiment[f"pages/{path.name}"] = File(str(path))
+                logger.experiment[f"pages/{path.name}"] = File(str(path))
 
 
 def accepts_figures(loggers: Iterable[Logger]) -> bool:
     """Return True if `log_figure` supports one of the loggers."""
     return any(isinstance(logger, _WITH_FIGURES) for logger in loggers)
-
-
-def _lit_series(logger: LitLogger, key: str) -> Any:
-    """Return the series of a key, to which values are appended by step."""
-    experiment: Any = logger.experiment
-    return experiment[key]
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> io.BytesIO:
