@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     after = run([*test, f"--trainer.default_root_dir={out / 'after'}", f"--ckpt_path={best}"])
     from rich.console import Console
 
+    from opsd_lightning.callbacks.model_card import add_held_out_result
     from opsd_lightning.runs.provenance import file_digest, made_with
 
     console = Console(width=120, emoji=False)
@@ -108,6 +109,11 @@ def main(argv: list[str] | None = None) -> None:
     }
     atomic_write(out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     adapter = out / "adapter"
+    if scores is not None:
+        try:
+            add_held_out_result(adapter, held_out_table(scores))
+        except ConfigError as error:
+            tell(f"The adapter's model card has no held-out result: {error}")
     console.print(safe_markup(f"\nThe adapter: {adapter}   (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))"))
     if completions:
         console.print(safe_markup(f"All graded completions: {', '.join(map(str, completions))}"))
@@ -215,6 +221,22 @@ def report_grades(console: Any, scores: HeldOut) -> None:
         console.print(f"Change on the same questions: {gain:+.1%} ± {spread:.1%} (95 % interval)")
     if scores.sentence:
         console.print(scores.sentence, soft_wrap=True)
+
+
+def held_out_table(scores: HeldOut) -> str:
+    """Return held-out accuracies as a Markdown table, for the model card of the adapter."""
+    rows = [(label, row) for name, label in _ROLES.items() if (row := scores.row(name)) is not None]
+    lines = [f"{rows[0][1].questions} questions that had no part in training or in the choice of the checkpoint.", ""]
+    lines += ["| | accuracy | 95 % interval |", "|---|---|---|"]
+    for label, row in rows:
+        lines.append(f"| {label} | {row.strict.value:.1%} | {row.strict.low:.1%} to {row.strict.high:.1%} |")
+    if scores.strict is not None:
+        gain, spread = scores.strict
+        lines += [
+            "",
+            f"Change on the same questions: {gain:+.1%} ± {spread:.1%} (95 % interval). {scores.sentence or ''}".strip(),
+        ]
+    return "\n".join(lines)
 
 
 def report_demonstrations(console: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

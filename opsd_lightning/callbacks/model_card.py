@@ -5,6 +5,7 @@ A card holds no secrets and no paths of this machine: of a local file it has the
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from opsd_lightning import __version__
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import ExampleSource, HubSource
 from opsd_lightning.methods.base import PolicyModule
+from opsd_lightning.models.export import ADAPTER
 from opsd_lightning.models.fingerprint import described, plain
 from opsd_lightning.models.policy import STUDENT, Policy, base_of
 from opsd_lightning.rollouts.vllm.protocol import max_lora_rank
 from opsd_lightning.runs.provenance import hub_commit, hub_license, license_in, weights_digest
 from opsd_lightning.runs.record import device_summary, library_versions
 from opsd_lightning.types import Example
+from opsd_lightning.utils.folders import MANIFEST, replace_folder
 from opsd_lightning.utils.redaction import redact, redact_text
 from opsd_lightning.utils.terminal import escape_controls
 
@@ -49,6 +52,7 @@ _PARTS = {
 }
 _LEFT_OUT = ("logits_memory_mib", "columns", "headers", "url", "base_url", "api_key")
 _OPTIMIZER_SETTINGS = ("lr", "max_lr", "weight_decay", "betas", "momentum")
+_LIMITS, _HELD_OUT = "## Intended use and limits", "## Held-out result"
 _OWN_TEMPLATE = "The chat template is that of the base model."
 _OTHER_TEMPLATE = "The chat template is that of the run (`model.policy.chat_template`), not that of the base model."
 _UNKNOWN_LICENSE = "unknown: see the {} page"
@@ -161,10 +165,35 @@ def model_card(
         choice=_choice(trainer, best, history),
         chosen=best is not None,
         license=base.license or _UNKNOWN_LICENSE.format("base model's"),
+        limits=_LIMITS,
         package_version=__version__,
         versions=", ".join(f"{name} {version}" for name, version in library_versions().items() if name != "system"),
     )
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{escape_controls(text)}"))
+
+
+def add_held_out_result(folder: Path, result: str) -> None:
+    """Write a held-out result into the model card of an exported adapter. The folder is replaced atomically.
+
+    Args:
+        folder: The export. Without a model card of `model_card`, it stays as it is.
+        result: The result as Markdown. It replaces an earlier one.
+
+    Raises:
+        ConfigError: The folder contains other files than those of the export.
+    """
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if _LIMITS not in text:
+        return
+    before, _, after = text.partition(_LIMITS)
+    before = before.partition(_HELD_OUT)[0].rstrip()
+    with replace_folder(folder, "folder", ADAPTER) as temporary:
+        for each in folder.iterdir():
+            if each.is_file() and each.name != MANIFEST:
+                shutil.copy2(each, temporary)
+        card = f"{before}\n\n{_HELD_OUT}\n\n{result.strip()}\n\n{_LIMITS}{after}"
+        (temporary / path.name).write_text(card, encoding="utf-8")
 
 
 def _base_rows(module: PolicyModule, base: BaseModel) -> list[tuple[str, str]]:
@@ -406,7 +435,7 @@ The run had no validation.
 The same questions chose the checkpoint, so that its value is somewhat too high as an estimate for new questions.
 {% endif %}
 
-## Intended use and limits
+{{ limits }}
 
 - It is meant for questions like those of the training data, in the prompt above. Other uses were not measured.
 - Completions can be wrong and sound right. Check an answer before you rely on it.

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from helpers.hub_server import TOKEN, HubServer, Repository
 from helpers.training import metrics, parts, trainer
 from opsd_lightning.callbacks.export import AdapterExport
-from opsd_lightning.callbacks.model_card import base_model_of
+from opsd_lightning.callbacks.model_card import add_held_out_result, base_model_of
 from opsd_lightning.data.sources import FileSource
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.templates import Prompts
@@ -82,6 +82,13 @@ def test_the_card_has_the_facts_of_the_run_and_no_paths(make_policy: Make, tmp_p
         == AutoTokenizer.from_pretrained(policy.model).chat_template
     )
     assert AutoModelForCausalLM.from_pretrained(root / "merged").config.architectures == ["LlamaForCausalLM"]
+    for result in ("| first |", "| second |"):
+        add_held_out_result(root / "adapter", result)
+    text = (root / "adapter" / "README.md").read_text()
+    assert "| second |" in text.partition("## Validation")[2] and "| first |" not in text
+    assert ModelCard(text).data.to_dict() == card.data.to_dict() and text.replace(
+        "## Held-out result\n\n| second |\n\n", ""
+    ) == str(card)
     # A resumed run keeps the validations before its checkpoint, and replaces the export.
     again = AdapterExport(merged_folder="merged")
     module, data = parts(policy)

@@ -210,6 +210,7 @@ def stored_experiment(litlogger: Any, folder: Path) -> Any:
     return Stored()
 
 
+@pytest.mark.filterwarnings("ignore:LitLogger does not support `log_graph`:UserWarning")
 def test_litlogger_gets_scalars_tables_and_pages(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     litlogger = pytest.importorskip("litlogger", reason="pip install 'opsd-lightning[litlogger]'")
     if not hasattr(lightning_loggers, "LitLogger"):
