@@ -214,6 +214,10 @@ def _leaf(
         return _unknown_key(top, parser, levels, f"{group[1]}.{found[1]}" if group else found[1])
     if found := re.match(r"argument (?:-\w/)?--?(\S+?)(?:/\S+)?: expected (.*)", text):
         return _Mistake(found[1], f"it has no value, and expects {found[2]}", "Write --SETTING VALUE")
+    if found := re.search(r"(?:^|[\s-])([\w.]+)\.help: ", text):
+        classes = _classes(_typehint(parser, found[1]))
+        if mistake := _class_mistake(f"{_name(levels, found[1])}.help", classes, text):
+            return mistake
     if "subcommand" in text and (found := re.search(r"\{([\w,]+)", text)):
         return _Mistake("", "a subcommand is missing", f"Name one of {found[1].replace(',', ', ')}")
     setting = _name(levels[:-1], levels[-1].key) if levels else ""
@@ -323,10 +327,14 @@ def _unknown_key(top: Any, parser: Any, levels: list[_Level], key: str) -> _Mist
     setting = _name(levels, key)
     problem = f"{owner} has no such setting" if owner else "there is no such setting"
     own = _settings(parser)
+    first = key.partition(".")[0]
+    if levels and not any(each.partition(".")[0] == first for each in own) and first not in ("class_path", "init_args"):
+        if keys := near_names(first, ["class_path", "init_args"]):
+            return _Mistake(_name(levels[:-1], levels[-1].key), f"there is no key {first}", question(keys))
     head, _, last = key.rpartition(".")
     beside = [each.rpartition(".")[2] for each in own if each.rpartition(".")[0] == head]
     near: Sequence[str]
-    if near := near_names(last, [*beside, *(("class_path", "init_args") if levels else ())]):
+    if near := near_names(last, beside):
         return _Mistake(setting, problem, question(near if levels else [f"{head}.{each}".lstrip(".") for each in near]))
     if levels and (others := _classes_with(levels[-1].typehint, last)):
         return _Mistake(setting, problem, f"It is a setting of {' and '.join(others[:3])}")
@@ -398,8 +406,10 @@ def _value_mistake(setting: str, typehint: Any, text: str) -> _Mistake:
             return found
     choices = [_written(each) for member in members for each in _choices(member)]
     allowed = list(dict.fromkeys(filter(None, map(_described, members))))
-    if value is None:
+    if value is None and not choices and not allowed:
         return _Mistake(setting, _first_line(text.partition("\n")[2] or text))
+    if value is None:
+        return _Mistake(setting, "it has another type", f"Give {' or '.join([*choices, *allowed])}")
     fix = question(near_names(value, choices)) if choices else ""
     if not fix and choices:
         fix = f"Choose one of {', '.join([*choices, *allowed])}"

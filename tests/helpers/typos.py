@@ -100,7 +100,9 @@ TYPOS = {
     "logger": fit("--trainer.logger=TensorbordLogger", words=["trainer.logger", "TensorBoardLogger"]),
     "callback": fit("--trainer.callbacks=TokenRepot", words=["trainer.callbacks", "TokenReport"]),
     "part that was never named": fit("--data.val.path=x", words=["data.val", "FileSource"]),
-    "help of a class": fit("--model.teacher.help=EMATeachr", words=["EMATeachr"]),
+    "help of a class": fit("--model.teacher.help=EMATeachr", words=["model.teacher.help", "EMATeachr", "EMATeacher"]),
+    "help of a method": fit("--model.help", "OPSDModul", words=["model.help", "OPSDModul", "OPSDModule"]),
+    "help of a source": fit("--data.train.help=FileSorce", words=["data.train.help", "FileSorce", "FileSource"]),
     # -- values
     "precision": fit("--trainer.precision=bf16mixed", words=["trainer.precision", "bf16mixed", "bf16-mixed"]),
     "dtype": fit("--model.policy.dtype=bf16", words=["model.policy.dtype", "bf16", "bfloat16"]),
@@ -145,7 +147,7 @@ TYPOS = {
     ),
     "misspelt class_path": config("model:\n  teacher:\n    clas_path: EMATeacher\n", "model.teacher", "class_path"),
     "misspelt init_args": config(
-        "model:\n  teacher:\n    class_path: EMATeacher\n    init_arg: {decay: 0.9}\n", "model.teacher", "init_args"
+        "model:\n  teacher:\n    class_path: EMATeacher\n    init_arg: {decay: 0.9}\n", "model.teacher", "init_args", "line 2"
     ),
     "callback in a file": config("trainer:\n  callbacks:\n  - class_path: EarlyStoping\n", "EarlyStoping", "EarlyStopping"),
     "setting of a callback in a file": config(
