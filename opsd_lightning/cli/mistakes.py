@@ -328,9 +328,9 @@ def _unknown_key(top: Any, parser: Any, levels: list[_Level], key: str) -> _Mist
     problem = f"{owner} has no such setting" if owner else "there is no such setting"
     own = _settings(parser)
     first = key.partition(".")[0]
-    if levels and not any(each.partition(".")[0] == first for each in own) and first not in ("class_path", "init_args"):
-        if keys := near_names(first, ["class_path", "init_args"]):
-            return _Mistake(_name(levels[:-1], levels[-1].key), f"there is no key {first}", question(keys))
+    known = {"class_path", "init_args", *(each.partition(".")[0] for each in own)}
+    if levels and first not in known and (keys := near_names(first, ["class_path", "init_args"])):
+        return _Mistake(_name(levels[:-1], levels[-1].key), f"there is no key {first}", question(keys))
     head, _, last = key.rpartition(".")
     beside = [each.rpartition(".")[2] for each in own if each.rpartition(".")[0] == head]
     near: Sequence[str]
