@@ -23,6 +23,7 @@ from jsonargparse import _typehints
 from jsonargparse._util import import_object
 
 from opsd_lightning.utils.near_names import near_names, question
+from opsd_lightning.utils.yaml_limits import check_yaml
 
 #: Lines of a message, at most.
 MOST_LINES = 5
@@ -277,7 +278,9 @@ def _files(folder: Path) -> list[Path]:
 def _line_of(file: Path, setting: str) -> int | None:
     """Return the line of a setting in a configuration file, or None if it is not there."""
     try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = file.read_text(encoding="utf-8")
+        check_yaml(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return _line_below(node, setting.split("."))
