@@ -17,14 +17,15 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {"OPSD_STEPS": "3", "OPSD_NEW_TOKENS": "32", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+SETTINGS = {"OPSD_STEPS": "3", "OPSD_NEW_TOKENS": "32", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 MODEL = "runs/models/SmolLM2-135M-Instruct"
 
 
 def execute(path: Path, folder: Path) -> None:
     """Run a notebook in a folder, and write it back with its outputs."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    place = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", coalesce_streams=True, resources=place).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
