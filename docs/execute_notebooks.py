@@ -1,7 +1,7 @@
 """Run all notebooks and store their outputs: ``make notebooks``.
 
-The notebooks run in an empty folder, with SmolLM2-135M-Instruct on a CPU in place of larger models, for few steps. The stored
-outputs are text and pictures, without the error stream, progress bars, execution times and paths of this machine.
+The notebooks run in an empty folder, with SmolLM2-135M-Instruct on a CPU instead of larger models, for few steps. The stored
+outputs are text and pictures, without the error stream, progress bars, execution times and local paths.
 """
 
 from __future__ import annotations
