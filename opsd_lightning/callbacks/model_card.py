@@ -136,13 +136,14 @@ def model_card(
     sources = data.sources if isinstance(data, OPSDDataModule) else {}
     train = sources.get("train")
     hub = train.path if isinstance(train, HubSource) and not is_local(train.path) else None
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if kind == "adapter" else "finetune"} if base.name else {}
     metadata = ModelCardData(
         base_model=base.name,
         datasets=[hub] if hub else None,
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=["opsd-lightning", "on-policy-distillation", *(["lora"] if kind == "adapter" else [])],
-        **({"base_model_relation": "adapter" if kind == "adapter" else "finetune"} if base.name else {}),
+        **relation,
     )
     monitor = None if best is None else best.monitor
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)

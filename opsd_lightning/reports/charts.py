@@ -248,7 +248,7 @@ def charts_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str,
             return
         shown = [(name, label) for name, label in spec.series if any(values.get(name, ()))]
         for name, label in shown:
-            row = {"title": spec.title if len(shown) == 1 else f"{spec.title}: {label}", "unit": spec.unit}
+            row: dict[str, Any] = {"title": spec.title if len(shown) == 1 else f"{spec.title}: {label}", "unit": spec.unit}
             row |= {"percent": spec.percent, "name": name, "values": [each[0] if each else None for each in values[name]]}
             constant.append(row)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in the module's __all__
 
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.folders import MANIFEST

@@ -104,7 +104,7 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) 
                 from litlogger.media import Image as LitImage
 
                 logger.experiment[f"figures/{name}"].append(LitImage(image), step)
-            else:
+            elif isinstance(logger, MLFlowLogger):
                 logger.experiment.log_image(logger.run_id, image, key=name, step=step)
 
 
