@@ -343,16 +343,18 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
     def walk(value: Any, name: str) -> None:
         if isinstance(value, Mapping):
-            if "class_path" in value:
-                found[name] = short_class(value["class_path"])
-                value = {key: part for key, part in value.items() if key != "class_path"}
-                value = {**(value.pop("init_args", None) or {}), **value}
+            if isinstance(path := value.get("class_path"), str):
+                found[name] = short_class(path)
+                arguments = value.get("init_args")
+                others = {key: part for key, part in value.items() if key not in ("class_path", "init_args")}
+                value = {**(arguments if isinstance(arguments, Mapping) else {}), **others}
             elif not value:
                 found[name] = {}
             for key, part in value.items():
                 walk(part, f"{name}.{key}" if name else str(key))
         elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-            names = [short_class(p["class_path"]) if isinstance(p, Mapping) and "class_path" in p else "" for p in value]
+            paths = [part.get("class_path") if isinstance(part, Mapping) else None for part in value]
+            names = [short_class(path) if isinstance(path, str) else "" for path in paths]
             for place, (part, own) in enumerate(zip(value, names, strict=True)):
                 label = own if own and names.count(own) == 1 else f"{own}{place}"
                 walk(part, f"{name}.{label}")
