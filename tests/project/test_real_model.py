@@ -159,3 +159,9 @@ def test_results_of_other_sizes_or_models_are_refused(tmp_path: Path) -> None:
         write(path, held | {key: other})
         with pytest.raises(SystemExit, match="--results"):
             comparison.train(arm, 0.5, 0)
+
+
+def test_findings_have_the_tables_of_the_results() -> None:
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    tables = Report(ROOT / "docs" / "results" / "real_model").tables()
+    assert tables and [title for title, table in tables.items() if table not in page] == []
