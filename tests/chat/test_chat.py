@@ -78,6 +78,7 @@ def test_teacher_reads_the_context_without_the_adapter(
 def test_divergence_is_that_of_both_roles(adapter: str) -> None:
     roles = Roles.load(None, adapter, CONTEXT, SAMPLING)
     answer = roles.answer(QUESTIONS[0], "student", seed=0)
+    roles.model.eval()  # without dropout, as both roles answer
     logprobs = []
     for prompt, role in zip(answer.prompts, ("student", "teacher"), strict=True):
         with roles.teachers[role].weights(roles.model), torch.no_grad():

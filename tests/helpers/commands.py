@@ -125,7 +125,7 @@ MISTAKES = {
     "unknown class": Mistake(lambda p, f: ["--model.teacher=NoSuchTeacher"], ["NoSuchTeacher"]),
     "grader without its settings": Mistake(
         lambda p, f: ["--data.grader=JudgeGrader", "--data.grader.model=judge"],
-        ["data.grader.init_args.base_url", "JudgeGrader"],
+        ["data.grader.base_url", "JudgeGrader"],
     ),
     "context without its settings": Mistake(
         lambda p, f: ["--data.context=ColumnContext"], ["data.context.init_args.column", "ColumnContext"], repeats=True
