@@ -171,3 +171,19 @@ def base(folders: dict[str, str], tmp_path: Path) -> list[str]:
     config["data"]["val"]["init_args"]["split"] = config["data"]["test"]["init_args"]["split"] = "train[:4]"
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
     return [f"--config={tmp_path / 'base.yaml'}"]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in of the hub that huggingface_hub talks to."""
+    from huggingface_hub import constants
+
+    from helpers.hub_server import TOKEN, HubServer
+
+    server = HubServer()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.close()

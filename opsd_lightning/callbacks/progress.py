@@ -17,12 +17,12 @@ from opsd_lightning.utils.terminal import safe_markup, say
 def print_metrics(values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]] | None = None) -> None:
     """Print the metrics of an evaluation as a table.
 
-    Accuracies have their 95 % interval, or else their standard errors. Of one right or wrong completion a question, avg@1,
-    pass@1 and maj@1 are the same, and the first is printed alone.
+    Each accuracy has its 95 % interval or, without one, its standard error. With one completion per question that is right
+    or wrong, avg@1, pass@1 and maj@1 are equal, and only the first is printed.
 
     Args:
         values: Metrics by name, without the prefix of the stage.
-        intervals: 95 % intervals of some of them.
+        intervals: Bounds of the 95 % interval by name of the metric. Defaults to no intervals.
     """
     intervals = intervals or {}
     same = {name.replace("avg@1", other) for name in intervals if name.endswith("avg@1") for other in ("pass@1", "maj@1")}

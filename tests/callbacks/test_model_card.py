@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -146,18 +146,6 @@ def test_base_model_of_the_hub_is_named_with_commit_and_license(tmp_path: Path, 
         readme(tmp_path / str(number), text)
     assert license_in(tmp_path / "0") == "mit, apache-2.0"
     assert [license_in(tmp_path / name) for name in ("2", "3", "4", "none")] == [None] * 4
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A stand-in of the hub that huggingface_hub talks to."""
-    server = HubServer()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.close()
 
 
 def test_the_export_is_pushed_at_the_end_and_a_failed_push_keeps_it(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from helpers.hub_server import TOKEN, HubServer, Repository
+from helpers.hub_server import HubServer, Repository
 from opsd_lightning.types import ConfigError
 from opsd_lightning.utils.folders import MANIFEST
 from opsd_lightning.utils.hub import check_push, push_command, push_folder
@@ -19,18 +18,6 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.filterwarnings("ignore:Use .content=<...>. to upload:DeprecationWarning"),  # huggingface_hub's own call
 ]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A stand-in of the hub that huggingface_hub talks to."""
-    server = HubServer()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(("given", "name"), [("ann/mine", "ann/mine"), ("mine", "ann/mine"), ("lab/ours", "lab/ours")])
