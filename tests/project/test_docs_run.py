@@ -17,6 +17,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -32,6 +34,7 @@ from helpers.pages import PAGES, blocks, commands
 from helpers.paths import ROOT
 from helpers.vllm_stand_in import VERSIONS, make_vllm
 from opsd_lightning.__main__ import entry
+from opsd_lightning.reports.loopback import LoopbackServer
 
 pytestmark = [
     pytest.mark.integration,
@@ -197,6 +200,16 @@ def desk(trained: Callable[[str], Path], roomy: str, tmp_path: Path, monkeypatch
     return tmp_path
 
 
+def _one_visit(server: LoopbackServer) -> None:
+    """Serve the page once, then end as Ctrl-C does."""
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    page = urllib.request.urlopen(server.address, timeout=20).read()
+    thread.join()
+    assert b"<html" in page
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("command", opsd_commands())
 def test_opsd_commands_run(
     command: str,
@@ -225,10 +238,13 @@ def test_opsd_commands_run(
         line = line.replace("configs/presets/kept_skills.yaml", str(shrunk_skills(desk)))
     line, _, target = line.partition(" > ")
     words = shlex.split(line)[1 if line.startswith("opsd") else 2 :]
-    trains = not any("help" in word or word == "--print_config" for word in words)
+    trains = words[0] != "show" and not any("help" in word or word == "--print_config" for word in words)
     if words[0] == "chat":
         words += ["--max_new_tokens=8"]
         monkeypatch.setattr(sys, "stdin", io.StringIO("1+1?\n"))
+    elif words[0] == "show":
+        words += ["--device=cpu"]
+        monkeypatch.setattr(LoopbackServer, "serve_forever", _one_visit)
     elif trains and words[0] != "report":
         words += small(line)
         if "ckpt_path" in line and words[0] == "fit":
@@ -288,6 +304,8 @@ def yaml_together() -> dict[str, dict[str, Any]]:
         if "VLLM" in block:
             continue
         config = yaml.safe_load(block)
+        if "callbacks+" in (trainer := config.get("trainer", {})):
+            trainer["callbacks"] = trainer.pop("callbacks+")
         for number, (names, others) in enumerate(groups):
             if (both := merged(others, config)) is not None:
                 groups[number] = ([*names, name], both)
@@ -358,10 +376,12 @@ def test_named_metrics_are_logged(trained: Callable[[str], Path]) -> None:
     named = set(re.findall(r"`((?:train|val|health|time)/[\w@]+)`", pages))
     assert len(named) > 20
     # Of other methods, of callbacks that were not there, and of completions that ended or are right, of which there may be none.
-    elsewhere = {"context_missing_fraction", "importance_ratio", "update_ratio", "clipped_fraction", "terminated_tokens"}
+    elsewhere = {"context_missing_fraction", "importance_ratio", "clipped_fraction", "terminated_tokens"}
+    elsewhere |= {"update_ratio", "update_ratio_max", "update_ratio_clipped"}
     elsewhere |= {"rollout_logprob_difference", "teacher_gap_correct", "selected_fraction"}
     assert all(re.search(rf'[/"]{name}["{{]', source) or f'"{name}"' in source for name in elsewhere)
     logged |= {f"{stage}/{name}" for stage in ("train", "health") for name in elsewhere}
     logged |= {"val/nll", "val/divergence"}  # of data without answers (tests/evaluation/test_demonstrations.py)
     # MLflow's name, other k, and a ratio to tokens of style, which no single character is.
-    assert named - logged <= {"val/avg1", "val/avg@k", "val/avg@4", "health/forward_kl_style_over_math"}
+    other_k = {"val/avg@k", "val/pass@k", "val/maj@k", "val/avg@4"}
+    assert named - logged <= {"val/avg1", "health/forward_kl_style_over_math", *other_k}
