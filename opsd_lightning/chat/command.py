@@ -140,7 +140,6 @@ def _parser() -> SafeArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="type of the weights (default: that of the model's files)",
+        help="type of the weights (default: that of the adapter's run, else that of the model's files)",
     )
     return parser

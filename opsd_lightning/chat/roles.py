@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 from opsd_lightning.losses.objectives import DivergenceObjective
 from opsd_lightning.models.policy import LoRA, Policy, device_of
 from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
+from opsd_lightning.runs.exported_adapter import load_exported
 from opsd_lightning.teachers import FixedTeacher, GenerativeTeacher, LiveTeacher
 from opsd_lightning.types import ConfigError, Example, Sampling
 from opsd_lightning.utils.token_text import Pieces
@@ -69,25 +71,31 @@ class Roles:
         adapter: str | None,
         context: str | None,
         sampling: Sampling,
-        dtype: Any = "auto",
+        dtype: Any = None,
         system: str | None = None,
     ) -> Roles:
         """Load a model, with an adapter if there is one.
 
         Args:
-            model: Hugging Face id, folder or ``.gguf`` file. Defaults to the base model that the adapter names.
-            adapter: Peft folder or Hugging Face id.
+            model: Hugging Face id, folder or ``.gguf`` file. Defaults to the base model of the adapter.
+            adapter: Peft folder or Hugging Face id. If it is in the folder of its run, prompts and settings of the model are
+                those of the run.
             context: See `Roles`.
             sampling: See `Roles`.
-            dtype: Type of the weights.
-            system: System message.
+            dtype: Type of the weights. Defaults to that of the run, or to that of the model's files.
+            system: System message. Defaults to that of the run, or to none.
 
         Raises:
             ConfigError: The model or the adapter cannot be loaded, or they do not fit each other.
         """
-        lora = LoRA(r=1, dropout=0.0) if adapter is None else None  # a new adapter changes nothing
-        policy = Policy(model or base_name(adapter or ""), lora=lora, adapter=adapter, dtype=dtype)
-        return cls(policy, context, sampling, Prompts(system=system))
+        if adapter is None:
+            lora = LoRA(r=1, dropout=0.0)  # a new adapter changes nothing
+            policy, prompts = Policy(model or "", lora=lora, dtype=dtype or "auto"), Prompts()
+        else:
+            policy, prompts, _ = load_exported(adapter, model, "--adapter", dtype)
+        if system is not None:
+            prompts = replace(prompts, system=system)
+        return cls(policy, context, sampling, prompts)
 
     def answer(self, question: str, role: str, seed: int) -> Answer:
         """Let a role answer a question, and add both to the history.
@@ -136,19 +144,3 @@ class Roles:
     def _pieces_of(self, tokens: Sequence[int]) -> list[str]:
         joined = self.pieces.joined(tokens)
         return [joined.get(place, self.pieces[token].text) for place, token in enumerate(tokens)]
-
-
-def base_name(adapter: str) -> str:
-    """Return the base model that an adapter names.
-
-    Raises:
-        ConfigError: The adapter cannot be read, or names none.
-    """
-    try:
-        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except Exception as error:  # the hub and JSON raise different errors
-        problem = f"cannot read {adapter} as an adapter ({str(error).strip().splitlines()[0]})"
-        raise ConfigError(problem, "--adapter", "Give the folder of an exported adapter") from None
-    if not name:
-        raise ConfigError(f"{adapter} names no base model", "--model", "Give its Hugging Face id or folder")
-    return str(name)

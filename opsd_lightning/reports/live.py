@@ -6,14 +6,13 @@ has, and reads the context that was typed in.
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,19 +29,16 @@ from opsd_lightning.reports.token_data import TOP, completion_data, pieces_of
 from opsd_lightning.reports.token_scores import TokenScores, predictions
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
-from opsd_lightning.runs.reader import RECORD_FOLDER, read_run, short_class
+from opsd_lightning.runs.exported_adapter import built, load_exported
+from opsd_lightning.runs.reader import RecordedSettings, flatten, settings_of_run_around
 from opsd_lightning.teachers import FixedTeacher, LiveTeacher, Teacher
 from opsd_lightning.types import ConfigError, Example, Sampling, UserError
 from opsd_lightning.utils.redaction import redact_text
 from opsd_lightning.utils.token_text import Pieces
 
-_Part = TypeVar("_Part")
 _SETTING = "CHECKPOINT"
 _FIX = "Give a checkpoint file (.ckpt) of a run, a folder that AdapterExport wrote, or a model"
-_HEIGHT = 4  # RUN/lightning_logs/version_0/checkpoints/NAME.ckpt
 _MOST_SAMPLES, _MAX_TOKENS = 16, 4096  # of one question
-#: Settings of a run's policy that its exported adapter is loaded with.
-_POLICY_SETTINGS = ("dtype", "chat_template", "pad_token", "revision", "max_length")
 
 
 @dataclass
@@ -223,7 +219,7 @@ def _of_file(checkpoint: str, base: str | None) -> Live:
     module = method.load_from_checkpoint(path, weights_only=True)
     prompts = getattr(module, "prompts", None)
     if prompts is None:  # SFT and GRPO have none of their own
-        prompts = _built(Prompts, _part(_settings_beside(path), "data", "prompts"))
+        prompts = built(Prompts, settings_of_run_around(path).part("data", "prompts"), path, _SETTING)
     teacher = getattr(module, "teacher", None)
     objective = module.objective
     if teacher is None or not objective.uses_teacher:  # SFT and GRPO: compared with their start
@@ -258,12 +254,9 @@ def _of_folder(checkpoint: str, base: str | None) -> Live:
     folder = Path(checkpoint).expanduser()
     if folder.is_dir() and is_shards(folder):
         raise ConfigError(f"{folder} is a folder of shards", _SETTING, "Give the adapter that AdapterExport wrote")
-    config: dict[str, Any] = {}
+    settings, prompts = RecordedSettings({}, None), Prompts().of_split("train")
     if (folder / "adapter_config.json").is_file():
-        config = _settings_beside(folder)
-        known = _part(config, "model", "policy")
-        model = base or _base_model(folder)
-        policy = Policy(model, adapter=str(folder), **{name: known[name] for name in _POLICY_SETTINGS if known.get(name)})
+        policy, prompts, settings = load_exported(str(folder), base, _SETTING)
     elif base is not None:
         raise ConfigError(f"{checkpoint} is no adapter, and --model names a base model", "--model", "Leave it out")
     else:
@@ -271,16 +264,17 @@ def _of_folder(checkpoint: str, base: str | None) -> Live:
             raise ConfigError(f"{folder} holds neither an adapter nor a model", _SETTING, _FIX)
         policy = Policy(checkpoint, lora=LoRA(r=1))  # an adapter that changes nothing
     tokenizer, network = policy.load_tokenizer(), policy.build()
-    objective = _part(config, "model", "objective")
+    sampling, objective = (settings.part("model", name) for name in ("sampling", "objective"))
+    temperature = {name: objective[name] for name in ("temperature",) if name in objective}
     return Live(
         policy,
         network,
         tokenizer,
         _base_teacher(network),
-        _built(Prompts, _part(config, "data", "prompts")).of_split("train"),
-        _built(DivergenceObjective, {name: objective[name] for name in ("temperature",) if name in objective}),
-        _built(Sampling, _part(config, "model", "sampling") or {"max_new_tokens": 256}),
-        short_class(str(config.get("model", {}).get("class_path", ""))) or None,
+        prompts,
+        built(DivergenceObjective, temperature, checkpoint, _SETTING),
+        built(Sampling, sampling or {"max_new_tokens": 256}, checkpoint, _SETTING),
+        flatten(settings.config).get("model"),
     )
 
 
@@ -291,40 +285,3 @@ def _base_teacher(model: Any) -> Teacher:
     teacher = FixedTeacher()
     teacher.use_base_weights()
     return teacher
-
-
-def _base_model(folder: Path) -> str:
-    try:
-        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{folder} does not name its base model ({error})", "--model", "Name it") from None
-    if not isinstance(found, str) or not found:
-        raise ConfigError(f"{folder} does not name its base model", "--model", "Name it")
-    return found
-
-
-def _settings_beside(path: Path) -> dict[str, Any]:
-    """Return the settings of the run that wrote a file or a folder, if the run's record lies in a folder above it."""
-    for root in list(path.resolve().parents)[:_HEIGHT]:
-        if (root / RECORD_FOLDER / "run.json").is_file():
-            return read_run(root).config
-    return {}
-
-
-def _part(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Return the settings of a part, or an empty mapping. Settings of a class stand below its ``init_args``."""
-    found: Any = config
-    for name in names:
-        found = found.get(name) if isinstance(found, Mapping) else None
-        if isinstance(found, Mapping) and isinstance(found.get("init_args"), Mapping):
-            found = found["init_args"]
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
-def _built(kind: type[_Part], settings: Mapping[str, Any]) -> _Part:
-    """Build a part from recorded settings. Those that are not set are left out."""
-    try:
-        return kind(**{name: value for name, value in settings.items() if value is not None})
-    except (TypeError, ValueError) as error:
-        problem = f"the run has unusable settings of {kind.__name__} ({error})"
-        raise ConfigError(problem, _SETTING, "Copy the adapter's folder to another place to use the defaults") from None

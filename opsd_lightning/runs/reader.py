@@ -29,6 +29,7 @@ from opsd_lightning.utils.redaction import redact
 from opsd_lightning.utils.yaml_limits import check_yaml
 
 RECORD_FOLDER = "record"
+_HEIGHT = 4  # folders from RUN/lightning_logs/version_0/checkpoints/NAME.ckpt to RUN
 # Entries of a graded completion that the report reads.
 _GRADED: dict[str, type | UnionType] = {
     "question": str,
@@ -144,6 +145,52 @@ def read_run(path: str | Path) -> Run:
     run.held_out = read_held_out(run.root)
     run.rollouts = _rollouts(run.root, run.settings.get("trainer.callbacks.RolloutTable.path", "rollouts.csv"))
     return run
+
+
+class RecordedSettings(NamedTuple):
+    """Settings of a run, from its record.
+
+    Args:
+        config: Settings as nested mappings, without secrets. Empty if the run saved none.
+        folder: Folder in which the run was last started, to which its relative paths refer. None if it is unknown.
+    """
+
+    config: dict[str, Any]
+    folder: str | None
+
+    def part(self, *names: str) -> dict[str, Any]:
+        """Return the settings of a part, such as ``part("data", "prompts")``. Empty if the run has none.
+
+        Args:
+            names: Names of the part and of the parts that it is in. ``class_path`` and ``init_args`` are left out.
+        """
+        found: Any = self.config
+        for name in names:
+            found = found.get(name) if isinstance(found, Mapping) else None
+            if isinstance(found, Mapping) and isinstance(found.get("init_args"), Mapping):
+                found = found["init_args"]
+        return dict(found) if isinstance(found, Mapping) else {}
+
+
+def settings_of_run_around(path: str | Path) -> RecordedSettings:
+    """Read the settings of the run whose folder contains a file or folder, such as a checkpoint or an exported adapter.
+
+    Args:
+        path: The file or folder.
+
+    Returns:
+        The settings. They are empty if no folder above it, up to the fourth, contains the record of a run.
+
+    Raises:
+        UserError: A file of the record is damaged, or is a symbolic link.
+    """
+    for root in list(Path(path).resolve().parents)[:_HEIGHT]:
+        record = root / RECORD_FOLDER
+        if _exists(record / "run.json"):
+            starts = _json(record / "run.json").get("starts") or [{}]
+            folder = starts[-1].get("folder")
+            return RecordedSettings(_config(record / "config.yaml"), folder if isinstance(folder, str) else None)
+    return RecordedSettings({}, None)
 
 
 def _exists(path: Path) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.files import write_record
 from helpers.models import perturb
 from opsd_lightning.chat.command import main
 from opsd_lightning.chat.roles import Roles
@@ -65,6 +68,34 @@ def test_student_answers_each_line_with_the_adapter(chat: Callable[..., str], ad
     assert base != with_adapter
 
 
+def test_adapter_of_a_run_has_its_base_model_and_prompts(
+    chat: Callable[..., str], adapter: str, roomy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own settings name a model of the hub, which is not reached."""
+    folder = tmp_path / "run" / "adapter"
+    shutil.copytree(adapter, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "nobody/base"}))
+    export = {"class_path": "opsd_lightning.AdapterExport", "init_args": {"base_model": "nobody/base"}}
+    config = {
+        "model": {"class_path": "opsd_lightning.OPSDModule", "init_args": {"policy": {"model": roomy}}},
+        "data": {"prompts": {"student_template": "{question} Be brief.", "system": "You add."}},
+        "trainer": {"callbacks": [export]},
+    }
+    write_record(tmp_path / "run", config)
+    roles = Roles.load(None, str(folder), None, SAMPLING)
+    prompt = str(roles.tokenizer.decode(roles.answer(QUESTIONS[0], "student", seed=0).prompts[0]))
+    assert f"{QUESTIONS[0]} Be brief." in prompt and "You add." in prompt
+    capsys.readouterr()
+    other = Roles.load(None, str(folder), None, SAMPLING, system="You subtract.")
+    assert roomy in capsys.readouterr().err
+    assert "You subtract." in str(other.tokenizer.decode(other.answer(QUESTIONS[0], "student", seed=0).prompts[0]))
+    assert chat("--adapter", str(folder), questions=QUESTIONS[:1]) != ""
+    with pytest.raises(SystemExit) as end:
+        chat("--adapter", str(folder), "--model", "nobody/other")  # an explicit model is the one that is loaded
+    assert end.value.code == 2 and "nobody/other" in capsys.readouterr().err
+
+
 def test_teacher_reads_the_context_without_the_adapter(
     chat: Callable[..., str], adapter: str, roomy: str, tmp_path: Path
 ) -> None:
@@ -78,7 +109,8 @@ def test_teacher_reads_the_context_without_the_adapter(
 def test_divergence_is_that_of_both_roles(adapter: str) -> None:
     roles = Roles.load(None, adapter, CONTEXT, SAMPLING)
     answer = roles.answer(QUESTIONS[0], "student", seed=0)
-    roles.model.eval()  # without dropout, as both roles answer
+    divergence = roles.divergence(answer)
+    roles.model.eval()  # without dropout
     logprobs = []
     for prompt, role in zip(answer.prompts, ("student", "teacher"), strict=True):
         with roles.teachers[role].weights(roles.model), torch.no_grad():
@@ -86,7 +118,7 @@ def test_divergence_is_that_of_both_roles(adapter: str) -> None:
         logprobs.append(logits[len(prompt) - 1 : -1].log_softmax(-1))
     student, teacher = logprobs
     wanted = (teacher.exp() * (teacher - student)).sum(-1)
-    assert roles.divergence(answer) == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert divergence == pytest.approx(wanted.tolist(), abs=1e-5)
     assert wanted.max() > 0.01
 
 

@@ -229,6 +229,7 @@ def test_opsd_commands_run(
         "RUN/checkpoint.ckpt": str(trained(recipe) / "checkpoint.ckpt"),
         "CHECKPOINT": str(trained(recipe) / "checkpoint.ckpt"),
         "RUN/record-1": "runs/a",
+        "RUN/adapter": "runs/a/adapter",
         "RUN": "runs/a",
         "PAGE.html": "page.html",
         "OWNER/LARGER-MODEL": roomy,

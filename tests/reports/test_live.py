@@ -27,6 +27,7 @@ from opsd_lightning.utils.files import script_json
 pytestmark = pytest.mark.integration
 
 QUESTION, CONTEXT = "2 + 2?", "It is <b>4</b>."
+HUB_ID = "nobody/base"  # of the base model, which the run loads from a folder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def run(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pa
          "--trainer.max_steps=2", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={root}", "--trainer.logger=false",
          "--trainer.enable_progress_bar=false", "--trainer.callbacks+=ModelCheckpoint",
          f"--trainer.callbacks.dirpath={root}", "--trainer.callbacks.filename=last", "--trainer.callbacks+=AdapterExport",
-         "--trainer.callbacks+=RunReport"]
+         f"--trainer.callbacks.base_model={HUB_ID}", "--trainer.callbacks+=RunReport"]
     )  # fmt: skip
     return root
 
@@ -95,7 +96,7 @@ def test_tokens_of_a_checkpoint_are_those_of_its_models(live: Live) -> None:
 
 
 def test_an_exported_adapter_is_its_checkpoint_against_the_base_model(run: Path, live: Live, tmp_path: Path) -> None:
-    """Templates, sampling and temperature come from the run's record beside it."""
+    """Templates, sampling, temperature and the folder of the base model come from the run's record beside it."""
     asked = {"question": QUESTION, "context": CONTEXT, "seed": 5}
     exported = load_live(str(run / "adapter"), device="cpu")
     (ours,), (theirs,) = exported.answer(asked)["rollouts"], live.answer(asked)["rollouts"]
@@ -106,8 +107,11 @@ def test_an_exported_adapter_is_its_checkpoint_against_the_base_model(run: Path,
     base = by_hand(exported, prompt, ours["tokens"], None)
     assert ours["teacher"]["logprob"] == pytest.approx(logprobs(base, ours["tokens"]), rel=2e-3, abs=1e-4)
     shutil.copytree(run / "adapter", tmp_path / "alone")  # without a record: the package's own templates
-    alone = load_live(str(tmp_path / "alone"), device="cpu").answer(asked | {"max_new_tokens": 4})["rollouts"][0]
-    assert "step by step" in alone["student_prompt"] and alone["length"] <= 4
+    with pytest.raises(ConfigError, match=mentions(HUB_ID)):
+        load_live(str(tmp_path / "alone"), device="cpu")
+    alone = load_live(str(tmp_path / "alone"), exported.policy.model, "cpu")
+    rollout = alone.answer(asked | {"max_new_tokens": 4})["rollouts"][0]
+    assert "step by step" in rollout["student_prompt"] and rollout["length"] <= 4
 
 
 def test_a_model_is_student_and_teacher(folders: dict[str, str]) -> None:
@@ -141,7 +145,7 @@ def test_unusable_questions_are_refused(asked: dict[str, Any], named: str, live:
 
 def test_unusable_checkpoints_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "adapter_config.json").write_text('{"r": 4}')
+    (tmp_path / "damaged" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
     (tmp_path / "notes.ckpt").write_text("notes")
     for checkpoint in ("nowhere.ckpt", str(tmp_path / "notes.ckpt"), str(tmp_path / "damaged"), str(run / "record")):
         with pytest.raises(SystemExit) as stop:
@@ -221,7 +225,9 @@ def test_page_asks_and_shows_the_tokens(live: Live, run: Path, tmp_path: Path, m
     assert sorted(path for path in run.rglob("*")) == files and list(tmp_path.iterdir()) == []
 
 
-def test_command_serves_a_page(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_serves_a_page(
+    run: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The address is printed whole, and Ctrl-C ends the command."""
     import urllib.request
 
@@ -240,4 +246,6 @@ def test_command_serves_a_page(run: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(LoopbackServer, "serve_forever", serve)
     show([str(run / "adapter"), "--device=cpu"])
     page, address = found
-    assert address in capsys.readouterr().out and 'id="ask"' in page
+    printed = capsys.readouterr()
+    assert address in printed.out and 'id="ask"' in page
+    assert folders["llama"] in printed.err and HUB_ID not in printed.err
