@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from abc import ABC
+from collections.abc import Iterable
 from pathlib import Path
 
 from docutils.nodes import SkipNode
@@ -25,10 +27,12 @@ copybutton_exclude = ".linenos, .gp, .go"
 html_math_renderer = "mathml"  # browsers draw it without a script and without a network
 html_theme, html_title = "furo", f"opsd-lightning {release}"
 html_static_path, html_css_files = ["_static"], ["site.css"]
+pygments_dark_style = "github-dark"  # the theme's own style underlines names, which then look like links
 exclude_patterns = ["_build", "_static"]
 default_role = "code"  # as docstrings use single backticks
 autodoc_member_order, autodoc_typehints = "bysource", "description"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
+toc_object_entries = False  # each class has a heading already
 # Lightning's and PyTorch's own docstrings are inherited otherwise, whose markup is theirs.
 autodoc_inherit_docstrings = False
 # A type named in a signature may be in two public places.
@@ -64,6 +68,21 @@ def page_of(module: str) -> str:
     return REST
 
 
+def public_bases(bases: Iterable[type]) -> list[type]:
+    """Return base classes without `object` and `ABC`. Private ones are replaced by their own bases."""
+    found: list[type] = []
+    for base in bases:
+        if base.__name__.startswith("_"):
+            found += public_bases(base.__bases__)
+        elif base not in (object, ABC):
+            found.append(base)
+    return found
+
+
+def show_public_bases(app: Sphinx, name: str, found: type, options: object, bases: list[type]) -> None:
+    bases[:] = public_bases(bases)
+
+
 def write_api() -> None:
     """Write the pages of the public names."""
     folder = HERE / "api"
@@ -72,7 +91,10 @@ def write_api() -> None:
     for name, module in opsd_lightning._MODULE_OF.items():
         found = getattr(opsd_lightning, name)
         kind = "class" if isinstance(found, type) else "function" if callable(found) else "data"
-        pages[page_of(module)] += [name, "-" * len(name), "", f".. auto{kind}:: opsd_lightning.{name}", ""]
+        pages[page_of(module)] += [name, "-" * len(name), "", f".. auto{kind}:: opsd_lightning.{name}"]
+        if isinstance(found, type) and public_bases(found.__bases__):
+            pages[page_of(module)].append("   :show-inheritance:")
+        pages[page_of(module)].append("")
     files = {re.sub(r"\W+", "-", title.lower()).strip("-"): lines for title, lines in pages.items()}
     for page, lines in files.items():
         _write(folder / f"{page}.rst", "\n".join(lines))
@@ -150,4 +172,5 @@ def setup(app: Sphinx) -> None:
     write_api()
     write_project_pages()
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))  # type: ignore[attr-defined]
+    app.connect("autodoc-process-bases", show_public_bases)
     app.connect("source-read", link_pages)  # type: ignore[attr-defined]
