@@ -456,8 +456,8 @@ def test_quickstart_page_shows_held_out_questions(tmp_path: Path) -> None:
         ]  # fmt: skip
         (folder / when / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     page = Page(write_report([folder], tmp_path / "page.html"))
-    (before,) = [row for row in page.rows if row[0] == "before: student"]
-    (after,) = [row for row in page.rows if row[0] == "after: student"]
+    (before,) = [row for row in page.rows if row[0] == "Student before"]
+    (after,) = [row for row in page.rows if row[0] == "Student after"]
     low, high = wilson_interval(0.5, 10)
     by_number = ["50.0 %", f"{100 * low:.1f} % to {100 * high:.1f} %"]
     assert before[1:] == ["30.0 %", "10.8 % to 60.3 %", *by_number, "20.0 %", "10.0 %", "45.0", "10"]
