@@ -470,7 +470,7 @@ def test_a_token_tells_what_both_roles_expected(nasty_page: Path, tab: Browser) 
 
     def percents(selector: str) -> list[float]:
         found = tab.js(f"[...document.querySelectorAll('#detail {selector}')].map(e => e.textContent)")
-        return [float(text.split("%")[0].strip().replace("\u2212", "-")) / 100 for text in found]
+        return [float(text.split("%")[0].strip(" <").replace("\u2212", "-")) / 100 for text in found]
 
     def check(place: int) -> None:
         assert f"Token {place + 1} of {shown['length']}" in panel()
