@@ -125,13 +125,14 @@ def test_the_policy_is_left_as_it_was(built: Callable[..., PeftModel]) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+SMALL_CACHE = {"num_blocks": 32, "max_batch_tokens": 256}  # the default fills half of the machine's free memory
 ENGINES = [
     TransformersEngine(),
     TransformersEngine(merge_adapter=False),
     TransformersEngine(max_rows=2),
     TransformersEngine(max_rows=5),
     TransformersEngine(static_cache=True, compile=True),
-    ContinuousBatchingEngine(),
+    ContinuousBatchingEngine(options=SMALL_CACHE),
 ]
 
 
