@@ -171,6 +171,22 @@ class PolicyModule(EvaluatedModule, ABC):
     def objective(self) -> Objective:
         """The method's objective, which decides the tokens that count."""
 
+    def term_of(self, batch: PromptBatch, rollouts: Rollouts) -> Term:
+        """Return the method's own term of the loss for completions outside of a training step.
+
+        Its weights are not normalized. Nothing is logged or counted. Every rank must call.
+
+        Args:
+            batch: The questions.
+            rollouts: Completions of them, `completions_per_context` of each question.
+        """
+        return Term(self.objective, self.objective.token_weights(rollouts))
+
+    @property
+    def completions_per_context(self) -> int:
+        """Number of completions of a question from which the teacher's context is made. 1 if it needs none."""
+        return 1
+
     @property
     def data_requirements(self) -> DataRequirements:
         """The data that training needs. A method that needs more or less replaces fields."""

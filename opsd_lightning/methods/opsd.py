@@ -47,10 +47,16 @@ class TeacherPrompts(NamedTuple):
     Args:
         tokens: Token ids that the teacher reads before each completion.
         learned: Number of leading tokens of each completion that are learned from. 0 for a completion without a context.
+        attempts: The graded completions. None if they need no grades.
+        missing: Number of completions without a context.
+        written: Number of tokens that the teacher generated for the contexts.
     """
 
     tokens: list[list[int]]
     learned: list[int]
+    attempts: Attempts | None = None
+    missing: int = 0
+    written: int = 0
 
 
 @checked
@@ -161,15 +167,13 @@ class DistillationModule(PolicyModule):
         """Run algorithm 1 of arXiv 2601.18734 on one batch: one optimizer step, or ``updates_per_batch`` of them."""
         step = self.begin_step(batch, self.completions(batch))
         prompts = self.teacher_prompts(batch, step.rollouts)
+        self._log_prompts(prompts)
         teacher = self.teacher.score(self.scorer, prompts.tokens, step.rollouts.completions)
         anchor = None
         if self.anchor is not None:
             anchor = self.anchor.score(self.scorer, step.student_prompts, step.rollouts)
         for ratios in self.updates(step):
-            weights = self.objective.token_weights(step.rollouts)
-            for weight, learned in zip(weights, prompts.learned, strict=True):
-                weight[learned:] = 0
-            weights = self._reweighted(self.normalized(weights), ratios)
+            weights = self._reweighted(self.normalized(self._token_weights(step.rollouts, prompts)), ratios)
             terms = [Term(self.objective, weights, teacher, prompts.tokens)]
             if self.anchor is not None:
                 weights = self.normalized(self.anchor.objective.token_weights(step.rollouts))
@@ -182,6 +186,11 @@ class DistillationModule(PolicyModule):
     @abstractmethod
     def completions(self, batch: PromptBatch) -> Rollouts:
         """Return the completions of a step."""
+
+    def term_of(self, batch: PromptBatch, rollouts: Rollouts) -> Term:
+        prompts = self.teacher_prompts(batch, rollouts)
+        teacher = self.teacher.score(self.scorer, prompts.tokens, rollouts.completions)
+        return Term(self.objective, self._token_weights(rollouts, prompts), teacher, prompts.tokens)
 
     @property
     def objective(self) -> Objective:
@@ -232,8 +241,12 @@ class DistillationModule(PolicyModule):
         if self.anchor is not None:
             self.anchor.attach(self.model, self.tokenizer, self.teacher)
 
+    @property
+    def completions_per_context(self) -> int:
+        return 1 if self.context is None else self.sampling.n
+
     def teacher_prompts(self, batch: PromptBatch, rollouts: Rollouts) -> TeacherPrompts:
-        """Return the teacher's prompt of every completion. Every rank must call."""
+        """Return the teacher's prompt of every completion. Nothing is logged or counted. Every rank must call."""
         source = batch.teacher if self.teacher.privileged and self.data_requirements.teacher_prompts else batch.student
         prompts = [prompt for prompt in source for _ in range(rollouts.n)]
         learned = [len(completion) for completion in rollouts.completions]
@@ -241,41 +254,65 @@ class DistillationModule(PolicyModule):
         if not grades or not rollouts.sampled:  # traces in place of completions take data.context
             return TeacherPrompts(prompts, learned)
         attempts = read_attempts(self.tokenizer, self.evaluator.grader, batch, rollouts)
-        self.log_grading(attempts)
+        found = TeacherPrompts(prompts, learned, attempts)
         if self.context is not None:
-            prompts, learned = self._online_prompts(self.context, attempts, batch, rollouts)
+            found = self._online_prompts(self.context, attempts, batch, rollouts)
         if self.learn_from != "all":
             right = self.learn_from == "right"
-            learned = [tokens * (correct == right) for tokens, correct in zip(learned, attempts.correct, strict=True)]
-            selected, rows = self.ranks.sum([attempts.correct.count(right), len(learned)])
-            self.log("train/selected_fraction", selected / rows, batch_size=1)
-        return TeacherPrompts(prompts, learned)
+            kept = [tokens * (correct == right) for tokens, correct in zip(found.learned, attempts.correct, strict=True)]
+            found = found._replace(learned=kept)
+        return found
+
+    def _log_prompts(self, prompts: TeacherPrompts) -> None:
+        """Log the contexts of a step, and count the tokens that the teacher generated. Every rank must call."""
+        if prompts.attempts is None:
+            return
+        self.log_grading(prompts.attempts)
+        correct = prompts.attempts.correct
+        selected = correct.count(self.learn_from == "right")
+        missing, selected_rows, rows, written = self.ranks.sum([prompts.missing, selected, len(correct), prompts.written])
+        self.tokens_generated += int(written)
+        if self.context is not None:
+            self.log("train/context_missing_fraction", missing / rows, batch_size=1)
+        if self.learn_from != "all":
+            self.log("train/selected_fraction", selected_rows / rows, batch_size=1)
+
+    def _token_weights(self, rollouts: Rollouts, prompts: TeacherPrompts) -> list[Tensor]:
+        """Return the weight of each token before normalization. Tokens that are not learned from have 0."""
+        weights = self.objective.token_weights(rollouts)
+        for weight, learned in zip(weights, prompts.learned, strict=True):
+            weight[learned:] = 0
+        return weights
 
     def _online_prompts(
         self, context: OnlineContext, attempts: Attempts, batch: PromptBatch, rollouts: Rollouts
     ) -> TeacherPrompts:
         """Return the teacher's prompts with the contexts of a step. Every rank must call."""
-        prompts, learned, has_context = list[list[int]](), list[int](), list[bool]()
+        prompts, learned, missing, written = list[list[int]](), list[int](), 0, 0
+
+        def write(examples: Sequence[Example], messages: Sequence[str], sampling: Sampling) -> list[str | None]:
+            nonlocal written
+            texts, tokens = self._generate(examples, messages, sampling)
+            written += tokens
+            return texts
+
         limit = min(length or sys.maxsize for length in (self.policy.context_length(), self.teacher.context_length()))
         # Contexts made from traces get them cut, and the result is not cut again: an analysis after a long trace must stay.
         cut = [example._replace(trace=self.prompts.cut(self.tokenizer, example.trace)) for example in batch.examples]
-        for row, text in enumerate(context.texts(attempts._replace(examples=cut), self._generate)):
+        for row, text in enumerate(context.texts(attempts._replace(examples=cut), write)):
             completion, prompt = rollouts.completions[row], None
             if text is not None:
                 example, attempt = batch.examples[row // rollouts.n], context.shows_attempt
                 whole = attempt or isinstance(context, WrittenContext)
                 prompt = self.prompts.teacher(self.tokenizer, example, text, whole, attempt)
             if prompt is None or len(prompt) + len(completion) > limit:
-                has_context.append(False)
+                missing += 1
                 prompts.append(batch.student[row // rollouts.n])
                 learned.append(0)
             else:
-                has_context.append(True)
                 prompts.append(prompt)
                 learned.append(math.ceil(len(completion) * context.prefix_share))
-        missing, rows = self.ranks.sum([sum(not known for known in has_context), len(has_context)])
-        self.log("train/context_missing_fraction", missing / rows, batch_size=1)
-        return TeacherPrompts(prompts, learned)
+        return TeacherPrompts(prompts, learned, attempts, missing, written)
 
     def _reweighted(self, weights: list[Tensor], ratios: list[Tensor] | None) -> list[Tensor]:
         """Apply truncated importance sampling, if there are ratios."""
@@ -284,8 +321,13 @@ class DistillationModule(PolicyModule):
         ratios = self.truncated(ratios, self.max_importance_ratio, "update_ratio")
         return [weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]
 
-    def _generate(self, examples: Sequence[Example], messages: Sequence[str], sampling: Sampling) -> list[str | None]:
-        """Generate the teacher's answer to each message. None for a message that does not fit. Every rank must call."""
+    def _generate(
+        self, examples: Sequence[Example], messages: Sequence[str], sampling: Sampling
+    ) -> tuple[list[str | None], int]:
+        """Generate the teacher's answer to each message, and return their tokens too. Every rank must call.
+
+        An answer is None for a message that does not fit.
+        """
         assert isinstance(self.teacher, GenerativeTeacher)  # checked with the context
         prompts = [self.prompts.ask(self.tokenizer, *pair) for pair in zip(examples, messages, strict=True)]
         limit = self.policy.context_length() or sys.maxsize
@@ -295,9 +337,8 @@ class DistillationModule(PolicyModule):
         seed = seed_for(self.seed, "context", self.global_step, self.trainer.global_rank)
         with self.teacher.weights(self.model):
             written = self.rollouts.generate(self.model, asked, sampling, seed)
-        self.tokens_generated += int(self.ranks.sum([written.tokens])[0])
         texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in written.completions]
-        return [text if fit else None for text, fit in zip(texts, fits, strict=True)]
+        return [text if fit else None for text, fit in zip(texts, fits, strict=True)], written.tokens
 
 
 class OPSDModule(DistillationModule):

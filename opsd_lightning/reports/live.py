@@ -22,11 +22,11 @@ from opsd_lightning.checkpoints.file import load_file, local_path
 from opsd_lightning.checkpoints.shards import is_shards
 from opsd_lightning.losses.objectives import DivergenceObjective, Objective, Term
 from opsd_lightning.methods.base import PolicyModule
-from opsd_lightning.models.policy import LoRA, Policy, evaluating
+from opsd_lightning.models.policy import LoRA, Policy
 from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.reports.token_data import TOP, completion_data, pieces_of
-from opsd_lightning.reports.token_scores import TokenScores, predictions
+from opsd_lightning.reports.token_scores import measure_completions
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.rollouts.transformers_engine import TransformersEngine
 from opsd_lightning.runs.exported_adapter import built, load_exported
@@ -152,29 +152,19 @@ class Live:
     @torch.no_grad()
     def _score(self, student: list[int], teacher: list[int], sampling: Sampling, seed: int) -> list[dict[str, Any]]:
         """Sample completions of the student's prompt, and score them with both prompts."""
-        objective, scorer = self.objective, Scorer(self.model, self.token_budget)
-        with evaluating(self.model):
-            rollouts = self.engine.generate(self.model, [student], sampling, seed)
-            completions, sizes = rollouts.completions, [len(completion) for completion in rollouts.completions]
-            ours = scorer.score([student] * len(sizes), completions)
-            theirs = self.teacher.score(scorer, [teacher] * len(sizes), completions)
-            targets = torch.tensor([t for c in completions for t in c], dtype=torch.long, device=ours.hidden.device)
-            weights = objective.token_weights(rollouts)
-            _, measured = Term(objective, weights, theirs).loss(ours, targets, range(len(sizes)), sizes)
-            settings = (objective.temperature, TOP, objective.logits_memory_mib)
-            roles = [predictions(states, targets, *settings).split(sizes) for states in (ours, theirs)]
-        columns = {name: values.float().cpu().split(sizes) for name, values in measured.items()}
+        scorer = Scorer(self.model, self.token_budget)
+        rollouts = self.engine.generate(self.model, [student], sampling, seed)
+        completions = rollouts.completions
+        theirs = self.teacher.score(scorer, [teacher] * len(completions), completions)
+        weights = self.objective.token_weights(rollouts)
+        term = Term(self.objective, weights, theirs)
+        found = measure_completions(scorer, term, [student] * len(completions), completions, TOP)
         return [
-            completion_data(
-                self._pieces,
-                completion,
-                len(completion),
-                weights[row],
-                {name: values[row] for name, values in columns.items()},
-                TokenScores(roles[0][row], roles[1][row]),
+            completion_data(self._pieces, completion, len(completion), weight, measured, scores)
+            | {"truncated": not terminated}
+            for completion, terminated, weight, measured, scores in zip(
+                completions, rollouts.terminated, weights, *found, strict=True
             )
-            | {"truncated": not rollouts.terminated[row]}
-            for row, completion in enumerate(completions)
         ]
 
 

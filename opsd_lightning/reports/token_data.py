@@ -4,16 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from opsd_lightning.reports.token_scores import Predictions, TokenScores
+from opsd_lightning.types import Example
 from opsd_lightning.utils.token_text import Pieces
 
 TOP = 5  # most probable tokens of each role to keep
 #: Measurements of the objective that the page shows.
 MEASURED = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "clipped", "clipped_mass")
+
+
+class MeasuredCompletion(NamedTuple):
+    """A completion of C tokens with the measurements that the page shows.
+
+    Args:
+        row: Index of the completion in its step, or of the repeated question.
+        example: Its question.
+        completion: Its token ids.
+        terminated: True if it ends with an EOS token.
+        student_prompt: Token ids that the student reads.
+        teacher_prompt: Token ids that the teacher reads. None for a method without a teacher.
+        weights: Weight of each token in the loss. Shape [C].
+        measured: Measurements of the objective by name, each of shape [C] on the CPU.
+        scores: Predictions of both roles, at the tokens to show or at all.
+        sampled: False for a trace of the data.
+        repeated: True for a question that is sampled at each shown step.
+    """
+
+    row: int
+    example: Example
+    completion: Sequence[int]
+    terminated: bool
+    student_prompt: Sequence[int]
+    teacher_prompt: Sequence[int] | None
+    weights: torch.Tensor
+    measured: Mapping[str, torch.Tensor]
+    scores: TokenScores
+    sampled: bool = True
+    repeated: bool = False
 
 
 def completion_data(
@@ -32,7 +63,7 @@ def completion_data(
         max_tokens: Number of first tokens to show.
         weights: Weight of each token in the loss. Shape [C].
         measured: Measurements of the objective by name, each of shape [C].
-        scores: Predictions of both roles at the tokens to show.
+        scores: Predictions of both roles at the tokens to show, or at all tokens.
     """
     shown = completion[:max_tokens]
     return {
@@ -41,8 +72,8 @@ def completion_data(
         "joined": pieces.joined(shown),
         "unweighted": (weights[: len(shown)] == 0).nonzero()[:, 0].tolist(),
         **{name: _numbers(measured[name][: len(shown)]) for name in MEASURED if name in measured},
-        "student": _predictions(scores.student),
-        "teacher": None if scores.teacher is None else _predictions(scores.teacher),
+        "student": _predictions(scores.student, len(shown)),
+        "teacher": None if scores.teacher is None else _predictions(scores.teacher, len(shown)),
     }
 
 
@@ -56,7 +87,8 @@ def pieces_of(pieces: Pieces, rollouts: Sequence[Mapping[str, Any]]) -> dict[int
     return {token: p.text if p.kind == "text" else [p.text, p.kind] for token, p in found.items()}
 
 
-def _predictions(found: Predictions) -> dict[str, Any]:
+def _predictions(found: Predictions, count: int) -> dict[str, Any]:
+    found = Predictions(*(column[:count] for column in found))
     return {
         "logprob": _numbers(found.logprob),
         "rank": found.rank.tolist(),

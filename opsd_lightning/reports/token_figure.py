@@ -33,7 +33,8 @@ def draw(step: dict[str, Any]) -> Figure:
     lines: list[tuple[str, list[tuple[int, str, float]]]] = []  # each a heading, or shaded pieces with their columns
     for rollout in rollouts:
         cut = ", truncated" if rollout["truncated"] else ""
-        heading = f"Rollout {rollout['row'] + 1}: {_GRADES[rollout['grade']]}{cut}, {rollout['length']} tokens. "
+        name_of = "Repeated question" if rollout.get("repeated") else "Rollout"
+        heading = f"{name_of} {rollout['row'] + 1}: {_GRADES[rollout['grade']]}{cut}, {rollout['length']} tokens. "
         lines.append((_cut(heading + _plain(rollout["question"]), COLUMNS), []))
         lines += [("", line) for line in _wrapped(_texts(step, rollout), rollout.get(name, []))]
         lines.append(("", []))

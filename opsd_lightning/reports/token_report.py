@@ -23,12 +23,14 @@ from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.reports.html import check_extension, relative_path, render_template
+from opsd_lightning.reports.repeated_questions import RepeatedQuestions
 from opsd_lightning.reports.run_report import RunReport
-from opsd_lightning.reports.token_data import TOP, completion_data, pieces_of
+from opsd_lightning.reports.token_data import TOP, MeasuredCompletion, completion_data, pieces_of
 from opsd_lightning.reports.token_scores import score_tokens
+from opsd_lightning.rollouts.base import Demand
 from opsd_lightning.runs.reader import RECORD_FOLDER
 from opsd_lightning.runs.record import CHECKPOINT_ID, belongs_to_another_run
-from opsd_lightning.types import Example, PositiveInt, PromptBatch, UserError, checked
+from opsd_lightning.types import Example, NonNegativeInt, PositiveInt, PromptBatch, UserError, checked
 from opsd_lightning.utils.disk_errors import warn_on_write_error
 from opsd_lightning.utils.files import atomic_write, script_json
 from opsd_lightning.utils.folders import check_page
@@ -45,8 +47,9 @@ class TokenReport(StepCallback):
 
     Each token is shaded by its divergence. The page shows the probability that each role gives the token, the most probable
     tokens of each role, entropies and clip, and for each rollout its question, trace, prompts and grade. The first step is
-    always shown. All values are from before the step's update. Loggers that accept images get a figure of each shown step,
-    and loggers that accept HTML pages get the page at the end of ``fit``. With ``fast_dev_run`` nothing is written.
+    always shown. All values are from before the step's update, so that those of the first step are from before training.
+    Loggers that accept images get a figure of each shown step, and loggers that accept HTML pages get the page at the end of
+    ``fit``. With ``fast_dev_run`` nothing is written.
 
     Args:
         every_n_steps: Number of optimizer steps between shown steps, at least 1. With ``updates_per_batch`` above 1, a batch
@@ -58,6 +61,14 @@ class TokenReport(StepCallback):
         path: Path of the page, relative to the trainer's ``default_root_dir``. A new run replaces the page. A resumed run
             adds to it.
         pictures: If True, loggers get figures. Needs matplotlib (extra ``plots``).
+        repeated_questions: Number of training questions to sample again at each shown step, in addition to ``rows``. The
+            page shows each of them across the steps. ``model.seed`` chooses them, so that a resumed run has the same. They
+            are sampled with ``model.sampling`` and the same random numbers at each step, and scored without dropout. Each
+            costs one completion (``model.sampling.n`` with ``model.context``) and a scoring pass of both roles. Needs an
+            `OPSDDataModule`. Defaults to 0.
+
+    Raises:
+        ConfigError: ``path`` is not that of an HTML page, or ``fit`` has no data for ``repeated_questions``.
 
     Example::
 
@@ -78,11 +89,15 @@ class TokenReport(StepCallback):
         max_tokens: PositiveInt = 512,
         path: str = "tokens.html",
         pictures: bool = True,
+        repeated_questions: NonNegativeInt = 0,
     ) -> None:
         self.every_n_steps, self.rows, self.keep = every_n_steps, rows, keep
         self.max_tokens, self.path, self.pictures = max_tokens, path, pictures
+        self.repeated_questions = repeated_questions
         check_extension(path, "TokenReport")
         self._steps: list[tuple[int, str]] = []  # the optimizer step, and its data as JSON
+        self._repeated: RepeatedQuestions | None = None
+        self._again: list[dict[str, Any]] = []  # rollouts of the repeated questions at the current step
         self._shown: list[dict[str, Any]] | None = None  # rollouts of the current step
         self._pieces: Pieces | None = None
         self._is_new = False  # True if the run starts from a checkpoint of another run
@@ -95,13 +110,20 @@ class TokenReport(StepCallback):
         if stage == "fit":
             page = self._page(trainer)
             run_on_all_ranks(lambda: check_page(page, "trainer.callbacks.path") if trainer.is_global_zero else None)
+            self._repeated = None
+            if self.repeated_questions:
+                self._repeated = RepeatedQuestions(trainer, pl_module, self.repeated_questions)
+
+    def demand(self, stage: str) -> list[Demand]:
+        """Return the largest rollout of the repeated questions, for engines that reserve room. Called after `setup`."""
+        return [self._repeated.demand()] if stage == "fit" and self._repeated is not None else []
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._is_new = belongs_to_another_run(Path(trainer.default_root_dir) / RECORD_FOLDER, checkpoint.get(CHECKPOINT_ID))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
-        self._steps, self._shown, self._unwritten = [], None, False
+        self._steps, self._shown, self._again, self._unwritten = [], None, [], False
         if not trainer.is_global_zero:
             return
         self._pieces = Pieces(pl_module.tokenizer)
@@ -119,6 +141,13 @@ class TokenReport(StepCallback):
                 "pip install 'opsd-lightning[plots]', or set trainer.callbacks.pictures to false"
             )
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        if self._repeated is not None and is_due(trainer, pl_module, self.every_n_steps):
+            # Every rank samples and scores the questions, since a pass of a sharded model needs all ranks.
+            completions = self._repeated.measure(trainer, pl_module)
+            self._again = [self._described(pl_module, each) for each in completions] if trainer.is_global_zero else []
+
     def on_step_scored(self, trainer: Trainer, pl_module: PolicyModule, record: StepRecord) -> None:
         # The condition is the same on every rank, since a pass of a sharded model needs all ranks.
         if is_due(trainer, pl_module, self.every_n_steps):
@@ -127,9 +156,10 @@ class TokenReport(StepCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
-        rollouts, self._shown = self._shown, None
+        rollouts, self._shown, again, self._again = self._shown, None, self._again, []
         if not trainer.is_global_zero or rollouts is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        rollouts = [*again, *rollouts]
         assert isinstance(pl_module, PolicyModule) and self._pieces is not None
         step = {
             "step": trainer.global_step,
@@ -162,28 +192,42 @@ class TokenReport(StepCallback):
         scores = score_tokens(module, record, rows, self.max_tokens, TOP)
         if not trainer.is_global_zero:
             return []
-        assert self._pieces is not None
         found = []
         for row, shown in zip(rows, scores, strict=True):
-            completion, example = rollouts.completions[row], record.batch.examples[row // rollouts.n]
             term = record.terms[0]
-            read = None if term.teacher_prompts is None else module.tokenizer.decode(term.teacher_prompts[row])
-            measured = {name: values[row] for name, values in record.measured.items()}
-            found.append(
-                {
-                    "row": row,
-                    "question": example.question,
-                    "trace": example.trace,
-                    "reference": module.evaluator.grader.shown_reference(example),
-                    "student_prompt": redact_text(str(module.tokenizer.decode(record.student_prompts[row]))),
-                    "teacher_prompt": None if read is None else redact_text(str(read)),
-                    **self._grade(module, completion, example),
-                    "truncated": not rollouts.terminated[row],
-                    "sampled": rollouts.sampled,
-                    **completion_data(self._pieces, completion, self.max_tokens, term.weights[row], measured, shown),
-                }
+            completion = MeasuredCompletion(
+                row,
+                record.batch.examples[row // rollouts.n],
+                rollouts.completions[row],
+                rollouts.terminated[row],
+                record.student_prompts[row],
+                None if term.teacher_prompts is None else term.teacher_prompts[row],
+                term.weights[row],
+                {name: values[row] for name, values in record.measured.items()},
+                shown,
+                rollouts.sampled,
             )
+            found.append(self._described(module, completion))
         return found
+
+    def _described(self, module: PolicyModule, found: MeasuredCompletion) -> dict[str, Any]:
+        """Return the data of a completion. Call it on the first rank."""
+        assert self._pieces is not None
+        decode = module.tokenizer.decode
+        read = None if found.teacher_prompt is None else redact_text(str(decode(found.teacher_prompt)))
+        return {
+            "row": found.row,
+            "repeated": found.repeated,
+            "question": found.example.question,
+            "trace": found.example.trace,
+            "reference": module.evaluator.grader.shown_reference(found.example),
+            "student_prompt": redact_text(str(decode(found.student_prompt))),
+            "teacher_prompt": read,
+            **self._grade(module, found.completion, found.example),
+            "truncated": not found.terminated,
+            "sampled": found.sampled,
+            **completion_data(self._pieces, found.completion, self.max_tokens, found.weights, found.measured, found.scores),
+        }
 
     def _grade(self, module: PolicyModule, completion: Sequence[int], example: Example) -> dict[str, Any]:
         grader = module.evaluator.grader
@@ -233,7 +277,8 @@ def read_tokens(path: str | Path) -> dict[str, Any]:
 
     Returns:
         ``run`` (model, method, objective) and ``steps``. A step has ``rollouts`` and ``pieces``. A rollout has its question,
-        prompts and grade, the objective's measurements of each token (in nats), and for each role the ``logprob`` (nats) and
+        prompts and grade, ``repeated`` (True for a question of ``repeated_questions``, the first rollouts of each step), the
+        objective's measurements of each token (in nats), and for each role the ``logprob`` (nats) and
         ``rank`` of each token, the ids ``top`` of the most probable tokens, and their log-probabilities ``top_millinats``
         (thousandths of a nat). ``pieces`` has the text of each token id, or a list of text and kind for tokens of other
         kinds than text (see `token_text.Piece`).

@@ -1,8 +1,9 @@
-"""Most probable tokens of student and teacher at each token of some completions of a step.
+"""Most probable tokens of student and teacher at each token of some completions, and the objective's measurements.
 
     log p(v | n) = log_softmax(z_n / T)_v        T: the objective's temperature, as in the loss
 
-The student is scored once more, without dropout and before the step's update. The teacher's states are those of the step.
+For completions of a step (`score_tokens`), the student is scored once more, without dropout and before the step's update,
+and the teacher's states are those of the step. `measure_completions` is for completions outside of a step.
 Logits are computed in chunks of tokens, so that no tensor of shape [all tokens, vocabulary] exists.
 """
 
@@ -14,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_lightning.losses.objectives import logit_chunks
+from opsd_lightning.losses.objectives import Term, logit_chunks
 from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.step import StepRecord
 from opsd_lightning.models.policy import evaluating
+from opsd_lightning.models.scoring import Scorer
 from opsd_lightning.models.sharding import reshard_on_exit
 from opsd_lightning.types import TokenStates
 
@@ -107,3 +109,36 @@ def score_tokens(
         hidden = torch.cat([read[row][:size] for row, size in zip(rows, sizes, strict=True)])
         theirs = predictions(TokenStates(hidden, teacher.head), targets, *settings).split(sizes)
     return [TokenScores(*both) for both in zip(found, theirs, strict=True)]
+
+
+@torch.no_grad()
+def measure_completions(
+    scorer: Scorer, term: Term, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], top: int = 5
+) -> tuple[list[dict[str, Tensor]], list[TokenScores]]:
+    """Measure completions outside of a training step, without dropout. Call it on every rank.
+
+    Args:
+        scorer: Scorer of the student.
+        term: The method's term of the loss, with the teacher's states if it has a teacher.
+        prompts: The student's prompt of each completion.
+        completions: At least one.
+        top: Number of most probable tokens to return, at least 1.
+
+    Returns:
+        For each completion, the objective's measurements by name, each of shape [C] on the CPU, and the predictions of both
+        roles.
+    """
+    objective, sizes = term.objective, [len(completion) for completion in completions]
+    settings = (objective.temperature, top, objective.logits_memory_mib)
+    with evaluating(scorer.model), reshard_on_exit(scorer.model):
+        states = scorer.score(prompts, completions)
+        flat = [token for completion in completions for token in completion]
+        targets = torch.tensor(flat, dtype=torch.long, device=states.hidden.device)
+        _, measured = term.loss(states, targets, range(len(sizes)), sizes)
+        columns = {name: values.float().cpu().split(sizes) for name, values in measured.items()}
+        students = predictions(states, targets, *settings).split(sizes)
+        teachers: Sequence[Predictions | None] = [None] * len(sizes)
+        if term.teacher is not None:
+            teachers = predictions(term.teacher, targets, *settings).split(sizes)
+    scores = [TokenScores(*both) for both in zip(students, teachers, strict=True)]
+    return [{name: values[row] for name, values in columns.items()} for row in range(len(sizes))], scores

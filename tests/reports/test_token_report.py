@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from helpers.browser import Browser, browser, needs_browser
 from helpers.distributed import STRATEGIES, FirstHalfSilent, both, run
 from helpers.files import write_jsonl
+from helpers.messages import mentions
 from helpers.models import CHAT_TEMPLATE, EOS, make_tokenizer
 from helpers.processes import on_ranks
-from helpers.training import adapters, parts, trainer
+from helpers.training import adapters, metrics, parts, trainer
 from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import Columns, FileSource
 from opsd_lightning.losses.clips import TokenClip
@@ -32,14 +36,16 @@ from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
 from opsd_lightning.methods.step import StepCallback, StepRecord
 from opsd_lightning.models.policy import LoRA, Policy, base_of, evaluating
+from opsd_lightning.prompts.online_contexts import CritiqueContext, FeedbackContext, MajorityContext
 from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.reports.html import render_template
+from opsd_lightning.reports.repeated_questions import choose_questions
 from opsd_lightning.reports.token_data import MEASURED
 from opsd_lightning.reports.token_figure import draw
 from opsd_lightning.reports.token_report import TokenReport, read_tokens
 from opsd_lightning.rollouts.base import RolloutEngine
 from opsd_lightning.teachers import EMATeacher, LiveTeacher, TrustRegionTeacher
-from opsd_lightning.types import ConfigError, Rollouts, Sampling, UserError
+from opsd_lightning.types import ConfigError, Example, PromptBatch, Rollouts, Sampling, UserError
 from opsd_lightning.utils.files import script_json
 from opsd_lightning.utils.token_text import Pieces
 
@@ -161,13 +167,15 @@ def test_methods_without_a_teacher_show_the_student_alone(
 ) -> None:
     _, data = parts(make_policy())
     module = method(make_policy(), sampling=Sampling(max_new_tokens=8, n=2))
-    trainer(tmp_path, TokenReport(rows=2), max_steps=1).fit(module, data)
+    trainer(tmp_path, TokenReport(rows=2, repeated_questions=1), max_steps=1).fit(module, data)
     (step,) = read_tokens(tmp_path / "tokens.html")["steps"]
+    assert [shown["repeated"] for shown in step["rollouts"]] == [True, False, False]
     for shown in step["rollouts"]:
         assert shown["teacher"] is None and shown["teacher_prompt"] is None and "forward_kl" not in shown
-        assert shown["sampled"] == (method is GRPOModule)
-        if method is SFTModule:
+        assert shown["sampled"] == (method is GRPOModule or shown["repeated"])
+        if not shown["sampled"]:
             assert shown["grade"] == "correct"
+        if method is SFTModule:
             assert [-v for v in shown["loss"]] == pytest.approx(shown["student"]["logprob"], rel=2e-3, abs=1e-4)
 
 
@@ -178,7 +186,7 @@ def test_training_is_unchanged_by_the_report(
     """Weights bit for bit, with dropout, sampling, several updates on a batch and gradient checkpointing."""
     policy = make_policy(lora=LoRA(r=4, alpha=8, dropout=0.3), gradient_checkpointing=checkpointing)
     found = []
-    for callbacks in ((), (TokenReport(every_n_steps=1, rows=3, max_tokens=5),)):
+    for callbacks in ((), (TokenReport(every_n_steps=1, rows=3, max_tokens=5, repeated_questions=3),)):
         torch.manual_seed(0)
         module, data = parts(policy, updates_per_batch=2)
         trainer(tmp_path, *callbacks, max_steps=4).fit(module, data)
@@ -200,7 +208,7 @@ def test_ranks_train_the_same_with_the_report(strategy: str, make_policy: Callab
         return run(policy, tmp_path / "plain", 2, STRATEGIES[strategy], **settings(rank))
 
     def watched(rank: int) -> Any:
-        report = TokenReport(every_n_steps=2, rows=5)
+        report = TokenReport(every_n_steps=2, rows=5, repeated_questions=3)
         return run(policy, tmp_path / "watched", 2, STRATEGIES[strategy], callbacks=[report], **settings(rank))
 
     for ours, theirs in zip(on_ranks(work, tmp_path), on_ranks(watched, tmp_path), strict=True):
@@ -208,7 +216,8 @@ def test_ranks_train_the_same_with_the_report(strategy: str, make_policy: Callab
         for mine, other in zip(ours.weights, theirs.weights, strict=True):
             assert all(torch.equal(value, other[name]) for name, value in mine.items())
     steps = read_tokens(tmp_path / "watched" / "tokens.html")["steps"]
-    assert [step["step"] for step in steps] == [1, 2] and all(len(step["rollouts"]) == 5 for step in steps)
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all([shown["repeated"] for shown in step["rollouts"]] == 3 * [True] + 5 * [False] for step in steps)
 
 
 def test_the_latest_steps_are_kept_and_a_resumed_run_goes_on(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -217,7 +226,7 @@ def test_the_latest_steps_are_kept_and_a_resumed_run_goes_on(make_policy: Callab
     def fit(steps: int, *callbacks: Callback, **more: Any) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         module, data = parts(policy)
-        report = TokenReport(every_n_steps=1, rows=1, keep=4, path="out/tokens.html")
+        report = TokenReport(every_n_steps=1, rows=1, keep=4, path="out/tokens.html", repeated_questions=1)
         trainer(tmp_path, report, *callbacks, max_steps=steps).fit(module, data, weights_only=True, **more)
         assert not list(tmp_path.glob("out/.*"))  # nothing half-written
         return read_tokens(tmp_path / "out" / "tokens.html")["steps"]
@@ -234,7 +243,7 @@ def test_the_latest_steps_are_kept_and_a_resumed_run_goes_on(make_policy: Callab
 
 
 def test_unusable_settings_are_refused() -> None:
-    for settings in ({"every_n_steps": 0}, {"rows": 0}, {"keep": 0}, {"max_tokens": 0}):
+    for settings in ({"every_n_steps": 0}, {"rows": 0}, {"keep": 0}, {"max_tokens": 0}, {"repeated_questions": -1}):
         with pytest.raises((TypeError, ValueError)):
             TokenReport(**settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError) as refused:
@@ -256,6 +265,117 @@ def test_command_line_accepts_the_short_name(folders: dict[str, str], tmp_path: 
     )  # fmt: skip
     (step,) = read_tokens(tmp_path / "tokens.html")["steps"]
     assert len(step["rollouts"]) == 1
+
+
+# -- questions of every step -----------------------------------------------------------------------------------------------
+
+
+class WeightsBefore(Callback):
+    """Weights before each step."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.found.append(adapters(pl_module))
+
+
+def test_repeated_questions_are_scored_with_the_weights_before_each_step(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Both roles by hand, without the dropout of training. The questions are the same at each step, and not trained on
+    more."""
+    objective = DivergenceObjective(temperature=1.7, skip_first_tokens=1)
+    module, data = parts(make_policy(lora=LoRA(r=4, alpha=8, dropout=0.3)), objective=objective, max_grad_norm=None)
+    before, report = WeightsBefore(), TokenReport(every_n_steps=2, rows=1, max_tokens=6, repeated_questions=3)
+    trainer(tmp_path, report, before, max_steps=4).fit(module, data)
+    assert [(demand.rows, demand.tokens > 8) for demand in report.demand("fit")] == [(3, True)]
+    steps = read_tokens(tmp_path / "tokens.html")["steps"]
+    asked = [[shown["question"] for shown in step["rollouts"] if shown["repeated"]] for step in steps]
+    assert [step["step"] for step in steps] == [1, 2, 4] and asked[0] == asked[1] == asked[2] and len({*asked[0]}) == 3
+    rows = data.rows["train"]
+    written = []
+    for step in steps:
+        module.load_state_dict(before.found[step["step"] - 1], strict=False)
+        assert [shown["row"] for shown in step["rollouts"]] == [0, 1, 2, 0]
+        for shown in step["rollouts"][:3]:
+            (place,) = (i for i, example in enumerate(rows.examples) if example.question == shown["question"])
+            written.append(shown["tokens"])
+            found = []
+            for prompt, adapted in ((rows.student[place], True), (rows.teacher[place], False)):
+                ids = torch.tensor([[*prompt, *shown["tokens"]]])
+                with torch.no_grad(), evaluating(module.model), nullcontext() if adapted else module.model.disable_adapter():
+                    logits = base_of(module.model)(ids).logits[0]
+                found.append((logits[len(prompt) - 1 : -1].double() / 1.7).log_softmax(-1))
+            for role, logprobs in zip(("student", "teacher"), found, strict=True):
+                check_role(shown[role], logprobs, shown["tokens"])
+            by_hand = (found[1].exp() * (found[1] - found[0])).sum(-1)
+            assert shown["forward_kl"] == pytest.approx(by_hand.tolist(), rel=1e-3, abs=1e-6)
+            assert shown["unweighted"] == [0] and shown["sampled"]
+    assert written[:3] != written[6:]  # the weights changed
+
+
+def test_repeated_questions_change_only_with_the_weights(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    module, data = parts(make_policy(), optimizer=lambda p: torch.optim.SGD(p, lr=1e-12))
+    trainer(tmp_path, TokenReport(every_n_steps=1, rows=1, repeated_questions=99), max_steps=2).fit(module, data)
+    first, second = (
+        [shown["tokens"] for shown in step["rollouts"]] for step in read_tokens(tmp_path / "tokens.html")["steps"]
+    )
+    assert len(first) == 8 + 1 and first[:8] == second[:8] and first[8] != second[8]  # all questions, each once
+
+
+CONTEXTS = {
+    "feedback": FeedbackContext(),
+    "majority": MajorityContext(min_share=0.1),
+    "critique": CritiqueContext(sampling=Sampling(max_new_tokens=5)),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_repeated_questions_have_contexts_of_their_own_completions(
+    context: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Neither weights nor logged values nor counters of the run change."""
+    found, logged = [], []
+    for number, callbacks in enumerate(((), (TokenReport(every_n_steps=1, rows=2, repeated_questions=2),))):
+        module, data = parts(make_policy(), context=CONTEXTS[context], learn_from="wrong", prompts=Prompts("{question}"))
+        trainer(tmp_path / str(number), *callbacks, max_steps=2, limit_val_batches=0).fit(module, data)
+        found.append((adapters(module), module.tokens_generated))
+        logged.append([{k: v for k, v in row.items() if "time" not in k} for row in metrics(tmp_path / str(number))])
+    (plain, tokens), (watched, same_tokens) = found
+    assert all(torch.equal(value, watched[name]) for name, value in plain.items()) and tokens == same_tokens
+    assert logged[0] == logged[1] and "train/context_missing_fraction" in logged[0][0]
+    for step in read_tokens(tmp_path / "1" / "tokens.html")["steps"]:
+        for shown in step["rollouts"][:2]:
+            assert shown["repeated"]
+            if context == "feedback":
+                written = make_tokenizer().decode(shown["tokens"], skip_special_tokens=True)
+                assert written.strip() in shown["teacher_prompt"] and "attempt" in shown["teacher_prompt"]
+
+
+def test_the_choice_of_repeated_questions() -> None:
+    """Different questions, although some have several rows. More of them include fewer."""
+    examples = [Example(f"question {i % 5}", f"trace {i}", "1") for i in range(12)]
+    ids = [[i] for i in range(12)]
+    rows = PromptBatch(ids, ids, examples, [True] * 12)
+    chosen = [choose_questions(rows, count, seed=3) for count in range(1, 8)]
+    for count, batch in enumerate(chosen, start=1):
+        assert len({example.question for example in batch.examples}) == len(batch.examples) == min(count, 5)
+        assert batch.student == chosen[-1].student[:count]
+        assert all(examples[i] == example for (i,), example in zip(batch.student, batch.examples, strict=True))
+    assert {choose_questions(rows, 1, seed).student[0][0] % 5 for seed in range(40)} == set(range(5))
+
+
+def test_repeated_questions_need_data_and_room(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    module, data = parts(make_policy())
+    loader = DataLoader([0])
+    with pytest.raises(ConfigError) as refused:
+        trainer(tmp_path, TokenReport(repeated_questions=1), max_steps=1).fit(module, loader)
+    assert refused.value.setting == "trainer.callbacks.repeated_questions"
+    module = SFTModule(make_policy(), sampling=Sampling(max_new_tokens=5000))  # samples nothing in training
+    with pytest.raises(ConfigError, match=mentions("model.sampling.max_new_tokens")) as refused:
+        trainer(tmp_path, TokenReport(repeated_questions=1), max_steps=1).fit(module, data)
+    assert refused.value.setting == "trainer.callbacks.repeated_questions"
 
 
 # -- pieces of text --------------------------------------------------------------------------------------------------------
@@ -744,4 +864,68 @@ def test_page_of_a_method_without_a_teacher(make_policy: Callable[..., Policy], 
     tab.point(".t:nth-child(4)", click=True)
     text = tab.js("document.getElementById('detail').innerText")
     assert "Student's top" in text and "Teacher" not in text and "Loss" in text
+    assert not tab.errors and not tab.requests
+
+
+@pytest.fixture(scope="module")
+def repeated_page(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run that samples two questions at every step."""
+    folder = tmp_path_factory.mktemp("repeated")
+    policy = Policy(folders["llama"], lora=LoRA(r=4, alpha=8, dropout=0.0), dtype="float32")
+    module, data = parts(policy, optimizer=lambda p: torch.optim.AdamW(p, lr=0.05), lr_scheduler=None)
+    report = TokenReport(every_n_steps=1, rows=1, repeated_questions=2)
+    trainer(folder, report, logger=False, max_steps=3, limit_val_batches=0).fit(module, data)
+    return folder / "tokens.html"
+
+
+@pytest.mark.browser
+@needs_browser
+def test_page_shows_a_repeated_question_at_all_steps(repeated_page: Path, tab: Browser) -> None:
+    steps = read_tokens(repeated_page)["steps"]
+    tab.open(repeated_page)
+    names = [shown["question"] for shown in steps[0]["rollouts"][:2]]
+    chips = "[...document.querySelectorAll('.repeated .chip')]"
+    assert [
+        name.startswith(chip.split(". ")[1])
+        for name, chip in zip(names, tab.js(f"{chips}.map(e => e.textContent)"), strict=True)
+    ] == [True, True]
+    assert [name.split(", ")[1] for name in tab.js(CARDS)] == ["repeated question 1", "repeated question 2", "rollout 1"]
+    tab.point(".repeated .chip:last-child", click=True)
+    written = [[shown for shown in step["rollouts"] if shown["question"] == names[1]] for step in steps]
+    count = sum(map(len, written))
+    assert len(tab.js(CARDS)) == count >= 3
+    assert [f"Step {step['step']}, repeated question 2" for step in steps] == [
+        name for name in tab.js(CARDS) if "question" in name
+    ]
+    # The question stands once above its completions.
+    assert tab.js(
+        "[...document.querySelectorAll('.question')].filter(e => e.getClientRects().length).map(e => e.textContent)"
+    ) == [names[1]]
+    # The bars are the means of this question.
+    heights = tab.js("[...document.querySelectorAll('.step i')].map(e => parseFloat(e.style.height))")
+    means = [
+        sum(sum(shown["forward_kl"]) for shown in rows) / sum(len(shown["forward_kl"]) for shown in rows) for rows in written
+    ]
+    assert heights == pytest.approx([40 * mean / max(means) for mean in means], abs=0.1)
+    # How far a completion is that of the step before.
+    notes = tab.js(
+        "[...document.querySelectorAll('.card')].filter(e => e.innerText.includes('question 2')).map(e => e.querySelector('.head').innerText)"
+    )
+    for step, (before, now), note in zip(steps, pairwise(rows[0]["tokens"] for rows in written), notes[1:], strict=False):
+        same = next(
+            (i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), min(len(before), len(now))
+        )
+        assert f"step {step['step']}." in note and (before == now or same < 2 or f"first {same} tokens" in note)
+    # The address keeps the question.
+    address = tab.js("location.hash")
+    tab.open(repeated_page)
+    assert len(tab.js(CARDS)) == 3
+    tab.js(f"(location.hash = {address!r}, new Promise(done => setTimeout(() => done(0), 200)))")
+    assert len(tab.js(CARDS)) == count and tab.js(f"{chips}.map(e => e.getAttribute('aria-pressed'))") == ["false", "true"]
+    tab.point(".repeated .chip:last-child", click=True)
+    assert len(tab.js(CARDS)) == 9 and tab.js("document.querySelectorAll('.across').length") == 0
+    for width in (390, 1280):
+        tab.open(repeated_page, width, 844)
+        tab.point(".repeated .chip", click=True)
+        assert tab.js("document.documentElement.scrollWidth") <= width
     assert not tab.errors and not tab.requests
