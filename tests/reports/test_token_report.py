@@ -338,6 +338,7 @@ def test_repeated_questions_have_contexts_of_their_own_completions(
     """Neither weights nor logged values nor counters of the run change."""
     found, logged = [], []
     for number, callbacks in enumerate(((), (TokenReport(every_n_steps=1, rows=2, repeated_questions=2),))):
+        torch.manual_seed(0)
         module, data = parts(make_policy(), context=CONTEXTS[context], learn_from="wrong", prompts=Prompts("{question}"))
         trainer(tmp_path / str(number), *callbacks, max_steps=2, limit_val_batches=0).fit(module, data)
         found.append((adapters(module), module.tokens_generated))
@@ -901,7 +902,9 @@ def test_page_shows_a_repeated_question_at_all_steps(repeated_page: Path, tab: B
     assert tab.js(
         "[...document.querySelectorAll('.question')].filter(e => e.getClientRects().length).map(e => e.textContent)"
     ) == [names[1]]
-    # The bars are the means of this question.
+    # The filters and the bars are those of this question.
+    counts = "[...document.querySelectorAll('[data-filter]:not([data-filter=truncated]) span')].map(e => +e.textContent)"
+    assert sum(tab.js(counts)) == count
     heights = tab.js("[...document.querySelectorAll('.step i')].map(e => parseFloat(e.style.height))")
     means = [
         sum(sum(shown["forward_kl"]) for shown in rows) / sum(len(shown["forward_kl"]) for shown in rows) for rows in written
