@@ -174,7 +174,8 @@ class PolicyModule(EvaluatedModule, ABC):
     def term_of(self, batch: PromptBatch, rollouts: Rollouts) -> Term:
         """Return the method's own term of the loss for completions outside of a training step.
 
-        Its weights are not normalized. Nothing is logged or counted. Every rank must call.
+        Its weights are not normalized. Nothing is logged or counted. Every rank must call. A method with a teacher adds the
+        teacher's states and prompts.
 
         Args:
             batch: The questions.

@@ -31,7 +31,8 @@ class RepeatedQuestions:
         count: Number of questions, at least 1. All if there are fewer.
 
     Raises:
-        ConfigError: The run has no data module with training questions, or a completion does not fit the model's context.
+        ConfigError: The run has no data module with training questions, the module has a teacher of its own and no
+            ``term_of``, or a completion does not fit the model's context.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, count: int) -> None:
@@ -42,6 +43,12 @@ class RepeatedQuestions:
                 f"it is {count}, and the questions are those of an OPSDDataModule, which this run does not have",
                 _SETTING,
                 "Pass one as datamodule, or set it to 0",
+            )
+        if module.objective.uses_teacher and type(module).term_of is PolicyModule.term_of:
+            raise ConfigError(
+                f"it is {count}, and {type(module).__name__} does not define how its teacher scores such completions",
+                _SETTING,
+                f"Define {type(module).__name__}.term_of, or set it to 0",
             )
         self.questions = choose_questions(rows, count, module.seed)
         self.sampling = replace(module.sampling, n=module.completions_per_context)

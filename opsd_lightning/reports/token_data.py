@@ -36,10 +36,10 @@ class MeasuredCompletion(NamedTuple):
 
     row: int
     example: Example
-    completion: Sequence[int]
+    completion: list[int]
     terminated: bool
-    student_prompt: Sequence[int]
-    teacher_prompt: Sequence[int] | None
+    student_prompt: list[int]
+    teacher_prompt: list[int] | None
     weights: torch.Tensor
     measured: Mapping[str, torch.Tensor]
     scores: TokenScores

@@ -31,6 +31,7 @@ from opsd_lightning.data.datamodule import OPSDDataModule
 from opsd_lightning.data.sources import Columns, FileSource
 from opsd_lightning.losses.clips import TokenClip
 from opsd_lightning.losses.objectives import DivergenceObjective
+from opsd_lightning.methods.base import PolicyModule
 from opsd_lightning.methods.grpo import GRPOModule
 from opsd_lightning.methods.opsd import OPSDModule
 from opsd_lightning.methods.sft import SFTModule
@@ -372,6 +373,10 @@ def test_repeated_questions_need_data_and_room(make_policy: Callable[..., Policy
     loader = DataLoader([0])
     with pytest.raises(ConfigError) as refused:
         trainer(tmp_path, TokenReport(repeated_questions=1), max_steps=1).fit(module, loader)
+    assert refused.value.setting == "trainer.callbacks.repeated_questions"
+    module.__class__ = type("Own", (OPSDModule,), {"term_of": PolicyModule.term_of})  # a method with a teacher of its own
+    with pytest.raises(ConfigError, match=mentions("Own")) as refused:
+        trainer(tmp_path, TokenReport(repeated_questions=1), max_steps=1).fit(module, data)
     assert refused.value.setting == "trainer.callbacks.repeated_questions"
     module = SFTModule(make_policy(), sampling=Sampling(max_new_tokens=5000))  # samples nothing in training
     with pytest.raises(ConfigError, match=mentions("model.sampling.max_new_tokens")) as refused:
