@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.fast_imports import fast_imports
+from opsd_lightning.utils.library_messages import hide_library_messages
 from opsd_lightning.utils.terminal import SafeArgumentParser, say
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         context = None if options.context is None else _read(options.context)
         say("Loading the model ...", error=True)
-        with fast_imports():
-            from opsd_lightning.chat.roles import Roles
-            from opsd_lightning.types import Sampling
+        with hide_library_messages():
+            with fast_imports():
+                from opsd_lightning.chat.roles import Roles
+                from opsd_lightning.types import Sampling
 
-        sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
-        roles = Roles.load(options.model, options.adapter, context, sampling, options.dtype, options.system)
+            sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+            roles = Roles.load(options.model, options.adapter, context, sampling, options.dtype, options.system)
         converse(roles, options)
     except UserError as error:
         text = str(error)

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="CHECKPOINT",
         help="checkpoint file (.ckpt) of a run, folder of an exported adapter, or a model: a folder or a Hugging Face id",
     )
-    parser.add_argument("--model", help="base model, in place of the one that the checkpoint names")
+    parser.add_argument("--model", help="base model of an exported adapter, instead of the one that it names")
     parser.add_argument("--device", help="device of the model, such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--port", type=int, default=0, help="port of the page (default: a free one)")
     options = parser.parse_args(argv)
@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # Here, so that `opsd show --help` answers at once.
     from opsd_lightning.reports.html import render_template
-    from opsd_lightning.reports.live import load_live
     from opsd_lightning.reports.loopback import LoopbackServer
     from opsd_lightning.types import UserError
     from opsd_lightning.utils.files import script_json
@@ -38,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         with hide_library_messages():
+            from opsd_lightning.reports.live import load_live
+
             live = load_live(options.checkpoint, options.model, options.device)
     except UserError as error:
         say(f"error: {error}", error=True)

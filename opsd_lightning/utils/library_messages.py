@@ -59,6 +59,10 @@ HIDDEN_MESSAGES = (
         r"The number of training batches \(\d+\) is smaller than the logging", "the methods log every optimizer step"
     ),
     HiddenMessage(r"You defined a `validation_step` but have no `val_dataloader`", "`data.val: null` says so already"),
+    HiddenMessage(
+        r"Found keys that are in the model state dict but not in the checkpoint",
+        "a checkpoint has the trained weights only, and the package checks that all of these are there",
+    ),
     HiddenMessage(r"Total length of `list` across ranks is zero", "`data.val: null` says so already"),
     HiddenMessage(r"You called `self\.log\(.*logger=True\)` but have no logger", "`trainer.logger: false` says so already"),
     HiddenMessage(
