@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
 
-from opsd_lightning.callbacks.model_card import Kind, Validation, base_model_of, is_local, model_card
+from opsd_lightning.callbacks.model_card import Kind, Validation, base_model_of, is_local, loaded_commit, model_card
 from opsd_lightning.checkpoints.io import read_adapters
 from opsd_lightning.distributed.collectives import run_on_all_ranks
 from opsd_lightning.methods.base import PolicyModule
@@ -71,6 +71,7 @@ class AdapterExport(Callback):
         self.folder, self.merged_folder, self.base_model = folder, merged_folder, base_model
         self.hub_id, self.hub_private = hub_id, hub_private
         self._repo: str | None = None  # `hub_id` with its namespace
+        self._commit: str | None = None  # of the base model in the local cache, when training began
         self._history: dict[int, Validation] = {}
 
     # -- the validation curve of the card. All ranks read metrics, since reading can reduce them over ranks. --------------
@@ -107,6 +108,7 @@ class AdapterExport(Callback):
 
     def _check(self, trainer: Trainer, module: PolicyModule) -> None:
         root, kept = Path(trainer.default_root_dir), self._kept(trainer, module)
+        self._commit = loaded_commit(module.policy)
         folder = check_replaceable(root / self.folder, _SETTING, ADAPTER, kept)
         if self.merged_folder is not None and not module.policy.trains_all:
             setting = "trainer.callbacks.merged_folder"
@@ -149,7 +151,7 @@ class AdapterExport(Callback):
         kept, policy = self._kept(trainer, pl_module), pl_module.policy
         tokenizer = pl_module.tokenizer if policy.trains_all else None
         exported = "model" if policy.trains_all else "adapter"
-        base = base_model_of(policy, self.base_model)
+        base = base_model_of(policy, self.base_model, self._commit)
 
         def card(kind: Kind, name: str | None = None) -> str:
             return model_card(trainer, pl_module, kind, base, chosen, self._history, name)
@@ -189,6 +191,8 @@ class AdapterExport(Callback):
         """Push the export to the hub. A failure is a warning: the export is on disk."""
         try:
             address = push_folder(folder, repo, self.hub_private, f"Export after {step} optimizer steps")
+        except ConfigError as error:  # without the command, which would publish the export
+            warnings.warn(f"AdapterExport did not push {folder}: {error}", stacklevel=2)
         except Exception as error:  # of the network, of the hub or of the disk
             reason = safe_text(str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
             command = push_command(folder, repo, self.hub_private)

@@ -1,10 +1,11 @@
 """Model cards of exported adapters and models: the README.md that the Hugging Face hub shows.
 
-A card holds no secrets and no paths of this machine: of a local file it has the name.
+A card contains no secrets and no paths of this machine. A local file or folder appears by its name only.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -36,7 +37,7 @@ from opsd_lightning.utils.terminal import escape_controls
 Kind = Literal["adapter", "merged", "model"]
 
 _MAX_ROWS, _MAX_COLUMNS, _MAX_CHARACTERS = 24, 3, 400
-# Settings of a method that the card names if they have a value. Parts are shown with the arguments of their classes.
+# Attributes of a method that the card shows if they are not None, with their labels.
 _PARTS = {
     "teacher": "Teacher",
     "objective": "Objective",
@@ -55,7 +56,6 @@ _OPTIMIZER_SETTINGS = ("lr", "max_lr", "weight_decay", "betas", "momentum")
 _LIMITS, _HELD_OUT = "## Intended use and limits", "## Held-out result"
 _OWN_TEMPLATE = "The chat template is that of the base model."
 _OTHER_TEMPLATE = "The chat template is that of the run (`model.policy.chat_template`), not that of the base model."
-_UNKNOWN_LICENSE = "unknown: see the {} page"
 
 
 class BaseModel(NamedTuple):
@@ -96,15 +96,23 @@ def is_local(model: str) -> bool:
     return False
 
 
-def base_model_of(policy: Policy, given: str | None) -> BaseModel:
+def loaded_commit(policy: Policy) -> str | None:
+    """Return the commit of a policy's hub id in the local cache. None for a folder or file, and if it is not there.
+
+    Call it soon after the model was loaded: another process may download a newer commit of the branch.
+    """
+    return None if is_local(policy.model) else hub_commit(policy.model, policy.revision)
+
+
+def base_model_of(policy: Policy, given: str | None, commit: str | None) -> BaseModel:
     """Return the facts about a policy's base model that are known without a network.
 
     Args:
         policy: The policy.
         given: Hub id of a base model that is loaded from a folder or a file, or None.
+        commit: Result of `loaded_commit`.
     """
     if not is_local(policy.model):
-        commit = hub_commit(policy.model, policy.revision)
         licence = hub_license(policy.model, commit or policy.revision)
         return BaseModel(policy.model, policy.revision, commit, license=licence)
     path = Path(policy.model).expanduser()
@@ -135,7 +143,9 @@ def model_card(
     data = getattr(trainer, "datamodule", None)
     sources = data.sources if isinstance(data, OPSDDataModule) else {}
     train = sources.get("train")
-    hub = train.path if isinstance(train, HubSource) and not is_local(train.path) else None
+    hub = revision = None
+    if isinstance(train, HubSource) and not is_local(train.path):
+        hub, revision = train.path, train.revision
     relation: dict[str, Any] = {"base_model_relation": "adapter" if kind == "adapter" else "finetune"} if base.name else {}
     metadata = ModelCardData(
         base_model=base.name,
@@ -157,15 +167,14 @@ def model_card(
         settings=_settings(trainer, module),
         rank=_rank(module),
         data=[(split, _source(source), _count(data, split)) for split, source in sources.items() if source is not None],
-        data_license=(hub_license(hub, train.revision, "dataset") if isinstance(train, HubSource) and hub else None)
-        or (_UNKNOWN_LICENSE.format("dataset's") if hub else None),
+        data_license=None if hub is None else _license(hub_license(hub, revision, "dataset"), "dataset's"),
         context=_call(described(data.context, _LEFT_OUT)) if isinstance(data, OPSDDataModule) else None,
         prompt=_prompt(data),
         template=_OWN_TEMPLATE if module.policy.chat_template is None else _OTHER_TEMPLATE,
         curve=_curve(history, monitor),
         choice=_choice(trainer, best, history),
         chosen=best is not None,
-        license=base.license or _UNKNOWN_LICENSE.format("base model's"),
+        license=_license(base.license, "base model's"),
         limits=_LIMITS,
         package_version=__version__,
         versions=", ".join(f"{name} {version}" for name, version in library_versions().items() if name != "system"),
@@ -258,9 +267,14 @@ def _call(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return (
-        f"`{' '.join(redact_text(text).split())}`".replace("|", "\\|") if "`" not in text else _cell(text.replace("`", "'"))
-    )
+    """Return a text without secrets as a Markdown code span, which may stand in a table."""
+    shown = " ".join(redact_text(text).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{shown}`"
+
+
+def _license(name: str | None, owner: str) -> str:
+    """Return the license of a repository for the card. Its name is a text of others, and so a code span."""
+    return f"unknown: see the {owner} page" if name is None else _cell(name)
 
 
 def _written(value: Any) -> str:
@@ -307,9 +321,9 @@ def _prompt(data: Any) -> list[tuple[str, str]]:
 
 def _curve(history: Mapping[int, Validation], monitor: str | None) -> list[list[str]]:
     """Return the table of validations, the heading first. Empty without validations."""
-    names = {name for point in history.values() for name in point.values if "_se" not in name}
+    names = {name for point in history.values() for name in point.values}
     first = [monitor] if monitor in names else []
-    first += sorted(name for name in names if name.partition("@")[0] in ("val/avg", "val/pass", "val/maj"))
+    first += sorted(name for name in names if re.fullmatch(r"val/(avg|pass|maj)@\d+", name))
     first += [name for name in ("val/nll", "val/divergence") if name in names]
     columns = list(dict.fromkeys(first))[:_MAX_COLUMNS]
     if not columns:
@@ -425,22 +439,24 @@ These are the messages of the prompt. `{question}` is a question of the data. {{
 {% for row in curve[1:] %}
 {{ "| " + row | join(" | ") + " |" }}
 {% endfor %}
+{% if "±" in curve | string %}
 
 ± is one standard error.
+{% endif %}
 {% else %}
 The run had no validation.
 {% endif %}
 
 {{ choice }}
 {% if chosen %}
-The same questions chose the checkpoint, so that its value is somewhat too high as an estimate for new questions.
+These questions chose the checkpoint. Its value is therefore an optimistic estimate for new questions.
 {% endif %}
 
 {{ limits }}
 
-- It is meant for questions like those of the training data, in the prompt above. Other uses were not measured.
+- The intended use is to answer questions like those of the training data, in the prompt above. Other uses were not measured.
 - Completions can be wrong and sound right. Check an answer before you rely on it.
-- Training changes the base model also where nothing was measured: skills that the run does not train can get worse.
+- Skills that the run does not train can get worse.
 - Nothing was tested for safety. The limits and biases of the base model remain.
 
 ## License
@@ -453,21 +469,24 @@ The same questions chose the checkpoint, so that its value is somewhat too high 
 ## Use
 
 {% if kind == "adapter" %}
+{% set base_name = base.name or "path/to/base-model" %}
+{% set argument = ', revision="' ~ base.revision ~ '"' if base.revision else "" %}
+{% set option = " --revision " ~ base.revision if base.revision else "" %}
 With PEFT:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = "{{ base.name or "path/to/base-model" }}"
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "{{ name }}")
+base = "{{ base_name }}"
+tokenizer = AutoTokenizer.from_pretrained(base{{ argument }})
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base{{ argument }}), "{{ name }}")
 ```
 
 With vLLM:
 
 ```bash
-vllm serve {{ base.name or "path/to/base-model" }} --enable-lora --max-lora-rank {{ rank }} --lora-modules opsd={{ name }}
+vllm serve {{ base_name }}{{ option }} --enable-lora --max-lora-rank {{ rank }} --lora-modules opsd={{ name }}
 ```
 {% else %}
 With transformers:

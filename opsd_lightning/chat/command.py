@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from opsd_lightning.types import ConfigError, UserError
 from opsd_lightning.utils.fast_imports import fast_imports
 from opsd_lightning.utils.library_messages import hide_library_messages
-from opsd_lightning.utils.terminal import SafeArgumentParser, say
+from opsd_lightning.utils.terminal import SafeArgumentParser, error_line, say
 
 if TYPE_CHECKING:
     import argparse
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from opsd_lightning.chat.roles import Roles
 
 _NEW = "/new"
-_SETTINGS = "model.policy."  # prefix of the names of these options in YAML
+# Options by the setting that they replace.
+_OPTIONS = {
+    **{f"model.policy.{name}": f"--{name}" for name in ("model", "adapter", "dtype", "pad_token", "chat_template")},
+    "data.prompts.system": "--system",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
         parser.error(f"--max_new_tokens: it is {options.max_new_tokens}. Give at least 1")
-    if options.temperature < 0:
+    if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature: it is {options.temperature}. Give 0 or more")
     if options.adapter is None and options.model is None:
         parser.error("--model: missing. Give a Hugging Face id or a folder, or an exported adapter with --adapter")
@@ -47,20 +51,22 @@ def main(argv: list[str] | None = None) -> None:
                 from opsd_lightning.types import Sampling
 
             sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
-            roles = Roles.load(options.model, options.adapter, context, sampling, options.dtype, options.system)
+            given = {name: getattr(options, name) for name in ("dtype", "pad_token", "chat_template")}
+            roles = Roles.load(options.model, options.adapter, context, sampling, options.system, **given)
         converse(roles, options)
     except UserError as error:
-        text = str(error)
-        if isinstance(error, ConfigError) and error.setting.startswith(_SETTINGS):
-            text = f"--{error.setting.removeprefix(_SETTINGS)}: {error.problem}. {error.fix}"
-        say(f"error: {text}", error=True)
+        say(error_line(error, _OPTIONS), error=True)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         say("")
 
 
 def converse(roles: Roles, options: argparse.Namespace) -> None:
-    """Answer the questions of standard input until it ends. In a terminal, the conversation goes on until ``/new``."""
+    """Answer the questions of standard input until it ends. In a terminal, each question continues the conversation.
+
+    Raises:
+        UserError: Standard input is not UTF-8. If it is not a terminal: a question does not fit the model.
+    """
     from opsd_lightning.chat.shading import shaded, summary
 
     role = options.role or ("teacher" if options.context is not None and not options.shade else "student")
@@ -75,9 +81,9 @@ def converse(roles: Roles, options: argparse.Namespace) -> None:
         try:
             answer = roles.answer(question, role, options.seed + number)
         except UserError as error:  # such as a conversation that has become too long
-            say(f"error: {error}", error=True)
             if not interactive:
-                raise SystemExit(2) from error
+                raise
+            say(error_line(error, _OPTIONS), error=True)
             continue
         if options.shade:
             divergence = roles.divergence(answer)
@@ -90,7 +96,8 @@ def converse(roles: Roles, options: argparse.Namespace) -> None:
         else:
             say(answer.text)
         if answer.truncated:
-            say(f"(cut after {len(answer.tokens)} tokens: --max_new_tokens)", error=True)
+            limit = "--max_new_tokens" if len(answer.tokens) == options.max_new_tokens else "the length limit of the model"
+            say(f"(cut after {len(answer.tokens)} tokens by {limit})", error=True)
 
 
 def _questions(interactive: bool) -> Iterator[str]:
@@ -100,6 +107,8 @@ def _questions(interactive: bool) -> Iterator[str]:
         except EOFError:
             say("")
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 ({error.reason}): convert the questions to UTF-8") from None
         if not interactive and not line:
             return
         if line.strip():
@@ -138,6 +147,8 @@ def _parser() -> SafeArgumentParser:
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 for greedy decoding (default: %(default)s)"
     )
+    parser.add_argument("--pad_token", metavar="TOKEN", help="padding token, for a model without one, such as its EOS token")
+    parser.add_argument("--chat_template", metavar="FILE", help="Jinja file with a chat template, for a model without one")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed for sampling (default: %(default)s)")
     parser.add_argument(
         "--dtype",

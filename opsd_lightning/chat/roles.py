@@ -1,4 +1,4 @@
-"""The two roles of a conversation: one model, with and without an adapter, that answers and scores."""
+"""Student and teacher of a conversation. Both are one model: the student has the adapter, the teacher has not."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Roles:
         prompts: Templates of the prompts.
 
     Attributes:
-        history: Messages of the conversation so far. A first question takes the template for questions, and later ones
-            that for conversations.
+        history: Messages of the conversation so far. The first question gets the template for questions. Later questions
+            get the template for conversations.
     """
 
     def __init__(self, policy: Policy, context: str | None, sampling: Sampling, prompts: Prompts) -> None:
@@ -71,8 +71,8 @@ class Roles:
         adapter: str | None,
         context: str | None,
         sampling: Sampling,
-        dtype: Any = None,
         system: str | None = None,
+        **given: Any,
     ) -> Roles:
         """Load a model, with an adapter if there is one.
 
@@ -82,17 +82,18 @@ class Roles:
                 those of the run.
             context: See `Roles`.
             sampling: See `Roles`.
-            dtype: Type of the weights. Defaults to that of the run, or to that of the model's files.
             system: System message. Defaults to that of the run, or to none.
+            given: Other settings of the `Policy`, such as ``dtype``. For a value of None, the setting is that of the run.
 
         Raises:
             ConfigError: The model or the adapter cannot be loaded, or they do not fit each other.
         """
         if adapter is None:
             lora = LoRA(r=1, dropout=0.0)  # a new adapter changes nothing
-            policy, prompts = Policy(model or "", lora=lora, dtype=dtype or "auto"), Prompts()
+            settings = {name: value for name, value in given.items() if value is not None}
+            policy, prompts = Policy(model or "", lora=lora, **settings), Prompts()
         else:
-            policy, prompts, _ = load_exported(adapter, model, "--adapter", dtype)
+            policy, prompts, _ = load_exported(adapter, model, "--adapter", **given)
         if system is not None:
             prompts = replace(prompts, system=system)
         return cls(policy, context, sampling, prompts)
@@ -112,7 +113,7 @@ class Roles:
         example = Example(question, "", "", messages=[*self.history, asked] if self.history else ())
         prompts = (
             list(self.prompts.student(self.tokenizer, example)),
-            list(self.prompts.teacher(self.tokenizer, example, self.context)),
+            list(self.prompts.teacher(self.tokenizer, example, self.context, whole=True)),
         )
         room = self.sampling.max_new_tokens if self.limit is None else self.limit - max(map(len, prompts))
         if room < 1:

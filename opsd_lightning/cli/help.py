@@ -1,4 +1,4 @@
-"""The help of ``opsd fit``, ``validate``, ``test`` and ``predict``: the most used settings, then all, below headings."""
+"""Help of ``opsd fit``, ``validate``, ``test`` and ``predict``: the most used settings, then all settings in groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jsonargparse import DefaultHelpFormatter
 _WIDTH = 36  # of the first column of the most used settings
 
 _FIRST = (
-    ("-c, --config FILE", "YAML file of settings; later files and options have the last word"),
+    ("-c, --config FILE", "YAML file of settings; later files and options override earlier ones"),
     ("--model.policy.model MODEL", "Hugging Face id, folder or .gguf file of the model"),
 )
 _LAST = (
@@ -46,7 +46,7 @@ MOST_USED: dict[str, Sequence[tuple[str, str]]] = {
         ("--trainer.max_steps N", "number of optimizer steps"),
         ("--trainer.precision PRECISION", "bf16-mixed on a GPU, 32-true on a CPU"),
         ("--trainer.devices N", "number of GPUs, with --trainer.strategy ddp or fsdp2"),
-        ("--ckpt_path FILE", "checkpoint to go on from"),
+        ("--ckpt_path FILE", "checkpoint to resume from"),
         *_LAST,
     ),
     "validate": (*_FIRST, *((name.format(split="val"), text) for name, text in _DATA), *_EVALUATION, *_LAST),
@@ -60,7 +60,7 @@ MOST_USED: dict[str, Sequence[tuple[str, str]]] = {
     "predict": (*_FIRST, *((name.format(split="test"), text) for name, text in _DATA), *_EVALUATION, *_LAST),
 }
 
-# Headings by the beginning of the names below them, in the order in which they are shown.
+# Headings of the groups, in order. The key is the beginning of the names of a group's settings.
 _HEADINGS = {
     "": "general options",
     "ckpt_path": "checkpoint",
@@ -74,21 +74,21 @@ _HEADINGS = {
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of descriptions, and else formats as jsonargparse."""
+    """The formatter of jsonargparse, which also keeps the line breaks of descriptions."""
 
 
 def arrange(parser: Any, command: str, summary: str) -> None:
-    """Give the parser of a command its usage, the most used settings, and headings for all others.
+    """Set the usage of a command's parser, add its most used settings, and put all settings in groups with headings.
 
     Args:
         parser: The parser, with all its settings.
         command: The command.
-        summary: The command in one or more sentences.
+        summary: Description of the command.
     """
     parser.usage = f"opsd {command} [-c FILE ...] [--SETTING VALUE ...]"
     parser.description = summary
-    lines = [f"  {name:{_WIDTH}} {text}" for name, text in MOST_USED[command]]
-    most_used = parser.add_argument_group("most used settings", "\n".join(line.removeprefix("  ") for line in lines))
+    lines = [f"{name:{_WIDTH}} {text}" for name, text in MOST_USED[command]]
+    most_used = parser.add_argument_group("most used settings", "\n".join(lines))
     groups = [group for group in parser._action_groups if group is not most_used]
     order = list(_HEADINGS)
     for group in groups:

@@ -1,7 +1,8 @@
-"""Messages for mistakes on the command line and in its configuration files: setting, problem, nearest names, line.
+"""Describe a mistake on the command line or in a configuration file: its setting, problem, fix and line.
 
-jsonargparse parses the settings of a class with a parser of that class, and wraps an error of that parser in one message for
-each type that a setting may have. Here the error of the innermost parser is found again and described alone.
+jsonargparse parses the settings of a class with a parser of that class. It wraps an error of that parser in a long message
+with one part for each type that the setting may have. This module finds the error of the innermost parser, and describes
+only that.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from jsonargparse import _typehints
 from jsonargparse._util import import_object
 
 from opsd_lightning.utils.near_names import near_names, question
+from opsd_lightning.utils.redaction import HIDDEN, is_secret
 from opsd_lightning.utils.yaml_limits import check_yaml
 
-#: Lines of a message, at most.
+#: Maximum number of lines of a message.
 MOST_LINES = 5
-_MOST_CHOICES = 10
-_LONGEST_VALUE = 60
+_MOST_CHOICES = 10  # classes to list
+_LONGEST_VALUE = 60  # characters of a value to show
 
-# Names of settings in other programs, and the last part of the name here.
+# Settings of other programs, and the last part of the name of the setting that corresponds to each.
 _SYNONYMS = {
     "epochs": "max_epochs",
     "gradient_accumulation_steps": "accumulate_grad_batches",
@@ -80,7 +82,7 @@ class ParserError(argparse.ArgumentError):
 
 
 class _Level(NamedTuple):
-    """A setting whose value is a class, in which the mistake is.
+    """A setting whose value is a class. The mistake is in the settings of that class.
 
     Args:
         key: Name of the setting in the parser of the class above.
@@ -106,7 +108,7 @@ class _Mistake(NamedTuple):
 
     Args:
         setting: Full name of the setting.
-        problem: The problem, as a clause. Empty if ``fix`` says everything.
+        problem: The problem, as a clause without a final period. May be empty.
         fix: One or more sentences.
     """
 
@@ -119,7 +121,7 @@ class _Mistake(NamedTuple):
 
 
 def describe(parser: Any, text: str, error: BaseException | None, file: ConfigFile | None, typed: Typed) -> str:
-    """Return the message for a mistake, of a few lines.
+    """Return the message for a mistake. It has at most `MOST_LINES` lines.
 
     Args:
         parser: The parser of the whole command line, or of a command.
@@ -214,7 +216,7 @@ def _leaf(
         group = re.match(r"Group '([^']+)'", text)
         return _unknown_key(top, parser, levels, f"{group[1]}.{found[1]}" if group else found[1])
     if found := re.match(r"argument (?:-\w/)?--?(\S+?)(?:/\S+)?: expected (.*)", text):
-        return _Mistake(found[1], f"it has no value, and expects {found[2]}", "Write --SETTING VALUE")
+        return _Mistake(found[1], f"the value is missing, and it expects {found[2]}", "Write --SETTING VALUE")
     if found := re.search(r"(?:^|[\s-])([\w.]+)\.help: ", text):
         classes = _classes(_typehint(parser, found[1]))
         if mistake := _class_mistake(f"{_name(levels, found[1])}.help", classes, text):
@@ -253,7 +255,7 @@ def _file_mistake(text: str, chain: Sequence[BaseException], file: ConfigFile | 
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
             mark = error.problem_mark
             problem = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
-            return _Mistake("config", f"{shown} is no valid YAML ({problem})", "Correct the line or the one above it")
+            return _Mistake("config", f"{shown} is not valid YAML ({problem})", "Correct the line or the one above it")
         if isinstance(error, yaml.YAMLError):
             return _Mistake("config", f"{shown} cannot be read ({_first_line(str(error))})", "Correct the file")
     if text.startswith("Unexpected config"):
@@ -326,7 +328,7 @@ def _unknown_key(top: Any, parser: Any, levels: list[_Level], key: str) -> _Mist
     owner = (levels[-1].owner or "").rpartition(".")[2] if levels else ""
     if key.rpartition(".")[2] == "class_path" and levels:
         setting = _name(levels[:-1], levels[-1].key)
-        return _Mistake(setting, "other keys stand beside class_path", "Write the settings of the class below init_args")
+        return _Mistake(setting, "there are other keys next to class_path", "Move the settings of the class below init_args")
     setting = _name(levels, key)
     problem = f"{owner} has no such setting" if owner else "there is no such setting"
     own = _settings(parser)
@@ -420,7 +422,7 @@ def _value_mistake(setting: str, typehint: Any, text: str) -> _Mistake:
         fix = f"Give {' or '.join(allowed)}"
     if value.strip() == "None" and type(None) in members:
         fix = "Write null"
-    return _Mistake(setting, f"it is {_cut(value)}", fix)
+    return _Mistake(setting, f"it is {HIDDEN if is_secret(setting) else _cut(value)}", fix)
 
 
 def _class_mistake(setting: str, classes: Sequence[str], text: str) -> _Mistake | None:
@@ -433,7 +435,7 @@ def _class_mistake(setting: str, classes: Sequence[str], text: str) -> _Mistake 
     # jsonargparse removes the value, between spaces, from the errors of a union.
     if found := re.search(r"Import path (?:(\S+) )?does not \w+ (?:to a subclass of )?(\w+)", text):
         name = found[1] or _value(text) or "it"
-        return _Mistake(setting, f"{name.rpartition('.')[2]} is no {found[2]}", listed)
+        return _Mistake(setting, f"{name.rpartition('.')[2]} is not a subclass of {found[2]}", listed)
     if found := re.search(r"Problem with given class_path '([^']+)':\s+(.*)", text):
         near = near_names(found[1].rpartition(".")[2], short)
         fix = question(near) or "Check the spelling, and that its package is installed or its file is in this folder"

@@ -1,7 +1,6 @@
-"""Student and teacher of a checkpoint, who answer and score questions that are typed in.
+"""Load student and teacher of a checkpoint, answer typed questions with the student, and score the answers with both.
 
-The student samples with the trained weights. The teacher scores the student's tokens with the weights that the run's teacher
-has, and reads the context that was typed in.
+The student has the trained weights. The teacher has the weights of the run's teacher, and reads a typed context.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -43,18 +43,19 @@ _MOST_SAMPLES, _MAX_TOKENS = 16, 4096  # of one question
 
 @dataclass
 class Live:
-    """Student and teacher, and the settings that they answer with.
+    """Student and teacher of a checkpoint.
 
     Args:
         policy: Settings of the model.
         model: The network of both.
         tokenizer: Its tokenizer.
-        teacher: Weights of the teacher. It is attached to the model.
+        teacher: The teacher, attached to the model.
         prompts: Templates of both prompts.
         objective: Objective that measures the tokens.
-        sampling: Sampling of the run, which the form shows at the start.
+        sampling: Sampling of the run. Its values are the defaults of the form.
         method: Name of the run's method, or None.
         token_budget: Limit on the tokens of one scoring pass.
+        engine: Engine that samples the completions.
     """
 
     policy: Policy
@@ -70,8 +71,10 @@ class Live:
 
     def __post_init__(self) -> None:
         self._pieces = Pieces(self.tokenizer)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # one model and tokenizer for all threads of the server
         self._asked = 0
+        lengths = (self.policy.context_length(), self.teacher.context_length())  # here, since a hub id is looked up online
+        self._limit = min((length for length in lengths if length is not None), default=None)
 
     def describe(self) -> dict[str, Any]:
         """Return the values that the head of the page shows, and those that the form starts with."""
@@ -113,41 +116,38 @@ class Live:
             min_p=self.sampling.min_p,
             n=int(_number(asked, "samples", 1, 1, _MOST_SAMPLES)),
         )
+        seed = _number(asked, "seed", -1, 0, 2**32 - 1)
         example = Example(question, "", "")
-        student = self.prompts.student(self.tokenizer, example)
-        teacher = student
-        if context and self.teacher.privileged:
-            teacher = self.prompts.teacher(self.tokenizer, example, context)
-        limits = [limit for limit in (self.policy.context_length(), self.teacher.context_length()) if limit is not None]
-        needed = max(len(student), len(teacher)) + sampling.max_new_tokens
-        if limits and needed > min(limits):
-            raise UserError(
-                f"prompt and completion need {needed} tokens, and the model reads {min(limits)}: shorten the question or "
-                "the context, or lower the length of the completion"
-            )
-        with self._lock:  # one model
+        with self._lock:
+            teacher = student = self.prompts.student(self.tokenizer, example)
+            if self.teacher.privileged:
+                teacher = self.prompts.teacher(self.tokenizer, example, context or None, whole=True)
+            needed = max(len(student), len(teacher)) + sampling.max_new_tokens
+            if self._limit is not None and needed > self._limit:
+                raise UserError(
+                    f"prompt and completion need {needed} tokens, and the model reads {self._limit}: shorten the question "
+                    "or the context, or lower the length of the completion"
+                )
             self._asked += 1
-            seed = int(_number(asked, "seed", self._asked, 0, 2**32 - 1))
-            rollouts = self._score(student, teacher, sampling, seed)
-            step = self._asked
-        common = {
-            "question": question,
-            "trace": None,
-            "context": context or None,
-            "reference": None,
-            "student_prompt": redact_text(str(self.tokenizer.decode(student))),
-            "teacher_prompt": redact_text(str(self.tokenizer.decode(teacher))),
-            "answer": None,
-            "grade": "ungraded",
-            "sampled": True,
-        }
-        rollouts = [common | {"row": row} | rollout for row, rollout in enumerate(rollouts)]
-        return {
-            "step": step,
-            "temperature": self.objective.temperature,
-            "pieces": pieces_of(self._pieces, rollouts),
-            "rollouts": rollouts,
-        }
+            scored = self._score(student, teacher, sampling, self._asked if seed < 0 else int(seed))
+            common = {
+                "question": question,
+                "trace": None,
+                "context": context or None,
+                "reference": None,
+                "student_prompt": redact_text(str(self.tokenizer.decode(student))),
+                "teacher_prompt": redact_text(str(self.tokenizer.decode(teacher))),
+                "answer": None,
+                "grade": "ungraded",
+                "sampled": True,
+            }
+            rollouts = [common | {"row": row} | rollout for row, rollout in enumerate(scored)]
+            return {
+                "step": self._asked,
+                "temperature": self.objective.temperature,
+                "pieces": pieces_of(self._pieces, rollouts),
+                "rollouts": rollouts,
+            }
 
     @torch.no_grad()
     def _score(self, student: list[int], teacher: list[int], sampling: Sampling, seed: int) -> list[dict[str, Any]]:
@@ -181,7 +181,7 @@ def _number(asked: Mapping[str, Any], name: str, default: float, low: float, hig
     return number
 
 
-def load_live(checkpoint: str, base: str | None = None, device: str | None = None) -> Live:
+def load_live(checkpoint: str, base: str | None = None, device: str | None = None, **given: Any) -> Live:
     """Load the student and the teacher of a checkpoint.
 
     Args:
@@ -189,22 +189,32 @@ def load_live(checkpoint: str, base: str | None = None, device: str | None = Non
             Face id or a ``.gguf`` file. A model without an adapter is student and teacher at once.
         base: Base model, in place of the one that the checkpoint names.
         device: Device of the model. Defaults to a GPU if there is one.
+        given: Other settings of the `Policy`, such as ``pad_token``, for an adapter or a model. Values of None are ignored.
 
     Raises:
-        ConfigError: The checkpoint cannot be loaded.
+        ConfigError: The checkpoint cannot be loaded, or there is no such device.
     """
-    found = _of_file(checkpoint, base) if checkpoint.endswith(".ckpt") else _of_folder(checkpoint, base)
-    found.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or a build of torch without it
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"cannot use {device!r} ({reason})", "--device", "Give cpu, cuda or cuda:N") from None
+    given = {name: value for name, value in given.items() if value is not None}
+    load = _of_file if checkpoint.endswith(".ckpt") else _of_folder
+    found = load(checkpoint, base, given)
+    found.model.to(device)
     found.model.requires_grad_(False)
     return found
 
 
-def _of_file(checkpoint: str, base: str | None) -> Live:
+def _of_file(checkpoint: str, base: str | None, given: Mapping[str, Any]) -> Live:
     path = local_path(checkpoint, _SETTING)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder of shards", _SETTING, "Give the adapter that AdapterExport wrote")
-    if base is not None:
-        raise ConfigError("a checkpoint names its model itself", "--model", "Leave it out, or give the exported adapter")
+    for name in [*(["model"] if base is not None else []), *given]:
+        problem = f"a checkpoint file has its own {name}"
+        raise ConfigError(problem, f"--{name}", "Leave it out, or give the exported adapter instead of the file")
     method = _method(load_file(path).get(PolicyModule.CHECKPOINT_HYPER_PARAMS_KEY, {}), path)
     module = method.load_from_checkpoint(path, weights_only=True)
     prompts = getattr(module, "prompts", None)
@@ -232,7 +242,10 @@ def _method(settings: Mapping[str, Any], path: Path) -> type[PolicyModule]:
     """Return the method of a checkpoint's settings. Only modules of this package and imported ones are looked at."""
     name = settings.get("_class_path")
     place, _, kind = name.rpartition(".") if isinstance(name, str) else ("", "", "")
-    module = import_module(place) if f"{place}.".startswith("opsd_lightning.") else sys.modules.get(place)
+    module = sys.modules.get(place)
+    if f"{place}.".startswith("opsd_lightning."):
+        with suppress(ImportError):
+            module = import_module(place)
     found = getattr(module, kind, None)
     if not (isinstance(found, type) and issubclass(found, PolicyModule)):
         problem = f"{path} does not name a method of this package (it names {name!r})"
@@ -240,19 +253,19 @@ def _method(settings: Mapping[str, Any], path: Path) -> type[PolicyModule]:
     return found
 
 
-def _of_folder(checkpoint: str, base: str | None) -> Live:
+def _of_folder(checkpoint: str, base: str | None, given: Mapping[str, Any]) -> Live:
     folder = Path(checkpoint).expanduser()
     if folder.is_dir() and is_shards(folder):
         raise ConfigError(f"{folder} is a folder of shards", _SETTING, "Give the adapter that AdapterExport wrote")
     settings, prompts = RecordedSettings({}, None), Prompts().of_split("train")
     if (folder / "adapter_config.json").is_file():
-        policy, prompts, settings = load_exported(str(folder), base, _SETTING)
+        policy, prompts, settings = load_exported(str(folder), base, _SETTING, **given)
     elif base is not None:
-        raise ConfigError(f"{checkpoint} is no adapter, and --model names a base model", "--model", "Leave it out")
+        raise ConfigError(f"{checkpoint} is not an adapter, and --model names a base model", "--model", "Leave it out")
     else:
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} holds neither an adapter nor a model", _SETTING, _FIX)
-        policy = Policy(checkpoint, lora=LoRA(r=1))  # an adapter that changes nothing
+        policy = Policy(checkpoint, lora=LoRA(r=1), **given)  # an adapter that changes nothing
     tokenizer, network = policy.load_tokenizer(), policy.build()
     sampling, objective = (settings.part("model", name) for name in ("sampling", "objective"))
     temperature = {name: objective[name] for name in ("temperature",) if name in objective}
@@ -269,7 +282,7 @@ def _of_folder(checkpoint: str, base: str | None) -> Live:
 
 
 def _base_teacher(model: Any) -> Teacher:
-    """Return the base model as the teacher. After full fine-tuning it is not in memory: then the model itself."""
+    """Return the base model as the teacher. After full fine-tuning it is not in memory, and the model itself is returned."""
     if not isinstance(model, PeftModel):
         return LiveTeacher()
     teacher = FixedTeacher()

@@ -1,14 +1,14 @@
 """A web server on the loopback interface for one page and the requests of its form.
 
-Other users of the machine and pages of other sites in the browser must not reach it:
+It protects the page from other users of the machine, and from pages of other sites in the browser:
 
-- It listens on 127.0.0.1 alone.
+- It listens on 127.0.0.1 only.
 - The address has a random token as its first part. Requests without it are refused.
-- The ``Host`` header must name the loopback interface and the port. A site whose name is made to point to 127.0.0.1 (DNS
-  rebinding) sends its own name.
+- The ``Host`` header must name the loopback interface and the port. This refuses a site whose name points to 127.0.0.1 (DNS
+  rebinding), since the browser sends the name of the site.
 - A request that a page of another origin sends (header ``Origin``) is refused.
 
-Nothing is written to disk, and requests are not logged, since their addresses have the token.
+Nothing is written to disk. Requests are not logged, since their addresses contain the token.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class LoopbackServer(ThreadingHTTPServer):
 
     Args:
         page: The page, as HTML.
-        answer: Function of the object. It is called in threads, also in several at once. A `UserError` becomes an answer
-            with status 400.
+        answer: Function that is called with the object. Several threads may call it at the same time. A `UserError` becomes
+            an answer with status 400.
         port: Port to listen on. Defaults to a free one.
 
     Raises:
@@ -131,12 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(400, f"The request is not a JSON object ({error})")
             return
         try:
-            found, status = self.server.answer(asked), 200
+            content, status = json.dumps(self.server.answer(asked)), 200
         except UserError as error:
-            found, status = {"error": safe_text(error)}, 400
-        except Exception as error:  # the page shows it, and the server goes on
-            found, status = {"error": safe_text(f"{type(error).__name__}: {error}")}, 500
-        self._send(status, json.dumps(found).encode(), "application/json")
+            content, status = json.dumps({"error": safe_text(error)}), 400
+        except Exception as error:  # the page shows it, and the server continues
+            content, status = json.dumps({"error": safe_text(f"{type(error).__name__}: {error}")}), 500
+        self._send(status, content.encode(), "application/json")
 
     def _refuse(self, status: int, reason: str) -> None:
         self.close_connection = True

@@ -1,11 +1,11 @@
-"""An exported adapter, with the base model, policy and prompts that its run trained it with."""
+"""Load the settings of an exported adapter: its base model, and the settings of the run that trained it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from peft import PeftConfig
 
@@ -49,12 +49,7 @@ class BaseModel(NamedTuple):
     revision: str | None = None
 
 
-def load_exported(
-    adapter: str,
-    model: str | None,
-    setting: str,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
-) -> ExportedAdapter:
+def load_exported(adapter: str, model: str | None, setting: str, **given: Any) -> ExportedAdapter:
     """Read the settings of an exported adapter, and print the name of its base model. No weights are loaded.
 
     If the adapter is in the folder of its run, the settings come from the run's record.
@@ -63,7 +58,7 @@ def load_exported(
         adapter: Peft folder or Hugging Face id.
         model: Base model. Defaults to `base_model_of`.
         setting: Name of the option that holds the adapter, for errors.
-        dtype: Type of the base weights. Defaults to that of the run, or to that of the model's files.
+        given: Settings of the policy that replace those of the run, such as ``dtype``. Values of None are ignored.
 
     Raises:
         ConfigError: The adapter cannot be read, or names no base model, or the settings of its run cannot be used.
@@ -75,10 +70,9 @@ def load_exported(
     known = {name: recorded[name] for name in _POLICY_SETTINGS if recorded.get(name)}
     if "chat_template" in known:
         known["chat_template"] = str(_started_in(settings) / str(known["chat_template"]))
-    if dtype is not None:
-        known["dtype"] = dtype
-    given = {"model": base.model, "revision": base.revision, "adapter": adapter}
-    policy = built(Policy, known | given, adapter, setting)
+    known |= {name: value for name, value in given.items() if value is not None}
+    known |= {"model": base.model, "revision": base.revision, "adapter": adapter}
+    policy = built(Policy, known, adapter, setting)
     prompts = built(Prompts, settings.part("data", "prompts"), adapter, setting).of_split("train")
     return ExportedAdapter(policy, prompts, settings)
 

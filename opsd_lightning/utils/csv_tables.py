@@ -1,4 +1,4 @@
-"""Append-only CSV tables that survive kills, full disks and resumed runs, with cells escaped against formula injection.
+"""CSV tables that survive kills, full disks and resumed runs, with cells escaped against formula injection.
 
 A spreadsheet may execute a cell that begins with ``=``, ``+``, ``-``, ``@``, tab, carriage return or line feed. Such texts
 are written with a leading apostrophe, as are texts with apostrophes before one of these characters. `unescape_formula`
@@ -38,11 +38,15 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
     Raises:
         OSError: The rows cannot be written. The file is unchanged.
     """
-    lines = _lines([[escape_formula(value) for value in row] for row in rows])
     if path.exists() and path.stat().st_size:
-        append(path, lines)
+        append(path, _escaped(rows))
     else:
-        atomic_write(path, _lines([columns]) + lines)
+        atomic_write(path, table_bytes(columns, rows))
+
+
+def table_bytes(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return a table as the contents of a CSV file, with its cells escaped (see `escape_formula`)."""
+    return _lines([columns]) + _escaped(rows)
 
 
 def check_table(path: Path, columns: Sequence[str], setting: str) -> None:
@@ -108,6 +112,10 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     if wrong := next((row for row in rows if len(row) != len(columns)), None):
         raise ValueError(f"a row has {len(wrong)} cells, and there are {len(columns)} columns")
     return columns, [[unescape_formula(cell) for cell in row] for row in rows]
+
+
+def _escaped(rows: Iterable[Sequence[Any]]) -> bytes:
+    return _lines([escape_formula(value) for value in row] for row in rows)
 
 
 def _lines(rows: Iterable[Sequence[Any]]) -> bytes:

@@ -74,8 +74,7 @@ def check_push(repo: str, private: bool, setting: str) -> str:
     except Exception as error:
         raise ConfigError(f"cannot look {repo} up ({_reason(error)})", setting, f"Try again, or {later}") from None
     if public and private:
-        fix = "Set hub_private to false to publish the export, or choose another repository"
-        raise ConfigError(f"{repo} is public, and hub_private is true", setting, fix)
+        raise _is_public(repo, setting)
     try:
         api.auth_check(repo, write=True)
     except Exception as error:
@@ -90,20 +89,30 @@ def push_folder(folder: Path, repo: str, private: bool, message: str) -> str:
     Args:
         folder: The folder.
         repo: Hub id with its namespace.
-        private: True to create a private repository. The visibility of an existing one stays.
+        private: If True, the repository must be private. If False, a new one is public, and an existing one stays as it is.
         message: Message of the commit.
 
     Returns:
         Address of the repository.
+
+    Raises:
+        ConfigError: The repository is public and must be private. Nothing is pushed.
     """
     api = HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.model_info(repo).private:  # created or published since `check_push`
+        raise _is_public(repo, "hub_private")
     api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=[MANIFEST])
     return str(url)
 
 
+def _is_public(repo: str, setting: str) -> ConfigError:
+    fix = "Set hub_private to false to publish the export, or choose another repository"
+    return ConfigError(f"{repo} is public, and hub_private is true", setting, fix)
+
+
 def push_command(folder: Path, repo: str, private: bool) -> str:
-    """Return the command that does the same as `push_folder`."""
+    """Return the command that pushes like `push_folder`. It does not check that an existing repository is private."""
     arguments = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else []), "--exclude", MANIFEST]
     return shlex.join(arguments)
 

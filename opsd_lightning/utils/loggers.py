@@ -13,7 +13,6 @@ Call these functions on global rank 0 only. Other loggers are skipped. A logger 
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from opsd_lightning.utils.csv_tables import append_rows
+from opsd_lightning.utils.csv_tables import append_rows, table_bytes
 from opsd_lightning.utils.disk_errors import warn_on_write_error
 from opsd_lightning.utils.files import atomic_write
 
@@ -59,11 +58,12 @@ def log_table(
                 logger.experiment.log_table(logger.run_id, data, f"{name}.json")
             elif isinstance(logger, CometLogger):
                 # Not Comet's `log_table`: it uploads a local file of the table's name, if there is one.
-                logger.experiment.log_asset(_csv(columns, rows), file_name=f"{name}/step-{step:06d}.csv", step=step)
+                content = io.BytesIO(table_bytes(columns, rows))
+                logger.experiment.log_asset(content, file_name=f"{name}/step-{step:06d}.csv", step=step)
             elif isinstance(logger, _LIT_LOGGER):
                 from litlogger.media import Text
 
-                # Settings and metrics of the run have keys of the same kind, such as "rollouts".
+                # The prefix keeps the table apart from a setting or metric of the same name.
                 logger.experiment[f"tables/{name}"].append(Text(_markdown(columns, rows)), step)
 
 
@@ -136,12 +136,6 @@ def log_page(loggers: Iterable[Logger], name: str, path: Path, step: int) -> Non
 def accepts_figures(loggers: Iterable[Logger]) -> bool:
     """Return True if `log_figure` supports one of the loggers."""
     return any(isinstance(logger, _WITH_FIGURES) for logger in loggers)
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> io.BytesIO:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    return io.BytesIO(text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

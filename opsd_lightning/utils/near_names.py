@@ -1,18 +1,18 @@
-"""Names that are spelled like another name."""
+"""Find known names that are spelled like a misspelt one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-_CUTOFF = 0.66
-_TIE = 0.06
+_CUTOFF = 0.66  # lowest ratio of `SequenceMatcher` of a near name
+_TIE = 0.06  # largest distance to the best ratio
 
 
 def near_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return the known names that are spelled most like a name, best first.
 
-    Case, ``_``, ``-`` and white space do not count. A known name that begins with the name is like it.
+    Case, underscores, hyphens and spaces are ignored. A known name that begins with the name also counts as near.
 
     Args:
         name: The name, of at least one letter.
@@ -49,7 +49,7 @@ def near_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def question(names: Iterable[str]) -> str:
-    """Return the question after near names, or an empty text without names.
+    """Return a question that suggests names. Empty without names.
 
     Example::
 

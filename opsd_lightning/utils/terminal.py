@@ -14,13 +14,16 @@ import threading
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from opsd_lightning.utils.near_names import near_names, question
 from opsd_lightning.utils.redaction import redact_text
+
+if TYPE_CHECKING:
+    from opsd_lightning.types import UserError
 
 # C0 and C1 controls except newline and tab, zero-width characters, bidirectional controls, line and paragraph separators,
 # invisible fillers, tags, lone surrogates, and noncharacters.
@@ -90,6 +93,18 @@ def say(text: object, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(safe_text(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def error_line(error: UserError, options: Mapping[str, str]) -> str:
+    """Return the line that a command prints for an error.
+
+    Args:
+        error: The error.
+        options: Option of the command for each setting that it replaces, such as ``--model`` for ``model.policy.model``.
+    """
+    option = options.get(getattr(error, "setting", ""))
+    text = str(error) if option is None else f"{option}: {error.problem}. {error.fix}"  # type: ignore[attr-defined]
+    return f"error: {text}"
 
 
 class SafeArgumentParser(argparse.ArgumentParser):

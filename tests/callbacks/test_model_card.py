@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from helpers.hub_server import TOKEN, HubServer, Repository
 from helpers.training import metrics, parts, trainer
 from opsd_lightning.callbacks.export import AdapterExport
-from opsd_lightning.callbacks.model_card import add_held_out_result, base_model_of
+from opsd_lightning.callbacks.model_card import (
+    BaseModel,
+    add_held_out_result,
+    base_model_of,
+    loaded_commit,
+    model_card,
+)
 from opsd_lightning.data.sources import FileSource
 from opsd_lightning.models.policy import Policy
 from opsd_lightning.prompts.templates import Prompts
@@ -112,11 +118,18 @@ def test_the_card_shows_no_secrets_and_names_files_without_their_folder(
     module, data = parts(make_policy())
     data.sources = {"train": FileSource(str(path)), "val": None, "test": None}
     data.prompts = Prompts(f"Key {TOKEN} or correct-horse-battery-staple.\n~~~~\n{{question}}", "{question} {context}")
-    trainer(tmp_path / "run", AdapterExport(), max_steps=1).fit(module, data)
+    run = trainer(tmp_path / "run", AdapterExport(), max_steps=1)
+    run.fit(module, data)
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert TOKEN not in text and "correct-horse" not in text and "private" not in text
     assert "FileSource" in text and "my rows \\| 1.jsonl" in text and "| 8 |" in text and "{question}" in text
     assert text.count("\n~~~~\n") == 1, "the prompt ends its block"
+    # The base model is loaded in the revision that was trained. The text of its license is shown as it is.
+    text = model_card(run, module, "adapter", BaseModel("owner/base", "v2", license="<b>x</b>`\n- y"), None, {})
+    python = text.partition("```python\n")[2].partition("```")[0]
+    compile(python, "card", "exec")
+    assert python.count('revision="v2"') == 2 and "owner/base --revision v2 " in text
+    assert "`<b>x</b>' - y`" in text
 
 
 def readme(folder: Path, metadata: str) -> None:
@@ -132,11 +145,17 @@ def test_base_model_of_the_hub_is_named_with_commit_and_license(tmp_path: Path, 
         readme(files / "snapshots" / commit, f"license: {licence}")
         (files / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
         (files / "refs" / revision).write_text(commit)
-    found = base_model_of(Policy("owner/model"), "another/name")
+    policy = Policy("owner/model")
+    commit = loaded_commit(policy)
+    found = base_model_of(policy, "another/name", commit)
     assert (found.name, found.revision, found.commit, found.license) == ("owner/model", None, "0" * 40, "mit")
-    found = base_model_of(Policy("owner/model", revision="v2"), None)
+    (files / "refs" / "main").write_text("1" * 40)  # another process downloads a newer commit
+    assert base_model_of(policy, None, commit).commit == "0" * 40
+    policy = Policy("owner/model", revision="v2")
+    found = base_model_of(policy, None, loaded_commit(policy))
     assert (found.revision, found.commit, found.license, found.digest) == ("v2", "1" * 40, "apache-2.0", None)
-    assert base_model_of(Policy("owner/unknown"), None).license is None
+    policy = Policy("owner/unknown")
+    assert base_model_of(policy, None, loaded_commit(policy)).license is None
     readme(tmp_path / "datasets--owner--data" / "snapshots" / ("2" * 40), "license: other\nlicense_name: ours")
     assert hub_license("owner/data", kind="dataset") == "ours" and hub_license("owner/data") is None
     assert hub_license("owner/data", "v1", "dataset") is None, "another revision may have another license"

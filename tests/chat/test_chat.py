@@ -79,13 +79,16 @@ def test_adapter_of_a_run_has_its_base_model_and_prompts(
     export = {"class_path": "opsd_lightning.AdapterExport", "init_args": {"base_model": "nobody/base"}}
     config = {
         "model": {"class_path": "opsd_lightning.OPSDModule", "init_args": {"policy": {"model": roomy}}},
-        "data": {"prompts": {"student_template": "{question} Be brief.", "system": "You add."}},
+        "data": {
+            "prompts": {"student_template": "{question} Be brief.", "system": "You add.", "max_trace_tokens": 4},
+        },
         "trainer": {"callbacks": [export]},
     }
     write_record(tmp_path / "run", config)
-    roles = Roles.load(None, str(folder), None, SAMPLING)
-    prompt = str(roles.tokenizer.decode(roles.answer(QUESTIONS[0], "student", seed=0).prompts[0]))
-    assert f"{QUESTIONS[0]} Be brief." in prompt and "You add." in prompt
+    roles = Roles.load(None, str(folder), CONTEXT, SAMPLING)
+    student, teacher = map(str, map(roles.tokenizer.decode, roles.answer(QUESTIONS[0], "student", seed=0).prompts))
+    assert f"{QUESTIONS[0]} Be brief." in student and "You add." in student
+    assert CONTEXT in teacher, "a context that is typed is not cut"
     capsys.readouterr()
     other = Roles.load(None, str(folder), None, SAMPLING, system="You subtract.")
     assert roomy in capsys.readouterr().err

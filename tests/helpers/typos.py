@@ -181,5 +181,10 @@ TYPOS = {
     "chat's missing context": Typo(["chat", "--model=x", "--context={folder}/nowhere"], ["--context", "nowhere"]),
     "chat's role": Typo(["chat", "--model=x", "--role=techer"], ["--role", "teacher"]),
     "chat's shading of nothing": Typo(["chat", "--model=x", "--shade"], ["--shade", "--context"]),
+    "chat's temperature": Typo(["chat", "--model=x", "--temperature=nan"], ["--temperature", "nan"]),
+    "show's device": Typo(["show", "x", "--device=gpu"], ["--device", "gpu"]),
+    "show's port": Typo(["show", "x", "--port=70000"], ["--port", "70000"]),
+    "show's missing checkpoint": Typo(["show", "{folder}/nowhere"], ["CHECKPOINT", "nowhere"]),
+    "show's option": Typo(["show", "x", "--divice=cpu"], ["--divice", "--device"]),
     "chat's length": Typo(["chat", "--model=x", "--max_new_tokens=0"], ["--max_new_tokens", "0"]),
 }  # fmt: skip

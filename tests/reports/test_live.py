@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from helpers.browser import browser, needs_browser
 from helpers.messages import mentions
 from opsd_lightning.cli.command import main as cli
 from opsd_lightning.models.policy import base_of, evaluating
+from opsd_lightning.prompts.templates import Prompts
 from opsd_lightning.reports.html import render_template
 from opsd_lightning.reports.live import Live, load_live
 from opsd_lightning.reports.loopback import LoopbackServer
@@ -114,6 +116,23 @@ def test_an_exported_adapter_is_its_checkpoint_against_the_base_model(run: Path,
     assert "step by step" in rollout["student_prompt"] and rollout["length"] <= 4
 
 
+def test_questions_asked_at_the_same_time_get_the_answers_of_single_ones(live: Live) -> None:
+    asked = [{"question": f"{n}?", "context": str(n), "seed": n, "samples": 2} for n in range(4)]
+    single = [live.answer(each)["rollouts"] for each in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(live.answer, asked))
+    assert [step["rollouts"] for step in together] == single
+    assert len({step["step"] for step in together}) == 4
+
+
+def test_teacher_without_a_context_keeps_its_own_prompt(folders: dict[str, str]) -> None:
+    """Arguments of its chat template and its prefix stay, as in training."""
+    both = load_live(folders["llama"], device="cpu")
+    both.prompts = Prompts(teacher_response_prefix="So: ")
+    (rollout,) = both.answer({"question": "1?", "max_new_tokens": 2})["rollouts"]
+    assert rollout["teacher_prompt"] == rollout["student_prompt"] + "So: "
+
+
 def test_a_model_is_student_and_teacher(folders: dict[str, str]) -> None:
     both = load_live(folders["llama"], device="cpu")
     (same,) = both.answer({"question": "1?", "max_new_tokens": 6})["rollouts"]
@@ -147,11 +166,28 @@ def test_unusable_checkpoints_are_refused(run: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
     (tmp_path / "notes.ckpt").write_text("notes")
-    for checkpoint in ("nowhere.ckpt", str(tmp_path / "notes.ckpt"), str(tmp_path / "damaged"), str(run / "record")):
+    (tmp_path / "other").mkdir()
+    torch.save({"hyper_parameters": {"_class_path": "opsd_lightning.nothing.OPSDModule"}}, tmp_path / "other" / "class.ckpt")
+    checkpoint = str(run / "last.ckpt")
+    for arguments, named in (
+        (["nowhere.ckpt"], "CHECKPOINT"),
+        ([str(tmp_path / "notes.ckpt")], "CHECKPOINT"),
+        ([str(tmp_path / "other" / "class.ckpt")], "CHECKPOINT"),
+        ([str(run / "record")], "CHECKPOINT"),
+        (["nobody/model"], "CHECKPOINT"),
+        ([str(tmp_path / "damaged")], "--model"),
+        ([str(run / "adapter"), "--model=nobody/model"], "--model"),
+        ([checkpoint, "--model=nobody/model"], "--model"),
+        ([checkpoint, "--pad_token=x"], "--pad_token"),
+        ([checkpoint, "--device=gpu"], "--device"),
+        ([checkpoint, "--device=cuda:99"], "--device"),
+        ([str(run / "adapter"), "--pad_token=nothing"], "--pad_token"),
+    ):
         with pytest.raises(SystemExit) as stop:
-            show([checkpoint])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+            show(arguments)
+        error = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and [line for line in error if line.startswith("error: ")] == error[-1:]
+        assert error[-1].startswith(f"error: {named}: "), error
     with pytest.raises(ConfigError, match=mentions("--model")):
         load_live(str(tmp_path / "damaged"))
 

@@ -102,7 +102,7 @@ def test_given_model_has_the_last_word(tmp_path: Path, capsys: pytest.CaptureFix
     assert (exported.policy.model, exported.policy.revision) == ("nobody/given", None)
     assert (exported.policy.adapter, exported.policy.dtype) == (folder, "float32")
     assert "nobody/given" in capsys.readouterr().err
-    assert load_exported(folder, None, "--adapter", "bfloat16").policy.dtype == "bfloat16"
+    assert load_exported(folder, None, "--adapter", dtype="bfloat16", pad_token=None).policy.dtype == "bfloat16"
     assert str(tmp_path / "base") in capsys.readouterr().err
 
 

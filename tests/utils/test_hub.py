@@ -39,6 +39,17 @@ def test_a_folder_is_pushed_to_a_new_repository(given: str, name: str, hub: HubS
     assert push_folder(tmp_path, f"{name}-public", False, "") and not hub.repositories[f"{name}-public"].private
 
 
+def test_a_repository_that_became_public_gets_nothing(hub: HubServer, tmp_path: Path) -> None:
+    """Its owner publishes it while the model trains."""
+    (tmp_path / "README.md").write_text("card")
+    hub.repositories["ann/mine"] = Repository(private=True)
+    assert check_push("mine", True, "hub_id") == "ann/mine"
+    hub.repositories["ann/mine"].private = False
+    with pytest.raises(ConfigError) as refused:
+        push_folder(tmp_path, "ann/mine", True, "After 3 steps")
+    assert refused.value.setting == "hub_private" and not hub.repositories["ann/mine"].files
+
+
 def broken(hub: HubServer, monkeypatch: pytest.MonkeyPatch, case: str) -> str:
     """Make a push impossible, and return the id to push to."""
     token: dict[str, Any] = hub.account["auth"]["accessToken"]  # type: ignore[index]
