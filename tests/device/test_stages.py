@@ -65,7 +65,7 @@ CALLBACKS: list[Callable[[], Callback]] = [
     lambda: RolloutTable(every_n_steps=1),
     RolloutWriter,
     RunReport,
-    lambda: TokenReport(every_n_steps=1, pictures=False),
+    lambda: TokenReport(every_n_steps=1, pictures=False, repeated_questions=1),
 ]
 #: Callbacks that the package adds itself, and base classes.
 ADDED = {"SavedConfig", "RunLock", "RunUnlock", StepCallback.__name__}

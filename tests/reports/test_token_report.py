@@ -262,10 +262,10 @@ def test_command_line_accepts_the_short_name(folders: dict[str, str], tmp_path: 
         ["fit", f"--model.policy.model={folders['llama']}", "--model.sampling.max_new_tokens=4", "--data.train.size=8",
          "--data.batch_size=1", "--trainer.max_steps=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}",
          "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.callbacks+=TokenReport",
-         "--trainer.callbacks.rows=1"]
+         "--trainer.callbacks.rows=1", "--trainer.callbacks.repeated_questions=1"]
     )  # fmt: skip
     (step,) = read_tokens(tmp_path / "tokens.html")["steps"]
-    assert len(step["rollouts"]) == 1
+    assert [shown["repeated"] for shown in step["rollouts"]] == [True, False]
 
 
 # -- questions of every step -----------------------------------------------------------------------------------------------
@@ -284,8 +284,7 @@ class WeightsBefore(Callback):
 def test_repeated_questions_are_scored_with_the_weights_before_each_step(
     make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
-    """Both roles by hand, without the dropout of training. The questions are the same at each step, and not trained on
-    more."""
+    """Both roles by hand, without the dropout of training. The questions are the same at each step."""
     objective = DivergenceObjective(temperature=1.7, skip_first_tokens=1)
     module, data = parts(make_policy(lora=LoRA(r=4, alpha=8, dropout=0.3)), objective=objective, max_grad_norm=None)
     before, report = WeightsBefore(), TokenReport(every_n_steps=2, rows=1, max_tokens=6, repeated_questions=3)
