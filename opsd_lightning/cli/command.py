@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -94,8 +95,17 @@ _UNSUPPORTED: dict[str, tuple[Any, str, str]] = {
 class OPSDCLI(LightningCLI):
     """Command line that fits, validates, tests and predicts with a `PolicyModule` and an `OPSDDataModule`."""
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def __init__(self, *classes: Any, args: ArgsType = None, **settings: Any) -> None:
         self.arguments = [str(argument) for argument in args] if isinstance(args, list) else sys.argv[1:]
+        super().__init__(*classes, args=args, **settings)
+
+    def _dump_config(self) -> None:
+        """Store the settings as Lightning does, but do not validate them again, which would take most of the time."""
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(text)[self.config.subcommand]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         try:
             with remembering(args if isinstance(args, list) else None):
                 super().parse_arguments(parser, args)
@@ -144,6 +154,9 @@ class OPSDCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        given, commands = self.arguments[:1], self.subcommands()
+        if given and given[0] in commands:  # the parsers of the others would take a quarter of a second
+            self.subcommands = lambda: {given[0]: commands[given[0]]}  # type: ignore[method-assign]
         super()._add_subcommands(parser, **kwargs)
         for name, command in self._subcommand_parsers.items():
             command.prog = f"opsd {name}"

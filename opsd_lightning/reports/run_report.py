@@ -395,7 +395,7 @@ def _settings(trainer: Trainer, module: Any, saved: SaveConfigCallback | None) -
     import yaml
 
     if saved is not None:
-        found = yaml.safe_load(saved.parser.dump(saved.config, skip_none=False))
+        found = yaml.safe_load(saved.parser.dump(saved.config, skip_none=False, skip_validation=True))
     else:
         parts = ("policy", "teacher", "objective", "context", "rollouts", "sampling", "max_grad_norm", "token_budget")
         model = {name: getattr(module, name, None) for name in (*parts, "updates_per_batch", "seed")}

@@ -49,7 +49,8 @@ class _RedactingParser:
         return getattr(self._parser, name)
 
     def save(self, config: Any, path: str, **settings: Any) -> None:
-        text = self._parser.dump(config, skip_none=settings.get("skip_none", True))
+        skip_none = settings.get("skip_none", True)
+        text = self._parser.dump(config, skip_none=skip_none, skip_validation=True)  # it is valid since it was parsed
         found = yaml.safe_load(text)
         redacted = redact(found, whole=True)
         if redacted != found:

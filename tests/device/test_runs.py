@@ -21,7 +21,7 @@ from torch import Tensor
 
 import opsd_lightning
 from helpers.classes import subclasses
-from helpers.covering import Case, pairs_of, pairwise, product
+from helpers.covering import Case, covering, pairs_of, pairwise, product
 from helpers.device_cases import (
     CLIPS,
     DEFAULT,
@@ -64,6 +64,7 @@ pytestmark = [
 ]
 
 PAIRWISE = pairwise(FACTORS, valid)
+EACH_VALUE = covering(PAIRWISE)
 #: Engines that cannot run on the imitated device, with the reason.
 CANNOT_RUN = {
     ContinuousBatchingEngine: "samples in a thread, and the imitation works in the main thread",
@@ -94,7 +95,9 @@ def run(case: Case, folder: str, path: Path, *callbacks: Any, **settings: Any) -
     return module
 
 
-@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case_id(case), marks=[pytest.mark.slow] * (case not in EACH_VALUE)) for case in PAIRWISE]
+)
 def test_pairs_of_settings_run_on_the_device(case: Case, folder: str, tmp_path: Path) -> None:
     run(case, folder, tmp_path)
 

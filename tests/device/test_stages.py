@@ -86,8 +86,8 @@ def test_every_callback_is_run_here() -> None:
     [
         {"teacher": "ema", "precision": "bf16-mixed", "weights": "nf4", "checkpointing": "yes"},
         {"method": "grpo"},
-        {"method": "sft", "weights": "bfloat16", "precision": "bf16-mixed"},
-        {"teacher": "trust region", "divergence": "jsd", "weights": "all trained"},
+        pytest.param({"method": "sft", "weights": "bfloat16", "precision": "bf16-mixed"}, marks=pytest.mark.slow),
+        pytest.param({"teacher": "trust region", "divergence": "jsd", "weights": "all trained"}, marks=pytest.mark.slow),
     ],
     ids=lambda case: " ".join(case.values()),
 )
@@ -114,7 +114,7 @@ def test_callbacks_run_on_the_device(case: Case, folder: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "case",
     [
-        {"teacher": "ema", "precision": "bf16-mixed"},
+        pytest.param({"teacher": "ema", "precision": "bf16-mixed"}, marks=pytest.mark.slow),
         {"weights": "nf4", "precision": "bf16-mixed", "checkpointing": "yes"},
         {"weights": "all trained", "updates": "2"},
         {"method": "grpo"},

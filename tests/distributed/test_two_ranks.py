@@ -82,10 +82,10 @@ class ByLength(MathGrader):
     ("strategy", "teacher"),
     [
         pytest.param("ddp", FixedTeacher, id="fixed-ddp"),
-        pytest.param("ddp", lambda: EMATeacher(0.8), id="ema-ddp"),
-        # Under ddp the student's weights are whole on each rank, as the fixed teacher's are.
+        # Under ddp the weights of all teachers are whole on each rank, as the fixed teacher's are.
+        pytest.param("ddp", lambda: EMATeacher(0.8), id="ema-ddp", marks=pytest.mark.slow),
         pytest.param("ddp", LiveTeacher, id="live-ddp", marks=pytest.mark.slow),
-        pytest.param("fsdp2", FixedTeacher, id="fixed-fsdp2"),
+        pytest.param("fsdp2", FixedTeacher, id="fixed-fsdp2", marks=pytest.mark.slow),
         pytest.param("fsdp2", lambda: EMATeacher(0.8), id="ema-fsdp2"),
         pytest.param("fsdp2", LiveTeacher, id="live-fsdp2"),
     ],
@@ -122,10 +122,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# Together they have all that ranks agree on: rewards, an anchor, several updates, turns of references, contexts.
+SHARDED = ("grpo", "mixed", "feedback")
+
+
 @pytest.mark.parametrize(
     ("strategy", "name"),
     [
-        *(pytest.param("fsdp2", name, id=f"{name}-fsdp2") for name in METHODS),
+        *(
+            pytest.param("fsdp2", name, id=f"{name}-fsdp2", marks=[pytest.mark.slow] * (name not in SHARDED))
+            for name in METHODS
+        ),
         pytest.param("ddp", "grpo", id="grpo-ddp"),
         # How ranks agree does not depend on the strategy: one method is enough under the second.
         *(pytest.param("ddp", name, id=f"{name}-ddp", marks=pytest.mark.slow) for name in METHODS if name != "grpo"),
@@ -192,7 +199,7 @@ class NeverEnds(Callback):
 @pytest.mark.parametrize(
     ("strategy", "gather"),
     [
-        pytest.param("ddp", True, id="gathered-ddp"),  # weights are whole on each rank: nothing is gathered
+        pytest.param("ddp", True, id="gathered-ddp", marks=pytest.mark.slow),  # weights are whole: nothing is gathered
         pytest.param("fsdp2", True, id="gathered-fsdp2"),
         pytest.param("fsdp2", False, id="layer by layer-fsdp2"),
     ],
@@ -216,7 +223,7 @@ def test_ranks_with_different_completion_lengths_do_not_wait(
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mistral"))]
+    "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen3", "mistral"))]
 )
 def test_greedy_rollouts_and_scores_do_not_depend_on_sharding(
     architecture: str, make_policy: Callable[..., Policy], tmp_path: Path

@@ -105,6 +105,7 @@ def test_evaluated_answers_have_no_effect(task: str, tmp_path: Path) -> None:
     assert grader.grade(f"<answer>{example.answer}</answer>", example).score == 1  # the worker still works
 
 
+@pytest.mark.slow
 def test_hostile_answers_to_every_task_end_in_time() -> None:
     grader = ReasoningGymGrader(timeout_seconds=0.3)
     ReasoningGymGrader(timeout_seconds=60.0).grade("1", examples("chain_sum")[0])  # started

@@ -55,6 +55,16 @@ def pairwise(factors: Factors, valid: Callable[[Case], bool], seed: int = 0) -> 
     return cases
 
 
+def covering(cases: Sequence[Case]) -> list[Case]:
+    """Return few of the cases in which every value of every factor still occurs."""
+    missing = set(itertools.chain.from_iterable(case.items() for case in cases))
+    chosen: list[Case] = []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(missing & set(case.items()))))
+        missing -= set(chosen[-1].items())
+    return chosen
+
+
 def _all_pairs(factors: Factors) -> Iterator[Pair]:
     for one, other in itertools.combinations(factors, 2):
         for values in itertools.product(factors[one], factors[other]):

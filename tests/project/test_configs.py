@@ -165,7 +165,13 @@ def test_presets_overlay_every_recipe(recipe: Path, preset: Path, monkeypatch: p
     assert divergence == {"paper_v1": "GeneralizedJSD", "released_v3": "ForwardKL"}[preset.stem]
 
 
-@pytest.mark.parametrize("recipe", [*OVERLAID, *TASKS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path not in (OVERLAID[0], TASKS[0])))
+        for path in [*OVERLAID, *TASKS]
+    ],
+)
 def test_kept_skills_are_one_more_callback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_skills = parsed(["fit", f"--config={recipe}", f"--config={SKILLS}"], monkeypatch)
     own = parsed(["fit", f"--config={recipe}"], monkeypatch)

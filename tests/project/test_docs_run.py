@@ -79,18 +79,24 @@ def snippets(language: str) -> dict[str, str]:
 def opsd_commands() -> list[Any]:
     """Return every ``opsd`` command of all pages; of those that differ only in the folder they write to, the first.
 
-    A recipe without further settings is marked slow: test_configs.py trains a step of each.
+    Marked slow are recipes without further settings, as test_configs.py trains a step of each, and trainings of a recipe with
+    further settings outside the pages that a beginner follows. `test_other_trainings_parse` parses the latter.
     """
     found: dict[str, str] = {}
     for command in everywhere("opsd", "python cli.py"):
         same = command.replace("CONFIG.yaml", CONFIG).replace("RECIPE", QWEN)
         found.setdefault(re.sub(r" --trainer\.default_root_dir \S+$", "", same), command)
     recipe = re.compile(r"opsd fit --config configs/\w[\w.]*\.yaml")
-    return [
-        pytest.param(text, id=text, marks=[pytest.mark.slow] * bool(recipe.fullmatch(same))) for same, text in found.items()
-    ]
+    slow = {text for same, text in found.items() if recipe.fullmatch(same)} | {*OTHER_TRAININGS}
+    return [pytest.param(text, id=text, marks=[pytest.mark.slow] * (text in slow)) for text in found.values()]
 
 
+BEGINNERS_PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("start.md", "commands.md"))]
+OTHER_TRAININGS = [
+    command
+    for command in everywhere("opsd fit --config configs/quickstart.yaml", f"opsd fit --config {QWEN}")
+    if not any(command in set(commands(_text(page))) for page in BEGINNERS_PAGES)
+]
 PYTHON, YAML = snippets("python"), snippets("yaml")
 PARTS = {name: code for name, code in PYTHON.items() if code.startswith("# my_parts.py")}
 
@@ -263,6 +269,12 @@ def test_opsd_commands_run(
     if target:
         (desk / target).write_text(printed.getvalue(), encoding="utf-8")
         opsd("fit", "--config", target, *small(target), "--trainer.default_root_dir=printed")
+
+
+@pytest.mark.parametrize("command", OTHER_TRAININGS)
+def test_other_trainings_parse(command: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = command.replace("OWNER/LARGER-MODEL", "model")
+    assert parsed(shlex.split(line)[1:], monkeypatch)["method"].startswith("opsd_lightning.")
 
 
 @pytest.mark.parametrize("name", [name for name in PYTHON if name not in PARTS])
