@@ -196,7 +196,7 @@ def load_live(checkpoint: str, base: str | None = None, device: str | None = Non
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or a build of torch without it
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"cannot use {device!r} ({reason})", "--device", "Give cpu, cuda or cuda:N") from None
