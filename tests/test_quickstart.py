@@ -82,7 +82,7 @@ def check_results(folder: Path, printed: str, model: str) -> None:
     last = printed.strip().splitlines()[-2:]
     assert {Path(unquote(urlsplit(line).path)) for line in last} == {folder / "tokens.html", folder / "report.html"}
     page = (folder / "report.html").read_text()
-    assert "before: student" in page and "after: student" in page
+    assert "Student before" in page and "Student after" in page
     assert len(read_run(folder).held_out) == 3
 
 
