@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import opsd_lightning.callbacks.baseline
@@ -95,9 +96,15 @@ _UNSUPPORTED: dict[str, tuple[Any, str, str]] = {
 class OPSDCLI(LightningCLI):
     """Command line that fits, validates, tests and predicts with a `PolicyModule` and an `OPSDDataModule`."""
 
-    def __init__(self, *classes: Any, args: ArgsType = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model_class: type[LightningModule],
+        datamodule_class: type[LightningDataModule],
+        args: ArgsType = None,
+        **settings: Any,
+    ) -> None:
         self.arguments = [str(argument) for argument in args] if isinstance(args, list) else sys.argv[1:]
-        super().__init__(*classes, args=args, **settings)
+        super().__init__(model_class, datamodule_class, args=args, **settings)
 
     def _dump_config(self) -> None:
         """Store the settings as Lightning does, but do not validate them again, which would take most of the time."""
